@@ -1,0 +1,139 @@
+"""From a trained classifier to the numbers in its result file.
+
+Shapes: N samples, D code width, E experts, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_lib import metrics
+from moe_lib.classifier import ClassifierTask
+from moe_lib.data import Split, pixels
+from moe_lib.experts import Experts
+from moe_lib.rng import generator, initialise
+from moe_lib.robustness import expert_ablations
+from moe_lib.snnl import soft_nearest_neighbor_loss
+from moe_lib.train import TrainConfig, set_learning_rate
+
+EMBEDDING_SAMPLES = 2000  # of the test set, for embedding measures, CKA and SNNL
+KNN_SAMPLES = 5000  # of the training set
+TSNE_SAMPLES = 400
+
+
+def validation_measures(task: ClassifierTask) -> dict[str, float]:
+    """What is followed over training: score, routing and expert similarity on the validation set."""
+    split = task.dataset.validation
+    output, _ = task.predict(split)
+    score = metrics.task_score(output.log_probs_NC, split.labels_N)
+    entropy = metrics.routing_entropy(output.routing.probs_NE, split.labels_N, task.dataset.num_classes)
+    return {
+        "cross_entropy": score.cross_entropy,
+        "accuracy": score.accuracy,
+        "marginal": entropy.marginal,
+        "per_sample": entropy.per_sample,
+        "class_conditional": entropy.class_conditional,
+        "weight_similarity": metrics.pairwise_similarity(task.model.moe.experts.flat_weights(), True),
+        "output_similarity": metrics.output_similarity(output.expert_logits_NEC),
+    }
+
+
+def similarity(experts: Experts, expert_logits_NEC: Tensor) -> dict[str, float]:
+    """The four similarities of experts: two of their weights, two of what they compute."""
+    return {
+        "weights": metrics.pairwise_similarity(experts.flat_weights(), absolute=True),
+        "weights_aligned": metrics.aligned_similarity(experts),
+        "outputs": metrics.output_similarity(expert_logits_NEC),
+        "cka": metrics.expert_cka(expert_logits_NEC, EMBEDDING_SAMPLES),
+    }
+
+
+def routing_measures(task: ClassifierTask, split: Split, *names: object) -> dict[str, Any]:
+    """Entropies, their null, load and the class x expert matrix on one split."""
+    num_classes = task.dataset.num_classes
+    probs_NE, labels_N = task.predict(split)[0].routing.probs_NE, split.labels_N
+    draw = generator(task.seed, "label permutation", *names)
+    return {
+        "entropy": metrics.routing_entropy(probs_NE, labels_N, num_classes),
+        "information_class_null": metrics.information_class_null(probs_NE, labels_N, num_classes, draw),
+        "load": metrics.load(probs_NE, labels_N),
+        "class_expert": metrics.class_expert_matrix(probs_NE, labels_N, num_classes).tolist(),
+    }
+
+
+def embedding_measures(task: ClassifierTask) -> dict[str, float]:
+    """kNN accuracy, silhouette, trustworthiness, and SNNL at T = 1, of test codes."""
+    test = task.dataset.test.take(slice(EMBEDDING_SAMPLES))
+    train = task.dataset.train.take(slice(KNN_SAMPLES))
+    codes_ND, train_codes_MD = task.predict(test)[1], task.predict(train)[1]
+    quality = metrics.embedding_quality(
+        train_codes_MD,
+        train.labels_N,
+        codes_ND,
+        test.labels_N,
+        pixels(test.images_NCHW, torch.float64).flatten(1),
+    )
+    snnl = soft_nearest_neighbor_loss(codes_ND.double(), test.labels_N, temperature=1.0)
+    return quality._asdict() | {"snnl": snnl.item()}
+
+
+def tsne_coordinates(task: ClassifierTask) -> list[list[int]]:
+    """t-SNE of some test codes, as integers 0..999; for the eye only."""
+    from sklearn.manifold import TSNE
+
+    codes_ND = task.predict(task.dataset.test.take(slice(TSNE_SAMPLES)))[1]
+    flat_N2 = TSNE(init="pca", random_state=0, perplexity=30).fit_transform(codes_ND.cpu().double().numpy())
+    low, high = flat_N2.min(0), flat_N2.max(0)
+    return ((flat_N2 - low) / (high - low).max() * 999).round().astype(int).tolist()
+
+
+def final_measures(task: ClassifierTask) -> dict[str, Any]:
+    """Everything that is measured once, on the test set, at the selected weights."""
+    test = task.dataset.test
+    output, _ = task.predict(test)
+    ablations = expert_ablations(
+        output.routing.dense_weights(),
+        output.expert_logits_NEC,
+        test.labels_N,
+        task.model.mixture,
+        generator(task.seed, "permuted routing"),
+    )
+    return {
+        "task": metrics.task_score(output.log_probs_NC, test.labels_N),
+        "routing": routing_measures(task, test),
+        "similarity": similarity(task.model.moe.experts, output.expert_logits_NEC),
+        "embedding": embedding_measures(task),
+        "ablation": ablations,
+    }
+
+
+def independent_expert_null(task: ClassifierTask, config: TrainConfig) -> dict[str, float]:
+    """Similarity of E experts, each trained alone on the codes of the (frozen) extractor of `task`.
+
+    Same budget, data and batch order as the run; the experts differ in their initial weights alone. What
+    a mixture's experts score beyond this is the mixture's doing.
+    """
+    train, test = task.dataset.train, task.dataset.test
+    codes_ND, test_codes_ND = task.predict(train)[1], task.predict(test)[1]
+    shape = task.model.moe.experts.w1_EDH.shape
+    experts = Experts(shape[1], shape[0], shape[2], task.dataset.num_classes)
+    initialise(experts, task.seed + 1)
+    experts.to(codes_ND)
+    optimizer = torch.optim.Adam(experts.parameters(), lr=config.learning_rate, fused=True)
+    for epoch in range(config.epochs):
+        order_N = torch.randperm(len(train), generator=generator(task.seed, "order", epoch))
+        for step, index in enumerate(order_N.to(train.labels_N.device).split(config.batch_size)):
+            set_learning_rate(optimizer, config, (epoch + step / task.num_batches) / config.epochs)
+            logits_NEC = experts(codes_ND[index])
+            labels_NE = train.labels_N[index, None].expand(-1, shape[0])
+            # Sums over experts, means over samples: no expert feels another.
+            loss = F.cross_entropy(logits_NEC.flatten(0, 1), labels_NE.flatten()) * shape[0]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        return similarity(experts, experts(test_codes_ND))

@@ -1,0 +1,115 @@
+"""Expert networks as stacked weights, and the layer that puts a router in front of them.
+
+Shapes: N samples or tokens, D width, H expert hidden width, O output width, E experts, K chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moe_lib.routing import LinearRouter, Routing, check_experts
+
+
+class Experts(nn.Module):
+    """E two-layer ReLU networks D-H-O whose weights are stacked along the first dimension."""
+
+    def __init__(self, dim: int, num_experts: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__()
+        check_experts(num_experts, None)
+        self.w1_EDH = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.b1_EH = nn.Parameter(torch.empty(num_experts, hidden_dim))
+        self.w2_EHO = nn.Parameter(torch.empty(num_experts, hidden_dim, out_dim))
+        self.b2_EO = nn.Parameter(torch.empty(num_experts, out_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.w1_EDH, self.w2_EHO):  # Kaiming normal; fan-in is the middle dimension
+            nn.init.normal_(weight, std=(2 / weight.shape[1]) ** 0.5)
+        nn.init.zeros_(self.b1_EH)
+        nn.init.zeros_(self.b2_EO)
+
+    @property
+    def num_experts(self) -> int:
+        return self.w1_EDH.shape[0]
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Every expert on every row: [N, E, O]."""
+        num_experts, dim, hidden_dim = self.w1_EDH.shape
+        # The first layers share their input, so they are one GEMM.
+        w1_DF = self.w1_EDH.transpose(0, 1).reshape(dim, num_experts * hidden_dim)
+        hidden_NF = torch.addmm(self.b1_EH.flatten(), x_ND, w1_DF).relu()
+        hidden_ENH = hidden_NF.view(len(x_ND), num_experts, hidden_dim).transpose(0, 1)
+        return torch.baddbmm(self.b2_EO[:, None], hidden_ENH, self.w2_EHO).transpose(0, 1)
+
+    def expert(self, e: int, x_ND: Tensor) -> Tensor:
+        """Expert `e` on the given rows: [N, O]."""
+        hidden_NH = torch.addmm(self.b1_EH[e], x_ND, self.w1_EDH[e]).relu()
+        return torch.addmm(self.b2_EO[e], hidden_NH, self.w2_EHO[e])
+
+    @torch.no_grad()
+    def flat_weights(self) -> Tensor:
+        """[E, P]: all weights and biases of each expert in one row."""
+        return torch.cat([p.flatten(1) for p in (self.w1_EDH, self.b1_EH, self.w2_EHO, self.b2_EO)], 1)
+
+
+class MoE(nn.Module):
+    """A router and its experts.
+
+    Args:
+        dim: width of the input.
+        num_experts: E.
+        hidden_dim: of each expert.
+        out_dim: `dim` if None.
+        top_k: None for a soft mixture of all experts; else each token goes to its k best only, and none
+            is ever dropped.
+        router: any module (tokens [N, D], previous Routing or None) -> Routing over E experts;
+            a `LinearRouter` if None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        hidden_dim: int,
+        out_dim: int | None = None,
+        top_k: int | None = None,
+        router: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        check_experts(num_experts, top_k)
+        self.top_k = top_k
+        self.router = LinearRouter(dim, num_experts) if router is None else router
+        self.experts = Experts(dim, num_experts, hidden_dim, dim if out_dim is None else out_dim)
+
+    def route(self, x_ND: Tensor, previous: Routing | None = None) -> Routing:
+        routing: Routing = self.router(x_ND, previous)
+        num_experts = self.experts.num_experts
+        if routing.probs_NE.shape[1] != num_experts:
+            raise ValueError(
+                f"the router routes to {routing.probs_NE.shape[1]} experts, the layer has {num_experts}"
+            )
+        chosen = routing.indices_NK.shape[1]
+        return routing if self.top_k in (None, chosen) else routing.top(self.top_k)
+
+    def forward(self, x_ND: Tensor, previous: Routing | None = None) -> tuple[Tensor, Routing]:
+        """Weighted sum of the chosen experts' outputs, [N, O], and the decision behind it."""
+        routing = self.route(x_ND, previous)
+        if routing.indices_NK.shape[1] == self.experts.num_experts:
+            out_NEO = self.experts(x_ND)
+            weights_NE = routing.dense_weights().to(out_NEO.dtype)
+            return torch.einsum("ne,neo->no", weights_NE, out_NEO), routing
+        return self._dispatch(x_ND, routing), routing
+
+    def _dispatch(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        """Each token through its own experts only: gather, compute, scatter back, expert by expert."""
+        out_NO: Tensor | None = None
+        for e in range(self.experts.num_experts):
+            token, slot = (routing.indices_NK == e).nonzero(as_tuple=True)
+            weight = routing.weights_NK[token, slot, None]
+            out = self.experts.expert(e, x_ND[token])
+            if out_NO is None:
+                out_NO = out.new_zeros(len(x_ND), out.shape[1])
+            out_NO = out_NO.index_add(0, token, weight.to(out.dtype) * out)
+        assert out_NO is not None
+        return out_NO

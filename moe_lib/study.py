@@ -1,0 +1,488 @@
+"""Arms, profiles, and the engine that trains what has no result file yet.
+
+A run is a frozen configuration; its digest names its result file. `ensure` is the one place that
+decides what is done: notebooks, `python -m moe_lib run` and Snakemake all call it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from moe_lib import data, evaluate, metrics, store
+from moe_lib.classifier import ClassifierConfig, ClassifierTask, Objective
+from moe_lib.snnl import SNNLConfig
+from moe_lib.train import History, OutOfTime, TrainConfig, fit
+
+# Raised by hand when a change is meant to move a study's results; the report never mixes versions.
+VERSIONS = {"snnl": 1, "snnl-tuning": 1}
+
+# The ten seeds of the authors' public code (kwta-ensemble), and two outside them for tuning.
+SEEDS = (42, 1234, 73, 1024, 86400, 31415, 2718, 30, 22, 17)
+TUNING_SEEDS = (1, 2)
+
+
+class StudyError(RuntimeError):
+    """A study, profile, data set or arm is unknown, or runs have failed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run's numbers depend on, device excepted."""
+
+    profile: str
+    study: str
+    dataset: str
+    arm: str
+    seed: int
+    version: int
+    model: ClassifierConfig
+    objective: Objective
+    train: TrainConfig
+    train_images: int | None = None  # use only the first so many of the (shuffled) training set
+    independent_experts: bool = False  # train the null of expert similarity as well
+    tsne: bool = False  # keep t-SNE coordinates of some test codes, for the eye
+
+    @property
+    def id(self) -> str:
+        return store.digest(self)
+
+    @property
+    def label(self) -> str:
+        return f"{self.study}/{self.dataset}/{self.arm} seed {self.seed}"
+
+    @property
+    def path(self) -> Path:
+        """Its result file, under the results folder of the moment."""
+        folder = store.results_dir() / self.profile / self.study / self.dataset
+        return folder / f"{self.arm}-s{self.seed}-{self.id}.json"
+
+    @property
+    def workspace(self) -> Path:
+        """Checkpoint and lock; not committed."""
+        return store.results_dir() / self.profile / ".work" / self.id
+
+
+# ------------------------------------------------------------------------------------------- arms
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What tuning on validation data chose for one data set."""
+
+    model: ClassifierConfig
+    train: TrainConfig
+    factor: float = 10.0  # of the SNNL
+    dense_factor: float = 10.0  # of the SNNL in the dense control
+    balance: float = 0.01  # weight of the load-balancing loss
+    auxiliary: float = 1.0  # weight of the auxiliary cross-entropy
+    learning_rates: tuple[tuple[str, float], ...] = ()  # arms that differ from train.learning_rate
+
+
+def snnl_arms(settings: Settings) -> dict[str, tuple[ClassifierConfig, Objective]]:
+    """Every arm of the SNNL study, each one thing away from another."""
+    moe = settings.model
+    dense = replace(moe, num_experts=1, expert_hidden=moe.num_experts * moe.expert_hidden)
+    snnl = SNNLConfig(factor=settings.factor)
+    return {
+        "base": (moe, Objective()),
+        "snnl": (moe, Objective(snnl=snnl)),
+        "dense": (dense, Objective()),
+        "dense-snnl": (dense, Objective(snnl=replace(snnl, factor=settings.dense_factor))),
+        "base-balance": (moe, Objective(balance=settings.balance)),
+        "snnl-shuffled": (moe, Objective(snnl=snnl, shuffled=True)),
+        "base-aux": (moe, Objective(auxiliary=settings.auxiliary)),
+        "uniform-gate": (replace(moe, gate="uniform"), Objective()),
+        "raw": (replace(moe, extractor="none"), Objective()),
+        "snnl-pretrained": (moe, Objective(snnl=snnl, pretrain="snnl")),
+        "ce-pretrained": (moe, Objective(pretrain="ce")),
+    }
+
+
+ARM_DESCRIPTIONS = {
+    "base": "extractor, gate, experts; cross-entropy alone",
+    "snnl": "base + SNNL on the extractor's code, jointly",
+    "dense": "one expert of width E x H: no routing",
+    "dense-snnl": "dense + SNNL: what SNNL does without a mixture",
+    "base-balance": "base + load-balancing loss, the standard remedy",
+    "snnl-shuffled": "placebo: SNNL of labels permuted in each batch, same gradient norm",
+    "base-aux": "base + auxiliary cross-entropy at the code: is it SNNL, or any supervision?",
+    "uniform-gate": "base with a constant gate: does routing matter?",
+    "raw": "MoE on pixels, without an extractor",
+    "snnl-pretrained": "extractor trained with SNNL alone, then frozen (half the epochs each)",
+    "ce-pretrained": "extractor trained with cross-entropy, then frozen (half the epochs each)",
+}
+
+# --------------------------------------------------------------------------------------- profiles
+
+_CNN = ClassifierConfig(extractor="cnn", code_dim=128, num_experts=4, expert_hidden=512)
+_CORE = TrainConfig(epochs=8, batch_size=256, learning_rate=1e-3, precision="bfloat16")
+
+SETTINGS: dict[str, dict[str, Settings]] = {
+    "digits": {
+        "digits": Settings(
+            ClassifierConfig("mlp", 64, code_dim=16, num_experts=4, expert_hidden=32, gate_hidden=32),
+            TrainConfig(epochs=12, batch_size=64, learning_rate=3e-3, precision="float64"),
+            factor=1.0,
+            dense_factor=1.0,
+        )
+    },
+    "core": {
+        "fashion_mnist": Settings(_CNN, _CORE),
+        "cifar100": Settings(_CNN, _CORE),
+        "cifar10": Settings(_CNN, _CORE),
+        "mnist": Settings(_CNN, _CORE),
+    },
+}
+SETTINGS["paper"] = {
+    name: replace(s, train=replace(s.train, epochs=20)) for name, s in SETTINGS["core"].items()
+}
+PROFILES = tuple(SETTINGS)
+
+_MAIN = ("base", "snnl")
+_MECHANISM = ("dense", "dense-snnl", "base-balance", "snnl-shuffled")
+_REST = ("base-aux", "uniform-gate", "raw", "snnl-pretrained", "ce-pretrained")
+
+# profile -> data set -> groups of arms and how many of SEEDS each gets
+SEED_COUNTS: dict[str, dict[str, list[tuple[Sequence[str], int]]]] = {
+    "digits": {"digits": [((*_MAIN, *_MECHANISM, *_REST), 5)]},
+    "core": {
+        "fashion_mnist": [(_MAIN, 10), (_MECHANISM, 5), (_REST, 3)],
+        "cifar100": [(_MAIN, 10), (_MECHANISM, 5)],
+        "cifar10": [((*_MAIN, "dense", "dense-snnl"), 5)],
+        "mnist": [(_MAIN, 3)],
+    },
+    "paper": {
+        "fashion_mnist": [((*_MAIN, *_MECHANISM, *_REST), 10)],
+        "cifar100": [((*_MAIN, *_MECHANISM, *_REST), 10)],
+        "cifar10": [((*_MAIN, *_MECHANISM), 10)],
+        "mnist": [(_MAIN, 10)],
+    },
+}
+
+TUNING_DATASETS = ("fashion_mnist", "cifar100")
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+FACTORS = (1.0, 10.0, 100.0)
+BALANCE_WEIGHTS = (0.001, 0.01, 0.1)
+AUXILIARY_WEIGHTS = (0.1, 0.3, 1.0)
+
+
+def snnl_runs(profile: str) -> Iterator[Run]:
+    """The SNNL study, seed by seed, so that an unfinished profile still has pairs."""
+    for dataset, groups in SEED_COUNTS[profile].items():
+        settings = SETTINGS[profile][dataset]
+        arms = snnl_arms(settings)
+        for position, seed in enumerate(SEEDS):
+            for names, count in groups:
+                for arm in names if position < count else ():
+                    model, objective = arms[arm]
+                    rate = dict(settings.learning_rates).get(arm, settings.train.learning_rate)
+                    yield Run(
+                        profile, "snnl", dataset, arm, seed, VERSIONS["snnl"], model, objective,
+                        replace(settings.train, learning_rate=rate),
+                        independent_experts=arm in _MAIN,
+                        tsne=arm in _MAIN and seed == SEEDS[0],
+                    )  # fmt: skip
+
+
+def tuning_runs(profile: str) -> Iterator[Run]:
+    """The grid behind `SETTINGS`: the same three learning rates for every main arm, the factor x three.
+
+    20,000 training images and 4 epochs, on two seeds outside the study; decided on validation
+    cross-entropy alone. Controls with a weight of their own get three weights at the base's rate.
+    """
+    for dataset in TUNING_DATASETS if profile == "core" else ():
+        settings = SETTINGS[profile][dataset]
+        grid: list[tuple[str, float, Settings]] = []
+        for rate in LEARNING_RATES:
+            grid += [(arm, rate, settings) for arm in ("base", "dense")]
+            for factor in FACTORS:
+                tried = replace(settings, factor=factor, dense_factor=factor)
+                grid += [(arm, rate, tried) for arm in ("snnl", "dense-snnl")]
+        for weight in BALANCE_WEIGHTS:
+            grid.append(("base-balance", 1e-3, replace(settings, balance=weight)))
+        for weight in AUXILIARY_WEIGHTS:
+            grid.append(("base-aux", 1e-3, replace(settings, auxiliary=weight)))
+        for seed in TUNING_SEEDS:
+            for arm, rate, tried in grid:
+                model, objective = snnl_arms(tried)[arm]
+                yield Run(
+                    profile, "snnl-tuning", dataset, arm, seed, VERSIONS["snnl-tuning"], model, objective,
+                    replace(settings.train, learning_rate=rate, epochs=4),
+                    train_images=20_000,
+                )  # fmt: skip
+
+
+STUDIES: dict[str, Callable[[str], Iterator[Run]]] = {"snnl": snnl_runs, "snnl-tuning": tuning_runs}
+
+
+def runs(
+    profile: str, study: str | None = None, dataset: str | None = None, arm: str | None = None
+) -> list[Run]:
+    """The runs of a profile, narrowed to a study, data set or arm.
+
+    Raises:
+        StudyError: one of the names is unknown, or the profile has no such combination.
+    """
+    if profile not in PROFILES:
+        raise StudyError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+    if study is not None and study not in STUDIES:
+        raise StudyError(f"unknown study {study!r}; known: {', '.join(STUDIES)}")
+    found = [run for name, plan in STUDIES.items() if study in (None, name) for run in plan(profile)]
+    for field, wanted in (("dataset", dataset), ("arm", arm)):
+        if wanted is not None:
+            known = sorted({getattr(run, field) for run in found})
+            found = [run for run in found if getattr(run, field) == wanted]
+            if not found:
+                where = f"study {study!r} of profile" if study else "profile"
+                raise StudyError(
+                    f"unknown {field} {wanted!r} in {where} {profile!r}; known: {', '.join(known) or 'none'}"
+                )
+    return found
+
+
+# ----------------------------------------------------------------------------------------- engine
+
+
+def execute(
+    run: Run,
+    device: str,
+    deadline: float = float("inf"),
+    on_epoch: Callable[[int, History], None] | None = None,
+) -> dict[str, Any]:
+    """Train one run (or resume it from its checkpoint) and return the content of its result file."""
+    started = time.perf_counter()
+    torch.use_deterministic_algorithms(run.train.precision == "float64")
+    dataset = data.load(run.dataset, device=device, seed=run.seed)
+    if run.train_images is not None:
+        dataset = replace(dataset, train=dataset.train.take(slice(run.train_images)))
+    task = ClassifierTask(
+        dataset,
+        run.model,
+        run.objective,
+        seed=run.seed,
+        epochs=run.train.epochs,
+        batch_size=run.train.batch_size,
+        dtype=torch.float64 if run.train.precision == "float64" else torch.float32,
+        bf16=run.train.precision == "bfloat16" and run.model.extractor == "cnn",
+    )
+    full = run.study != "snnl-tuning"
+    initial: dict[str, Any] = {}
+    if full:
+        output, _ = task.predict(dataset.test)
+        initial = {
+            "similarity": evaluate.similarity(task.model.moe.experts, output.expert_logits_NEC),
+            "routing": evaluate.routing_measures(task, dataset.test),
+        }
+        initial["routing"].pop("class_expert")
+    tsne = {"before": evaluate.tsne_coordinates(task)} if run.tsne else {}
+
+    try:
+        run.workspace.mkdir(parents=True, exist_ok=True)
+        history, best = fit(
+            task,
+            run.train,
+            lambda: evaluate.validation_measures(task),
+            label=run.label,
+            checkpoint=run.workspace / "checkpoint.pt",
+            on_epoch=on_epoch,
+            deadline=deadline,
+        )
+    except OSError as error:
+        raise store.explain(error, run.workspace) from error
+
+    result: dict[str, Any] = {"history": vars(history), "best_epoch": history.best_epoch}
+    if full:  # tuning never looks at the test set
+        last, _ = task.predict(dataset.test)
+        result["last_epoch"] = metrics.task_score(last.log_probs_NC, dataset.test.labels_N)
+        task.load_state_dict(best)
+        result |= evaluate.final_measures(task) | {"initial": initial}
+        if run.independent_experts:
+            result["null"] = {"similarity": evaluate.independent_expert_null(task, run.train)}
+        if run.tsne:
+            tsne["after"] = evaluate.tsne_coordinates(task)
+            tsne["labels"] = dataset.test.labels_N[: evaluate.TSNE_SAMPLES].tolist()
+            result["tsne"] = tsne
+    result["num_parameters"] = sum(p.numel() for p in task.model.parameters())
+    result["wall_seconds"] = time.perf_counter() - started
+    result["peak_memory_mb"] = store.peak_memory_mb()
+    return result
+
+
+def _work(run: Run, device: str, deadline: float) -> str:
+    """In a worker process: train one run unless it is done; "done" or "out of time"."""
+    if run.path.exists():
+        return "done"
+    if time.time() > deadline:
+        return "out of time"
+    run.workspace.mkdir(parents=True, exist_ok=True)
+    with FileLock(run.workspace / "lock"):  # another notebook or shard may be at it: wait, then look
+        if run.path.exists():
+            return "done"
+
+        def report(epoch: int, history: History) -> None:
+            losses = history.validation
+            _progress.put(
+                (
+                    run.label,
+                    f"epoch {epoch}/{run.train.epochs}: "
+                    f"validation cross-entropy {losses['cross_entropy'][-1]:.4f}, "
+                    f"accuracy {losses['accuracy'][-1]:.2%}, {history.seconds:.0f} s",
+                )
+            )
+
+        try:
+            result = execute(run, device, time.monotonic() + (deadline - time.time()), report)
+        except OutOfTime:
+            return "out of time"
+        store.write(
+            run.path,
+            {
+                "id": run.id,
+                "run": asdict(run),
+                **store.provenance(),
+                "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+                "threads": torch.get_num_threads(),
+                **result,
+            },
+        )
+        (run.workspace / "checkpoint.pt").unlink(missing_ok=True)
+    return "done"
+
+
+_progress: Any = None  # in a worker: the queue to its parent
+
+
+def _start_worker(queue: Any) -> None:
+    global _progress
+    _progress = queue
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+
+    def follow_parent() -> None:  # a killed batch must not leave workers behind
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def watched() -> bool:
+    """Whether a person looks on: a terminal, or a notebook opened in Jupyter (not run by papermill)."""
+    return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def ensure(
+    wanted: Sequence[Run],
+    workers: int | None = None,
+    device: str | None = None,
+    time_limit: float | None = None,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Train the runs that have no result file yet, one process each, and return all finished results.
+
+    Args:
+        workers: processes; one per core if None, one on a GPU.
+        device: "cpu" or "cuda"; what there is if None. float64 runs always use the CPU.
+        time_limit: seconds after which no epoch is started; checkpoints are kept and the next call goes on.
+
+    Raises:
+        StudyError: some runs failed. The others were finished first; the message has every reason.
+        StoreError: the results folder cannot be written.
+    """
+    todo = [run for run in wanted if not run.path.exists()]
+    if todo:
+        _train_all(todo, workers, device or default_device(), time_limit, quiet)
+    return [store.read(run.path) for run in wanted if run.path.exists()]
+
+
+def _train_all(
+    todo: list[Run], workers: int | None, device: str, time_limit: float | None, quiet: bool
+) -> None:
+    store.check_writable(store.results_dir())
+    if device == "cpu":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the workers when they import torch
+    else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    workers = min(workers or (1 if device == "cuda" else os.cpu_count() or 1), len(todo))
+    deadline = time.time() + (float("inf") if time_limit is None else time_limit)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    failed, unfinished = [], 0
+    with _Reporter(queue, len(todo), quiet) as reporter:
+        pool = ProcessPoolExecutor(workers, context, _start_worker, (queue,))
+        try:
+            jobs = {
+                pool.submit(
+                    _work, run, "cpu" if run.train.precision == "float64" else device, deadline
+                ): run
+                for run in todo
+            }
+            for job in as_completed(jobs):
+                try:
+                    unfinished += job.result() == "out of time"
+                except Exception as error:
+                    failed.append(f"{jobs[job].label}: {type(error).__name__}: {error}")
+                reporter.finished(jobs[job].label)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if unfinished and not quiet:
+        print(f"time limit: {unfinished} runs are left; the same command goes on from here", flush=True)
+    if failed:
+        raise StudyError(
+            f"{len(failed)} of {len(todo)} runs failed; the others are kept, and the same command tries "
+            "these again:\n  " + "\n  ".join(sorted(set(failed)))
+        )
+
+
+class _Reporter:
+    """Shows the workers' epochs: a bar when a person watches, else one line each."""
+
+    def __init__(self, queue: Any, total: int, quiet: bool) -> None:
+        self.queue, self.total, self.quiet = queue, total, quiet
+        self.bar: Any = None
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> _Reporter:
+        if watched() and not self.quiet:
+            try:
+                from tqdm.auto import tqdm
+
+                self.bar = tqdm(total=self.total, unit="run")
+            except ImportError:  # a bare machine
+                pass
+        self.thread.start()
+        return self
+
+    def _follow(self) -> None:
+        while (message := self.queue.get()) is not None:
+            label, text = message
+            if self.bar is not None:
+                self.bar.set_postfix_str(f"{label}: {text}")
+            elif not self.quiet:
+                print(f"{label}: {text}", flush=True)
+
+    def finished(self, label: str) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def __exit__(self, *exception: object) -> None:
+        self.queue.put(None)
+        self.thread.join()
+        if self.bar is not None:
+            self.bar.close()
