@@ -67,6 +67,8 @@ def build_extractor(config: ClassifierConfig, image_shape: tuple[int, int, int])
     elif config.extractor == "cnn":  # the CNN of the authors' public code
         layers["conv1"] = nn.Sequential(nn.Conv2d(channels, 64, 8, stride=2, padding=1), nn.ReLU())
         layers["conv2"] = nn.Sequential(nn.Conv2d(64, 128, 6, stride=2, padding=1), nn.ReLU())
+        if min(height, width) < 14:
+            raise ValueError(f"extractor 'cnn' needs images of 14 x 14 or more, got {height} x {width}")
         height, width = ((((side + 2 - 8) // 2 + 1) + 2 - 6) // 2 + 1 for side in (height, width))
         dim = 128 * height * width
     elif config.extractor != "none":
@@ -87,9 +89,7 @@ class Classifier(nn.Module):
             (Jacobs, Jordan, Nowlan, Hinton, "Adaptive Mixtures of Local Experts", 1991, eq. 1.3).
     """
 
-    def __init__(
-        self, config: ClassifierConfig, image_shape: tuple[int, int, int], num_classes: int
-    ) -> None:
+    def __init__(self, config: ClassifierConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         if config.mixture not in ("logits", "likelihood", "jacobs"):
             raise ValueError(f"unknown mixture {config.mixture!r}; use 'logits', 'likelihood' or 'jacobs'")
@@ -133,7 +133,7 @@ def jacobs_loss(output: Output, labels_N: Tensor) -> Tensor:
     target_N1C = F.one_hot(labels_N, output.log_probs_NC.shape[1])[:, None]
     distance_NE = (target_N1C - output.expert_logits_NEC.softmax(2)).square().sum(2)
     tiny = torch.finfo(distance_NE.dtype).tiny
-    return -(output.routing.probs_NE.clamp(min=tiny).log() - distance_NE / 2).logsumexp(1).mean()
+    return -(output.routing.dense_weights().clamp(min=tiny).log() - distance_NE / 2).logsumexp(1).mean()
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,12 @@ class Objective:
     pretrain: Literal["none", "snnl", "ce"] = "none"  # first half: extractor alone; then it is frozen
 
     def __post_init__(self) -> None:
+        if self.pretrain not in ("none", "snnl", "ce"):
+            raise ValueError(f"unknown pretrain {self.pretrain!r}; use 'none', 'snnl' or 'ce'")
+        if self.snnl is not None and self.pretrain == "ce":
+            raise ValueError("an snnl configuration has no effect with pretrain='ce'")
+        if self.shuffled and self.pretrain != "none":
+            raise ValueError("shuffled has no effect with pretraining")
         if (self.shuffled or self.pretrain == "snnl") and self.snnl is None:
             raise ValueError("shuffled and pretrain='snnl' have no effect without an snnl configuration")
 
@@ -176,12 +182,14 @@ class ClassifierTask(nn.Module):
         super().__init__()
         if batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 (SNNL compares samples), got {batch_size}")
+        if objective.pretrain != "none" and epochs < 2:
+            raise ValueError(f"pretraining needs at least 2 epochs, got {epochs}")
         self.dataset, self.objective = dataset, objective
         self.seed, self.batch_size, self.dtype, self.bf16 = seed, batch_size, dtype, bf16
         self.num_batches = -(-len(dataset.train) // batch_size)
         self.pretrain_epochs = 0 if objective.pretrain == "none" else epochs // 2
-        image_shape = tuple(dataset.train.images_NCHW.shape[1:])
-        self.model = Classifier(config, image_shape, dataset.num_classes)
+        channels, height, width = dataset.train.images_NCHW.shape[1:]
+        self.model = Classifier(config, (channels, height, width), dataset.num_classes)
         if objective.snnl is not None:
             self.snnl = LayerwiseSNNL(objective.snnl)
         if objective.auxiliary or objective.pretrain == "ce":
@@ -262,13 +270,11 @@ class ClassifierTask(nn.Module):
         """Outputs on a whole split (without activations), and the codes [N, D]."""
         parts, codes = [], []
         for start in range(0, len(split), batch_size):
-            code_ND, _ = self.encode(
-                pixels(split.images_NCHW[start : start + batch_size], self.dtype)
-            )
+            code_ND, _ = self.encode(pixels(split.images_NCHW[start : start + batch_size], self.dtype))
             parts.append(self.model.classify(code_ND))
             codes.append(code_ND)
         routing = Routing(*(torch.cat(field) for field in zip(*(p.routing for p in parts), strict=True)))
         log_probs_NC = torch.cat([p.log_probs_NC for p in parts])
-        return Output(
-            log_probs_NC, torch.cat([p.expert_logits_NEC for p in parts]), routing, {}
-        ), torch.cat(codes)
+        return Output(log_probs_NC, torch.cat([p.expert_logits_NEC for p in parts]), routing, {}), torch.cat(
+            codes
+        )

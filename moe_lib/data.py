@@ -120,10 +120,18 @@ def _torchvision(name: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
             f"data set {name!r} is missing or damaged under {root} and could not be fetched "
             f"({type(error).__name__}: {error}). With a network run `make data`; without one put "
             f"torchvision's files there, or point MOE_DATA_DIR at a folder that has them; "
-            f"if files are damaged, delete {root / DATASETS[name]} first."
+            f"if files are damaged, delete them first."
         ) from error
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return images, labels.long()
+
+
+def present(name: str, root: str | Path | None = None) -> bool:
+    """Whether a data set's files seem to be there already (they are checked when loaded)."""
+    if name == "digits":
+        return True
+    folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}.get(name, DATASETS[name])
+    return (data_dir(root) / folder).is_dir()
 
 
 # Name here -> class in torchvision.datasets.

@@ -36,9 +36,18 @@ class RoutingEntropy(NamedTuple):
         A maximum of 0 (one expert, one class) gives 0.
         """
         experts, classes = math.log(self.num_experts), math.log(self.num_classes)
-        ceilings = (experts, experts, experts, classes, experts, min(experts, classes))
-        values = [v / c if c else 0.0 for v, c in zip(self[:6], ceilings, strict=True)]
-        return RoutingEntropy(*values, self.num_experts, self.num_classes)
+
+        def share(value: float, ceiling: float) -> float:
+            return value / ceiling if ceiling else 0.0
+
+        return self._replace(
+            marginal=share(self.marginal, experts),
+            per_sample=share(self.per_sample, experts),
+            class_conditional=share(self.class_conditional, experts),
+            expert_class=share(self.expert_class, classes),
+            information_input=share(self.information_input, experts),
+            information_class=share(self.information_class, min(experts, classes)),
+        )
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
@@ -72,31 +81,23 @@ def routing_entropy(probs_NE: Tensor, labels_N: Tensor, num_classes: int) -> Rou
         )
     probs_NE = probs_NE.double()
     row_sums = probs_NE.sum(1)
-    if not bool((probs_NE >= 0).all()) or not torch.allclose(
-        row_sums, torch.ones_like(row_sums), atol=1e-2
-    ):
+    if not bool((probs_NE >= 0).all()) or not torch.allclose(row_sums, torch.ones_like(row_sums), atol=1e-2):
         raise ValueError("probs must be finite, non-negative and sum to 1 in every row")
     probs_NE = probs_NE / row_sums[:, None]
     gates_CE, counts_C = _class_gates(probs_NE, labels_N, num_classes)
-    marginal = _entropy(probs_NE.mean(0))
-    per_sample = _entropy(probs_NE).mean()
+    marginal = _entropy(probs_NE.mean(0)).item()
+    per_sample = _entropy(probs_NE).mean().item()
     gates_given_class_CE = gates_CE / counts_C.clamp(min=1)[:, None]
-    class_conditional = (counts_C / counts_C.sum()) @ _entropy(gates_given_class_CE)
+    class_conditional = ((counts_C / counts_C.sum()) @ _entropy(gates_given_class_CE)).item()
     load_E = gates_CE.sum(0)
     mix_EC = gates_CE.T / load_E.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
-    expert_class = (load_E / load_E.sum()) @ _entropy(mix_EC)
     return RoutingEntropy(
-        *(
-            v.item()
-            for v in (
-                marginal,
-                per_sample,
-                class_conditional,
-                expert_class,
-                marginal - per_sample,
-                marginal - class_conditional,
-            )
-        ),
+        marginal=marginal,
+        per_sample=per_sample,
+        class_conditional=class_conditional,
+        expert_class=((load_E / load_E.sum()) @ _entropy(mix_EC)).item(),
+        information_input=marginal - per_sample,
+        information_class=marginal - class_conditional,
         num_experts=probs_NE.shape[1],
         num_classes=num_classes,
     )

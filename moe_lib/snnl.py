@@ -62,10 +62,10 @@ def soft_nearest_neighbor_loss(
         raise ValueError(f"unknown distance {distance!r}; use 'cosine' or 'sqeuclidean'")
     if reduction not in ("mean", "mean_all", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; use 'mean', 'mean_all', 'sum' or 'none'")
-    if (not isinstance(temperature, Tensor) or temperature.device.type == "cpu") and not (
-        0 < float(temperature) < float("inf")
-    ):
-        raise ValueError(f"temperature must be positive and finite, got {float(temperature)}")
+    if not isinstance(temperature, Tensor) or temperature.device.type == "cpu":
+        value = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"temperature must be positive and finite, got {value}")
     if features_ND.device.type == "cpu" and not features_ND.isfinite().all():
         raise ValueError("features contain NaN or infinity: look at the learning rate and the inputs")
 
@@ -96,6 +96,9 @@ def soft_nearest_neighbor_loss(
 
 def _distances(x_ND: Tensor, distance: Distance) -> Tensor:
     if distance == "cosine":
+        # An exact power of two per row, so that no square under- or overflows and no digit changes.
+        power_N1 = x_ND.detach().abs().amax(1, keepdim=True).frexp().exponent.clamp(min=-120)
+        x_ND = x_ND * torch.exp2(-power_N1.to(x_ND.dtype))
         norm_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True)
         x_ND = x_ND / norm_N1.where(norm_N1 > 0, torch.ones_like(norm_N1))
         return 1 - x_ND @ x_ND.T
@@ -131,9 +134,7 @@ class LayerwiseSNNL(nn.Module):
     def __init__(self, config: SNNLConfig) -> None:
         super().__init__()
         if config.schedule not in ("fixed", "annealed", "learned"):
-            raise ValueError(
-                f"unknown schedule {config.schedule!r}; use 'fixed', 'annealed' or 'learned'"
-            )
+            raise ValueError(f"unknown schedule {config.schedule!r}; use 'fixed', 'annealed' or 'learned'")
         if config.combine not in ("min", "sum", "mean"):
             raise ValueError(f"unknown combine {config.combine!r}; use 'min', 'sum' or 'mean'")
         if not 0 < config.temperature < float("inf"):
@@ -146,7 +147,7 @@ class LayerwiseSNNL(nn.Module):
 
     def temperature(self, epoch: int) -> float | Tensor:
         if self.config.schedule == "learned":
-            return self.log_temperature.exp()
+            return self.log_temperature.clamp(-30, 30).exp()
         if self.config.schedule == "annealed":
             return self.config.temperature / (1 + epoch) ** 0.55
         return self.config.temperature
@@ -170,4 +171,6 @@ class LayerwiseSNNL(nn.Module):
                 for name in self.config.layers
             ]
         )
-        return {"min": losses.amin, "sum": losses.sum, "mean": losses.mean}[self.config.combine](0)
+        if self.config.combine == "min":
+            return losses.amin()
+        return losses.sum() if self.config.combine == "sum" else losses.mean()

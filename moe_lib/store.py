@@ -29,6 +29,11 @@ def results_dir() -> Path:
     return Path(os.environ.get("MOE_RESULTS_DIR") or ROOT / "results").expanduser().resolve()
 
 
+def use_results_dir(folder: Path) -> None:
+    """Make `folder` the results folder of this process and of the workers it starts."""
+    os.environ["MOE_RESULTS_DIR"] = str(folder.expanduser().resolve())
+
+
 def figures_dir() -> Path:
     """`$MOE_FIGURES_DIR`, or `figures/` in the project."""
     return Path(os.environ.get("MOE_FIGURES_DIR") or ROOT / "figures").expanduser().resolve()
@@ -45,7 +50,9 @@ def digest(configuration: Any) -> str:
         if not is_dataclass(value):
             return value
         return {
-            f.name: chosen(getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != f.default
+            f.name: chosen(getattr(value, f.name))
+            for f in fields(value)
+            if getattr(value, f.name) != f.default
         }
 
     text = json.dumps(chosen(configuration), sort_keys=True, separators=(",", ":"))
@@ -112,9 +119,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise StoreError(
-            f"result file {path} cannot be read ({error}); delete it and run again"
-        ) from error
+        raise StoreError(f"result file {path} cannot be read ({error}); delete it and run again") from error
     if not isinstance(content, dict):
         raise StoreError(f"result file {path} does not hold a run; delete it and run again")
     return content
@@ -142,9 +147,7 @@ def provenance() -> dict[str, Any]:
         "dirty": None if changes is None else bool(changes),
         "versions": {
             "python": platform.python_version(),
-            **{
-                m.__name__: m.__version__.split("+")[0] for m in (torch, torchvision, numpy, scipy, sklearn)
-            },
+            **{m.__name__: m.__version__.split("+")[0] for m in (torch, torchvision, numpy, scipy, sklearn)},
         },
         "machine": _processor(),
     }

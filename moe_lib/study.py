@@ -222,6 +222,13 @@ def tuning_runs(profile: str) -> Iterator[Run]:
                     replace(settings.train, learning_rate=rate, epochs=4),
                     train_images=20_000,
                 )  # fmt: skip
+            # Does the rate that is best for the short budget hold for the whole one? With base alone.
+            for rate in LEARNING_RATES:
+                model, objective = snnl_arms(settings)["base"]
+                yield Run(
+                    profile, "snnl-tuning", dataset, "base", seed, VERSIONS["snnl-tuning"], model, objective,
+                    replace(settings.train, learning_rate=rate),
+                )  # fmt: skip
 
 
 STUDIES: dict[str, Callable[[str], Iterator[Run]]] = {"snnl": snnl_runs, "snnl-tuning": tuning_runs}
@@ -250,6 +257,52 @@ def runs(
                     f"unknown {field} {wanted!r} in {where} {profile!r}; known: {', '.join(known) or 'none'}"
                 )
     return found
+
+
+def shard(wanted: list[Run], part: str) -> list[Run]:
+    """The i-th of n interleaved parts of a list of runs; `part` is "i/n", counted from 1."""
+    try:
+        i, n = (int(number) for number in part.split("/"))
+        if not 1 <= i <= n:
+            raise ValueError
+    except ValueError:
+        raise StudyError(f"a shard is written i/n with 1 <= i <= n, got {part!r}") from None
+    return wanted[i - 1 :: n]
+
+
+# Wall seconds of one run on one core of the machine behind results/core, for a first estimate; as soon
+# as runs of the same kind are finished, their median is used instead. None: nobody has measured it.
+EXPECTED_SECONDS = {("digits", "snnl"): 3.0, ("core", "snnl"): 190.0, ("core", "snnl-tuning"): 40.0}
+DOWNLOAD_MB = {"digits": 0, "mnist": 12, "fashion_mnist": 31, "cifar10": 170, "cifar100": 169}
+UNPACKED_MB = {"digits": 0, "mnist": 66, "fashion_mnist": 85, "cifar10": 350, "cifar100": 340}
+
+
+def plan(wanted: list[Run], workers: int | None = None) -> str:
+    """What is done, what is left, and what that will take, as text; starts nothing."""
+    workers = workers or os.cpu_count() or 1
+    lines = [f"{'study':12} {'data set':14} {'arm':16} {'done':>5} {'left':>5} {'minutes left':>13}"]
+    total, unknown = 0.0, False
+    for key in dict.fromkeys((run.study, run.dataset, run.arm) for run in wanted):
+        group = [run for run in wanted if (run.study, run.dataset, run.arm) == key]
+        walls = sorted(store.read(run.path)["wall_seconds"] for run in group if run.path.exists())
+        left = len(group) - len(walls)
+        each = walls[len(walls) // 2] if walls else EXPECTED_SECONDS.get((group[0].profile, key[0]))
+        unknown |= bool(left) and each is None
+        total += left * (each or 0.0)
+        minutes = "unknown" if left and each is None else f"{left * (each or 0.0) / 60:.1f}"
+        lines.append(f"{key[0]:12} {key[1]:14} {key[2]:16} {len(walls):5} {left:5} {minutes:>13}")
+    datasets = {run.dataset for run in wanted}
+    missing = sorted(name for name in datasets if not data.present(name))
+    lines += [
+        "",
+        f"time: {total / 60:.0f} core-minutes{' and more' if unknown else ''}, "
+        f"about {total / 60 / workers:.0f} minutes with {workers} processes",
+        f"download: {sum(DOWNLOAD_MB[name] for name in missing)} MB ({', '.join(missing) or 'nothing'}), "
+        f"{sum(UNPACKED_MB[name] for name in missing)} MB unpacked under {data.data_dir()}",
+        f"disk: about {sum(not run.path.exists() for run in wanted) * 0.012:.1f} MB of results under "
+        f"{store.results_dir()}, and up to {30 * workers} MB of checkpoints while it works",
+    ]
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------- engine
@@ -314,6 +367,7 @@ def execute(
             tsne["after"] = evaluate.tsne_coordinates(task)
             tsne["labels"] = dataset.test.labels_N[: evaluate.TSNE_SAMPLES].tolist()
             result["tsne"] = tsne
+    result["expert_parameters"] = task.model.moe.experts.flat_weights().shape[1]
     result["num_parameters"] = sum(p.numel() for p in task.model.parameters())
     result["wall_seconds"] = time.perf_counter() - started
     result["peak_memory_mb"] = store.peak_memory_mb()
@@ -428,9 +482,7 @@ def _train_all(
         pool = ProcessPoolExecutor(workers, context, _start_worker, (queue,))
         try:
             jobs = {
-                pool.submit(
-                    _work, run, "cpu" if run.train.precision == "float64" else device, deadline
-                ): run
+                pool.submit(_work, run, "cpu" if run.train.precision == "float64" else device, deadline): run
                 for run in todo
             }
             for job in as_completed(jobs):

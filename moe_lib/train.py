@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import time
@@ -56,9 +57,7 @@ class TrainConfig:
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"unknown schedule {self.schedule!r}; use 'constant' or 'cosine'")
         if self.precision not in ("float64", "float32", "bfloat16"):
-            raise ValueError(
-                f"unknown precision {self.precision!r}; use 'float64', 'float32' or 'bfloat16'"
-            )
+            raise ValueError(f"unknown precision {self.precision!r}; use 'float64', 'float32' or 'bfloat16'")
 
 
 @dataclass
@@ -104,7 +103,7 @@ def fit(
     history, best = History(), {}
     epoch = 0
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = _load(checkpoint, device)
         task.load_state_dict(state["task"])
         optimizer.load_state_dict(state["optimizer"])
         history, best, epoch = History(**state["history"]), state["best"], state["epoch"]
@@ -136,12 +135,32 @@ def fit(
                 "best": best,
                 "epoch": epoch,
             }
-            partial = checkpoint.with_suffix(".part")
-            torch.save(state, partial)
-            os.replace(partial, checkpoint)
+            _save(state, checkpoint)
         if on_epoch is not None:
             on_epoch(epoch, history)
     return history, best
+
+
+def _save(state: dict[str, Any], checkpoint: Path) -> None:
+    """Atomically; through memory, because torch.save hides why a write failed."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    partial = checkpoint.with_suffix(".part")
+    try:
+        partial.write_bytes(buffer.getbuffer())
+        os.replace(partial, checkpoint)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _load(checkpoint: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        return torch.load(checkpoint, map_location=device, weights_only=True)
+    except Exception as error:
+        raise TrainingError(
+            f"checkpoint {checkpoint} cannot be read ({error}); delete it to start the run anew"
+        ) from error
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, progress: float) -> None:

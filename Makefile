@@ -1,0 +1,61 @@
+# make report | test | lab | data | plan | readme | clean
+#   PROFILE=digits|core|paper   whose results (report, plan)
+#   CORES=n                     how many processes
+#   PYTHON=python3.12           which Python makes .venv
+#   TORCH_INDEX=URL             take torch from there: https://download.pytorch.org/whl/cpu is without CUDA
+PROFILE ?= digits
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+export JUPYTER_PREFER_ENV_PATH := 1# a kernel in the user's home must not shadow the one in .venv
+
+.DEFAULT_GOAL := report
+.PHONY: report test lab data plan readme clean
+
+.venv/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed; name one: make PYTHON=python3.12"; exit 1; }
+	@echo "installing the locked packages into .venv, once; this takes some minutes"
+	@$(PYTHON) -m venv --clear .venv
+ifeq ($(TORCH_INDEX),)
+	@cp requirements.lock .venv/requirements.lock
+else # that index has other files, so other hashes: torch by version, everything else by hash
+	@$(BIN)/pip install --quiet --no-deps --index-url $(TORCH_INDEX) \
+	  $$(grep -oE '^(torch|torchvision)==[0-9.]+' requirements.lock)
+	@awk '/^[^ #]/ { keep = !/^(torch==|torchvision==|triton==|nvidia-|cuda-)/ } keep' \
+	  requirements.lock > .venv/requirements.lock
+endif
+	@$(BIN)/pip install --quiet --require-hashes -r .venv/requirements.lock
+	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --no-index -e .
+	@touch $@
+
+report: .venv/ready
+	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) --keep-going --rerun-incomplete \
+	  --rerun-triggers mtime input --show-failed-logs --quiet rules host
+	@echo "The report: $$($(BIN)/python -m moe_lib where --profile $(PROFILE))"
+
+test: .venv/ready
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/pytest -n $(CORES) --dist loadscope tests
+	@tests/notebooks.sh $(BIN)
+
+lab: .venv/ready
+	@$(BIN)/jupyter lab --notebook-dir=notebooks
+
+data: .venv/ready
+	@$(BIN)/python -m moe_lib data
+
+plan: .venv/ready
+	@$(BIN)/python -m moe_lib plan --profile $(PROFILE) --workers $(CORES)
+
+readme: .venv/ready
+	@$(BIN)/python -m moe_lib readme
+
+# Everything that can be made again from what is committed; data sets and committed results stay.
+clean:
+	@rm -rf .venv .snakemake build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	@rm -rf results/digits figures/digits results/*/.work
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,82 @@
+# Orders the work: training shards, then the notebooks, then the report. `make report` calls it.
+#
+# The engine (moe_lib.study.ensure) decides what is trained: run files are never outputs here, because
+# Snakemake deletes the outputs of a job that fails. A shard's only output is its DONE.json.
+import os
+from pathlib import Path
+
+from moe_lib import store, study
+
+os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+
+PROFILE = config.get("profile", "digits")
+RUNS = study.runs(PROFILE)
+# As many shards as cores keep every core busy; a cluster executor may want more: --config shards=40
+SHARDS = int(config.get("shards", workflow.cores or 1))
+RESULTS = store.results_dir() / PROFILE
+# The planned runs name the shards' folder: a changed plan asks for new DONE files by itself.
+DONE = RESULTS / ".work" / ("shards-" + store.digest([run.id for run in RUNS]))
+BUILD = Path("build") / PROFILE
+DATASETS = list(dict.fromkeys(run.dataset for run in RUNS if run.study == "snnl"))
+
+if not (RESULTS / "report.html").exists():
+    (BUILD / "90_report.ipynb").unlink(missing_ok=True)
+for i in range(1, SHARDS + 1):  # a DONE file is true only as long as its result files are there
+    if not all(run.path.exists() for run in study.shard(RUNS, f"{i}/{SHARDS}")):
+        (DONE / f"{i}of{SHARDS}.json").unlink(missing_ok=True)
+
+
+rule all:
+    input:
+        BUILD / "90_report.ipynb",
+
+
+rule shard:
+    output:
+        DONE / "{i}of{n}.json",
+    threads: 1
+    shell:
+        "python -m moe_lib run --profile {PROFILE} --shard {wildcards.i}/{wildcards.n} --workers 1"
+        " --done {output:q}"
+
+
+rule tour:
+    input:
+        "notebooks/00_tour.ipynb",
+        Path("moe_lib").glob("*.py"),
+    output:
+        BUILD / "00_tour.ipynb",
+    log:
+        BUILD / "00_tour.log",
+    shell:
+        "papermill --no-progress-bar {input[0]:q} {output:q} > {log:q} 2>&1"
+
+
+rule snnl:
+    input:
+        "notebooks/10_snnl_moe.ipynb",
+        expand(DONE / "{i}of{n}.json", i=range(1, SHARDS + 1), n=SHARDS),
+        Path("moe_lib").glob("*.py"),
+    output:
+        BUILD / "10_snnl_moe-{dataset}.ipynb",
+    log:
+        BUILD / "10_snnl_moe-{dataset}.log",
+    shell:
+        "papermill --no-progress-bar {input[0]:q} {output:q}"
+        " -p profile {PROFILE} -p dataset {wildcards.dataset} > {log:q} 2>&1"
+
+
+rule report:
+    input:
+        "notebooks/90_report.ipynb",
+        BUILD / "00_tour.ipynb",
+        expand(BUILD / "10_snnl_moe-{dataset}.ipynb", dataset=DATASETS),
+    output:
+        BUILD / "90_report.ipynb",
+    log:
+        BUILD / "90_report.log",
+    params:
+        page=RESULTS / "report.html",
+    shell:
+        "(papermill --no-progress-bar {input[0]:q} {output:q} -p profile {PROFILE}"
+        " && python -m moe_lib.report {output:q} {params.page:q}) > {log:q} 2>&1"

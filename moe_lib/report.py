@@ -1,0 +1,263 @@
+"""The rendered report and the README's tables, both made from result files alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from IPython.display import HTML
+
+from moe_lib import store, study, tables
+from moe_lib.plots import DATASET_TITLES
+
+# What the papers claim of SNNL, as paired differences snnl - base: measure, claimed direction, wording.
+SNNL_CLAIMS = (
+    ("accuracy", "higher", "more accurate"),
+    ("|cos| weights", "lower", "experts' weights more orthogonal"),
+    ("H(E|c)", "higher", "gate more flexible"),
+    ("I(x;E)", "higher", "... while it depends on its input"),
+)
+# Second-hand; see the README. Accuracy in %, MoE and MoE + SNNL.
+PUBLISHED = {"fashion_mnist": (91.33, 91.61), "cifar100": (35.75, 36.74)}
+
+
+def finished_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
+    """Runs with results, by data set, in the order of the profile; data sets without any are left out."""
+    grouped: dict[str, list[study.Run]] = {}
+    for run in study.runs(profile, study_name):
+        if run.path.exists():
+            grouped.setdefault(run.dataset, []).append(run)
+    return grouped
+
+
+def load(runs: Sequence[study.Run]) -> list[dict[str, Any]]:
+    return [store.read(run.path) for run in runs]
+
+
+def claims_table(profile: str) -> pd.DataFrame:
+    """Each claim on each data set: the paired difference snnl - base with its interval."""
+    rows = []
+    for dataset, runs in finished_runs(profile, "snnl").items():
+        frame = tables.frame(load(runs))
+        for column, direction, wording in SNNL_CLAIMS:
+            found = tables.contrast(frame, "snnl", "base", column)
+            if found is not None:
+                rows.append(
+                    {"data set": DATASET_TITLES[dataset], "claim": wording, "measure": column}
+                    | tables.show(found, tables.COLUMNS[column][1])
+                    | {"reading": tables.reading(found, direction)}
+                )
+    columns = ["data set", "claim", "measure", "difference", "95 % interval", "p", "seeds", "reading"]
+    return pd.DataFrame(rows, columns=columns).set_index(["data set", "claim"])
+
+
+def accuracy_table(profile: str) -> pd.DataFrame:
+    """Test accuracy (%) of every arm on every data set, mean ± sd over seeds (their number in brackets)."""
+    columns = {}
+    for dataset, runs in finished_runs(profile, "snnl").items():
+        frame = tables.frame(load(runs))
+        columns[DATASET_TITLES[dataset]] = {
+            str(arm): f"{tables.spread(group['accuracy'] * 100, 2)} ({len(group)})"
+            for arm, group in frame.groupby("arm", sort=False)
+        }
+    table = pd.DataFrame(columns)
+    order = [arm for arm in study.ARM_DESCRIPTIONS if arm in table.index]
+    return table.loc[order].fillna("-").rename_axis("arm")
+
+
+def published_table(profile: str) -> pd.DataFrame:
+    """The papers' accuracies (second-hand) beside ours."""
+    rows = []
+    for dataset, runs in finished_runs(profile, "snnl").items():
+        if dataset in PUBLISHED:
+            frame = tables.frame(load(runs))
+            means = frame.groupby("arm")["accuracy"].mean() * 100
+            before, after = PUBLISHED[dataset]
+            rows.append(
+                {
+                    "data set": DATASET_TITLES[dataset],
+                    "published MoE": f"{before:.2f}",
+                    "ours": f"{means.get('base', float('nan')):.2f}",
+                    "published MoE + SNNL": f"{after:.2f}",
+                    "ours ": f"{means.get('snnl', float('nan')):.2f}",
+                    "published gain": f"{after - before:+.2f}",
+                    "our gain": f"{means.get('snnl', float('nan')) - means.get('base', float('nan')):+.2f}",
+                }
+            )
+    return pd.DataFrame(rows).set_index("data set") if rows else pd.DataFrame()
+
+
+def tuning_table(profile: str) -> pd.DataFrame:
+    """Best validation cross-entropy of every setting tried, mean over the tuning seeds."""
+    rows = []
+    for runs in finished_runs(profile, "snnl-tuning").values():
+        for result in load(runs):
+            run = result["run"]
+            objective = run["objective"]
+            weight = (objective["snnl"] or {}).get("factor") or objective["balance"] or objective["auxiliary"]
+            rows.append(
+                {
+                    "dataset": run["dataset"],
+                    "arm": run["arm"],
+                    "learning rate": run["train"]["learning_rate"],
+                    "weight": weight or 0.0,
+                    "cross-entropy": result["history"]["best_cross_entropy"],
+                }
+            )
+    if not rows:
+        return pd.DataFrame()
+    keys = ["dataset", "arm", "learning rate", "weight"]
+    table = pd.DataFrame(rows).groupby(keys, sort=True)["cross-entropy"].agg(["mean", "count"])
+    return table.rename(columns={"mean": "validation cross-entropy", "count": "seeds"})
+
+
+def provenance_table(profile: str) -> pd.DataFrame:
+    """Where the numbers come from: commits, versions, machines, time and memory, over all runs used."""
+    results = [
+        r for name in study.STUDIES for runs in finished_runs(profile, name).values() for r in load(runs)
+    ]
+    planned = len(study.runs(profile))
+
+    def distinct(values: Sequence[Any]) -> str:
+        return ", ".join(sorted({str(v) for v in values})) or "-"
+
+    versions = [f"{k} {v}" for r in results for k, v in r["versions"].items()]
+    rows = {
+        "runs finished / planned": f"{len(results)} / {planned}",
+        "commits": distinct([(r["commit"] or "unknown")[:10] for r in results]),
+        "code changed since the commit": distinct(
+            [{True: "yes", False: "no"}.get(r["dirty"], "?") for r in results]
+        ),
+        "versions": distinct(versions),
+        "machines": distinct([f"{r['machine']} ({r['device']})" for r in results]),
+        "time": f"{sum(r['wall_seconds'] for r in results) / 60:.0f} core-minutes",
+        "longest run": f"{max((r['wall_seconds'] for r in results), default=0):.0f} s",
+        "highest memory of a run": f"{max((r['peak_memory_mb'] for r in results), default=0):.0f} MB",
+    }
+    return pd.DataFrame({"value": rows}).rename_axis("what")
+
+
+def as_html(table: pd.DataFrame) -> HTML:
+    """A table for the report: index as ordinary columns, no border; "none in this profile" if empty."""
+    if table.empty:
+        return HTML("<p>None in this profile.</p>")
+    return HTML(table.reset_index().to_html(index=False, border=0, justify="left"))
+
+
+# ----------------------------------------------------------------------------------------- README
+
+BEGIN, END = "<!-- results: begin, written by `make readme` -->", "<!-- results: end -->"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A data frame as a Markdown table."""
+    flat = table.reset_index()
+    cells = [[str(c) for c in flat.columns], ["---"] * len(flat.columns)]
+    cells += [[str(v) for v in row] for row in flat.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(v.replace("|", "\\|") for v in row) + " |" for row in cells)
+
+
+def readme_section() -> str:
+    """The part of the README between its markers, from results/core."""
+    profile = "core"
+    runs = [run for group in finished_runs(profile, "snnl").values() for run in group]
+    if not runs:
+        return f"{BEGIN}\nNo finished runs yet.\n{END}"
+    results = load(runs)
+    minutes = sum(r["wall_seconds"] for r in results) / 60
+    return "\n".join(
+        [
+            BEGIN,
+            f"Profile `core`: {len(runs)} of {len(study.runs(profile, 'snnl'))} planned runs finished, "
+            f"{minutes:.0f} core-minutes on {results[0]['machine']}. Regenerate with `make report PROFILE=core`.",
+            "",
+            "SNNL minus base, paired by seed (95 % t interval, exact sign-flip p):",
+            "",
+            markdown(claims_table(profile)),
+            "",
+            "Test accuracy in %, mean ± standard deviation over seeds (number of seeds):",
+            "",
+            markdown(accuracy_table(profile)),
+            "",
+            "Published accuracies (second-hand) beside ours, in %:",
+            "",
+            markdown(published_table(profile)),
+            END,
+        ]
+    )
+
+
+def update_readme(path: Path, check: bool = False) -> int:
+    """Write the results section of the README; with `check`, only say if it is out of date (exit code 1)."""
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise store.StoreError(f"{path} must hold the two lines {BEGIN!r} and {END!r} once each")
+    head, rest = text.split(BEGIN)
+    updated = head + readme_section() + rest.split(END)[1]
+    if check:
+        if updated != text:
+            print(f"{path} is out of date: run `make readme`", file=sys.stderr)
+        return int(updated != text)
+    store.write_bytes(path, updated.encode())
+    return 0
+
+
+# ------------------------------------------------------------------------------------------- HTML
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<style>
+:root {{ color-scheme: light; }}
+body {{ margin: 0 auto; max-width: 60rem; padding: 1rem; background: #fff; color: #1a1a1a;
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }}
+h1 {{ line-height: 1.2; font-size: 1.8rem; }}
+h2 {{ margin-top: 2.5rem; padding-top: .8rem; border-top: 1px solid #ddd; font-size: 1.35rem; }}
+h3 {{ margin-top: 1.6rem; font-size: 1.1rem; }}
+a.anchor-link {{ display: none; }}
+img {{ max-width: 100%; height: auto; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; color: #555; margin: .2rem 0 1rem; }}
+code {{ font-size: .9em; background: #f3f3f3; padding: 0 .2em; overflow-wrap: anywhere; }}
+.output_subarea, .jp-OutputArea-output {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums;
+        margin: .5rem 0 1rem; }}
+table, th, td {{ border: 0; }}
+th, td {{ padding: .25rem .6rem; text-align: left; vertical-align: top;
+         border-bottom: 1px solid #e4e4e4; }}
+thead th {{ border-bottom: 2px solid #888; }}
+blockquote {{ margin: 1rem 0; padding: .2rem 1rem; border-left: 4px solid #E69F00; background: #fdf6e7; }}
+@media print {{ body {{ max-width: none; font-size: 10pt; }} h2 {{ break-after: avoid; }}
+               img {{ break-inside: avoid; }} }}
+</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def render(notebook: Path, target: Path) -> None:
+    """An executed notebook as one HTML page without code, scripts or network, figures embedded."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    content = nbformat.read(notebook, as_version=4)
+    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True)
+    exporter.exclude_output_prompt = True
+    body, _ = exporter.from_notebook_node(content)
+    title = content.cells[0].source.lstrip("# ").split("\n")[0]
+    store.write_bytes(target, PAGE.format(title=title, body=body).encode())
+
+
+if __name__ == "__main__":
+    render(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,15 @@
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Results and figures of a test go to its own folder."""
+    monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path / "results"))
+    monkeypatch.setenv("MOE_FIGURES_DIR", str(tmp_path / "figures"))
+    return tmp_path

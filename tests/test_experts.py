@@ -1,0 +1,251 @@
+"""Stacked experts and the mixture layer against loops over tokens and experts, with a fixed fake router.
+
+Shapes: N tokens, D width, H hidden width, O output width, E experts, K chosen.
+"""
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch import nn
+
+from moe_lib.experts import Experts, MoE
+from moe_lib.routing import LinearRouter, UniformRouter, route
+
+
+class FixedRouter(nn.Module):
+    """Returns what it was given, whatever the tokens; remembers its last arguments."""
+
+    def __init__(self, routing):
+        super().__init__()
+        self.routing = routing
+
+    def forward(self, tokens_ND, previous=None):
+        self.seen = tokens_ND, previous
+        return self.routing
+
+
+def tokens(num_tokens=7, dim=4, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_tokens, dim, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def fixed_routing(num_tokens=7, num_experts=5, top_k=None, seed=1):
+    return route(tokens(num_tokens, num_experts, seed), top_k)
+
+
+def moe_layer(num_experts=5, top_k=None, router=None, seed=3, out_dim=3, dtype=torch.float64):
+    """Weights from the seed, with biases that are not zero."""
+    layer = MoE(4, num_experts, 6, out_dim, top_k, router).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2)
+    return layer
+
+
+def stacked(experts):
+    return experts.w1_EDH, experts.b1_EH, experts.w2_EHO, experts.b2_EO
+
+
+# ---------------------------------------------------------------------------------------- experts
+
+
+def test_every_expert_on_every_row():
+    experts, x_ND = moe_layer().experts, tokens()
+    out_NEO = experts(x_ND)
+    assert out_NEO.shape == (7, 5, 3)
+    for n in range(7):
+        for e in range(5):
+            weights = [reference.array(weight[e]) for weight in stacked(experts)]
+            expected_O = reference.expert_output(reference.array(x_ND[n]), *weights)
+            np.testing.assert_allclose(out_NEO[n, e].detach(), expected_O, rtol=1e-10, atol=1e-12)
+
+
+def test_one_expert_alone_equals_its_share_of_all():
+    experts, x_ND = moe_layer().experts, tokens()
+    for e in range(5):
+        torch.testing.assert_close(experts.expert(e, x_ND), experts(x_ND)[:, e])
+
+
+def test_flat_weights_hold_every_number_of_each_expert_once():
+    experts = moe_layer().experts
+    flat_EP = experts.flat_weights()
+    assert flat_EP.shape == (5, 4 * 6 + 6 + 6 * 3 + 3)
+    assert not flat_EP.requires_grad
+    for e in range(5):
+        expected = torch.cat([weight[e].flatten() for weight in stacked(experts)])
+        assert torch.equal(flat_EP[e].sort().values, expected.sort().values)
+
+
+def test_initial_scale_is_kaiming_and_biases_are_zero():
+    experts = Experts(50, 4, 200, 30)
+    assert experts.w1_EDH.std().item() == pytest.approx((2 / 50) ** 0.5, rel=0.03)
+    assert experts.w2_EHO.std().item() == pytest.approx((2 / 200) ** 0.5, rel=0.03)
+    assert not experts.b1_EH.any()
+    assert not experts.b2_EO.any()
+    assert not torch.equal(experts.w1_EDH[0], experts.w1_EDH[1])
+
+
+# ---------------------------------------------------------------------------------------- mixture
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2, 4, 5])
+def test_equals_the_dense_loop(top_k):
+    routing = fixed_routing()
+    layer, x_ND = moe_layer(top_k=top_k, router=FixedRouter(routing)), tokens()
+    out_NO, used = layer(x_ND)
+    whole = top_k in (None, 5)  # nothing to choose: the decision is passed on as it is
+    for field, expected in zip(used, routing if whole else routing.top(top_k), strict=True):
+        assert torch.equal(field, expected)
+    expected_NO = reference.moe(x_ND, used.indices_NK, used.weights_NK, *stacked(layer.experts))
+    np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 5])
+def test_a_router_that_chooses_itself_is_obeyed(top_k):
+    """Also with all experts chosen, where the order of the choices is the router's."""
+    routing = fixed_routing(top_k=top_k)
+    layer, x_ND = moe_layer(router=FixedRouter(routing)), tokens()
+    out_NO, used = layer(x_ND)
+    assert used is routing
+    expected_NO = reference.moe(x_ND, routing.indices_NK, routing.weights_NK, *stacked(layer.experts))
+    np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-10, atol=1e-12)
+
+
+def test_the_router_sees_the_tokens_and_the_previous_decision():
+    router, previous, x_ND = FixedRouter(fixed_routing()), fixed_routing(seed=8), tokens()
+    moe_layer(router=router)(x_ND, previous)
+    assert router.seen[0] is x_ND
+    assert router.seen[1] is previous
+
+
+def test_without_a_router_a_linear_one_is_made():
+    layer = moe_layer(top_k=2)
+    assert isinstance(layer.router, LinearRouter)
+    out_NO, used = layer(tokens())
+    expected_NO = reference.moe(tokens(), used.indices_NK, used.weights_NK, *stacked(layer.experts))
+    np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-10, atol=1e-12)
+
+
+def test_out_dim_defaults_to_dim():
+    assert MoE(4, 2, 6)(tokens(dtype=torch.float32))[0].shape == (7, 4)
+
+
+def test_one_expert_is_a_plain_network():
+    layer, x_ND = moe_layer(num_experts=1), tokens()
+    torch.testing.assert_close(layer(x_ND)[0], layer.experts.expert(0, x_ND))
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_float32_to_1e_5(top_k):
+    layer = moe_layer(top_k=top_k, router=FixedRouter(fixed_routing()))
+    exact_NO = layer(tokens())[0]
+    torch.testing.assert_close(
+        layer.float()(tokens(dtype=torch.float32))[0].double(), exact_NO, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_bfloat16_tokens_keep_a_float32_gate(top_k):
+    layer = moe_layer(top_k=top_k, dtype=torch.bfloat16)
+    out_NO, used = layer(tokens(dtype=torch.bfloat16))
+    assert used.probs_NE.dtype == used.weights_NK.dtype == torch.float32
+    assert out_NO.dtype == torch.bfloat16
+    expected_NO = reference.moe(
+        tokens(dtype=torch.bfloat16).float(), used.indices_NK, used.weights_NK,
+        *(weight.float() for weight in stacked(layer.experts)),
+    )  # fmt: skip
+    np.testing.assert_allclose(out_NO.detach().float(), expected_NO, rtol=0.05, atol=0.05)
+
+
+# -------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_layer_passes_gradcheck(top_k):
+    """No pre-activation lies near the kink of a ReLU, and no two gates nearly tie."""
+    layer, x_ND = moe_layer(num_experts=3, top_k=top_k), tokens(5)
+    hidden_NEH = torch.einsum("nd,edh->neh", x_ND, layer.experts.w1_EDH) + layer.experts.b1_EH
+    assert hidden_NEH.abs().min() > 1e-4
+    assert layer.route(x_ND).probs_NE.sort(1).values.diff(dim=1).min() > 1e-4
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def output(x_ND, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x_ND,))[0]
+
+    assert torch.autograd.gradcheck(output, (x_ND.requires_grad_(), *values))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_dispatch_has_the_gradients_of_the_dense_form(top_k):
+    layer, x_ND = moe_layer(top_k=top_k), tokens().requires_grad_()
+    out_NO, used = layer(x_ND)
+    dense_NO = torch.einsum("ne,neo->no", used.dense_weights(), layer.experts(x_ND))
+    inputs = [x_ND, *layer.parameters()]
+    sparse = torch.autograd.grad(out_NO.square().sum(), inputs, retain_graph=True)
+    dense = torch.autograd.grad(dense_NO.square().sum(), inputs)
+    for a, b in zip(sparse, dense, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# -------------------------------------------------------------------------------- degenerate cases
+
+
+def test_experts_without_tokens_work_forward_and_backward():
+    logits_NE = torch.zeros(7, 5, dtype=torch.float64)
+    logits_NE[:, 3] = 50
+    layer = moe_layer(top_k=1, router=FixedRouter(route(logits_NE)))
+    x_ND = tokens().requires_grad_()
+    out_NO, _ = layer(x_ND)
+    torch.testing.assert_close(out_NO, layer.experts.expert(3, x_ND))
+    out_NO.square().sum().backward()
+    gradients_E = layer.experts.w2_EHO.grad.abs().sum((1, 2))
+    assert gradients_E[3] > 0
+    assert not gradients_E[[0, 1, 2, 4]].any()
+    assert x_ND.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_no_token_and_one_token(num_tokens, top_k):
+    layer, x_ND = moe_layer(top_k=top_k), tokens(num_tokens).requires_grad_()
+    out_NO, used = layer(x_ND)
+    assert out_NO.shape == (num_tokens, 3)
+    assert len(used.probs_NE) == num_tokens
+    out_NO.sum().backward()
+    assert layer.experts.w1_EDH.grad.isfinite().all()
+    if num_tokens:
+        expected_NO = reference.moe(x_ND, used.indices_NK, used.weights_NK, *stacked(layer.experts))
+        np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_tokens_do_not_influence_each_other(top_k):
+    layer, x_ND = moe_layer(top_k=top_k), tokens()
+    whole_NO = layer(x_ND)[0]
+    torch.testing.assert_close(layer(x_ND[2:5])[0], whole_NO[2:5])
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "message"),
+    [(0, None, "num_experts.*0"), (4, 0, "top_k.*0"), (4, 5, "top_k.*4.*5"), (4, -1, "-1")],
+)
+def test_impossible_numbers_are_named(num_experts, top_k, message):
+    with pytest.raises(ValueError, match=message):
+        MoE(4, num_experts, 6, top_k=top_k)
+
+
+def test_no_experts_at_all():
+    with pytest.raises(ValueError, match="num_experts"):
+        Experts(4, 0, 6, 3)
+
+
+@pytest.mark.parametrize("router", [UniformRouter(3), UniformRouter(8), LinearRouter(4, 3, top_k=2)])
+def test_a_router_for_another_number_of_experts_is_refused(router):
+    layer = MoE(4, 5, 6, router=router)
+    with pytest.raises(ValueError, match="5"):
+        layer(tokens(dtype=torch.float32))
