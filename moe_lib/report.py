@@ -172,7 +172,8 @@ def readme_section() -> str:
         [
             BEGIN,
             f"Profile `core`: {len(runs)} of {len(study.runs(profile, 'snnl'))} planned runs finished, "
-            f"{minutes:.0f} core-minutes on {results[0]['machine']}. Regenerate with `make report PROFILE=core`.",
+            f"{minutes:.0f} core-minutes on {results[0]['machine']}. "
+            "Regenerate with `make report PROFILE=core`.",
             "",
             "SNNL minus base, paired by seed (95 % t interval, exact sign-flip p):",
             "",
@@ -223,7 +224,8 @@ h2 {{ margin-top: 2.5rem; padding-top: .8rem; border-top: 1px solid #ddd; font-s
 h3 {{ margin-top: 1.6rem; font-size: 1.1rem; }}
 a.anchor-link {{ display: none; }}
 img {{ max-width: 100%; height: auto; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; color: #555; margin: .2rem 0 1rem; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; color: #555;
+      margin: .2rem 0 1rem; }}
 code {{ font-size: .9em; background: #f3f3f3; padding: 0 .2em; overflow-wrap: anywhere; }}
 .output_subarea, .jp-OutputArea-output {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums;

@@ -139,10 +139,12 @@ SETTINGS: dict[str, dict[str, Settings]] = {
         )
     },
     "core": {
-        "fashion_mnist": Settings(_CNN, _CORE),
-        "cifar100": Settings(_CNN, _CORE),
-        "cifar10": Settings(_CNN, _CORE),
-        "mnist": Settings(_CNN, _CORE),
+        # Chosen by study "snnl-tuning" (tests hold them against its files). CIFAR-10 takes over from
+        # CIFAR-100 and MNIST from FashionMNIST; arms outside the grid take over from their partner.
+        "fashion_mnist": Settings(_CNN, replace(_CORE, learning_rate=3e-3), 1.0, 1.0, 0.01, 1.0),
+        "cifar100": Settings(_CNN, _CORE, 1.0, 1.0, 0.01, 1.0),
+        "cifar10": Settings(_CNN, _CORE, 1.0, 1.0, 0.01, 1.0),
+        "mnist": Settings(_CNN, replace(_CORE, learning_rate=3e-3), 1.0, 1.0, 0.01, 1.0),
     },
 }
 SETTINGS["paper"] = {
