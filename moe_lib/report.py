@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from IPython.display import HTML
 
-from moe_lib import store, study, tables
+from moe_lib import arms, store, study, tables
 from moe_lib.plots import DATASET_TITLES
 
 # What the papers claim of SNNL, as paired differences snnl - base: measure, claimed direction, wording.
@@ -64,7 +64,7 @@ def accuracy_table(profile: str) -> pd.DataFrame:
             for arm, group in frame.groupby("arm", sort=False)
         }
     table = pd.DataFrame(columns)
-    order = [arm for arm in study.ARM_DESCRIPTIONS if arm in table.index]
+    order = [arm for arm in arms.ARM_DESCRIPTIONS if arm in table.index]
     return table.loc[order].fillna("-").rename_axis("arm")
 
 

@@ -1,4 +1,4 @@
-"""Arms, profiles, and the engine that trains what has no result file yet.
+"""The runs of a profile, and the engine that trains what has no result file yet.
 
 A run is a frozen configuration; its digest names its result file. `ensure` is the one place that
 decides what is done: notebooks, `python -m moe_lib run` and Snakemake all call it.
@@ -21,16 +21,24 @@ import torch
 from filelock import FileLock
 
 from moe_lib import data, evaluate, metrics, store
+from moe_lib.arms import (
+    AUXILIARY_WEIGHTS,
+    BALANCE_WEIGHTS,
+    FACTORS,
+    LEARNING_RATES,
+    MAIN_ARMS,
+    PROFILES,
+    SEED_COUNTS,
+    SEEDS,
+    SETTINGS,
+    TUNING_DATASETS,
+    TUNING_SEEDS,
+    VERSIONS,
+    Settings,
+    snnl_arms,
+)
 from moe_lib.classifier import ClassifierConfig, ClassifierTask, Objective
-from moe_lib.snnl import SNNLConfig
 from moe_lib.train import History, OutOfTime, TrainConfig, fit
-
-# Raised by hand when a change is meant to move a study's results; the report never mixes versions.
-VERSIONS = {"snnl": 1, "snnl-tuning": 1}
-
-# The ten seeds of the authors' public code (kwta-ensemble), and two outside them for tuning.
-SEEDS = (42, 1234, 73, 1024, 86400, 31415, 2718, 30, 22, 17)
-TUNING_SEEDS = (1, 2)
 
 
 class StudyError(RuntimeError):
@@ -74,112 +82,6 @@ class Run:
         return store.results_dir() / self.profile / ".work" / self.id
 
 
-# ------------------------------------------------------------------------------------------- arms
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What tuning on validation data chose for one data set."""
-
-    model: ClassifierConfig
-    train: TrainConfig
-    factor: float = 10.0  # of the SNNL
-    dense_factor: float = 10.0  # of the SNNL in the dense control
-    balance: float = 0.01  # weight of the load-balancing loss
-    auxiliary: float = 1.0  # weight of the auxiliary cross-entropy
-    learning_rates: tuple[tuple[str, float], ...] = ()  # arms that differ from train.learning_rate
-
-
-def snnl_arms(settings: Settings) -> dict[str, tuple[ClassifierConfig, Objective]]:
-    """Every arm of the SNNL study, each one thing away from another."""
-    moe = settings.model
-    dense = replace(moe, num_experts=1, expert_hidden=moe.num_experts * moe.expert_hidden)
-    snnl = SNNLConfig(factor=settings.factor)
-    return {
-        "base": (moe, Objective()),
-        "snnl": (moe, Objective(snnl=snnl)),
-        "dense": (dense, Objective()),
-        "dense-snnl": (dense, Objective(snnl=replace(snnl, factor=settings.dense_factor))),
-        "base-balance": (moe, Objective(balance=settings.balance)),
-        "snnl-shuffled": (moe, Objective(snnl=snnl, shuffled=True)),
-        "base-aux": (moe, Objective(auxiliary=settings.auxiliary)),
-        "uniform-gate": (replace(moe, gate="uniform"), Objective()),
-        "raw": (replace(moe, extractor="none"), Objective()),
-        "snnl-pretrained": (moe, Objective(snnl=snnl, pretrain="snnl")),
-        "ce-pretrained": (moe, Objective(pretrain="ce")),
-    }
-
-
-ARM_DESCRIPTIONS = {
-    "base": "extractor, gate, experts; cross-entropy alone",
-    "snnl": "base + SNNL on the extractor's code, jointly",
-    "dense": "one expert of width E x H: no routing",
-    "dense-snnl": "dense + SNNL: what SNNL does without a mixture",
-    "base-balance": "base + load-balancing loss, the standard remedy",
-    "snnl-shuffled": "placebo: SNNL of labels permuted in each batch, same gradient norm",
-    "base-aux": "base + auxiliary cross-entropy at the code: is it SNNL, or any supervision?",
-    "uniform-gate": "base with a constant gate: does routing matter?",
-    "raw": "MoE on pixels, without an extractor",
-    "snnl-pretrained": "extractor trained with SNNL alone, then frozen (half the epochs each)",
-    "ce-pretrained": "extractor trained with cross-entropy, then frozen (half the epochs each)",
-}
-
-# --------------------------------------------------------------------------------------- profiles
-
-_CNN = ClassifierConfig(extractor="cnn", code_dim=128, num_experts=4, expert_hidden=512)
-_CORE = TrainConfig(epochs=8, batch_size=256, learning_rate=1e-3, precision="bfloat16")
-
-SETTINGS: dict[str, dict[str, Settings]] = {
-    "digits": {
-        "digits": Settings(
-            ClassifierConfig("mlp", 64, code_dim=16, num_experts=4, expert_hidden=32, gate_hidden=32),
-            TrainConfig(epochs=12, batch_size=64, learning_rate=3e-3, precision="float64"),
-            factor=1.0,
-            dense_factor=1.0,
-        )
-    },
-    "core": {
-        # Chosen by study "snnl-tuning" (tests hold them against its files). CIFAR-10 takes over from
-        # CIFAR-100 and MNIST from FashionMNIST; arms outside the grid take over from their partner.
-        "fashion_mnist": Settings(_CNN, replace(_CORE, learning_rate=3e-3), 1.0, 1.0, 0.01, 1.0),
-        "cifar100": Settings(_CNN, _CORE, 1.0, 1.0, 0.01, 1.0),
-        "cifar10": Settings(_CNN, _CORE, 1.0, 1.0, 0.01, 1.0),
-        "mnist": Settings(_CNN, replace(_CORE, learning_rate=3e-3), 1.0, 1.0, 0.01, 1.0),
-    },
-}
-SETTINGS["paper"] = {
-    name: replace(s, train=replace(s.train, epochs=20)) for name, s in SETTINGS["core"].items()
-}
-PROFILES = tuple(SETTINGS)
-
-_MAIN = ("base", "snnl")
-_MECHANISM = ("dense", "dense-snnl", "base-balance", "snnl-shuffled")
-_REST = ("base-aux", "uniform-gate", "raw", "snnl-pretrained", "ce-pretrained")
-
-# profile -> data set -> groups of arms and how many of SEEDS each gets
-SEED_COUNTS: dict[str, dict[str, list[tuple[Sequence[str], int]]]] = {
-    "digits": {"digits": [((*_MAIN, *_MECHANISM, *_REST), 5)]},
-    "core": {
-        "fashion_mnist": [(_MAIN, 10), (_MECHANISM, 5), (_REST, 3)],
-        "cifar100": [(_MAIN, 10), (_MECHANISM, 5)],
-        "cifar10": [((*_MAIN, "dense", "dense-snnl"), 5)],
-        "mnist": [(_MAIN, 3)],
-    },
-    "paper": {
-        "fashion_mnist": [((*_MAIN, *_MECHANISM, *_REST), 10)],
-        "cifar100": [((*_MAIN, *_MECHANISM, *_REST), 10)],
-        "cifar10": [((*_MAIN, *_MECHANISM), 10)],
-        "mnist": [(_MAIN, 10)],
-    },
-}
-
-TUNING_DATASETS = ("fashion_mnist", "cifar100")
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-FACTORS = (1.0, 10.0, 100.0)
-BALANCE_WEIGHTS = (0.001, 0.01, 0.1)
-AUXILIARY_WEIGHTS = (0.1, 0.3, 1.0)
-
-
 def snnl_runs(profile: str) -> Iterator[Run]:
     """The SNNL study, seed by seed, so that an unfinished profile still has pairs."""
     for dataset, groups in SEED_COUNTS[profile].items():
@@ -193,8 +95,8 @@ def snnl_runs(profile: str) -> Iterator[Run]:
                     yield Run(
                         profile, "snnl", dataset, arm, seed, VERSIONS["snnl"], model, objective,
                         replace(settings.train, learning_rate=rate),
-                        independent_experts=arm in _MAIN,
-                        tsne=arm in _MAIN and seed == SEEDS[0],
+                        independent_experts=arm in MAIN_ARMS,
+                        tsne=arm in MAIN_ARMS and seed == SEEDS[0],
                     )  # fmt: skip
 
 
