@@ -1,4 +1,4 @@
-# make report | test | lab | data | plan | readme | clean
+# make report | test | lab | data | plan | readme | notebooks | clean
 #   PROFILE=digits|core|paper   whose results (report, plan)
 #   CORES=n                     how many processes
 #   PYTHON=python3.12           which Python makes .venv
@@ -11,7 +11,7 @@ BIN := .venv/bin
 export JUPYTER_PREFER_ENV_PATH := 1# a kernel in the user's home must not shadow the one in .venv
 
 .DEFAULT_GOAL := report
-.PHONY: report test lab data plan readme clean
+.PHONY: report test lab data plan readme notebooks clean
 
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -53,6 +53,13 @@ plan: .venv/ready
 
 readme: .venv/ready
 	@$(BIN)/python -m moe_lib readme
+
+# Execute the notebooks on the embedded data and store them with their outputs, as they are committed.
+notebooks: .venv/ready
+	@$(BIN)/ruff format notebooks
+	@for name in 00_tour 10_snnl_moe 90_report; do \
+	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN \
+	    --ExecutePreprocessor.record_timing=False notebooks/$$name.ipynb || exit 1; done
 
 # Everything that can be made again from what is committed; data sets and committed results stay.
 clean:

@@ -28,5 +28,5 @@ def test_eps_form_agrees_where_it_can_and_caps_where_it_cannot():
 
 
 def test_bad_planted_arguments():
-    with pytest.raises(ValueError, match="-0.1"):
+    with pytest.raises(ValueError, match=r"-0\.1"):
         planted.ring_clusters(spread=-0.1)

@@ -14,7 +14,7 @@ import pytest
 import small_runs
 import torch
 
-from moe_lib import store, study
+from moe_lib import arms, store, study
 from moe_lib.data import ROOT
 
 TESTS = Path(__file__).parent
@@ -41,7 +41,7 @@ def test_digest_depends_on_every_choice_and_not_on_new_defaults():
 
 
 def test_ids_are_distinct_and_stable():
-    for profile in study.PROFILES:
+    for profile in arms.PROFILES:
         ids = [run.id for run in study.runs(profile)]
         assert len(set(ids)) == len(ids)
     first = study.runs("digits", "snnl", "digits", "base")[0]
@@ -65,19 +65,51 @@ def test_committed_results_belong_to_the_plan(monkeypatch):
 
 
 def test_arms_differ_from_base_in_one_thing():
-    settings = study.SETTINGS["core"]["fashion_mnist"]
-    arms = study.snnl_arms(settings)
-    assert set(arms) == set(study.ARM_DESCRIPTIONS)
-    base_model, base_objective = arms["base"]
-    dense_model = arms["dense"][0]
+    settings = arms.SETTINGS["core"]["fashion_mnist"]
+    study_arms = arms.snnl_arms(settings)
+    assert set(study_arms) == set(arms.ARM_DESCRIPTIONS)
+    base_model, base_objective = study_arms["base"]
+    dense_model = study_arms["dense"][0]
     assert dense_model.num_experts * dense_model.expert_hidden == (
         base_model.num_experts * base_model.expert_hidden
     )
-    for arm, (model, objective) in arms.items():
+    for arm, (model, objective) in study_arms.items():
         reference = dense_model if arm.startswith("dense") else base_model
         changed_model = model != reference
         changed_objective = objective != base_objective
         assert (changed_model + changed_objective) == (arm not in ("base", "dense")), arm
+
+
+@pytest.mark.parametrize("dataset", arms.TUNING_DATASETS)
+def test_settings_are_what_tuning_chose(dataset, monkeypatch):
+    """The rule of arms.SETTINGS, applied to the committed tuning results."""
+    monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
+    runs = [run for run in study.runs("core", "snnl-tuning", dataset) if run.path.exists()]
+    if not runs:
+        pytest.skip("no tuning results yet")
+    scores = {}
+    for run in runs:
+        objective = run.objective
+        weight = (objective.snnl.factor if objective.snnl else 0) or objective.balance or objective.auxiliary
+        key = (run.arm, run.train.epochs, run.train.learning_rate, weight)
+        scores.setdefault(key, {})[run.seed] = store.read(run.path)["history"]["best_cross_entropy"]
+
+    def best(arm, epochs, position, rate=None):
+        """The setting with the lowest mean, among those that the same seeds have tried."""
+        tried = {k: v for k, v in scores.items() if k[:2] == (arm, epochs) and rate in (None, k[2])}
+        seeds = set.intersection(*(set(v) for v in tried.values())) if tried else set()
+        means = {k: sum(v[s] for s in seeds) / len(seeds) for k, v in tried.items()} if seeds else {}
+        return min(means, key=means.get)[position] if means else None
+
+    settings = arms.SETTINGS["core"][dataset]
+    rate = settings.train.learning_rate
+    assert best("base", settings.train.epochs, 2) in (rate, None)
+    assert best("snnl", 4, 3, rate) == settings.factor
+    assert best("dense-snnl", 4, 3, rate) == settings.dense_factor
+    assert best("base-balance", 4, 3, rate) in (settings.balance, None)
+    assert best("base-aux", 4, 3, rate) in (settings.auxiliary, None)
+    preferred = {best(arm, 4, 2) for arm in ("base", "snnl", "dense")}
+    assert len(preferred) == 1, "arms prefer different rates: give them their own (Settings.learning_rates)"
 
 
 def test_paired_arms_share_everything_but_the_arm():
@@ -206,18 +238,18 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_full_tmpfs_keeps_finished_runs(tmp_path, monkeypatch):
-    """A real file system of 300 kB: a checkpoint does not fit, what was finished stays."""
+    """A real file system of 2 MB: a checkpoint does not fit, what was finished stays."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("mounting a tmpfs needs root")
     try:
         monkeypatch.setenv("MOE_RESULTS_DIR", str(disk))
         small, large = small_runs.run(epochs=1), small_runs.run(epochs=1, arm="dense")
-        large = replace(large, model=replace(large.model, expert_hidden=5000))
+        large = replace(large, model=replace(large.model, expert_hidden=20_000))
         with pytest.raises(study.StudyError, match=r"1 of 2 runs failed.*\n.*(disk is full|No space)"):
             study.ensure([small, large], workers=1, quiet=True)
         assert small.path.exists()

@@ -1,0 +1,664 @@
+"""Tables, figures and the rendered report, on made-up result files, against numbers done by hand."""
+
+import base64
+import inspect
+import re
+from dataclasses import asdict
+from itertools import pairwise
+
+import matplotlib as mpl
+import nbformat
+import numpy as np
+import pytest
+import small_runs
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from moe_lib import arms, plots, report, store, study, tables
+from moe_lib.data import ROOT
+from moe_lib.stats import PairedComparison
+
+# ------------------------------------------------------------------------------------ made-up results
+
+
+def planned(arm: str, seed: int, dataset: str = "fashion_mnist", profile: str = "core") -> study.Run:
+    (run,) = [r for r in study.runs(profile, "snnl", dataset, arm) if r.seed == seed]
+    return run
+
+
+def made_up(run: study.Run, accuracy: float = 0.9, num_classes: int = 10, epochs: int = 3) -> dict:
+    """What a result file of `run` could hold; every number follows from `accuracy` and the seed."""
+    draw = np.random.default_rng(run.seed)
+    experts = run.model.num_experts
+    score = {"accuracy": accuracy, "cross_entropy": 1 - accuracy, "calibration_error": 0.02}
+    dense = experts == 1  # similarity of one expert is no number
+    similarity = dict.fromkeys(("weights", "weights_aligned", "outputs", "cka"), None if dense else 0.1)
+    result = {
+        "id": run.id,
+        "run": asdict(run),
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "versions": {"python": "3.12.0", "torch": "2.14.0"},
+        "machine": "Some CPU",
+        "device": "cpu",
+        "wall_seconds": 90.0,
+        "peak_memory_mb": 500.0 + run.seed,
+        "history": {
+            "best_cross_entropy": 1 - accuracy,
+            "validation": {
+                "cross_entropy": [1 / (e + 1) for e in range(epochs)],
+                "accuracy": [accuracy - 0.1 * (epochs - 1 - e) for e in range(epochs)],
+                "marginal": [1.3] * epochs,
+                "per_sample": [1.3 - 0.2 * e for e in range(epochs)],
+            },
+        },
+        "task": score,
+        "last_epoch": score | {"accuracy": accuracy - 0.001},
+        "routing": {
+            "entropy": {
+                **{"marginal": 1.3, "per_sample": 0.4, "class_conditional": 0.5, "expert_class": 1.5},
+                **{"information_input": 0.9, "information_class": 0.8},
+            },
+            "information_class_null": 0.02,
+            "load": {"effective_experts": 3.5, "dead_experts": 0, "adjusted_mutual_information": 0.6},
+            "class_expert": draw.dirichlet(np.ones(experts), num_classes).tolist(),
+        },
+        "similarity": similarity,
+        "initial": {"similarity": {k: v and v / 2 for k, v in similarity.items()}},
+        "embedding": {"knn_accuracy": 0.9, "silhouette": 0.4, "trustworthiness": 0.95, "snnl": 1.6},
+        "ablation": {"permuted": 0.3},
+        "expert_parameters": 1000,
+    }
+    if run.independent_experts:
+        result["null"] = {"similarity": {k: v and v * 4 for k, v in similarity.items()}}
+    if run.tsne:
+        points = draw.integers(0, 1000, (2, 400, 2)).tolist()
+        labels = [i % num_classes for i in range(400)]
+        result["tsne"] = {"before": points[0], "after": points[1], "labels": labels}
+    return result
+
+
+# arm -> accuracy of each of three seeds; the differences are done by hand in the tests
+ACCURACIES = {
+    "base": (0.90, 0.91, 0.92),
+    "snnl": (0.92, 0.92, 0.94),
+    "dense": (0.80, 0.80, 0.80),
+    "dense-snnl": (0.81, 0.80, 0.82),
+}
+
+
+def some_results(accuracies: dict = ACCURACIES, **options: object) -> list[dict]:
+    return [
+        made_up(planned(arm, seed), accuracy, **options)
+        for arm, values in accuracies.items()
+        for seed, accuracy in zip(arms.SEEDS, values, strict=False)
+    ]
+
+
+@pytest.fixture
+def core(folders):
+    """Those results as files of profile "core", at the planned paths."""
+    for result in some_results():
+        run = planned(result["run"]["arm"], result["run"]["seed"])
+        store.write(run.path, result)
+    return folders
+
+
+# -------------------------------------------------------------------------------------------- tables
+
+
+def test_every_column_is_found_in_a_real_kind_of_result():
+    frame = tables.frame(some_results())
+    assert list(frame.columns) == ["profile", "study", "dataset", "arm", "seed", *tables.COLUMNS]
+    assert len(frame) == 12
+    assert not frame[frame["arm"].isin(["base", "snnl"])].isna().any().any()
+    assert {str(kind) for kind in frame[list(tables.COLUMNS)].dtypes} == {"float64"}
+    first = frame.iloc[0]
+    assert (first["arm"], first["seed"], first["accuracy"]) == ("base", 42, 0.90)
+    assert first["last-epoch accuracy"] == pytest.approx(0.899)
+    assert first["cost of permuted routing"] == 0.3
+    assert frame[frame["arm"] == "dense"]["|cos| weights"].isna().all()
+
+
+def test_columns_name_what_a_run_writes(folders):
+    """The paths of COLUMNS against a result that the engine itself has made."""
+    (result,) = study.ensure([small_runs.run(epochs=1, arm="raw")], workers=1, quiet=True)
+    missing = [path for path, _ in tables.COLUMNS.values() if tables.look_up(result, path) is None]
+    assert missing == []
+    for source in ("similarity", "initial.similarity"):
+        for key in ("weights", "weights_aligned", "outputs", "cka"):
+            assert tables.look_up(result, f"{source}.{key}") is not None
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [("a.b", 1), ("a", {"b": 1}), ("a.c", None), ("x.y.z", None), ("a.b.c", None)]
+)
+def test_look_up(path, value):
+    assert tables.look_up({"a": {"b": 1}}, path) == value
+
+
+def test_summary_is_mean_and_sample_deviation():
+    table = tables.summary(tables.frame(some_results()), ["accuracy", "|cos| weights"])
+    assert table.index.tolist() == list(ACCURACIES)  # in the order given, not by the alphabet
+    assert table.loc["base"].tolist() == ["3", "0.9100 ± 0.0100", "0.1000 ± 0.0000"]
+    assert table.loc["snnl"].tolist() == ["3", "0.9267 ± 0.0115", "0.1000 ± 0.0000"]
+    assert table.loc["dense"].tolist() == ["3", "0.8000 ± 0.0000", "-"]
+
+
+def test_summary_of_one_seed_has_no_deviation():
+    table = tables.summary(tables.frame(some_results({"base": (0.9,)})), ["accuracy"])
+    assert table.loc["base"].tolist() == ["1", "0.9000"]
+
+
+def test_contrast_by_hand():
+    """Differences 0.02, 0.01, 0.02: mean 1/60, deviation 1/(100 sqrt 3), t(0.975, 2) = 4.302653."""
+    frame = tables.frame(some_results())
+    found = tables.contrast(frame, "snnl", "base", "accuracy")
+    assert found.difference == pytest.approx(1 / 60)
+    assert found.low == pytest.approx(1 / 60 - 4.302653 / 300, abs=1e-7)
+    assert found.high == pytest.approx(1 / 60 + 4.302653 / 300, abs=1e-7)
+    assert found.p == 0.25  # 2 of 2^3 sign patterns
+    assert found.effect == pytest.approx(100 * 3**0.5 / 60)
+    assert tables.show(found) == {
+        "difference": "+0.0167",
+        "95 % interval": "[+0.0023, +0.0310]",
+        "p": "0.2500",
+        "seeds": "3 (pilot)",
+    }
+    assert tables.reading(found, "higher") == "as claimed"
+    assert tables.reading(found, "lower") == "opposite to the claim"
+
+
+def test_contrast_pairs_by_seed_and_not_by_position():
+    """Rows in any order; a seed that one arm lacks is left out."""
+    results = some_results({"base": (0.90, 0.91, 0.92), "snnl": (0.92, 0.92, 0.94)})
+    shuffled = [results[i] for i in (5, 0, 3, 2, 4, 1)]
+    assert tables.contrast(tables.frame(shuffled), "snnl", "base", "accuracy") == (
+        tables.contrast(tables.frame(results), "snnl", "base", "accuracy")
+    )
+    found = tables.contrast(tables.frame(results[1:]), "snnl", "base", "accuracy")  # base without seed 42
+    assert found.seeds == 2
+    assert found.difference == pytest.approx((0.01 + 0.02) / 2)
+
+
+def test_contrast_needs_two_pairs():
+    frame = tables.frame(some_results({"base": (0.9, 0.91), "snnl": (0.92,)}))
+    assert tables.contrast(frame, "snnl", "base", "accuracy") is None
+    assert tables.contrast(frame, "snnl", "raw", "accuracy") is None
+    dense = tables.frame(some_results({"dense": (0.8, 0.81), "dense-snnl": (0.82, 0.83)}))
+    assert tables.contrast(dense, "dense-snnl", "dense", "|cos| weights") is None  # not a number
+
+
+def test_a_seed_that_is_there_twice_is_refused():
+    results = some_results({"base": (0.9, 0.91), "snnl": (0.92, 0.93)})
+    with pytest.raises(ValueError, match="duplicate"):
+        tables.contrast(tables.frame([*results, results[0]]), "snnl", "base", "accuracy")
+
+
+def test_mechanism_by_hand():
+    """Mixture 0.02, 0.01, 0.02 minus dense 0.01, 0, 0.02: 0.01, 0.01, 0."""
+    found = tables.mechanism(tables.frame(some_results()), "accuracy")
+    assert found.difference == pytest.approx(0.02 / 3)
+    assert found.low == pytest.approx(0.02 / 3 - 4.302653 / 300, abs=1e-7)
+    assert found.p == 0.5  # a third of 0 flips freely: 4 of 8 patterns
+    assert tables.reading(found, "higher") == "interval includes 0"
+    without = {arm: values for arm, values in ACCURACIES.items() if arm != "dense"}
+    assert tables.mechanism(tables.frame(some_results(without)), "accuracy") is None
+
+
+def test_contrasts_lists_what_there_is():
+    pairs = [("snnl", "base"), ("snnl", "raw")]
+    table = tables.contrasts(tables.frame(some_results()), pairs, ["accuracy", "|cos| weights"])
+    mechanism = "mechanism: (snnl - base) - (dense-snnl - dense)"
+    assert table.index.tolist() == [
+        ("accuracy", "snnl - base"),
+        ("accuracy", mechanism),
+        ("|cos| weights", "snnl - base"),  # the dense arms have no such number: no mechanism
+    ]
+    assert table.loc[("accuracy", "snnl - base"), "95 % interval"] == "[+0.0023, +0.0310]"
+    assert table.loc[("accuracy", mechanism), "difference"] == "+0.0067"
+    assert table.loc[("|cos| weights", "snnl - base"), "difference"] == "+0.0000"
+    assert tables.contrasts(tables.frame(some_results({"base": (0.9,)})), pairs, ["accuracy"]).empty
+
+
+def comparison(low: float, high: float, p: float = 0.01, seeds: int = 10) -> PairedComparison:
+    return PairedComparison((low + high) / 2, low, high, p, 1.0, low, high, seeds)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "claimed", "reading"),
+    [
+        (0.1, 0.2, "higher", "as claimed"),
+        (-0.2, -0.1, "higher", "opposite to the claim"),
+        (-0.1, 0.2, "higher", "interval includes 0"),
+        (0.0, 0.2, "higher", "interval includes 0"),
+        (-0.2, 0.0, "higher", "interval includes 0"),
+        (0.0, 0.0, "lower", "interval includes 0"),
+        (-0.2, -0.1, "lower", "as claimed"),
+        (0.1, 0.2, "lower", "opposite to the claim"),
+        (-0.1, 0.2, "lower", "interval includes 0"),
+    ],
+)
+def test_reading(low, high, claimed, reading):
+    assert tables.reading(comparison(low, high), claimed) == reading
+
+
+def test_reading_of_an_unknown_direction():
+    with pytest.raises(KeyError, match="sideways"):
+        tables.reading(comparison(0, 1), "sideways")
+
+
+def test_show_rounds_and_marks_pilots():
+    assert tables.show(comparison(0.1, 0.3, p=0.00002, seeds=8), 1) == {
+        "difference": "+0.2",
+        "95 % interval": "[+0.1, +0.3]",
+        "p": "< 0.0001",
+        "seeds": "8",
+    }
+    assert tables.show(comparison(0.1, 0.3, seeds=7))["seeds"] == "7 (pilot)"
+
+
+def test_similarity_nulls():
+    table = tables.similarity_nulls(some_results(), ["base", "dense", "raw"])  # no result of raw
+    floor = (2 / (np.pi * 1000)) ** 0.5
+    kinds = ["trained together", "before training", "null: trained alone", "floor sqrt(2 / (pi P))"]
+    assert table.index.tolist() == [(arm, kind) for arm in ("base", "dense") for kind in kinds]
+    column = table.loc["base", "|cos| weights"]
+    assert column.tolist() == ["0.1000 ± 0.0000", "0.0500 ± 0.0000", "0.4000 ± 0.0000", f"{floor:.4f}"]
+    assert table.loc[("base", kinds[3])].tolist()[1:] == ["-", "-", "-"]
+    assert table.loc[("dense", kinds[0])].tolist() == ["-"] * 4
+
+
+# -------------------------------------------------------------------------------------------- report
+
+
+def test_claims_table(core):
+    table = report.claims_table("core")
+    assert set(table.index) == {("FashionMNIST", wording) for _, _, wording in report.SNNL_CLAIMS}
+    row = table.loc[("FashionMNIST", "more accurate")]
+    assert row.to_dict() == {
+        "measure": "accuracy",
+        "difference": "+0.0167",
+        "95 % interval": "[+0.0023, +0.0310]",
+        "p": "0.2500",
+        "seeds": "3 (pilot)",
+        "reading": "as claimed",
+    }
+    assert table.loc[("FashionMNIST", "gate more flexible"), "reading"] == "interval includes 0"
+
+
+def test_claims_read_result_files_of_the_plan_alone(core):
+    """A file of an earlier setting beside the planned ones is not read."""
+    before = report.claims_table("core")
+    run = planned("base", 42)
+    stray = run.path.with_name(f"base-s{arms.SEEDS[3]}-0000000000.json")
+    store.write(stray, made_up(run, accuracy=0.0))
+    assert report.claims_table("core").equals(before)
+
+
+def test_accuracy_table(core):
+    run = planned("base", 42, "mnist")
+    store.write(run.path, made_up(run, accuracy=0.99))
+    table = report.accuracy_table("core")
+    assert table.columns.tolist() == ["FashionMNIST", "MNIST"]
+    assert table["FashionMNIST"].to_dict() == {
+        "base": "91.00 ± 1.00 (3)",
+        "snnl": "92.67 ± 1.15 (3)",
+        "dense": "80.00 ± 0.00 (3)",
+        "dense-snnl": "81.00 ± 1.00 (3)",
+    }
+    assert table["MNIST"].to_dict() == {"base": "99.00 (1)", "snnl": "-", "dense": "-", "dense-snnl": "-"}
+
+
+def test_published_table(core):
+    table = report.published_table("core")
+    assert table.index.tolist() == ["FashionMNIST"]
+    assert table.iloc[0].tolist() == ["91.33", "91.00", "91.61", "92.67", "+0.28", "+1.67"]
+
+
+def test_tuning_table(folders):
+    """The two seeds of one setting are averaged; settings of one arm stand apart."""
+    runs = [r for r in study.runs("core", "snnl-tuning", "cifar100") if r.train.learning_rate == 1e-3]
+    tried = [r for r in runs if r.arm == "snnl" and r.objective.snnl.factor in (1.0, 10.0)]
+    assert len(tried) == 4
+    for run in tried:
+        value = run.objective.snnl.factor + run.seed
+        store.write(run.path, {"run": asdict(run), "history": {"best_cross_entropy": value}})
+    table = report.tuning_table("core").reset_index()
+    assert table["learning rate"].tolist() == [1e-3, 1e-3]
+    assert table["weight"].tolist() == [1.0, 10.0]
+    assert table["validation cross-entropy"].tolist() == [2.5, 11.5]
+    assert table["seeds"].tolist() == [2, 2]
+
+
+def test_tuning_budgets_are_not_mixed(folders):
+    """base is also tuned at the whole budget; its value there is not averaged with the short one's."""
+    rate = arms.LEARNING_RATES[0]
+    runs = [
+        run
+        for run in study.runs("core", "snnl-tuning", "cifar100", "base")
+        if run.train.learning_rate == rate and run.seed == 1
+    ]
+    assert len({run.train.epochs for run in runs}) == len(runs) == 2
+    for run in runs:
+        history = {"best_cross_entropy": float(run.train.epochs)}
+        store.write(run.path, {"run": asdict(run), "history": history})
+    assert sorted(report.tuning_table("core")["validation cross-entropy"]) == sorted(
+        float(run.train.epochs) for run in runs
+    )
+
+
+def test_provenance_table(core):
+    rows = report.provenance_table("core")["value"]
+    assert rows["runs finished / planned"] == f"12 / {len(study.runs('core'))}"
+    assert rows["commits"] == "0123456789"
+    assert rows["code changed since the commit"] == "no"
+    assert rows["versions"] == "python 3.12.0, torch 2.14.0"
+    assert rows["machines"] == "Some CPU (cpu)"
+    assert rows["time"] == "18 core-minutes"
+    assert rows["longest run"] == "90 s"
+    assert rows["highest memory of a run"] == f"{500 + max(arms.SEEDS[:3])} MB"
+
+
+def test_provenance_does_not_hide_a_dirty_or_unknown_tree(core):
+    for seed, dirty in zip(arms.SEEDS, (True, None), strict=False):
+        run = planned("base", seed)
+        store.write(run.path, store.read(run.path) | {"dirty": dirty, "commit": None})
+    rows = report.provenance_table("core")["value"]
+    assert rows["code changed since the commit"] == "?, no, yes"
+    assert rows["commits"] == "0123456789, unknown"
+
+
+def test_tables_of_a_profile_without_runs(folders):
+    assert report.finished_runs("core", "snnl") == {}
+    for table in (report.claims_table, report.accuracy_table, report.published_table, report.tuning_table):
+        assert report.as_html(table("core")).data == "<p>None in this profile.</p>"
+    assert report.provenance_table("core").loc["commits", "value"] == "-"
+
+
+def test_html_table(core):
+    html = report.as_html(report.accuracy_table("core")).data
+    assert html.count("<tr") == 5
+    assert "<th>arm</th>" in html
+    assert "<td>92.67 ± 1.15 (3)</td>" in html
+
+
+# -------------------------------------------------------------------------------------------- README
+
+
+def test_markdown(core):
+    lines = report.markdown(report.claims_table("core")).split("\n")
+    assert lines[0] == "| data set | claim | measure | difference | 95 % interval | p | seeds | reading |"
+    assert lines[1] == "| " + " | ".join(["---"] * 8) + " |"
+    assert len(lines) == 6
+    assert "\\|cos\\| weights" in report.markdown(report.claims_table("core"))
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+    assert {len(row) for row in cells} == {8}
+
+
+README = f"# Title\n\nBefore.\n\n{report.BEGIN}\nold\n{report.END}\n\nAfter.\n"
+
+
+def test_readme_is_rewritten_between_its_markers(core):
+    path = core / "README.md"
+    path.write_text(README)
+    assert report.update_readme(path) == 0
+    first = path.read_text()
+    assert first.startswith(f"# Title\n\nBefore.\n\n{report.BEGIN}\n")
+    assert first.endswith(f"{report.END}\n\nAfter.\n")
+    assert "\nold\n" not in first
+    total = len(study.runs("core", "snnl"))
+    assert f"Profile `core`: 12 of {total} planned runs finished, 18 core-minutes on Some CPU." in first
+    assert "| FashionMNIST | more accurate | accuracy | +0.0167 | [+0.0023, +0.0310] |" in first
+    assert "| snnl | 92.67 ± 1.15 (3) |" in first
+    assert "| FashionMNIST | 91.33 | 91.00 | 91.61 | 92.67 | +0.28 | +1.67 |" in first
+
+    assert report.update_readme(path) == 0
+    assert path.read_text() == first
+    assert report.update_readme(path, check=True) == 0
+
+
+def test_readme_check_sees_a_stale_table_and_changes_nothing(core, capsys):
+    path = core / "README.md"
+    path.write_text(README)
+    report.update_readme(path)
+    current = path.read_text()
+    run = planned("snnl", 42)
+    store.write(run.path, made_up(run, accuracy=0.95))
+    assert report.update_readme(path, check=True) == 1
+    assert "out of date: run `make readme`" in capsys.readouterr().err
+    assert path.read_text() == current
+    report.update_readme(path)
+    assert report.update_readme(path, check=True) == 0
+
+
+def test_readme_before_any_run(folders):
+    path = folders / "README.md"
+    path.write_text(README)
+    report.update_readme(path)
+    assert f"{report.BEGIN}\nNo finished runs yet.\n{report.END}" in path.read_text()
+
+
+def test_readme_with_no_data_set_that_was_published(folders):
+    """MNIST alone: every table of the section still has its columns."""
+    for arm in ("base", "snnl"):
+        for seed in arms.SEEDS[:2]:
+            run = planned(arm, seed, "mnist")
+            store.write(run.path, made_up(run, accuracy=0.99))
+    section = report.readme_section()
+    assert "| MNIST | more accurate |" in section
+    assert "| index |" not in section
+
+
+@pytest.mark.parametrize("text", ["# No markers\n", README + README, README.replace(report.END, "")])
+def test_readme_without_its_markers_is_refused(text, core):
+    path = core / "README.md"
+    path.write_text(text)
+    with pytest.raises(store.StoreError, match="results: begin"):
+        report.update_readme(path)
+    assert path.read_text() == text
+
+
+def test_readme_of_the_project_shows_the_committed_results(monkeypatch):
+    monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
+    if not (ROOT / "README.md").exists():
+        pytest.skip("no README.md yet")
+    assert report.update_readme(ROOT / "README.md", check=True) == 0
+
+
+# ---------------------------------------------------------------------------------------------- HTML
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+def test_report_is_one_page_that_needs_nothing_else(tmp_path, core):
+    new = nbformat.v4
+    picture = {"image/png": base64.b64encode(PNG).decode(), "text/plain": "<Image>"}
+    notebook = new.new_notebook(
+        cells=[
+            new.new_markdown_cell("# The title of it\n\nWords with *stress*, $x$ and {braces}."),
+            new.new_code_cell("secret_source()", execution_count=1),
+            new.new_code_cell(
+                "notebook.show()",
+                execution_count=2,
+                outputs=[
+                    new.new_output("display_data", picture),
+                    new.new_output("stream", name="stdout", text="figures/a.png <- results/b\n"),
+                ],
+            ),
+            new.new_code_cell(
+                "as_html(table)",
+                execution_count=3,
+                outputs=[
+                    new.new_output(
+                        "execute_result",
+                        {"text/html": report.as_html(report.accuracy_table("core")).data, "text/plain": "x"},
+                        execution_count=3,
+                    )
+                ],
+            ),
+        ]
+    )
+    source, target = tmp_path / "in.ipynb", tmp_path / "pages" / "report.html"
+    nbformat.write(notebook, source)
+    report.render(source, target)
+
+    page = target.read_text()
+    assert [p.name for p in target.parent.iterdir()] == ["report.html"]
+    assert target.stat().st_size < 8_000_000
+    assert page.startswith("<!DOCTYPE html>")
+    assert page.count("<html") == page.count("</html>") == page.count("<main>") == 1
+    assert "<title>The title of it</title>" in page
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert "<script" not in page
+    assert "secret_source" not in page
+    assert "Words with <em>stress</em>" in page
+    assert "{braces}" in page
+    assert "92.67 ± 1.15 (3)" in page
+    assert "figures/a.png &lt;- results/b" in page
+    assert "In&nbsp;[" not in page
+    assert "Out[" not in page
+
+    used = re.findall(r"""(?:src|href|srcset|data|poster)\s*=\s*["']?([^"'\s>]+)""", page)
+    used += re.findall(r"""url\(\s*["']?([^"')]+)""", page)
+    outside = [name for name in used if not name.startswith(("data:", "#"))]
+    assert outside == []
+    assert any(name.startswith("data:image/png;base64,") for name in used)
+    assert "@import" not in page
+
+
+def test_report_is_the_same_whenever_it_is_rendered(tmp_path):
+    new = nbformat.v4
+    source = tmp_path / "in.ipynb"
+    nbformat.write(new.new_notebook(cells=[new.new_markdown_cell("# T\n\n## Part")]), source)
+    pages = [tmp_path / "1.html", tmp_path / "2.html"]
+    for page in pages:
+        report.render(source, page)
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+
+
+def test_title_is_escaped(tmp_path):
+    source, page = tmp_path / "in.ipynb", tmp_path / "out.html"
+    cell = nbformat.v4.new_markdown_cell("# Experts & <gates>")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), source)
+    report.render(source, page)
+    assert "<title>Experts &amp; &lt;gates&gt;</title>" in page.read_text()
+
+
+# ----------------------------------------------------------------------------------------------- plots
+
+FIGURES = {
+    name: function
+    for name, function in inspect.getmembers(plots, inspect.isfunction)
+    if function.__module__ == plots.__name__
+    and inspect.signature(function).return_annotation in (Figure, "Figure")
+}
+SITUATIONS = {
+    "several seeds": (ACCURACIES, {}),
+    "one seed": ({arm: values[:1] for arm, values in ACCURACIES.items()}, {}),
+    "one arm": ({"snnl": ACCURACIES["snnl"]}, {}),
+    "one run": ({"base": (0.9,)}, {}),
+    "100 classes": (ACCURACIES, {"num_classes": 100}),
+    "one epoch": (ACCURACIES, {"epochs": 1}),
+    "every arm": (dict.fromkeys(arms.ARM_DESCRIPTIONS, (0.9, 0.91, 0.92)), {}),
+}
+
+
+def test_the_figures_are_found():
+    expected = {
+        "training_curves",
+        "accuracy_by_arm",
+        "tsne_panels",
+        "routing_heatmap",
+        "similarity_with_nulls",
+    }
+    assert set(FIGURES) >= expected
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_can_be_drawn(name, situation, folders):
+    """Drawn and saved for real: a warning of the layout would be an error."""
+    accuracies, options = SITUATIONS[situation]
+    figure = FIGURES[name](some_results(accuracies, **options))
+    assert isinstance(figure, Figure)
+    assert any(axis.has_data() for axis in figure.axes)
+    plots.save(figure, name, [])
+    assert plots.target(name).stat().st_size > 3000
+
+
+def test_figures_leave_the_style_of_others_alone(folders):
+    before = dict(mpl.rcParams)
+    plots.save(plots.accuracy_by_arm(some_results()), "x", [])
+    assert dict(mpl.rcParams) == before
+
+
+def test_figures_are_the_same_bytes_each_time(folders):
+    for name in ("a", "b"):
+        plots.save(plots.training_curves(some_results()), name, [])
+    assert plots.target("a").read_bytes() == plots.target("b").read_bytes()
+
+
+def test_curves_are_means_over_seeds():
+    figure = plots.training_curves(some_results({"base": (0.90, 0.91, 0.95)}))
+    cross_entropy, accuracy, information = figure.axes
+    assert cross_entropy.lines[0].get_xdata().tolist() == [1, 2, 3]
+    np.testing.assert_allclose(cross_entropy.lines[0].get_ydata(), [1, 1 / 2, 1 / 3])
+    np.testing.assert_allclose(accuracy.lines[0].get_ydata(), [72, 82, 92])
+    np.testing.assert_allclose(information.lines[0].get_ydata(), [0, 0.2, 0.4], atol=1e-12)
+    band = accuracy.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((70, 95))
+
+
+def test_curves_show_the_wanted_arms_in_one_order():
+    figure = plots.training_curves(some_results()[::-1], ["snnl", "base"])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["base", "snnl"]
+
+
+def test_accuracy_names_arms_and_their_seeds():
+    axis = plots.accuracy_by_arm(some_results()).axes[0]
+    labels = [tick.get_text() for tick in axis.get_yticklabels()]
+    assert labels == ["base (3)", "snnl (3)", "dense (3)", "dense-snnl (3)"]
+    dots, interval, mean = axis.lines[:3]
+    np.testing.assert_allclose(dots.get_xdata(), [90, 91, 92])
+    np.testing.assert_allclose(mean.get_xdata(), 91)
+    np.testing.assert_allclose(interval.get_xdata(), [91 - 4.302653 / 3**0.5, 91 + 4.302653 / 3**0.5])
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_heatmap_shows_every_class_by_preferred_expert(num_classes):
+    results = some_results(num_classes=num_classes)
+    axis = plots.routing_heatmap(results).axes[0]
+    shown = np.asarray(axis.images[0].get_array())
+    gates = np.array(results[0]["routing"]["class_expert"])
+    assert axis.get_title() == "base, seed 42"
+    assert shown.shape == (num_classes, 4)
+    assert sorted(map(tuple, shown)) == sorted(map(tuple, gates))
+    assert all(a <= b for a, b in pairwise(shown.argmax(1)))
+    labels = [tick.get_text() for tick in axis.get_yticklabels()]
+    if num_classes == 10:  # every row has the number of its class
+        np.testing.assert_array_equal(gates[[int(label) for label in labels]], shown)
+    else:
+        assert labels == []
+
+
+def test_similarity_floor_is_drawn():
+    figure = plots.similarity_with_nulls(some_results())
+    floor = (2 / (np.pi * 1000)) ** 0.5
+    (line,) = [line for line in figure.axes[0].lines if line.get_label().startswith("floor")]
+    np.testing.assert_allclose(line.get_xdata(), floor)
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 4
+
+
+def test_arms_are_told_apart():
+    assert set(plots.ARM_STYLE) == set(arms.ARM_DESCRIPTIONS)
+    colours = [to_hex(colour).lower() for colour, _ in plots.ARM_STYLE.values()]
+    assert len(set(colours)) == len(colours)
+
+
+def test_every_data_set_has_a_title():
+    assert set(plots.DATASET_TITLES) >= {r.dataset for p in arms.PROFILES for r in study.runs(p)}

@@ -1,0 +1,262 @@
+"""What is around the library: the lock, the installers, CI, what git holds, which way imports run."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from moe_lib.data import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCK = (ROOT / "requirements.lock").read_text()
+
+
+def locked(text: str) -> dict[str, list[tuple[Requirement, str]]]:
+    """Canonical name -> its requirements (one per marker), each with the lines that follow it."""
+    found: dict[str, list[tuple[Requirement, str]]] = {}
+    for block in re.findall(r"^[^\s#].*(?:\n[ \t].*)*", text, re.M):
+        first, _, rest = block.partition("\n")
+        requirement = Requirement(first.rstrip(" \\"))
+        found.setdefault(canonicalize_name(requirement.name), []).append((requirement, rest))
+    return found
+
+
+def tracked() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    paths = [ROOT / name for name in names.decode().split("\0") if name]
+    assert len(paths) > 20
+    return [path for path in paths if path.is_file()]  # one may be removed and not yet committed
+
+
+# --------------------------------------------------------------------------------------------- lock
+
+
+def test_every_locked_requirement_has_one_version_and_hashes():
+    requirements = [entry for entries in locked(LOCK).values() for entry in entries]
+    assert len(requirements) > 100
+    for requirement, rest in requirements:
+        assert re.fullmatch(r"==[\w.]+", str(requirement.specifier)), requirement
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", rest), requirement
+
+
+def test_lock_names_no_index():
+    assert "://" not in LOCK
+    assert not re.search(
+        r"^\s*(-i|-f|--index-url|--extra-index-url|--find-links|--trusted-host)\b", LOCK, re.M
+    )
+
+
+@pytest.mark.parametrize("group", ["dependencies", *PROJECT["optional-dependencies"]])
+def test_what_the_project_asks_for_is_locked(group):
+    wanted = PROJECT["dependencies"] if group == "dependencies" else PROJECT["optional-dependencies"][group]
+    pins = locked(LOCK)
+    for requirement in map(Requirement, wanted):
+        versions = [next(iter(r.specifier)).version for r, _ in pins[canonicalize_name(requirement.name)]]
+        assert versions
+        assert all(requirement.specifier.contains(version) for version in versions), (requirement, versions)
+
+
+def test_the_installed_torch_is_the_locked_one():
+    import torch
+
+    (requirement, _), *others = locked(LOCK)["torch"]
+    assert others == []
+    assert requirement.specifier.contains(torch.__version__.split("+")[0])
+
+
+def test_filter_for_another_torch_index_takes_torch_out_and_nothing_else():
+    """The Makefile's awk program: torch and its CUDA come from TORCH_INDEX, all else by hash."""
+    program = re.search(r"awk '([^']+)'", (ROOT / "Makefile").read_text())[1].replace("$$", "$")
+    kept_text = subprocess.run(
+        ["awk", program], input=LOCK, capture_output=True, text=True, check=True
+    ).stdout
+    everything, kept = locked(LOCK), locked(kept_text)
+    of_torch = {
+        name
+        for name in everything
+        if name in ("torch", "torchvision", "triton") or re.match("nvidia-|cuda-", name)
+    }
+    assert {"torch", "torchvision", "triton"} <= of_torch
+    assert any(name.startswith("nvidia-") for name in of_torch)
+    assert set(kept) == set(everything) - of_torch
+    for name, entries in kept.items():
+        assert entries == everything[name]
+
+
+def test_torch_filter_names_both_packages_by_version():
+    """The Makefile's grep, which installs from TORCH_INDEX what the filter takes out."""
+    pattern = re.search(r"grep -oE '([^']+)'", (ROOT / "Makefile").read_text())[1]
+    found = subprocess.run(
+        ["grep", "-oE", pattern, "requirements.lock"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    pins = {str(locked(LOCK)[name][0][0]).split(";")[0].strip() for name in ("torch", "torchvision")}
+    assert set(found.split()) == pins
+
+
+# --------------------------------------------------------------------------------------- installers
+
+
+def test_conda_and_binder_use_the_same_lock():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert pip == {"pip": ["--require-hashes", "-r requirements.lock"]}
+    assert {re.split("=", name)[0] for name in conda} == {"python", "pip"}
+    (python,) = [name.split("=")[1] for name in conda if name.startswith("python=")]
+    assert SpecifierSet(PROJECT["requires-python"]).contains(python)
+    post = (ROOT / "postBuild").read_text()
+    assert post.startswith("#!/bin/sh\n")
+    assert "pip install" in post
+    assert "--no-deps" in post
+    assert post.rstrip().endswith("-e .")
+
+
+def test_lock_serves_the_python_of_conda():
+    """No requirement is left out under that Python that the project needs."""
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python = next(n for n in environment["dependencies"] if str(n).startswith("python=")).split("=")[1]
+    there = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    for wanted in (Requirement(text) for group in groups for text in group):
+        pins = [r for r, _ in locked(LOCK)[canonicalize_name(wanted.name)]]
+        assert sum(r.marker is None or r.marker.evaluate(there) for r in pins) == 1, wanted
+
+
+def test_makefile_refuses_the_same_pythons_as_the_project():
+    (low,) = re.findall(r"version_info < \((\d+), (\d+)\)", (ROOT / "Makefile").read_text())
+    assert PROJECT["requires-python"] == f">={'.'.join(low)}"
+
+
+@pytest.mark.parametrize("name", [".ci/run", "tests/notebooks.sh", "postBuild"])
+def test_scripts_can_be_run(name):
+    assert os.access(ROOT / name, os.X_OK)
+    shell = "bash" if "bash" in (ROOT / name).read_text().splitlines()[0] else "sh"
+    subprocess.run([shell, "-n", str(ROOT / name)], check=True)
+
+
+def test_ci_runs_both_commands_and_stops_at_the_first_failure():
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert {"make report", "make test"} <= set(lines)
+    assert "set -euo pipefail" in lines
+
+
+def test_make_test_runs_every_kind_of_check():
+    """Dry: what `make test` would call."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    printed = subprocess.run(
+        ["make", "--dry-run", "--old-file=.venv/ready", "test"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for called in ("ruff check", "ruff format --check", "mypy", "pytest", "tests/notebooks.sh"):
+        assert called in printed
+    notebooks = (ROOT / "tests" / "notebooks.sh").read_text()
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert f"notebooks/{path.name}" in notebooks
+
+
+def test_readme_names_both_commands():
+    text = (ROOT / "README.md").read_text()
+    assert "make report" in text
+    assert "make test" in text
+    assert "environment.yml" in text
+
+
+# ---------------------------------------------------------------------------------------------- git
+
+
+def test_no_tracked_file_holds_a_path_of_a_machine():
+    folder = re.compile(rb"(?<![\w.])/(?:home|root|work|Users)/[A-Za-z]")
+    checkout = str(ROOT).encode()
+    for path in tracked():
+        content = path.read_bytes()
+        if b"\0" in content:  # a picture
+            continue
+        assert not folder.search(content), path
+        assert len(ROOT.parts) < 3 or checkout not in content, path
+
+
+def test_no_tracked_file_is_large():
+    large = {path.name: path.stat().st_size for path in tracked() if path.stat().st_size > 2_000_000}
+    assert large == {}
+
+
+def test_nothing_that_is_made_again_is_tracked():
+    made = {".venv", ".work", "build", ".snakemake", "__pycache__", "data", "digits"}
+    names = {path.relative_to(ROOT) for path in tracked()}
+    assert {str(name) for name in names if made & set(name.parts)} == set()
+
+
+# ------------------------------------------------------------------------------------------ imports
+
+CORE = {
+    *("data", "rng", "snnl", "routing", "experts", "classifier", "metrics", "train", "robustness"),
+    *("evaluate", "arms", "study", "store"),
+}
+BARE = {"torch", "torchvision", "numpy", "scipy", "sklearn", "filelock"}  # filelock comes with torch
+MODULES = {path.stem: path for path in (ROOT / "moe_lib").glob("*.py") if path.stem != "__init__"}
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it; those of moe_lib as "moe_lib.name"."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            names = {f"moe_lib.{alias.name}" for alias in node.names}
+            found |= names if node.module == "moe_lib" else {node.module}
+    return found
+
+
+def own(path: Path) -> set[str]:
+    """The modules of moe_lib that a file imports."""
+    return {name.split(".")[1] for name in imported(path) if name.startswith("moe_lib.")} & set(MODULES)
+
+
+def test_imports_run_one_way():
+    graph = {name: own(path) for name, path in MODULES.items()}
+    assert graph["study"] >= {"store", "classifier"}  # the reader of imports does read them
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert set(order) == set(MODULES)
+    assert order.index("data") < order.index("study") < order.index("report")
+
+
+def test_core_imports_core_and_a_bare_machine_alone():
+    for name in CORE:
+        assert own(MODULES[name]) <= CORE, name
+        outside = {module.split(".")[0] for module in imported(MODULES[name])} - {"moe_lib"}
+        extra = outside - set(sys.stdlib_module_names) - BARE
+        assert extra <= ({"tqdm"} if name == "study" else set()), name  # tqdm: if it is there
+
+
+def test_command_line_imports_the_core_alone_at_its_head():
+    tree = ast.parse(MODULES["__main__"].read_text())
+    lazy = {node for f in tree.body if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    head = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node not in lazy]
+    names = {alias.name for node in head if node.module == "moe_lib" for alias in node.names}
+    names |= {node.module.split(".")[1] for node in head if node.module.startswith("moe_lib.")}
+    assert names
+    assert names <= CORE
+
+
+def test_nothing_imports_a_notebook_or_a_test():
+    for path in MODULES.values():
+        roots = {module.split(".")[0] for module in imported(path)}
+        assert not roots & {"notebooks", "tests", "reference", "small_runs", "conftest"}, path.name
