@@ -1,4 +1,4 @@
-# make report | test | lab | data | plan | readme | notebooks | clean
+# make report | render | test | lab | data | plan | readme | notebooks | clean
 #   PROFILE=digits|core|paper   whose results (report, plan)
 #   CORES=n                     how many processes
 #   PYTHON=python3.12           which Python makes .venv
@@ -11,7 +11,7 @@ BIN := .venv/bin
 export JUPYTER_PREFER_ENV_PATH := 1# a kernel in the user's home must not shadow the one in .venv
 
 .DEFAULT_GOAL := report
-.PHONY: report test lab data plan readme notebooks clean
+.PHONY: report render test lab data plan readme notebooks clean
 
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -34,6 +34,13 @@ report: .venv/ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) --keep-going --rerun-incomplete \
 	  --rerun-triggers mtime input --show-failed-logs --quiet rules host
 	@echo "The report: $$($(BIN)/python -m moe_lib where --profile $(PROFILE))"
+
+render: .venv/ready # the report of what is finished; trains nothing
+	@mkdir -p build/$(PROFILE)
+	@$(BIN)/papermill --no-progress-bar notebooks/90_report.ipynb build/$(PROFILE)/90_report.ipynb \
+	  -p profile $(PROFILE) > build/$(PROFILE)/90_report.log 2>&1 || { cat build/$(PROFILE)/90_report.log; exit 1; }
+	@page=$$($(BIN)/python -m moe_lib where --profile $(PROFILE)) && \
+	  $(BIN)/python -m moe_lib.report build/$(PROFILE)/90_report.ipynb "$$page" && echo "The report: $$page"
 
 test: .venv/ready
 	@$(BIN)/ruff check

@@ -33,15 +33,11 @@ def finished_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
     return grouped
 
 
-def load(runs: Sequence[study.Run]) -> list[dict[str, Any]]:
-    return [store.read(run.path) for run in runs]
-
-
 def claims_table(profile: str) -> pd.DataFrame:
     """Each claim on each data set: the paired difference snnl - base with its interval."""
     rows = []
     for dataset, runs in finished_runs(profile, "snnl").items():
-        frame = tables.frame(load(runs))
+        frame = tables.frame(study.results(runs))
         for column, direction, wording in SNNL_CLAIMS:
             found = tables.contrast(frame, "snnl", "base", column)
             if found is not None:
@@ -58,7 +54,7 @@ def accuracy_table(profile: str) -> pd.DataFrame:
     """Test accuracy (%) of every arm on every data set, mean ± sd over seeds (their number in brackets)."""
     columns = {}
     for dataset, runs in finished_runs(profile, "snnl").items():
-        frame = tables.frame(load(runs))
+        frame = tables.frame(study.results(runs))
         columns[DATASET_TITLES[dataset]] = {
             str(arm): f"{tables.spread(group['accuracy'] * 100, 2)} ({len(group)})"
             for arm, group in frame.groupby("arm", sort=False)
@@ -69,22 +65,27 @@ def accuracy_table(profile: str) -> pd.DataFrame:
 
 
 def published_table(profile: str) -> pd.DataFrame:
-    """The papers' accuracies (second-hand) beside ours."""
+    """The papers' accuracies (second-hand) beside ours, over the seeds that have both arms."""
     rows = []
     for dataset, runs in finished_runs(profile, "snnl").items():
-        if dataset in PUBLISHED:
-            frame = tables.frame(load(runs))
-            means = frame.groupby("arm")["accuracy"].mean() * 100
+        frame = tables.frame(study.results(runs))
+        found = tables.contrast(frame, "snnl", "base", "accuracy")
+        if dataset in PUBLISHED and found is not None:
+            arms_S = (
+                frame.pivot(index="seed", columns="arm", values="accuracy")[["base", "snnl"]].dropna() * 100
+            )
             before, after = PUBLISHED[dataset]
             rows.append(
                 {
                     "data set": DATASET_TITLES[dataset],
                     "published MoE": f"{before:.2f}",
-                    "ours": f"{means.get('base', float('nan')):.2f}",
+                    "our base": f"{arms_S['base'].mean():.2f}",
                     "published MoE + SNNL": f"{after:.2f}",
-                    "ours ": f"{means.get('snnl', float('nan')):.2f}",
+                    "our snnl": f"{arms_S['snnl'].mean():.2f}",
                     "published gain": f"{after - before:+.2f}",
-                    "our gain": f"{means.get('snnl', float('nan')) - means.get('base', float('nan')):+.2f}",
+                    "our gain": f"{found.difference * 100:+.2f}",
+                    "95 % interval": f"[{found.low * 100:+.2f}, {found.high * 100:+.2f}]",
+                    "seeds": str(found.seeds),
                 }
             )
     return pd.DataFrame(rows).set_index("data set") if rows else pd.DataFrame()
@@ -94,7 +95,7 @@ def tuning_table(profile: str) -> pd.DataFrame:
     """Best validation cross-entropy of every setting tried, mean over the tuning seeds."""
     rows = []
     for runs in finished_runs(profile, "snnl-tuning").values():
-        for result in load(runs):
+        for result in study.results(runs):
             run = result["run"]
             objective = run["objective"]
             weight = (objective["snnl"] or {}).get("factor") or objective["balance"] or objective["auxiliary"]
@@ -117,7 +118,10 @@ def tuning_table(profile: str) -> pd.DataFrame:
 def provenance_table(profile: str) -> pd.DataFrame:
     """Where the numbers come from: commits, versions, machines, time and memory, over all runs used."""
     results = [
-        r for name in study.STUDIES for runs in finished_runs(profile, name).values() for r in load(runs)
+        r
+        for name in study.STUDIES
+        for runs in finished_runs(profile, name).values()
+        for r in study.results(runs)
     ]
     planned = len(study.runs(profile))
 
@@ -166,7 +170,7 @@ def readme_section() -> str:
     runs = [run for group in finished_runs(profile, "snnl").values() for run in group]
     if not runs:
         return f"{BEGIN}\nNo finished runs yet.\n{END}"
-    results = load(runs)
+    results = study.results(runs)
     minutes = sum(r["wall_seconds"] for r in results) / 60
     return "\n".join(
         [

@@ -366,6 +366,11 @@ def ensure(
     todo = [run for run in wanted if not run.path.exists()]
     if todo:
         _train_all(todo, workers, device or default_device(), time_limit, quiet)
+    return results(wanted)
+
+
+def results(wanted: Sequence[Run]) -> list[dict[str, Any]]:
+    """The finished ones among the given runs; trains nothing."""
     return [store.read(run.path) for run in wanted if run.path.exists()]
 
 
