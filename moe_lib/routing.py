@@ -5,10 +5,22 @@ Shapes: N samples or tokens, D width, H gate hidden width, E experts, K experts 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+
+from moe_lib.adaptive import (
+    Dispersion,
+    Normalize,
+    at_least_float32,
+    check_scale_options,
+    cluster_dispersion,
+    scales_of_dispersion,
+)
+from moe_lib.adaptive import adaptive_scales as adaptive_scales  # part of this module's interface
 
 
 class Routing(NamedTuple):
@@ -32,7 +44,7 @@ class Routing(NamedTuple):
 
 def route(logits_NE: Tensor, top_k: int | None = None) -> Routing:
     """Softmax over the experts, in float32 or better; `top_k=None` keeps them all."""
-    probs_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32)).softmax(1)
+    probs_NE = at_least_float32(logits_NE).softmax(1)
     experts_NE = torch.arange(probs_NE.shape[1], device=probs_NE.device).expand_as(probs_NE)
     routing = Routing(logits_NE, probs_NE, experts_NE, probs_NE)
     return routing if top_k is None else routing.top(top_k)
@@ -48,6 +60,14 @@ def load_balancing_loss(routing: Routing) -> Tensor:
     num_experts = routing.probs_NE.shape[1]
     share_E = nn.functional.one_hot(routing.indices_NK, num_experts).to(routing.probs_NE.dtype).mean((0, 1))
     return num_experts * (share_E * routing.probs_NE.mean(0)).sum()
+
+
+def router_z_loss(routing: Routing) -> Tensor:
+    """Mean over tokens of logsumexp(logits)^2: keeps the scores small, where float arithmetic is fine.
+
+    Source: Zoph et al., "ST-MoE: Designing Stable and Transferable Sparse Expert Models", 2022, eq. 5.
+    """
+    return at_least_float32(routing.logits_NE).logsumexp(1).square().mean()
 
 
 def check_experts(num_experts: int, top_k: int | None) -> None:
@@ -93,3 +113,186 @@ class UniformRouter(nn.Module):
 
     def forward(self, tokens_ND: Tensor, previous: Routing | None = None) -> Routing:
         return route(tokens_ND.new_zeros(len(tokens_ND), self.num_experts))
+
+
+class CosineRouter(nn.Module):
+    """Scores are inner products of the token with unit-norm expert embeddings: AC with M = I.
+
+    Tokens are not normalised and there is no bias. Computed in float32 or better, also under autocast.
+    """
+
+    def __init__(self, dim: int, num_experts: int, top_k: int | None = None) -> None:
+        super().__init__()
+        check_experts(num_experts, top_k)
+        self.top_k = top_k
+        self.embeddings_ED = nn.Parameter(nn.init.orthogonal_(torch.empty(num_experts, dim)))
+
+    def reset_parameters(self) -> None:
+        nn.init.orthogonal_(self.embeddings_ED)
+
+    def forward(self, tokens_ND: Tensor, previous: Routing | None = None) -> Routing:
+        tokens_ND = self._check_tokens(tokens_ND)
+        with torch.autocast(tokens_ND.device.type, enabled=False):
+            embeddings_ED = nn.functional.normalize(self.embeddings_ED.to(tokens_ND.dtype), dim=1)
+            return route(tokens_ND @ embeddings_ED.T, self.top_k)
+
+    def _check_tokens(self, tokens_ND: Tensor) -> Tensor:
+        dim = self.embeddings_ED.shape[1]
+        if tokens_ND.ndim != 2 or tokens_ND.shape[1] != dim:
+            raise ValueError(f"expected tokens [N, {dim}], got {tuple(tokens_ND.shape)}")
+        return at_least_float32(tokens_ND)
+
+
+@dataclass(frozen=True)
+class ACConfig:
+    """Options and controls of the AC router; the defaults are the paper's, for language models.
+
+    A control changes one thing about M and can be combined with the others:
+
+    - shuffled: clusters use each other's rows, by a derangement drawn once (placebo).
+    - pooled: one row from all tokens, for all clusters: whitening without clustering. "feature" would
+      divide that row by itself, so both this arm and its partner take another `normalize`.
+    - matched: |M h| is rescaled to |h| token by token: the direction without the gate's sharpness.
+    - causal: running averages of the dispersion from earlier training steps, not the batch's own.
+    """
+
+    dispersion: Dispersion = "mad"  # this and the next three: see adaptive_scales
+    eps: float = 1e-4
+    normalize: Normalize = "feature"
+    max_ratio: float | None = 10.0
+    gradient: bool = False  # through M
+    shuffled: bool = False
+    pooled: bool = False
+    matched: bool = False
+    causal: bool = False
+    momentum: float | None = None  # causal: share of the newest step in the running averages; None: 0.1
+
+    def __post_init__(self) -> None:
+        check_scale_options(self.dispersion, self.eps, self.normalize, self.max_ratio)
+        if self.pooled and self.normalize == "feature":
+            raise ValueError("pooled with normalize='feature' is M = I: use 'row' here and in its partner")
+        if self.pooled and self.shuffled:
+            raise ValueError("shuffled has no effect with pooled: all rows are equal")
+        if self.causal and self.gradient:
+            raise ValueError("gradient has no effect with causal: its M comes from earlier steps")
+        if self.momentum is not None and not self.causal:
+            raise ValueError(f"momentum has no effect without causal, got {self.momentum}")
+        if self.momentum is not None and not 0 < self.momentum <= 1:
+            raise ValueError(f"momentum must lie in (0, 1], got {self.momentum}")
+
+
+class AdaptiveClusteringRouter(CosineRouter):
+    """The cosine router on tokens that were scaled by their cluster's tightness: h^T M_k e.
+
+    A token's cluster k is its top-1 expert in the previous MoE layer, which must have the same number
+    of experts. Without a previous decision M = I. Source and formula: `adaptive_scales`.
+
+    If every cluster is isotropic (its dispersion the same along all features), M under "row" is I and the
+    router equals `CosineRouter`. Other normalisations leave one positive factor per cluster: the experts
+    keep their order, tight clusters get a sharper gate; with one dispersion for all of them, "feature"
+    and "global" give M = I too.
+
+    Statistics of the current batch (the paper's form) let each token see the others, later positions and
+    other sequences included, in training and in evaluation. With `causal` they don't: a step uses the
+    averages of the steps before it, then, in training mode only, adds its own. A cluster that had no
+    step with 2 tokens so far has M = I.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        top_k: as in `route`.
+        config: `ACConfig()` if None.
+    """
+
+    running_ED: Tensor  # one row if pooled
+    seen_E: Tensor
+    derangement_E: Tensor
+
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int | None = None, config: ACConfig | None = None
+    ) -> None:
+        super().__init__(dim, num_experts, top_k)
+        self.config = config = ACConfig() if config is None else config
+        if config.shuffled:
+            if num_experts == 1:
+                raise ValueError("shuffled needs at least 2 experts, got 1")
+            self.register_buffer("derangement_E", _derangement(num_experts))
+        if config.causal:
+            num_rows = 1 if config.pooled else num_experts
+            self.register_buffer("running_ED", torch.zeros(num_rows, dim))
+            self.register_buffer("seen_E", torch.zeros(num_rows, dtype=torch.bool))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # first, so that the embeddings equal CosineRouter's under one seed
+        if self.config.shuffled:
+            self.derangement_E.copy_(_derangement(len(self.derangement_E)))
+        if self.config.causal:
+            self.running_ED.zero_()
+            self.seen_E.zero_()
+
+    def forward(self, tokens_ND: Tensor, previous: Routing | None = None) -> Routing:
+        return self.route_and_scale(tokens_ND, previous)[0]
+
+    def route_and_scale(self, tokens_ND: Tensor, previous: Routing | None = None) -> tuple[Routing, Tensor]:
+        """The decision, and the scaled tokens M_k h [N, D] behind it, in float32 or better.
+
+        In the paper's Swin form these are the experts' input too.
+        """
+        tokens_ND = self._check_tokens(tokens_ND)
+        if previous is None:
+            return super().forward(tokens_ND), tokens_ND
+        expected = len(tokens_ND), len(self.embeddings_ED)
+        if previous.probs_NE.shape != expected:
+            raise ValueError(
+                f"expected a previous decision [N, E] = {expected}, got {tuple(previous.probs_NE.shape)}"
+            )
+        assignment_N = previous.probs_NE.argmax(1)
+        with torch.autocast(tokens_ND.device.type, enabled=False):
+            scaled_ND = tokens_ND * self._rows(tokens_ND, assignment_N).index_select(0, assignment_N)
+            if self.config.matched:
+                norm_N1 = torch.linalg.vector_norm(scaled_ND, dim=1, keepdim=True)
+                target_N1 = torch.linalg.vector_norm(tokens_ND, dim=1, keepdim=True)
+                scaled_ND = scaled_ND * (target_N1 / norm_N1.where(norm_N1 > 0, torch.ones_like(norm_N1)))
+        return super().forward(scaled_ND), scaled_ND
+
+    def _rows(self, tokens_ND: Tensor, assignment_N: Tensor) -> Tensor:
+        """[E, D]: the rows of M that the clusters use in this step."""
+        config = self.config
+        num_experts = len(self.embeddings_ED)
+        observed_ND = tokens_ND if config.gradient else tokens_ND.detach()
+        if config.causal:
+            dispersion_ED, valid_E = self.running_ED.clone(), self.seen_E.clone()
+            if self.training:
+                self._count_step(*self._batch_dispersion(observed_ND, assignment_N))
+        else:
+            dispersion_ED, valid_E = self._batch_dispersion(observed_ND, assignment_N)
+        rows_ED = scales_of_dispersion(
+            dispersion_ED, valid_E, config.eps, config.normalize, config.max_ratio
+        ).expand(num_experts, -1)
+        return rows_ED.index_select(0, self.derangement_E) if config.shuffled else rows_ED
+
+    def _batch_dispersion(self, tokens_ND: Tensor, assignment_N: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.pooled:
+            return cluster_dispersion(tokens_ND, torch.zeros_like(assignment_N), 1, self.config.dispersion)
+        return cluster_dispersion(tokens_ND, assignment_N, len(self.embeddings_ED), self.config.dispersion)
+
+    @torch.no_grad()
+    def _count_step(self, dispersion_ED: Tensor, valid_E: Tensor) -> None:
+        momentum = 0.1 if self.config.momentum is None else self.config.momentum
+        # A cluster's first valid step is taken whole; a step in which it is not valid changes nothing.
+        weight_E = (valid_E & ~self.seen_E) + momentum * (valid_E & self.seen_E)
+        self.running_ED.lerp_(dispersion_ED.to(self.running_ED.dtype), weight_E[:, None].to(self.running_ED))
+        self.seen_E |= valid_E
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keeps the running averages in float32 or better, whatever the weights are cast to."""
+        super()._apply(fn, recurse)
+        if self.config.causal:
+            self.running_ED = at_least_float32(self.running_ED)
+        return self
+
+
+def _derangement(num_experts: int) -> Tensor:
+    """A random permutation that moves everything: one cycle through all, from torch's current seed."""
+    order_E = torch.randperm(num_experts)
+    return torch.empty_like(order_E).scatter_(0, order_E, order_E.roll(1))

@@ -1,0 +1,132 @@
+"""The statistics of the Adaptive Clustering (AC) router: how tightly clusters sit along each feature.
+
+Source: Nielsen, Teo, Abdullaev, Nguyen, "Tight Clusters Make Specialized Experts", ICLR 2025 (arXiv
+2502.15315) and its public code. The router itself is in routing.py.
+
+Shapes: N tokens, D width, E experts, and so clusters: each holds the tokens that its expert was given.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Dispersion = Literal["mad", "variance"]
+Normalize = Literal["feature", "row", "global", "none"]
+
+
+def adaptive_scales(
+    tokens_ND: Tensor,
+    assignment_N: Tensor,
+    num_experts: int,
+    dispersion: Dispersion = "mad",
+    eps: float = 1e-4,
+    normalize: Normalize = "feature",
+    max_ratio: float | None = 10.0,
+) -> Tensor:
+    """How tightly each cluster of tokens sits along each feature: row k is the diagonal of M_k.
+
+    With s_kq the dispersion of cluster k along feature q,
+
+        W_kq = 1 / (s_kq + eps),    m = mean of W,    W = min(W, max_ratio * m),
+
+    then divided as `normalize` says. The defaults are the form of the authors' language models; that of
+    their Swin models is normalize="global", max_ratio=1.5. In their code a cluster of 0 or 1 tokens has
+    dispersion 0, hence an enormous W that shrinks all others. Here only clusters of 2 tokens or more are
+    valid: means run over these alone, and the row of any other is ones (under "none", where rows have no
+    common scale, it is m; 1 if no cluster is valid).
+
+    Differentiable in the tokens; a caller detaches them where M is to be a constant.
+
+    Args:
+        tokens_ND: [N, D]. Sub-float32 types are computed in float32, also under autocast.
+        assignment_N: [N] integer clusters, 0 to `num_experts` - 1.
+        num_experts: E, the number of clusters.
+        dispersion: "mad", the mean absolute deviation from the cluster's mean, or "variance" (biased).
+        eps: at least 0; 0 asks that every feature varies within every valid cluster.
+        normalize: "feature" divides W by its mean over valid clusters, "row" by its mean over features,
+            "global" by m (taken before the limit), "none" by nothing.
+        max_ratio: the limit on W as a multiple of m; None for no limit.
+
+    Returns:
+        [E, D] scales, positive.
+
+    Raises:
+        ValueError: shapes or an option are unusable, or (checked on the CPU only: on a GPU it would wait
+            for the device) an assignment lies outside 0 to E - 1.
+    """
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    check_scale_options(dispersion, eps, normalize, max_ratio)
+    if tokens_ND.ndim != 2 or assignment_N.shape != tokens_ND.shape[:1]:
+        raise ValueError(
+            f"expected tokens [N, D] and assignment [N], got {tuple(tokens_ND.shape)} "
+            f"and {tuple(assignment_N.shape)}"
+        )
+    if assignment_N.device.type == "cpu":
+        outside = assignment_N[(assignment_N < 0) | (assignment_N >= num_experts)]
+        if len(outside):
+            raise ValueError(f"assignment must lie in 0 to {num_experts - 1}, got {outside[0].item()}")
+    with torch.autocast(tokens_ND.device.type, enabled=False):
+        dispersion_ED, valid_E = cluster_dispersion(
+            at_least_float32(tokens_ND), assignment_N, num_experts, dispersion
+        )
+        return scales_of_dispersion(dispersion_ED, valid_E, eps, normalize, max_ratio)
+
+
+def check_scale_options(dispersion: str, eps: float, normalize: str, max_ratio: float | None) -> None:
+    if dispersion not in get_args(Dispersion):
+        raise ValueError(f"unknown dispersion {dispersion!r}; use 'mad' or 'variance'")
+    if normalize not in get_args(Normalize):
+        raise ValueError(f"unknown normalize {normalize!r}; use 'feature', 'row', 'global' or 'none'")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    if max_ratio is not None and not max_ratio > 0:
+        raise ValueError(f"max_ratio must be positive, or None for no limit, got {max_ratio}")
+
+
+def cluster_dispersion(
+    tokens_ND: Tensor, assignment_N: Tensor, num_experts: int, dispersion: Dispersion
+) -> tuple[Tensor, Tensor]:
+    """[E, D] dispersion of each cluster, and [E] whether it has the 2 tokens that this takes.
+
+    Cluster sums are GEMMs with the one-hot assignment: shapes depend on no value, nothing waits for the
+    device, and (unlike atomic adds) a GPU repeats them to the last digit.
+    """
+    clusters_E = torch.arange(num_experts, device=assignment_N.device)
+    member_EN = (assignment_N == clusters_E[:, None]).to(tokens_ND.dtype)
+    count_E = member_EN.sum(1)
+    divisor_E1 = count_E.clamp(min=1)[:, None]
+    mean_ED = member_EN @ tokens_ND / divisor_E1
+    deviation_ND = tokens_ND - mean_ED.index_select(0, assignment_N)
+    deviation_ND = deviation_ND.abs() if dispersion == "mad" else deviation_ND.square()
+    return member_EN @ deviation_ND / divisor_E1, count_E >= 2
+
+
+def scales_of_dispersion(
+    dispersion_ED: Tensor, valid_E: Tensor, eps: float, normalize: Normalize, max_ratio: float | None
+) -> Tensor:
+    """The second half of `adaptive_scales`, after `cluster_dispersion`."""
+    valid_E1 = valid_E[:, None]
+    one = dispersion_ED.new_ones(())
+    # Masked before the reciprocal: afterwards, with eps = 0, an infinity would survive as 0 * inf.
+    scales_ED = 1 / (dispersion_ED + eps).where(valid_E1, one)
+    # If no cluster is valid, all rows are ones by now, and the means run over them.
+    counted_E1 = (valid_E1 | ~valid_E.any()).to(scales_ED.dtype)
+    share_E1 = counted_E1 / counted_E1.sum()
+    mean = (share_E1 * scales_ED).sum(0).mean()
+    if max_ratio is not None:
+        scales_ED = torch.minimum(scales_ED, max_ratio * mean)
+    if normalize == "feature":
+        scales_ED = scales_ED / (share_E1 * scales_ED).sum(0)
+    elif normalize == "row":
+        scales_ED = scales_ED / scales_ED.mean(1, keepdim=True)
+    elif normalize == "global":
+        scales_ED = scales_ED / mean
+    return scales_ED.where(valid_E1, mean if normalize == "none" else one)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
