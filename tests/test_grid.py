@@ -56,7 +56,7 @@ def finish(grid: Path, shards: int, targets: list[Path]) -> tuple[int, str]:
     """Exit status and what was said."""
     batch = start(grid, shards, targets)
     try:
-        return batch.wait(timeout=300), (grid / "output").read_text()
+        return batch.wait(timeout=600), (grid / "output").read_text()
     finally:
         kill(batch)
 
@@ -101,7 +101,7 @@ def test_a_killed_batch_goes_on_where_it_was(grid, folders, monkeypatch):
     done = done_files(11, 1, 2)
     batch = start(grid, 11, done)
     try:
-        until = time.monotonic() + 240
+        until = time.monotonic() + 480
         while len(finished(runs)) < 3 and time.monotonic() < until:
             assert batch.poll() is None, (grid / "output").read_text()
             time.sleep(0.02)

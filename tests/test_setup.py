@@ -205,7 +205,18 @@ def test_nothing_that_is_made_again_is_tracked():
 # ------------------------------------------------------------------------------------------ imports
 
 CORE = {
-    *("data", "rng", "snnl", "routing", "experts", "classifier", "metrics", "train", "robustness"),
+    *(
+        "data",
+        "rng",
+        "snnl",
+        "routing",
+        "adaptive",
+        "experts",
+        "classifier",
+        "metrics",
+        "train",
+        "robustness",
+    ),
     *("evaluate", "arms", "study", "store"),
 }
 BARE = {"torch", "torchvision", "numpy", "scipy", "sklearn", "filelock"}  # filelock comes with torch
