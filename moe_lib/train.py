@@ -115,7 +115,10 @@ def fit(
         for name, value in _train_epoch(task, optimizer, config, epoch, label).items():
             history.train.setdefault(name, [None] * epoch).append(value)
         task.eval()
-        measures = evaluate()
+        try:
+            measures = evaluate()
+        except ValueError as error:
+            raise TrainingError(f"{label}, epoch {epoch}, validation: {error}") from error
         for name, value in measures.items():
             history.validation.setdefault(name, []).append(value)
         if not math.isfinite(measures["cross_entropy"]):
@@ -179,7 +182,10 @@ def _train_epoch(
     rows: list[dict[str, Tensor]] = []
     for step, batch in enumerate(task.batches(epoch)):
         set_learning_rate(optimizer, config, (epoch + step / task.num_batches) / config.epochs)
-        losses = task.losses(batch, epoch)
+        try:
+            losses = task.losses(batch, epoch)
+        except ValueError as error:  # a loss that refuses NaN, say
+            raise TrainingError(f"{label}, epoch {epoch}, batch {step}: {error}") from error
         optimizer.zero_grad()
         losses["total"].backward()
         optimizer.step()

@@ -208,6 +208,13 @@ def test_one_failing_run_does_not_stop_the_others(folders):
     assert not bad.path.exists()
 
 
+def test_a_loss_that_refuses_its_input_names_the_run(folders):
+    """SNNL raises on features that are not finite before any loss can be."""
+    run = small_runs.run(epochs=2, arm="snnl-pretrained", learning_rate=1e200)
+    with pytest.raises(study.StudyError, match=r"snnl-pretrained seed 1234, epoch 0, batch \d+: features"):
+        study.ensure([run], workers=1, quiet=True)
+
+
 def test_broken_checkpoint_is_named(folders):
     run = small_runs.run(epochs=1)
     run.workspace.mkdir(parents=True)
