@@ -30,9 +30,10 @@ endif
 	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --no-index -e .
 	@touch $@
 
+# --nolock: after a kill Snakemake's lock stays and would refuse to go on; the engine locks each run itself.
 report: .venv/ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) --keep-going --rerun-incomplete \
-	  --rerun-triggers mtime input --show-failed-logs --quiet rules host
+	  --nolock --rerun-triggers mtime input --show-failed-logs --quiet rules host
 	@echo "The report: $$($(BIN)/python -m moe_lib where --profile $(PROFILE))"
 
 render: .venv/ready # the report of what is finished; trains nothing

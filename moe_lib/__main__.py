@@ -46,12 +46,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _selected(arguments: argparse.Namespace) -> list[study.Run]:
+    if arguments.workers is not None and arguments.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {arguments.workers}")
     return study.runs(arguments.profile, arguments.study, arguments.dataset, arguments.arm)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.workers is not None and arguments.workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {arguments.workers}")
     runs = study.shard(_selected(arguments), arguments.shard)
     if arguments.out is not None:
         store.use_results_dir(arguments.out)
@@ -69,6 +69,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _where(arguments: argparse.Namespace) -> int:
+    study.runs(arguments.profile)  # refuses an unknown one
     print(store.results_dir() / arguments.profile / "report.html")
     return 0
 

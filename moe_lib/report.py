@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,7 +89,9 @@ def published_table(profile: str) -> pd.DataFrame:
                     "seeds": str(found.seeds),
                 }
             )
-    return pd.DataFrame(rows).set_index("data set") if rows else pd.DataFrame()
+    columns = ["data set", "published MoE", "our base", "published MoE + SNNL", "our snnl"]
+    columns += ["published gain", "our gain", "95 % interval", "seeds"]
+    return pd.DataFrame(rows, columns=columns).set_index("data set")
 
 
 def tuning_table(profile: str) -> pd.DataFrame:
@@ -103,6 +106,7 @@ def tuning_table(profile: str) -> pd.DataFrame:
                 {
                     "dataset": run["dataset"],
                     "arm": run["arm"],
+                    "epochs": run["train"]["epochs"],
                     "learning rate": run["train"]["learning_rate"],
                     "weight": weight or 0.0,
                     "cross-entropy": result["history"]["best_cross_entropy"],
@@ -110,7 +114,7 @@ def tuning_table(profile: str) -> pd.DataFrame:
             )
     if not rows:
         return pd.DataFrame()
-    keys = ["dataset", "arm", "learning rate", "weight"]
+    keys = ["dataset", "arm", "epochs", "learning rate", "weight"]
     table = pd.DataFrame(rows).groupby(keys, sort=True)["cross-entropy"].agg(["mean", "count"])
     return table.rename(columns={"mean": "validation cross-entropy", "count": "seeds"})
 
@@ -262,7 +266,7 @@ def render(notebook: Path, target: Path) -> None:
     exporter.exclude_output_prompt = True
     body, _ = exporter.from_notebook_node(content)
     title = content.cells[0].source.lstrip("# ").split("\n")[0]
-    store.write_bytes(target, PAGE.format(title=title, body=body).encode())
+    store.write_bytes(target, PAGE.format(title=html.escape(title), body=body).encode())
 
 
 if __name__ == "__main__":

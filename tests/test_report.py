@@ -313,16 +313,8 @@ def test_accuracy_table(core):
 def test_published_table(core):
     table = report.published_table("core")
     assert table.index.tolist() == ["FashionMNIST"]
-    assert table.iloc[0].tolist() == [
-        "91.33",
-        "91.00",
-        "91.61",
-        "92.67",
-        "+0.28",
-        "+1.67",
-        "[+0.23, +3.10]",
-        "3",
-    ]
+    shown = "91.33|91.00|91.61|92.67|+0.28|+1.67|[+0.23, +3.10]|3"
+    assert table.iloc[0].tolist() == shown.split("|")
 
 
 def test_tuning_table(folders):

@@ -205,19 +205,8 @@ def test_nothing_that_is_made_again_is_tracked():
 # ------------------------------------------------------------------------------------------ imports
 
 CORE = {
-    *(
-        "data",
-        "rng",
-        "snnl",
-        "routing",
-        "adaptive",
-        "experts",
-        "classifier",
-        "metrics",
-        "train",
-        "robustness",
-    ),
-    *("evaluate", "arms", "study", "store"),
+    *("data", "rng", "snnl", "routing", "adaptive", "experts", "classifier", "metrics", "train"),
+    *("robustness", "evaluate", "arms", "study", "store"),
 }
 BARE = {"torch", "torchvision", "numpy", "scipy", "sklearn", "filelock"}  # filelock comes with torch
 MODULES = {path.stem: path for path in (ROOT / "moe_lib").glob("*.py") if path.stem != "__init__"}
