@@ -51,6 +51,28 @@ def claims_table(profile: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).set_index(["data set", "claim"])
 
 
+def collapse_table(profile: str) -> pd.DataFrame:
+    """Is there collapse at all, with and without SNNL: idle experts, idle routing, and alike experts beside
+    their null (the same experts trained alone on the same frozen extractor)."""
+    rows = []
+    for dataset, runs in finished_runs(profile, "snnl").items():
+        results = study.results(runs)
+        frame = tables.frame(results)
+        for arm in ("base", "snnl"):
+            group = frame[frame["arm"] == arm]
+            if not group.empty:
+                null = [
+                    tables.look_up(r, "null.similarity.outputs") for r in results if r["run"]["arm"] == arm
+                ]
+                columns = ("effective experts", "dead experts", "cost of permuted routing", "cos outputs")
+                rows.append(
+                    {"data set": DATASET_TITLES[dataset], "arm": arm, "seeds": str(len(group))}
+                    | {name: tables.spread(group[name], tables.COLUMNS[name][1]) for name in columns}
+                    | {"cos outputs, trained alone": tables.spread(pd.Series(null, dtype=float), 3)}
+                )
+    return pd.DataFrame(rows).set_index(["data set", "arm"]) if rows else pd.DataFrame()
+
+
 def accuracy_table(profile: str) -> pd.DataFrame:
     """Test accuracy (%) of every arm on every data set, mean ± sd over seeds (their number in brackets)."""
     columns = {}
@@ -186,6 +208,10 @@ def readme_section() -> str:
             "SNNL minus base, paired by seed (95 % t interval, exact sign-flip p):",
             "",
             markdown(claims_table(profile)),
+            "",
+            "Is there collapse? Of four experts, mean ± standard deviation over seeds:",
+            "",
+            markdown(collapse_table(profile)),
             "",
             "Test accuracy in %, mean ± standard deviation over seeds (number of seeds):",
             "",

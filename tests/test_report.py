@@ -296,6 +296,16 @@ def test_claims_read_result_files_of_the_plan_alone(core):
     assert report.claims_table("core").equals(before)
 
 
+def test_collapse_table_puts_the_null_beside(core):
+    table = report.collapse_table("core")
+    assert [arm for _, arm in table.index] == ["base", "snnl"] * (len(table) // 2)
+    for _, row in table.iterrows():
+        assert row["seeds"] == "3"
+        assert row["effective experts"] == "3.50 ± 0.00"
+        together, alone = (float(row[c].split()[0]) for c in ("cos outputs", "cos outputs, trained alone"))
+        assert alone == pytest.approx(4 * together, abs=3e-3)  # as `made_up` has it; both are rounded
+
+
 def test_accuracy_table(core):
     run = planned("base", 42, "mnist")
     store.write(run.path, made_up(run, accuracy=0.99))
