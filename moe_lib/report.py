@@ -92,19 +92,17 @@ def published_table(profile: str) -> pd.DataFrame:
     rows = []
     for dataset, runs in finished_runs(profile, "snnl").items():
         frame = tables.frame(study.results(runs))
+        arms_S = tables.paired(frame, ["base", "snnl"], "accuracy")
         found = tables.contrast(frame, "snnl", "base", "accuracy")
-        if dataset in PUBLISHED and found is not None:
-            arms_S = (
-                frame.pivot(index="seed", columns="arm", values="accuracy")[["base", "snnl"]].dropna() * 100
-            )
+        if dataset in PUBLISHED and arms_S is not None and found is not None:
             before, after = PUBLISHED[dataset]
             rows.append(
                 {
                     "data set": DATASET_TITLES[dataset],
                     "published MoE": f"{before:.2f}",
-                    "our base": f"{arms_S['base'].mean():.2f}",
+                    "our base": f"{arms_S['base'].mean() * 100:.2f}",
                     "published MoE + SNNL": f"{after:.2f}",
-                    "our snnl": f"{arms_S['snnl'].mean():.2f}",
+                    "our snnl": f"{arms_S['snnl'].mean() * 100:.2f}",
                     "published gain": f"{after - before:+.2f}",
                     "our gain": f"{found.difference * 100:+.2f}",
                     "95 % interval": f"[{found.low * 100:+.2f}, {found.high * 100:+.2f}]",

@@ -112,25 +112,25 @@ def similarity_nulls(results: Sequence[dict[str, Any]], arms: Sequence[str]) -> 
     )
 
 
+def paired(runs: pd.DataFrame, arms: Sequence[str], column: str) -> pd.DataFrame | None:
+    """One row a seed that has all the arms, one column an arm; None below two such seeds."""
+    both = runs[runs["arm"].isin(arms)].pivot(index="seed", columns="arm", values=column)
+    both = both.reindex(columns=list(arms)).dropna()
+    return both if len(both) >= 2 else None
+
+
 def contrast(runs: pd.DataFrame, treatment: str, control: str, column: str) -> stats.PairedComparison | None:
     """Treatment minus control over the seeds that both have; None below two of them."""
-    both = runs[runs["arm"].isin([treatment, control])].pivot(index="seed", columns="arm", values=column)
-    if treatment not in both or control not in both:
-        return None
-    both = both[[treatment, control]].dropna()
-    if len(both) < 2:
+    both = paired(runs, [treatment, control], column)
+    if both is None:
         return None
     return stats.paired_comparison(both[treatment].to_numpy(), both[control].to_numpy())
 
 
 def mechanism(runs: pd.DataFrame, column: str) -> stats.PairedComparison | None:
     """(snnl - base) - (dense-snnl - dense): what SNNL does to a mixture beyond what it does to features."""
-    arms = ["snnl", "base", "dense-snnl", "dense"]
-    both = runs[runs["arm"].isin(arms)].pivot(index="seed", columns="arm", values=column)
-    if any(arm not in both for arm in arms):
-        return None
-    both = both.dropna()
-    if len(both) < 2:
+    both = paired(runs, ["snnl", "base", "dense-snnl", "dense"], column)
+    if both is None:
         return None
     mixture, dense = both["snnl"] - both["base"], both["dense-snnl"] - both["dense"]
     return stats.paired_comparison(mixture.to_numpy(), dense.to_numpy())

@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_lib import metrics
 from moe_lib.classifier import ClassifierConfig, ClassifierTask, Objective
 from moe_lib.data import Dataset, Split
+from moe_lib.evaluate import validation_measures
 from moe_lib.plots import PALETTE, new_figure
 from moe_lib.rng import generator
 from moe_lib.snnl import SNNLConfig, soft_nearest_neighbor_loss
@@ -132,13 +133,7 @@ def train(points_N2: Tensor, labels_N: Tensor, arm: str, seed: int) -> Trained:
         dtype=torch.float64,
     )
 
-    def evaluate() -> dict[str, float]:
-        score = metrics.task_score(
-            task.predict(dataset.validation)[0].log_probs_NC, dataset.validation.labels_N
-        )
-        return {"cross_entropy": score.cross_entropy}
-
-    _, best = fit(task, config, evaluate, label=f"tour/{arm} seed {seed}")
+    _, best = fit(task, config, lambda: validation_measures(task), label=f"tour/{arm} seed {seed}")
     task.load_state_dict(best)
     output, codes_ND = task.predict(dataset.test)
     entropy = metrics.routing_entropy(output.routing.probs_NE, dataset.test.labels_N, dataset.num_classes)
