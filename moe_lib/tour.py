@@ -1,10 +1,13 @@
-"""The pieces of the tour notebook: hand-made gates, SNNL on points in the plane, a mixture to look at.
+"""The pieces of the tour notebook: hand-made gates, SNNL on points in the plane, a mixture to look at, the
+space of the AC router, routing measures on routers of known quality.
 
-Shapes: N samples, E experts, C classes.
+Shapes: N samples, S seeds, E experts, C classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +17,11 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from moe_lib import metrics
+from moe_lib import metrics, stats, theory, trust
 from moe_lib.classifier import ClassifierConfig, ClassifierTask, Objective
 from moe_lib.data import Dataset, Split
 from moe_lib.evaluate import validation_measures
+from moe_lib.planted import ClusterConfig, feature_clusters
 from moe_lib.plots import PALETTE, new_figure
 from moe_lib.rng import generator
 from moe_lib.snnl import SNNLConfig, soft_nearest_neighbor_loss
@@ -177,4 +181,136 @@ def experts_figure(trained: dict[str, Trained], points_N2: Tensor, labels_N: Ten
         _scatter(row[1], codes_ND, labels_N)
         row[1].set(title=f"{arm}: the code", xlabel="code 1", ylabel="code 2")
         row[1].legend(title="class", loc="best", fontsize=8)
+    return figure
+
+
+# ---------------------------------------------------------------------------- the space of the AC router
+
+ROUTER_STYLE = {  # colour, marker, line
+    "M = I": (PALETTE[0], "o", "-"),
+    "oracle M": (PALETTE[2], "s", "-"),
+    "oracle M, 1 / variance": (PALETTE[6], "D", "-"),
+    "M from labels, 0% wrong": (PALETTE[4], "^", "--"),
+    "M from labels, 10% wrong": (PALETTE[3], "v", "-"),
+    "M from labels, 30% wrong": (PALETTE[1], "P", "-"),
+    "M from labels, 50% wrong": (PALETTE[5], "X", "-"),
+    "oracle M, scored by k*": (PALETTE[2], "s", "-"),
+    "M from labels": (PALETTE[1], "P", "-"),
+    "repeat k*": ("#7f7f7f", "", ":"),
+}
+
+
+def space_figure(seed: int) -> Figure:
+    """Two clusters, each tight along its own feature, as the AC router sees them: M_{k*} h of each token.
+
+    Rows: centres that differ along both features, and along one. Columns: M = I; the true M of each token's
+    own cluster; and the same M with tokens exchanged at random, so that nothing but M knows the cluster.
+    """
+    config = ClusterConfig(200, num_clusters=2, dim=2, separation=1.5, tight=0.15, loose=0.8)
+    drawn = feature_clusters(config, seed)
+    spaces = theory.spaces(drawn, seed)
+    exchanged_N = torch.randperm(len(drawn.labels_N), generator=generator(seed, "tokens exchanged"))
+    side = config.separation / 2
+    geometries = {
+        "centres differ in both features": [[0, 2**0.5 * side], [2**0.5 * side, 0]],
+        "centres differ in feature 1 alone": [[-side, side], [side, side]],
+    }
+    figure, axes = new_figure(11, 7.4, 2, 3)
+    for row, (geometry, centres) in zip(axes, geometries.items(), strict=True):
+        centres_ED = torch.tensor(centres, dtype=torch.float64)
+        tokens_N2 = drawn.tokens_ND + (centres_ED - drawn.centres_ED)[drawn.labels_N]
+        panels = (
+            (geometry, "M = I", tokens_N2),
+            ("each in its cluster's space", "oracle M", tokens_N2),
+            ("the same M, tokens exchanged", "oracle M", tokens_N2[exchanged_N]),
+        )
+        for axis, (title, name, shown_N2) in zip(row, panels, strict=True):
+            scores_NE = theory.scores(shown_N2, centres_ED, spaces[name], "nearest")
+            error = theory.assignment_error(scores_NE, drawn.labels_N)
+            _scatter(axis, spaces[name].scaled(shown_N2), drawn.labels_N)
+            axis.set(title=f"{title}\nassigned wrongly: {100 * error:.1f} %")
+            axis.set(xlabel="feature 1 × its scale", ylabel="feature 2 × its scale")
+            axis.set_aspect("equal", adjustable="datalim")
+    axes[0, 0].legend(title="cluster", loc="best", fontsize=8)
+    return figure
+
+
+def assignment_figure(config: ClusterConfig, seeds: Sequence[int]) -> Figure:
+    """Assignment error against noise, overlap, equal tightness and wrong earlier assignments."""
+    figure, axes = new_figure(11, 7.6, 2, 2)
+    sweeps: list[dict[float, ClusterConfig]] = [
+        {x: replace(config, noise=x) for x in (0, 0.5, 1, 1.5, 2, 3)},
+        {x: replace(config, separation=x) for x in (6, 5, 4, 3, 2, 1)},
+        {x: replace(config, tight=x) for x in (0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5)},
+    ]
+    for axis, configs in zip(axes.flat, sweeps, strict=False):
+        _error_lines(axis, theory.sweep(configs, seeds))
+    axes[0, 0].set(title="corruption", xlabel="noise on every feature (standard deviation)")
+    axes[0, 1].set(title="overlap: closer centres", xlabel="distance between centres")
+    axes[1, 0].set(
+        title="equal tightness, at the right end",
+        xlabel=f"deviation along own features (others: {config.loose:g})",
+    )
+    axes[0, 1].invert_xaxis()
+    shares = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
+    _error_lines(axes[1, 1], theory.wrong_share_sweep(config, shares, seeds))
+    axes[1, 1].set(xlabel="wrong earlier assignments k* (%)", title="wrong earlier assignments")
+    axes[1, 1].set_xticks([0, 0.25, 0.5, 0.75], ["0", "25", "50", "75"])
+    axes[1, 1].legend(fontsize=8)
+    for axis in axes.flat:
+        axis.set(ylabel="tokens wrongly assigned (%)", ylim=(0, 80))
+        axis.axhline(100 * (1 - 1 / config.num_clusters), color="#bbbbbb", lw=0.8, zorder=0)
+    axes[0, 0].text(0, 76, "chance", fontsize=8, color="#777777")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
+def _error_lines(axis: Any, table: pd.DataFrame) -> None:
+    """Mean over seeds and its 95 % t interval, a line for each router."""
+    for router, rows in table.groupby("router", sort=False):
+        colour, marker, line = ROUTER_STYLE[str(router)]
+        groups = rows.groupby("value", sort=False)["error"]
+        mean = 100 * groups.mean()
+        interval = 100 * np.array([stats.t_interval(errors.to_numpy()) for _, errors in groups])
+        axis.plot(mean.index, mean, line, marker=marker, ms=5, color=colour, label=router)
+        axis.fill_between(mean.index, *interval.T, color=colour, alpha=0.12, lw=0)
+
+
+# ------------------------------------------------------------------------------- which measure to trust
+
+MEASURE_STYLE = {  # colour, marker, line
+    "H(E)": (PALETTE[0], "o", "-"),
+    "H(E|x)": (PALETTE[6], "v", "-"),
+    "H(E|c)": (PALETTE[1], "s", "-"),
+    "I(x;E)": (PALETTE[3], "D", "-"),
+    "I(c;E) - null": (PALETTE[2], "P", "-"),
+    "AMI(c, top-1)": (PALETTE[4], "^", "-"),
+    "effective experts": (PALETTE[5], "X", "-"),
+    trust.TRUTH: ("#7f7f7f", "", "--"),
+}
+LADDER_TITLES = {
+    "noise": "noise: gates exchanged",
+    "collapse": "collapse: sent to expert 0",
+    "blind": "blind: mixed with uniform",
+    "split": "split: two experts for one",
+    "overlap": "overlap (right gate)",
+    "noise, crossed": "noise, classes unrelated",
+}
+
+
+def trust_figure(climbed: pd.DataFrame) -> Figure:
+    """Every routing measure along every ladder away from the right router; mean over seeds."""
+    figure, axes = new_figure(11, 6.8, 2, 3, sharey=True)
+    for axis, (ladder, title) in zip(axes.flat, LADDER_TITLES.items(), strict=True):
+        means = climbed[climbed["ladder"] == ladder].groupby("level").mean(numeric_only=True)
+        for measure, (colour, marker, line) in MEASURE_STYLE.items():
+            hollow = marker in "o^"  # these two often lie on another
+            axis.plot(
+                means.index, means[measure], line, marker=marker, ms=8 if hollow else 5,
+                mfc="none" if hollow else None, color=colour, label=measure,
+            )  # fmt: skip
+        axis.set(title=title, xlabel="deviation / distance" if ladder == "overlap" else "level of the fault")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("share of the measure's maximum")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

@@ -1,0 +1,100 @@
+"""Which routing measure to trust: each of them on planted routers of known quality.
+
+Shapes: N samples, E experts, L levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from sklearn.metrics import adjusted_rand_score
+
+from moe_lib import metrics
+from moe_lib.planted import PlantedRouting, planted_routing
+from moe_lib.rng import generator
+
+LADDERS: dict[str, Callable[[float, int], PlantedRouting]] = {  # of a level in [0, 1] and a seed
+    "noise": lambda level, seed: planted_routing("noise", level, seed=seed),
+    "collapse": lambda level, seed: planted_routing("collapse", level, seed=seed),
+    "blind": lambda level, seed: planted_routing("blind", level, seed=seed),
+    "split": lambda level, seed: planted_routing("split", level, seed=seed),
+    "overlap": lambda level, seed: planted_routing(overlap=level, seed=seed),  # of the sub-populations
+    "noise, crossed": lambda level, seed: planted_routing("noise", level, crossed=True, seed=seed),
+}
+CLAIMED = {  # what is commonly taken for better: higher (1) or lower (-1); each value's maximum is log E or 1
+    "H(E)": 1,  # balanced
+    "H(E|x)": -1,  # decided
+    "H(E|c)": 1,  # "flexible routing", as the SNNL paper reads it
+    "I(x;E)": 1,
+    "I(c;E) - null": 1,
+    "AMI(c, top-1)": 1,
+    "effective experts": 1,
+}
+RESOLUTION = 2  # decimals: what moves less than this share of its maximum does not move
+TRUTH = "ARI with the truth"  # of top-1 expert and true partition: unknown outside planted data
+
+
+def routing_measures(routing: PlantedRouting, draw_seed: int = 0) -> dict[str, float]:
+    """Every measure of `CLAIMED`, as a share of its maximum, and `TRUTH`."""
+    probs_NE, labels_N = routing.probs_NE, routing.labels_N
+    num_classes = int(labels_N.max()) + 1
+    raw = metrics.routing_entropy(probs_NE, labels_N, num_classes)
+    entropy = raw.normalized()
+    draw = generator(draw_seed, "trust null")
+    null = metrics.information_class_null(probs_NE, labels_N, num_classes, draw)
+    null = raw._replace(information_class=null).normalized().information_class
+    load = metrics.load(probs_NE, labels_N)
+    return {
+        "H(E)": entropy.marginal,
+        "H(E|x)": entropy.per_sample,
+        "H(E|c)": entropy.class_conditional,
+        "I(x;E)": entropy.information_input,
+        "I(c;E) - null": entropy.information_class - null,
+        "AMI(c, top-1)": load.adjusted_mutual_information,
+        "effective experts": load.effective_experts / raw.num_experts,
+        TRUTH: float(adjusted_rand_score(routing.partition_N.numpy(), probs_NE.argmax(1).numpy())),
+    }
+
+
+def climb(seeds: Sequence[int], levels: Sequence[float] = (0, 0.2, 0.4, 0.6, 0.8, 1)) -> pd.DataFrame:
+    """`routing_measures` of every ladder, seed and level: one row each, with those three as columns too.
+
+    The quality that was planted is 1 - level on every ladder.
+    """
+    return pd.DataFrame(
+        {"ladder": ladder, "seed": seed, "level": level} | routing_measures(step(level, seed), seed)
+        for ladder, step in LADDERS.items()
+        for seed in seeds
+        for level in levels
+    )
+
+
+def score_measures(climbed: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's rank correlation of each measure with the planted quality: per seed, then the mean.
+
+    1: the measure falls with every step away from the right router, in every seed. -1: it rises with every
+    step. 0: it does not move by a hundredth of its maximum, or has no direction. The last column is the
+    worst of the ladders under the sign that the measure is commonly read with; "noise, crossed" is left out
+    of it, for no measure of routing and class can see that one.
+    """
+    measures = [*CLAIMED, TRUTH]
+    rows = {
+        ladder: {
+            measure: np.mean([_agreement(one_seed, measure) for _, one_seed in of_ladder.groupby("seed")])
+            for measure in measures
+        }
+        for ladder, of_ladder in climbed.groupby("ladder", sort=False)
+    }
+    table = pd.DataFrame(rows).rename_axis("measure")
+    signed = table.drop(columns="noise, crossed").mul(pd.Series(CLAIMED | {TRUTH: 1}), axis=0)
+    return table.assign(worst=signed.min(axis=1))
+
+
+def _agreement(one_seed: pd.DataFrame, measure: str) -> float:
+    value_L = one_seed[measure].round(RESOLUTION).to_numpy()
+    if (value_L == value_L[0]).all():
+        return 0.0
+    return float(stats.spearmanr(1 - one_seed["level"], value_L).statistic)

@@ -1,0 +1,91 @@
+"""Routing measures judged on planted routers."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import kendalltau
+
+from moe_lib import trust
+from moe_lib.planted import PlantedRouting, planted_routing
+
+
+def test_measures_of_hand_made_routers():
+    right = trust.routing_measures(planted_routing(overlap=0.0))
+    assert right["H(E)"] == pytest.approx(1)
+    assert right["H(E|x)"] == 0
+    assert right["H(E|c)"] == 0
+    assert right["effective experts"] == pytest.approx(1)
+    assert right["ARI with the truth"] == 1
+    assert right["I(c;E) - null"] == pytest.approx(1, abs=0.03)
+    blind = trust.routing_measures(planted_routing("blind", 1.0))
+    assert blind["H(E|x)"] == pytest.approx(1)
+    assert abs(blind["I(c;E) - null"]) < 1e-12
+    collapsed = trust.routing_measures(planted_routing("collapse", 1.0))
+    assert collapsed["effective experts"] == pytest.approx(0.25)
+    assert collapsed["H(E)"] == 0
+    arbitrary = trust.routing_measures(planted_routing("noise", 1.0, overlap=0.0))
+    assert arbitrary["H(E)"] == pytest.approx(1)
+    assert abs(arbitrary["I(c;E) - null"]) < 0.03
+    assert abs(arbitrary["ARI with the truth"]) < 0.03
+
+
+def test_split_uses_twice_the_right_number_of_experts():
+    measures = trust.routing_measures(planted_routing("split", 1.0, overlap=0.0))
+    assert measures["effective experts"] * 8 == pytest.approx(8, abs=0.1)
+    before = trust.routing_measures(planted_routing("split", 0.0, overlap=0.0))
+    assert before["effective experts"] * 8 == pytest.approx(4)
+
+
+def test_one_group_is_no_division_by_zero():
+    one = torch.ones(6, 1, dtype=torch.float64)
+    zeros = torch.zeros(6, dtype=torch.long)
+    measures = trust.routing_measures(PlantedRouting(one, zeros, zeros, one, 1.0))
+    assert measures["I(c;E) - null"] == 0
+    assert all(math.isfinite(value) for value in measures.values())
+
+
+def ladder(**columns):
+    length = len(next(iter(columns.values())))
+    frame = {"ladder": "noise", "seed": 0, "level": [n / (length - 1) for n in range(length)]}
+    frame |= {name: [0.5] * length for name in [*trust.CLAIMED, trust.TRUTH]}
+    return pd.DataFrame(frame | columns)
+
+
+def test_scores_of_made_up_measures():
+    climbed = pd.concat(
+        [
+            ladder(
+                **{
+                    "H(E)": [0.9, 0.7, 0.4, 0.1],
+                    "H(E|x)": [0.1, 0.2, 0.3, 0.4],
+                    "I(x;E)": [0.5, 0.5001, 0.4999, 0.5002],  # moves less than a hundredth
+                    "H(E|c)": [0.1, 0.9, 0.2, 0.8],
+                }
+            ).assign(ladder=name)
+            for name in trust.LADDERS
+        ]
+    )
+    scored = trust.score_measures(climbed)
+    assert scored.loc["H(E)"].tolist() == pytest.approx([1] * 7)
+    assert scored.loc["H(E|x)", "noise"] == pytest.approx(-1)
+    assert scored.loc["H(E|x)", "worst"] == pytest.approx(1)  # low is what it is read as good for
+    assert scored.loc["I(x;E)", "noise"] == 0
+    # Ranks of the values 1 4 2 3 (of the quality 4 3 2 1): sum of squared differences 14, 1 - 6 * 14 / 60.
+    assert scored.loc["H(E|c)", "noise"] == pytest.approx(1 - 6 * (9 + 1 + 0 + 4) / 60)
+    assert scored.loc["H(E|c)", "worst"] < 0
+
+
+def test_ladders_on_real_gates():
+    climbed = trust.climb(range(2), levels=(0, 0.5, 1))
+    assert len(climbed) == 2 * 3 * len(trust.LADDERS)
+    scored = trust.score_measures(climbed)
+    # An independent rank correlation agrees where a measure is monotone.
+    for name in ("noise", "collapse", "overlap"):
+        assert scored.loc["I(c;E) - null", name] == pytest.approx(1)
+        for _, one in climbed[climbed["ladder"] == name].groupby("seed"):
+            assert kendalltau(1 - one["level"], one["I(c;E) - null"]).statistic == pytest.approx(1)
+    assert scored.loc["H(E)", "noise"] == 0
+    assert scored.loc["effective experts", "split"] == pytest.approx(-1)
+    assert scored.loc["ARI with the truth", "noise, crossed"] == pytest.approx(1)
