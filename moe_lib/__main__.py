@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moe_lib import data, store, study
+from moe_lib import data, store, study, text
 from moe_lib.train import TrainingError
 
 
@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     where.add_argument("--profile", required=True)
 
     fetch = commands.add_parser("data", help="download and check data sets")
-    fetch.add_argument("names", nargs="*", help=f"of {', '.join(data.DATASETS)} (default: all)")
+    fetch.add_argument(
+        "names", nargs="*", help=f"of {', '.join([*data.DATASETS, *text.CORPORA])} (default: all)"
+    )
 
     readme = commands.add_parser("readme", help="rewrite the README's result tables from results/")
     readme.add_argument("--check", action="store_true", help="change nothing; fail if it is out of date")
@@ -75,7 +77,11 @@ def _where(arguments: argparse.Namespace) -> int:
 
 
 def _data(arguments: argparse.Namespace) -> int:
-    for name in arguments.names or data.DATASETS:
+    for name in arguments.names or [*data.DATASETS, *text.CORPORA]:
+        if text.is_corpus(name):
+            corpus = text.load(name)
+            print(f"{name}: {len(corpus.train)} bytes of training text, {len(corpus.test)} of test text")
+            continue
         loaded = data.load(name)
         print(
             f"{name}: {len(loaded.train) + len(loaded.validation)} training, {len(loaded.test)} test images"

@@ -6,11 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moe_lib.classifier import ClassifierConfig, Objective
+from moe_lib.language import LanguageConfig
+from moe_lib.routing import ACConfig
 from moe_lib.snnl import SNNLConfig
 from moe_lib.train import TrainConfig
+from moe_lib.transformer import RoutedObjective, Router, TransformerConfig
+from moe_lib.vision import VisionConfig
 
 # Raised by hand when a change is meant to move a study's results; the report never mixes versions.
-VERSIONS = {"snnl": 1, "snnl-tuning": 1}
+VERSIONS = {
+    "snnl": 1,
+    "snnl-tuning": 1,
+    "ac-vision": 1,
+    "ac-vision-tuning": 1,
+    "ac-language": 1,
+    "ac-language-tuning": 1,
+    "crossed": 1,
+    "crossed-tuning": 1,
+}
 
 # The ten seeds of the authors' public code (kwta-ensemble) and ten more; two outside them for tuning.
 SEEDS = (42, 1234, 73, 1024, 86400, 31415, 2718, 30, 22, 17, *range(101, 111))
@@ -123,3 +136,161 @@ LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 FACTORS = (1.0, 10.0, 100.0)
 BALANCE_WEIGHTS = (0.001, 0.01, 0.1)
 AUXILIARY_WEIGHTS = (0.1, 0.3, 1.0)
+
+# ------------------------------------------------------------------------- AC and crossed studies
+
+
+@dataclass(frozen=True)
+class RoutedSettings:
+    """What tuning on validation data chose for one data set of an AC study or the crossed one."""
+
+    model: VisionConfig | LanguageConfig
+    form: ACConfig  # the paper's: one for language models, one for Swin models
+    train: TrainConfig
+    objective: RoutedObjective = RoutedObjective()
+    factor: float = 1.0  # crossed: of the SNNL
+    train_images: int | None = None
+    epoch_tokens: int | None = None
+    attack_images: int = 512
+    learning_rates: tuple[tuple[str, float], ...] = ()  # arms that differ from train.learning_rate
+
+
+RoutedArm = tuple[VisionConfig | LanguageConfig, RoutedObjective]
+
+
+def routed_arms(study: str, settings: RoutedSettings) -> dict[str, RoutedArm]:
+    """Every arm of "ac-vision", "ac-language" or "crossed", each one thing away from another."""
+
+    def with_router(router: Router, ac: ACConfig | None = None) -> RoutedArm:
+        trunk = replace(settings.model.trunk, router=router, ac=ACConfig() if ac is None else ac)
+        return replace(settings.model, trunk=trunk), settings.objective
+
+    form = settings.form
+    if study == "crossed":
+        snnl = SNNLConfig(factor=settings.factor, layers=("stem",))
+        plain = {"base": with_router("cosine"), "ac": with_router("ac", form)}
+        joint = replace(settings.objective, snnl=snnl)
+        return plain | {
+            "snnl": (plain["base"][0], joint),
+            "snnl-ac": (plain["ac"][0], joint),
+        }
+    # Under "feature" a pooled row would divide itself away: it and a partner take "row".
+    partner = replace(form, normalize="row") if form.normalize == "feature" else form
+    arms = {
+        "linear": with_router("linear"),
+        "cosine": with_router("cosine"),
+        "ac": with_router("ac", form),
+        "ac-shuffled": with_router("ac", replace(form, shuffled=True)),
+        "ac-row": with_router("ac", partner),
+        "ac-pooled": with_router("ac", replace(partner, pooled=True)),
+        "ac-matched": with_router("ac", replace(form, matched=True)),
+        "ac-causal": with_router("ac", replace(form, causal=True)),
+    }
+    if partner == form:
+        del arms["ac-row"]
+    return arms
+
+
+ROUTED_ARM_DESCRIPTIONS = {
+    "linear": "linear router with bias, tokens as they are: the published baseline",
+    "cosine": "unit-norm expert embeddings, no bias: AC with M = I, the fair control",
+    "ac": "the Adaptive Clustering router in the paper's form",
+    "ac-shuffled": "placebo: clusters use each other's rows of M",
+    "ac-row": "ac with each row of M normalised by its own mean: the partner of ac-pooled",
+    "ac-pooled": "one M from all tokens, for all clusters: whitening without clustering",
+    "ac-matched": "|M h| rescaled to |h|: the direction without the gate's sharpness",
+    "ac-causal": "M from running averages of earlier steps: no leak between tokens or sequences",
+}
+CROSSED_ARM_DESCRIPTIONS = {
+    "base": "cosine router, no SNNL",
+    "ac": "AC router, no SNNL",
+    "snnl": "cosine router; SNNL on the mean token in front of the first MoE layer",
+    "snnl-ac": "both",
+}
+
+ROUTED_MAIN_ARMS = ("linear", "cosine", "ac")
+ROUTED_CONTROLS = ("ac-shuffled", "ac-pooled", "ac-matched", "ac-causal")
+CROSSED_ARMS = tuple(CROSSED_ARM_DESCRIPTIONS)
+
+_SWIN_FORM = ACConfig(normalize="global", max_ratio=1.5)
+_LANGUAGE_FORM = ACConfig()
+_SMALL = TransformerConfig(
+    dim=32, depth=3, num_heads=2, mlp_hidden=64, moe_blocks=(1, 2), num_experts=4, expert_hidden=32
+)
+_DIGITS_VISION = RoutedSettings(
+    VisionConfig(_SMALL, patch=2),
+    _SWIN_FORM,
+    TrainConfig(epochs=5, batch_size=64, learning_rate=3e-3, precision="float64", warmup=0.1),
+    attack_images=64,
+)
+_CORE_VISION = RoutedSettings(
+    VisionConfig(TransformerConfig(), patch=8),
+    _SWIN_FORM,
+    TrainConfig(epochs=6, batch_size=256, learning_rate=3e-3, warmup=0.1),
+    train_images=20_000,
+)
+_CORE_LANGUAGE = RoutedSettings(
+    LanguageConfig(TransformerConfig(depth=3, moe_blocks=(0, 1, 2))),
+    _LANGUAGE_FORM,
+    TrainConfig(epochs=8, batch_size=32, learning_rate=3e-3, warmup=0.1),
+    epoch_tokens=256 * 1024,  # 8 epochs: 2 MB of text
+)
+_GREY_VISION = replace(_CORE_VISION, model=VisionConfig(TransformerConfig(), patch=7))
+
+# study -> profile -> data set
+ROUTED_SETTINGS: dict[str, dict[str, dict[str, RoutedSettings]]] = {
+    "ac-vision": {
+        "digits": {"digits": _DIGITS_VISION},
+        # Chosen by the tuning studies on the first data set; the others take over from it.
+        "core": {"cifar10": _CORE_VISION, "fashion_mnist": _GREY_VISION, "cifar100": _CORE_VISION},
+    },
+    "ac-language": {
+        "digits": {
+            "docs": RoutedSettings(
+                LanguageConfig(replace(_SMALL, depth=2, moe_blocks=(0, 1)), context=32),
+                _LANGUAGE_FORM,
+                TrainConfig(epochs=4, batch_size=32, learning_rate=1e-2, precision="float64", warmup=0.1),
+                epoch_tokens=24 * 1024,
+            )
+        },
+        "core": {"wikitext2": _CORE_LANGUAGE},
+    },
+    "crossed": {
+        "digits": {"digits": _DIGITS_VISION},
+        "core": {"cifar10": _CORE_VISION},
+    },
+}
+for _study, _profiles in ROUTED_SETTINGS.items():  # full sets, 20 epochs; a text's epoch is a full pass
+    _profiles["paper"] = {
+        name: replace(s, train=replace(s.train, epochs=20), train_images=None, epoch_tokens=None)
+        for name, s in _profiles["core"].items()
+    }
+
+_LANGUAGE_CONTROLS = (*ROUTED_CONTROLS, "ac-row")
+# study -> profile -> data set -> groups of arms and how many of SEEDS each gets
+ROUTED_SEED_COUNTS: dict[str, dict[str, dict[str, list[tuple[Sequence[str], int]]]]] = {
+    "ac-vision": {
+        "digits": {"digits": [((*ROUTED_MAIN_ARMS, *ROUTED_CONTROLS), 5)]},
+        "core": {
+            "cifar10": [(ROUTED_MAIN_ARMS, 5), (ROUTED_CONTROLS, 5)],
+            "fashion_mnist": [(ROUTED_MAIN_ARMS, 5)],
+            "cifar100": [(ROUTED_MAIN_ARMS, 5)],
+        },
+        "paper": {
+            name: [((*ROUTED_MAIN_ARMS, *ROUTED_CONTROLS), 10)]
+            for name in ("cifar10", "fashion_mnist", "cifar100")
+        },
+    },
+    "ac-language": {
+        "digits": {"docs": [((*ROUTED_MAIN_ARMS, *_LANGUAGE_CONTROLS), 5)]},
+        "core": {"wikitext2": [(ROUTED_MAIN_ARMS, 5), (_LANGUAGE_CONTROLS, 5)]},
+        "paper": {"wikitext2": [((*ROUTED_MAIN_ARMS, *_LANGUAGE_CONTROLS), 10)]},
+    },
+    "crossed": {
+        "digits": {"digits": [(CROSSED_ARMS, 5)]},
+        "core": {"cifar10": [(CROSSED_ARMS, 5)]},
+        "paper": {"cifar10": [(CROSSED_ARMS, 10)]},
+    },
+}
+ROUTED_LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+CROSSED_FACTORS = (0.1, 1.0, 10.0)

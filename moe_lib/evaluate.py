@@ -1,11 +1,11 @@
-"""From a trained classifier to the numbers in its result file.
+"""From a trained classifier to the numbers in its result file; what an experiment owes the engine.
 
 Shapes: N samples, D code width, E experts, C classes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from moe_lib.experts import Experts
 from moe_lib.rng import generator, initialise
 from moe_lib.robustness import expert_ablations
 from moe_lib.snnl import soft_nearest_neighbor_loss
-from moe_lib.train import TrainConfig, set_learning_rate
+from moe_lib.train import Task, TrainConfig, set_learning_rate
 
 EMBEDDING_SAMPLES = 2000  # of the test set, for embedding measures, CKA and SNNL
 KNN_SAMPLES = 5000  # of the training set
@@ -65,11 +65,8 @@ def routing_measures(task: ClassifierTask, split: Split, *names: object) -> dict
     }
 
 
-def embedding_measures(task: ClassifierTask) -> dict[str, float]:
+def code_measures(train: Split, train_codes_MD: Tensor, test: Split, codes_ND: Tensor) -> dict[str, float]:
     """kNN accuracy, silhouette, trustworthiness, and SNNL at T = 1, of test codes."""
-    test = task.dataset.test.take(slice(EMBEDDING_SAMPLES))
-    train = task.dataset.train.take(slice(KNN_SAMPLES))
-    codes_ND, train_codes_MD = task.predict(test)[1], task.predict(train)[1]
     quality = metrics.embedding_quality(
         train_codes_MD,
         train.labels_N,
@@ -79,6 +76,12 @@ def embedding_measures(task: ClassifierTask) -> dict[str, float]:
     )
     snnl = soft_nearest_neighbor_loss(codes_ND.double(), test.labels_N, temperature=1.0)
     return quality._asdict() | {"snnl": snnl.item()}
+
+
+def embedding_measures(task: ClassifierTask) -> dict[str, float]:
+    test = task.dataset.test.take(slice(EMBEDDING_SAMPLES))
+    train = task.dataset.train.take(slice(KNN_SAMPLES))
+    return code_measures(train, task.predict(train)[1], test, task.predict(test)[1])
 
 
 def tsne_coordinates(task: ClassifierTask) -> list[list[int]]:
@@ -137,3 +140,68 @@ def independent_expert_null(task: ClassifierTask, config: TrainConfig) -> dict[s
             optimizer.step()
     with torch.no_grad():
         return similarity(experts, experts(test_codes_ND))
+
+
+class Experiment(Protocol):
+    """A task and everything that the engine measures on it."""
+
+    @property
+    def task(self) -> Task: ...
+
+    def validation(self) -> dict[str, float]:
+        """After every epoch, on validation data; "cross_entropy" and "accuracy" among them."""
+
+    def initial(self) -> dict[str, Any]:
+        """Before training, on the test set."""
+
+    def score(self) -> NamedTuple:
+        """Of the task, on the test set, at the present weights."""
+
+    def final(self) -> dict[str, Any]:
+        """After training, on the test set, at the selected weights."""
+
+
+class ClassifierExperiment:
+    """What the engine asks of a run of the SNNL study.
+
+    Args:
+        config: of the training.
+        independent_experts: train the null of expert similarity as well.
+        tsne: keep t-SNE coordinates of some test codes, for the eye.
+    """
+
+    def __init__(
+        self, task: ClassifierTask, config: TrainConfig, independent_experts: bool, tsne: bool
+    ) -> None:
+        self.task, self.config, self.independent_experts = task, config, independent_experts
+        self.tsne: dict[str, Any] | None = {} if tsne else None
+
+    def validation(self) -> dict[str, float]:
+        return validation_measures(self.task)
+
+    def initial(self) -> dict[str, Any]:
+        test = self.task.dataset.test
+        output, _ = self.task.predict(test)
+        routing = routing_measures(self.task, test)
+        routing.pop("class_expert")
+        if self.tsne is not None:
+            self.tsne["before"] = tsne_coordinates(self.task)
+        return {
+            "similarity": similarity(self.task.model.moe.experts, output.expert_logits_NEC),
+            "routing": routing,
+        }
+
+    def score(self) -> metrics.TaskScore:
+        test = self.task.dataset.test
+        return metrics.task_score(self.task.predict(test)[0].log_probs_NC, test.labels_N)
+
+    def final(self) -> dict[str, Any]:
+        measures = final_measures(self.task)
+        if self.independent_experts:
+            measures["null"] = {"similarity": independent_expert_null(self.task, self.config)}
+        if self.tsne is not None:
+            self.tsne["after"] = tsne_coordinates(self.task)
+            self.tsne["labels"] = self.task.dataset.test.labels_N[:TSNE_SAMPLES].tolist()
+            measures["tsne"] = self.tsne
+        measures["expert_parameters"] = self.task.model.moe.experts.flat_weights().shape[1]
+        return measures

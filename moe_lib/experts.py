@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_lib.routing import LinearRouter, Routing, check_experts
+from moe_lib.routing import AdaptiveClusteringRouter, LinearRouter, Routing, check_experts
 
 
 class Experts(nn.Module):
@@ -83,7 +83,10 @@ class MoE(nn.Module):
         self.experts = Experts(dim, num_experts, hidden_dim, dim if out_dim is None else out_dim)
 
     def route(self, x_ND: Tensor, previous: Routing | None = None) -> Routing:
-        routing: Routing = self.router(x_ND, previous)
+        """The decision alone, restricted to `top_k` experts; `previous` is that of the MoE layer before."""
+        return self._restrict(self.router(x_ND, previous))
+
+    def _restrict(self, routing: Routing) -> Routing:
         num_experts = self.experts.num_experts
         if routing.probs_NE.shape[1] != num_experts:
             raise ValueError(
@@ -94,7 +97,11 @@ class MoE(nn.Module):
 
     def forward(self, x_ND: Tensor, previous: Routing | None = None) -> tuple[Tensor, Routing]:
         """Weighted sum of the chosen experts' outputs, [N, O], and the decision behind it."""
-        routing = self.route(x_ND, previous)
+        if isinstance(self.router, AdaptiveClusteringRouter) and self.router.config.scale_experts:
+            routing, scaled_ND = self.router.route_and_scale(x_ND, previous)
+            routing, x_ND = self._restrict(routing), scaled_ND.to(x_ND.dtype)
+        else:
+            routing = self.route(x_ND, previous)
         if routing.indices_NK.shape[1] == self.experts.num_experts:
             out_NEO = self.experts(x_ND)
             weights_NE = routing.dense_weights().to(out_NEO.dtype)
@@ -102,14 +109,15 @@ class MoE(nn.Module):
         return self._dispatch(x_ND, routing), routing
 
     def _dispatch(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        """Each token through its own experts only: gather, compute, scatter back, expert by expert."""
-        out_NO: Tensor | None = None
-        for e in range(self.experts.num_experts):
-            token, slot = (routing.indices_NK == e).nonzero(as_tuple=True)
-            weight = routing.weights_NK[token, slot, None]
-            out = self.experts.expert(e, x_ND[token])
-            if out_NO is None:
-                out_NO = out.new_zeros(len(x_ND), out.shape[1])
-            out_NO = out_NO.index_add(0, token, weight.to(out.dtype) * out)
-        assert out_NO is not None
-        return out_NO
+        """Each token through its own experts only: sort by expert, one GEMM pair an expert, sort back."""
+        num_tokens, top_k = routing.indices_NK.shape
+        expert_M = routing.indices_NK.flatten()  # M = N * K, token by token
+        order_M = expert_M.argsort(stable=True)
+        counts = torch.bincount(expert_M, minlength=self.experts.num_experts).tolist()
+        rows_MD = x_ND.index_select(0, order_M // top_k)
+        out_MO = torch.cat([self.experts.expert(e, rows) for e, rows in enumerate(rows_MD.split(counts))])
+        back_M = torch.empty_like(order_M).scatter_(
+            0, order_M, torch.arange(len(order_M), device=x_ND.device)
+        )
+        out_NKO = out_MO.index_select(0, back_M).unflatten(0, (num_tokens, top_k))
+        return torch.einsum("nk,nko->no", routing.weights_NK.to(out_NKO.dtype), out_NKO)

@@ -5,8 +5,9 @@ Shapes: N samples or tokens, D width, H gate hidden width, E experts, K experts 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import torch
@@ -40,6 +41,10 @@ class Routing(NamedTuple):
     def dense_weights(self) -> Tensor:
         """[N, E]: the weights, zero for experts that were not chosen."""
         return torch.zeros_like(self.probs_NE).scatter(1, self.indices_NK, self.weights_NK)
+
+    def losses(self) -> dict[str, Tensor]:
+        """The unweighted losses on this decision, by name."""
+        return {"balance": load_balancing_loss(self), "router_z": router_z_loss(self)}
 
 
 def route(logits_NE: Tensor, top_k: int | None = None) -> Routing:
@@ -154,6 +159,12 @@ class ACConfig:
       divide that row by itself, so both this arm and its partner take another `normalize`.
     - matched: |M h| is rescaled to |h| token by token: the direction without the gate's sharpness.
     - causal: running averages of the dispersion from earlier training steps, not the batch's own.
+
+    Two options of the published code:
+
+    - mixed: a token's M is the mean of the rows of all clusters that its previous top-k names, by its
+      previous weights, not the row of its top-1 cluster alone.
+    - scale_experts: the experts see M h too, not only the router (the published Swin models).
     """
 
     dispersion: Dispersion = "mad"  # this and the next three: see adaptive_scales
@@ -166,6 +177,8 @@ class ACConfig:
     matched: bool = False
     causal: bool = False
     momentum: float | None = None  # causal: share of the newest step in the running averages; None: 0.1
+    mixed: bool = False
+    scale_experts: bool = False
 
     def __post_init__(self) -> None:
         check_scale_options(self.dispersion, self.eps, self.normalize, self.max_ratio)
@@ -173,6 +186,8 @@ class ACConfig:
             raise ValueError("pooled with normalize='feature' is M = I: use 'row' here and in its partner")
         if self.pooled and self.shuffled:
             raise ValueError("shuffled has no effect with pooled: all rows are equal")
+        if self.pooled and self.mixed:
+            raise ValueError("mixed has no effect with pooled: all rows are equal")
         if self.causal and self.gradient:
             raise ValueError("gradient has no effect with causal: its M comes from earlier steps")
         if self.momentum is not None and not self.causal:
@@ -207,6 +222,8 @@ class AdaptiveClusteringRouter(CosineRouter):
     running_ED: Tensor  # one row if pooled
     seen_E: Tensor
     derangement_E: Tensor
+    keep_rows = False  # these two: see `frozen_scales`
+    frozen_ED: Tensor | None = None
 
     def __init__(
         self, dim: int, num_experts: int, top_k: int | None = None, config: ACConfig | None = None
@@ -248,7 +265,14 @@ class AdaptiveClusteringRouter(CosineRouter):
             )
         assignment_N = previous.probs_NE.argmax(1)
         with torch.autocast(tokens_ND.device.type, enabled=False):
-            scaled_ND = tokens_ND * self._rows(tokens_ND, assignment_N).index_select(0, assignment_N)
+            rows_ED = self._rows(tokens_ND, assignment_N) if self.frozen_ED is None else self.frozen_ED
+            if self.keep_rows:
+                self.frozen_ED = rows_ED.detach()
+            if self.config.mixed:
+                scales_ND = previous.dense_weights().to(rows_ED.dtype) @ rows_ED
+            else:
+                scales_ND = rows_ED.index_select(0, assignment_N)
+            scaled_ND = tokens_ND * scales_ND
             if self.config.matched:
                 norm_N1 = torch.linalg.vector_norm(scaled_ND, dim=1, keepdim=True)
                 target_N1 = torch.linalg.vector_norm(tokens_ND, dim=1, keepdim=True)
@@ -290,6 +314,45 @@ class AdaptiveClusteringRouter(CosineRouter):
         if self.config.causal:
             self.running_ED = at_least_float32(self.running_ED)
         return self
+
+
+def adaptive_routers(model: nn.Module) -> list[AdaptiveClusteringRouter]:
+    return [module for module in model.modules() if isinstance(module, AdaptiveClusteringRouter)]
+
+
+@contextmanager
+def gradient_through_scales(model: nn.Module) -> Iterator[None]:
+    """Differentiate through the batch statistics of every AC router, for attacks that must not be masked.
+
+    A causal router stays as it is: its M does not depend on the batch.
+    """
+    routers = [router for router in adaptive_routers(model) if not router.config.causal]
+    before = [router.config for router in routers]
+    try:
+        for router in routers:
+            router.config = replace(router.config, gradient=True)
+        yield
+    finally:
+        for router, config in zip(routers, before, strict=True):
+            router.config = config
+
+
+@contextmanager
+def frozen_scales(model: nn.Module, forward: Callable[[], object]) -> Iterator[None]:
+    """Hold the M of every AC router at its value in `forward()`, one call of the model on clean data.
+
+    The model must be in evaluation mode, or a causal router would count the clean data as a step.
+    """
+    routers = adaptive_routers(model)
+    try:
+        for router in routers:
+            router.keep_rows = True
+        with torch.no_grad():
+            forward()
+        yield
+    finally:
+        for router in routers:
+            router.keep_rows, router.frozen_ED = False, None
 
 
 def _derangement(num_experts: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""Paired comparison of two arms over shared seeds.
+"""Paired comparison of two arms over shared seeds, and what several comparisons together allow to say.
 
-Shapes: S seeds.
+Shapes: S seeds, M comparisons.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 
 class PairedComparison(NamedTuple):
@@ -50,13 +50,10 @@ def sign_flip_p(differences_S: Sequence[float] | np.ndarray) -> float:
     return float(np.mean(np.abs(sums) >= observed - 1e-12 * np.abs(differences).sum()))
 
 
-def paired_comparison(
+def paired_differences(
     treatment_S: Sequence[float] | np.ndarray, control_S: Sequence[float] | np.ndarray
-) -> PairedComparison:
-    """Compare two arms, seed by seed.
-
-    Args:
-        treatment_S, control_S: one value per seed, in the same order of seeds.
+) -> np.ndarray:
+    """Treatment minus control, [S].
 
     Raises:
         ValueError: lengths differ, there are fewer than two seeds, or a value is not finite.
@@ -69,6 +66,21 @@ def paired_comparison(
     differences = treatment - control
     if not np.isfinite(differences).all():
         raise ValueError("values must be finite; a run that failed has no place in a comparison")
+    return differences
+
+
+def paired_comparison(
+    treatment_S: Sequence[float] | np.ndarray, control_S: Sequence[float] | np.ndarray
+) -> PairedComparison:
+    """Compare two arms, seed by seed.
+
+    Args:
+        treatment_S, control_S: one value per seed, in the same order of seeds.
+
+    Raises:
+        ValueError: lengths differ, there are fewer than two seeds, or a value is not finite.
+    """
+    differences = paired_differences(treatment_S, control_S)
     low, high = t_interval(differences)
     spread = differences.std(ddof=1)
     mean = float(differences.mean())
@@ -88,3 +100,80 @@ def paired_comparison(
     return PairedComparison(
         mean, low, high, sign_flip_p(differences), effect, bca_low, bca_high, len(differences)
     )
+
+
+class Equivalence(NamedTuple):
+    """Two one-sided t tests (TOST) that a mean difference lies within +- margin."""
+
+    equivalent: bool  # p <= 0.05: the 90 % interval lies inside the margin
+    p: float  # the larger of the two one-sided ones
+    low: float  # 90 % t interval
+    high: float
+
+
+def equivalence_test(
+    treatment_S: Sequence[float] | np.ndarray, control_S: Sequence[float] | np.ndarray, margin: float
+) -> Equivalence:
+    """Are two arms alike, seed by seed, to within a margin that was declared beforehand?
+
+    Source: Schuirmann, "A comparison of the two one-sided tests procedure", J. Pharmacokinetics and
+    Biopharmaceutics 15, 1987.
+
+    Raises:
+        ValueError: as `paired_comparison`, or the margin is not positive.
+    """
+    if not margin > 0:
+        raise ValueError(f"margin must be positive, got {margin}")
+    differences = paired_differences(treatment_S, control_S)
+    low, high = t_interval(differences, 0.90)
+    if np.ptp(differences) == 0:  # no spread: t is infinite
+        p = 0.0 if abs(differences[0]) < margin else 1.0
+    else:
+        above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
+        below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
+        p = float(max(above, below))
+    return Equivalence(p <= 0.05, p, low, high)
+
+
+def smallest_detectable_effect(sd: float, seeds: int, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The mean difference that a two-sided paired t test would find with the given power.
+
+    By the noncentral t distribution; the far tail is neglected.
+
+    Args:
+        sd: standard deviation of the paired differences.
+        seeds: S. NaN below two.
+    """
+    if not (0 < alpha < 0.5 <= power < 1):  # below a half the far tail would count
+        raise ValueError(f"expected 0 < alpha < 0.5 <= power < 1, got alpha {alpha}, power {power}")
+    if seeds < 2:
+        return float("nan")
+    freedom = seeds - 1
+    critical = stats.t.ppf(1 - alpha / 2, freedom)
+    return float(special.nctdtrinc(freedom, 1 - power, critical) * sd / np.sqrt(seeds))
+
+
+def pair_correlation(
+    treatment_S: Sequence[float] | np.ndarray, control_S: Sequence[float] | np.ndarray
+) -> float:
+    """Pearson's correlation of two arms over seeds: what pairing gains. NaN if an arm does not vary."""
+    paired_differences(treatment_S, control_S)  # refuses what cannot be paired
+    treatment, control = np.asarray(treatment_S, dtype=float), np.asarray(control_S, dtype=float)
+    if np.ptp(treatment) == 0 or np.ptp(control) == 0:
+        return float("nan")
+    return float(np.corrcoef(treatment, control)[0, 1])
+
+
+def holm(p_values_M: Sequence[float] | np.ndarray) -> np.ndarray:
+    """P values adjusted for having been tested together, [M]: reject those at or below the level.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statistics 6, 1979.
+    """
+    p_M = np.asarray(p_values_M, dtype=float)
+    if not ((p_M >= 0) & (p_M <= 1)).all():
+        raise ValueError(f"p values must lie in [0, 1], got {p_M.tolist()}")
+    order_M = p_M.argsort(kind="stable")
+    adjusted_M = np.empty(len(p_M))
+    factors_M = np.arange(len(p_M), 0, -1)
+    adjusted_M[order_M] = np.minimum(np.maximum.accumulate(p_M[order_M] * factors_M), 1)
+    return adjusted_M

@@ -14,31 +14,44 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
 
-from moe_lib import data, evaluate, metrics, store
+from moe_lib import data, store, text
 from moe_lib.arms import (
     AUXILIARY_WEIGHTS,
     BALANCE_WEIGHTS,
+    CROSSED_FACTORS,
     FACTORS,
     LEARNING_RATES,
     MAIN_ARMS,
     PROFILES,
+    ROUTED_LEARNING_RATES,
+    ROUTED_MAIN_ARMS,
+    ROUTED_SEED_COUNTS,
+    ROUTED_SETTINGS,
     SEED_COUNTS,
     SEEDS,
     SETTINGS,
     TUNING_DATASETS,
     TUNING_SEEDS,
     VERSIONS,
+    RoutedSettings,
     Settings,
+    routed_arms,
     snnl_arms,
 )
 from moe_lib.classifier import ClassifierConfig, ClassifierTask, Objective
+from moe_lib.evaluate import ClassifierExperiment, Experiment
+from moe_lib.evaluate_transformer import LanguageExperiment, VisionExperiment
+from moe_lib.language import LanguageConfig, LanguageTask
 from moe_lib.train import History, OutOfTime, TrainConfig, fit
+from moe_lib.transformer import RoutedObjective
+from moe_lib.vision import VisionConfig, VisionTask
 
 
 class StudyError(RuntimeError):
@@ -55,12 +68,15 @@ class Run:
     arm: str
     seed: int
     version: int
-    model: ClassifierConfig
-    objective: Objective
+    model: ClassifierConfig | VisionConfig | LanguageConfig
+    objective: Objective | RoutedObjective
     train: TrainConfig
     train_images: int | None = None  # use only the first so many of the (shuffled) training set
     independent_experts: bool = False  # train the null of expert similarity as well
     tsne: bool = False  # keep t-SNE coordinates of some test codes, for the eye
+    epoch_tokens: int | None = None  # of a text: what an epoch covers; all of it if None
+    attack_images: int = 512  # of the test set
+    text_digest: str = ""  # of a text that was given by its path: another text, another run
 
     @property
     def id(self) -> str:
@@ -73,7 +89,8 @@ class Run:
     @property
     def path(self) -> Path:
         """Its result file, under the results folder of the moment."""
-        folder = store.results_dir() / self.profile / self.study / self.dataset
+        name = self.dataset if not self.text_digest else Path(self.dataset).stem
+        folder = store.results_dir() / self.profile / self.study / name
         return folder / f"{self.arm}-s{self.seed}-{self.id}.json"
 
     @property
@@ -135,7 +152,60 @@ def tuning_runs(profile: str) -> Iterator[Run]:
                 )  # fmt: skip
 
 
-STUDIES: dict[str, Callable[[str], Iterator[Run]]] = {"snnl": snnl_runs, "snnl-tuning": tuning_runs}
+def routed_runs(study: str, profile: str) -> Iterator[Run]:
+    """An AC or the crossed study: its main arms seed by seed, then the controls."""
+    for dataset, groups in ROUTED_SEED_COUNTS[study].get(profile, {}).items():
+        settings = ROUTED_SETTINGS[study][profile][dataset]
+        arms = routed_arms(study, settings)
+        for names, count in groups:
+            for seed in SEEDS[:count]:
+                for arm in names:
+                    model, objective = arms[arm]
+                    rate = dict(settings.learning_rates).get(arm, settings.train.learning_rate)
+                    yield Run(
+                        profile, study, dataset, arm, seed, VERSIONS[study], model, objective,
+                        replace(settings.train, learning_rate=rate),
+                        train_images=settings.train_images, epoch_tokens=settings.epoch_tokens,
+                        attack_images=settings.attack_images,
+                    )  # fmt: skip
+
+
+def routed_tuning_runs(study: str, profile: str) -> Iterator[Run]:
+    """Three learning rates for each main arm of an AC study, three factors of the SNNL for the crossed one.
+
+    A third of the epochs, the first data set, two seeds outside the study, validation data alone.
+    """
+    if profile != "core":
+        return
+    dataset, settings = next(iter(ROUTED_SETTINGS[study][profile].items()))
+    train = replace(settings.train, epochs=max(settings.train.epochs // 3, 1))
+    grid: list[tuple[str, float, RoutedSettings]] = []
+    if study == "crossed":
+        for factor in CROSSED_FACTORS:
+            grid.append(("snnl", train.learning_rate, replace(settings, factor=factor)))
+    else:
+        for rate in ROUTED_LEARNING_RATES:
+            grid += [(arm, rate, settings) for arm in ROUTED_MAIN_ARMS]
+    for seed in TUNING_SEEDS:
+        for arm, rate, tried in grid:
+            model, objective = routed_arms(study, tried)[arm]
+            yield Run(
+                profile, f"{study}-tuning", dataset, arm, seed, VERSIONS[f"{study}-tuning"], model, objective,
+                replace(train, learning_rate=rate),
+                train_images=settings.train_images, epoch_tokens=settings.epoch_tokens,
+            )  # fmt: skip
+
+
+STUDIES: dict[str, Callable[[str], Iterator[Run]]] = {
+    "snnl": snnl_runs,
+    "ac-vision": partial(routed_runs, "ac-vision"),
+    "ac-language": partial(routed_runs, "ac-language"),
+    "crossed": partial(routed_runs, "crossed"),
+    "snnl-tuning": tuning_runs,
+    "ac-vision-tuning": partial(routed_tuning_runs, "ac-vision"),
+    "ac-language-tuning": partial(routed_tuning_runs, "ac-language"),
+    "crossed-tuning": partial(routed_tuning_runs, "crossed"),
+}
 
 
 def runs(
@@ -163,6 +233,15 @@ def runs(
     return found
 
 
+def with_text(wanted: Sequence[Run], path: str) -> list[Run]:
+    """The same language runs on another text: any UTF-8 file.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8, or too short.
+    """
+    return [replace(run, dataset=path, text_digest=text.file_digest(path)) for run in wanted]
+
+
 def shard(wanted: list[Run], part: str) -> list[Run]:
     """The i-th of n interleaved parts of a list of runs; `part` is "i/n", counted from 1."""
     try:
@@ -176,15 +255,28 @@ def shard(wanted: list[Run], part: str) -> list[Run]:
 
 # Wall seconds of one run on one core of the machine behind results/core, for a first estimate; as soon
 # as runs of the same kind are finished, their median is used instead. None: nobody has measured it.
-EXPECTED_SECONDS = {("digits", "snnl"): 3.0, ("core", "snnl"): 190.0, ("core", "snnl-tuning"): 40.0}
-DOWNLOAD_MB = {"digits": 0, "mnist": 12, "fashion_mnist": 31, "cifar10": 170, "cifar100": 169}
-UNPACKED_MB = {"digits": 0, "mnist": 66, "fashion_mnist": 85, "cifar10": 350, "cifar100": 340}
+EXPECTED_SECONDS = {
+    ("digits", "snnl"): 3.0,
+    ("digits", "ac-vision"): 3.0,
+    ("digits", "ac-language"): 3.0,
+    ("digits", "crossed"): 3.0,
+    ("core", "snnl"): 190.0,
+    ("core", "snnl-tuning"): 40.0,
+}
+DOWNLOAD_MB = {
+    "digits": 0, "mnist": 12, "fashion_mnist": 31, "cifar10": 170, "cifar100": 169,
+    "docs": 0, "wikitext2": 5, "ptb": 6, "tiny_shakespeare": 1,
+}  # fmt: skip
+UNPACKED_MB = {
+    "digits": 0, "mnist": 66, "fashion_mnist": 85, "cifar10": 350, "cifar100": 340,
+    "docs": 0, "wikitext2": 13, "ptb": 6, "tiny_shakespeare": 1,
+}  # fmt: skip
 
 
 def plan(wanted: list[Run], workers: int | None = None) -> str:
     """What is done, what is left, and what that will take, as text; starts nothing."""
     workers = workers or os.cpu_count() or 1
-    lines = [f"{'study':12} {'data set':14} {'arm':16} {'done':>5} {'left':>5} {'minutes left':>13}"]
+    lines = [f"{'study':18} {'data set':14} {'arm':16} {'done':>5} {'left':>5} {'minutes left':>13}"]
     total, unknown = 0.0, False
     for key in dict.fromkeys((run.study, run.dataset, run.arm) for run in wanted):
         group = [run for run in wanted if (run.study, run.dataset, run.arm) == key]
@@ -194,9 +286,9 @@ def plan(wanted: list[Run], workers: int | None = None) -> str:
         unknown |= bool(left) and each is None
         total += left * (each or 0.0)
         minutes = "unknown" if left and each is None else f"{left * (each or 0.0) / 60:.1f}"
-        lines.append(f"{key[0]:12} {key[1]:14} {key[2]:16} {len(walls):5} {left:5} {minutes:>13}")
+        lines.append(f"{key[0]:18} {key[1]:14} {key[2]:16} {len(walls):5} {left:5} {minutes:>13}")
     datasets = {run.dataset for run in wanted}
-    missing = sorted(name for name in datasets if not data.present(name))
+    missing = sorted(name for name in datasets if not (text if text.is_corpus(name) else data).present(name))
     lines += [
         "",
         f"time: {total / 60:.0f} core-minutes{' and more' if unknown else ''}, "
@@ -212,6 +304,55 @@ def plan(wanted: list[Run], workers: int | None = None) -> str:
 # ----------------------------------------------------------------------------------------- engine
 
 
+def prepare(run: Run, device: str) -> Experiment:
+    """Data, model and measures of a run, before the first step."""
+    dtype = torch.float64 if run.train.precision == "float64" else torch.float32
+    if isinstance(run.model, LanguageConfig):
+        assert isinstance(run.objective, RoutedObjective)
+        corpus = text.load(
+            run.dataset, device=device, level=run.model.level, vocabulary_size=run.model.vocabulary_size
+        )
+        return LanguageExperiment(
+            LanguageTask(
+                corpus,
+                run.model,
+                run.objective,
+                seed=run.seed,
+                batch_size=run.train.batch_size,
+                epoch_tokens=run.epoch_tokens,
+                dtype=dtype,
+            )
+        )
+    dataset = data.load(run.dataset, device=device, seed=run.seed)
+    if run.train_images is not None:
+        dataset = replace(dataset, train=dataset.train.take(slice(run.train_images)))
+    if isinstance(run.model, VisionConfig):
+        assert isinstance(run.objective, RoutedObjective)
+        return VisionExperiment(
+            VisionTask(
+                dataset,
+                run.model,
+                run.objective,
+                seed=run.seed,
+                batch_size=run.train.batch_size,
+                dtype=dtype,
+            ),
+            run.attack_images,
+        )
+    assert isinstance(run.objective, Objective)
+    task = ClassifierTask(
+        dataset,
+        run.model,
+        run.objective,
+        seed=run.seed,
+        epochs=run.train.epochs,
+        batch_size=run.train.batch_size,
+        dtype=dtype,
+        bf16=run.train.precision == "bfloat16" and run.model.extractor == "cnn",
+    )
+    return ClassifierExperiment(task, run.train, run.independent_experts, run.tsne)
+
+
 def execute(
     run: Run,
     device: str,
@@ -221,36 +362,16 @@ def execute(
     """Train one run (or resume it from its checkpoint) and return the content of its result file."""
     started = time.perf_counter()
     torch.use_deterministic_algorithms(run.train.precision == "float64")
-    dataset = data.load(run.dataset, device=device, seed=run.seed)
-    if run.train_images is not None:
-        dataset = replace(dataset, train=dataset.train.take(slice(run.train_images)))
-    task = ClassifierTask(
-        dataset,
-        run.model,
-        run.objective,
-        seed=run.seed,
-        epochs=run.train.epochs,
-        batch_size=run.train.batch_size,
-        dtype=torch.float64 if run.train.precision == "float64" else torch.float32,
-        bf16=run.train.precision == "bfloat16" and run.model.extractor == "cnn",
-    )
-    full = run.study != "snnl-tuning"
-    initial: dict[str, Any] = {}
-    if full:
-        output, _ = task.predict(dataset.test)
-        initial = {
-            "similarity": evaluate.similarity(task.model.moe.experts, output.expert_logits_NEC),
-            "routing": evaluate.routing_measures(task, dataset.test),
-        }
-        initial["routing"].pop("class_expert")
-    tsne = {"before": evaluate.tsne_coordinates(task)} if run.tsne else {}
-
+    experiment = prepare(run, device)
+    task = experiment.task
+    full = not run.study.endswith("-tuning")  # tuning never looks at the test set
+    initial = experiment.initial() if full else {}
     try:
         run.workspace.mkdir(parents=True, exist_ok=True)
         history, best = fit(
             task,
             run.train,
-            lambda: evaluate.validation_measures(task),
+            experiment.validation,
             label=run.label,
             checkpoint=run.workspace / "checkpoint.pt",
             on_epoch=on_epoch,
@@ -260,18 +381,11 @@ def execute(
         raise store.explain(error, run.workspace) from error
 
     result: dict[str, Any] = {"history": vars(history), "best_epoch": history.best_epoch}
-    if full:  # tuning never looks at the test set
-        last, _ = task.predict(dataset.test)
-        result["last_epoch"] = metrics.task_score(last.log_probs_NC, dataset.test.labels_N)
+    if full:
+        result["last_epoch"] = experiment.score()
         task.load_state_dict(best)
-        result |= evaluate.final_measures(task) | {"initial": initial}
-        if run.independent_experts:
-            result["null"] = {"similarity": evaluate.independent_expert_null(task, run.train)}
-        if run.tsne:
-            tsne["after"] = evaluate.tsne_coordinates(task)
-            tsne["labels"] = dataset.test.labels_N[: evaluate.TSNE_SAMPLES].tolist()
-            result["tsne"] = tsne
-    result["expert_parameters"] = task.model.moe.experts.flat_weights().shape[1]
+        task.eval()
+        result |= experiment.final() | {"initial": initial}
     result["num_parameters"] = sum(p.numel() for p in task.model.parameters())
     result["wall_seconds"] = time.perf_counter() - started
     result["peak_memory_mb"] = store.peak_memory_mb()

@@ -118,6 +118,24 @@ def load(
     )
 
 
+def head(corpus: Corpus, split: Text, num_tokens: int) -> Text:
+    """The first `num_tokens` tokens of a text of `corpus`, or all of it; at byte level, whole characters.
+
+    Raises:
+        ValueError: num_tokens < 1.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
+    if num_tokens >= len(split):
+        return split
+    if corpus.level == "byte":
+        raw = split.raw.encode()[:num_tokens].decode(errors="ignore")
+        return Text(split.tokens_N[: len(raw.encode())], raw, len(raw.encode()))
+    ends = [match.end() for match in re.finditer(_WORD, split.raw)]
+    raw = split.raw[: ends[num_tokens - 1]]
+    return Text(split.tokens_N[:num_tokens], raw, len(raw.encode()))
+
+
 def is_corpus(name: str) -> bool:
     """Whether `name` is one of `CORPORA` or reads as a path: it has a separator or a suffix."""
     return name in CORPORA or _is_path(name)
@@ -130,6 +148,15 @@ def present(name: str, root: str | Path | None = None) -> bool:
     if name not in CORPORA:
         raise DataError(_unknown(name))
     return all((data_dir(root) / path).is_file() for path in _paths(name))
+
+
+def file_digest(name: str) -> str:
+    """Ten hexadecimal digits that name the content of the file at a path.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return hashlib.sha256(_read(name)).hexdigest()[:10]
 
 
 def docs_is_known() -> bool:
@@ -213,9 +240,12 @@ def _kept_positions(segments_S: list[str], level: str) -> Tensor:
 # ---------------------------------------------------------------------------------------------- tokens
 
 
+_WORD = r"\S+|\n"
+
+
 def _words(raw: str) -> list[str]:
     r"""The words of a text, with "\n" for each line end."""
-    return re.findall(r"\S+|\n", raw)
+    return re.findall(_WORD, raw)
 
 
 def _tokens(raw: str, level: str, index: dict[str, int]) -> Tensor:
@@ -240,12 +270,7 @@ def _texts(name: str, root: Path) -> tuple[str, str, str]:
     if name == "docs":
         return _split(_docs(), name)
     if _is_path(name):
-        path = _path(name)
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"corpus {name!r}: {path} cannot be read ({error})") from error
-        return _split(_decode(content, path), str(path))
+        return _split(_decode(_read(name), _path(name)), str(_path(name)))
     if name not in CORPORA:
         raise DataError(_unknown(name))
     texts = [_decode(content, root / path) for path, content in _files(name, root).items()]
@@ -264,6 +289,14 @@ def _path(name: str) -> Path:
     if not path.exists() and (ROOT / path).exists():  # a notebook's current folder is not the project's
         return ROOT / path
     return path.resolve()
+
+
+def _read(name: str) -> bytes:
+    path = _path(name)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"corpus {name!r}: {path} cannot be read ({error})") from error
 
 
 def _unknown(name: str) -> str:

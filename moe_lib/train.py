@@ -29,6 +29,9 @@ class Task(Protocol):
 
     num_batches: int  # per epoch
 
+    @property
+    def model(self) -> nn.Module: ...
+
     def batches(self, epoch: int) -> Iterator[Any]: ...
 
     def losses(self, batch: Any, epoch: int) -> dict[str, Tensor]: ...  # "total" is minimised
@@ -48,12 +51,15 @@ class TrainConfig:
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine"] = "cosine"  # cosine: down to 0 at the last step
     precision: Literal["float64", "float32", "bfloat16"] = "float32"  # bfloat16: autocast of CNNs
+    warmup: float = 0.0  # share of the training over which the rate rises from 0
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of the training in [0, 1), got {self.warmup}")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"unknown schedule {self.schedule!r}; use 'constant' or 'cosine'")
         if self.precision not in ("float64", "float32", "bfloat16"):
@@ -169,6 +175,8 @@ def _load(checkpoint: Path, device: torch.device) -> dict[str, Any]:
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, progress: float) -> None:
     """The schedule's value at `progress`, from 0 (start) to 1 (end of training)."""
     decay = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1.0
+    if progress < config.warmup:
+        decay *= progress / config.warmup
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate * decay
 

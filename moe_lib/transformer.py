@@ -1,0 +1,180 @@
+"""Transformer blocks whose feed-forward part may be a mixture of experts; for vision.py and language.py.
+
+Shapes: B sequences, T positions, N = B * T tokens, D width, E experts, K experts chosen per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_lib.experts import MoE
+from moe_lib.routing import ACConfig, AdaptiveClusteringRouter, CosineRouter, LinearRouter, Routing
+from moe_lib.snnl import SNNLConfig
+
+
+Router = Literal["linear", "cosine", "ac"]
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    dim: int = 96
+    depth: int = 4
+    num_heads: int = 4
+    mlp_hidden: int = 192  # of blocks without experts
+    moe_blocks: tuple[int, ...] = (1, 2, 3)  # counted from 0
+    num_experts: int = 16
+    expert_hidden: int = 96
+    top_k: int = 2
+    router: Router = "cosine"
+    ac: ACConfig = ACConfig()
+
+    def __post_init__(self) -> None:
+        if self.router not in ("linear", "cosine", "ac"):
+            raise ValueError(f"unknown router {self.router!r}; use 'linear', 'cosine' or 'ac'")
+        if self.router != "ac" and self.ac != ACConfig():
+            raise ValueError(f"ac options have no effect with router={self.router!r}")
+        if self.depth < 1 or self.num_heads < 1 or self.dim % self.num_heads:
+            raise ValueError(
+                "depth and num_heads must be at least 1 and num_heads must divide dim, "
+                f"got {self.depth}, {self.num_heads} and {self.dim}"
+            )
+        outside = [block for block in self.moe_blocks if not 0 <= block < self.depth]
+        if outside or not self.moe_blocks:
+            raise ValueError(
+                f"moe_blocks names one or more of the blocks 0 to {self.depth - 1}, got {self.moe_blocks}"
+            )
+
+
+@dataclass(frozen=True)
+class RoutedObjective:
+    """What is trained on beside the cross-entropy; the losses of routing are means over MoE layers."""
+
+    balance: float = 0.01  # weight of the load-balancing loss, on top-k assignments
+    router_z: float = 0.0  # weight of the router z-loss
+    snnl: SNNLConfig | None = None  # vision only: on the mean token in front of the first MoE layer
+
+
+class Projection(nn.Linear):
+    """A linear layer that keeps the variance: weights from N(0, 1 / fan-in), zero bias."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """Vectors of unit expected length."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+
+
+def build_router(dim: int, config: TransformerConfig) -> nn.Module:
+    if config.router == "linear":
+        return LinearRouter(dim, config.num_experts, config.top_k)
+    if config.router == "cosine":
+        return CosineRouter(dim, config.num_experts, config.top_k)
+    return AdaptiveClusteringRouter(dim, config.num_experts, config.top_k, config.ac)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int, causal: bool) -> None:
+        super().__init__()
+        self.num_heads, self.causal = num_heads, causal
+        self.qkv = Projection(dim, 3 * dim)
+        self.out = Projection(dim, dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        batch, length, dim = x_BTD.shape
+        query, key, value = (
+            self.qkv(x_BTD).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return self.out(out.transpose(1, 2).reshape(batch, length, dim))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + feed-forward(norm x), the latter a `MoE` or a two-layer network.
+
+    Returns the block's decision too; None if it has no experts.
+    """
+
+    def __init__(self, dim: int, config: TransformerConfig, with_experts: bool, causal: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = Attention(dim, config.num_heads, causal)
+        self.feed_forward: nn.Module
+        if with_experts:
+            router = build_router(dim, config)
+            self.feed_forward = MoE(
+                dim, config.num_experts, config.expert_hidden, top_k=config.top_k, router=router
+            )
+        else:
+            self.feed_forward = nn.Sequential(
+                Projection(dim, config.mlp_hidden), nn.ReLU(), Projection(config.mlp_hidden, dim)
+            )
+
+    def forward(self, x_BTD: Tensor, previous: Routing | None) -> tuple[Tensor, Routing | None]:
+        x_BTD = x_BTD + self.attention(self.norm1(x_BTD))
+        tokens_ND = self.norm2(x_BTD).flatten(0, 1)
+        routing = None
+        if isinstance(self.feed_forward, MoE):
+            out_ND, routing = self.feed_forward(tokens_ND, previous)
+        else:
+            out_ND = self.feed_forward(tokens_ND)
+        return x_BTD + out_ND.view_as(x_BTD), routing
+
+
+def moe_layers(model: nn.Module) -> list[MoE]:
+    """The MoE layers of a model, in the order of its blocks."""
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def routing_losses(routings: Iterable[Routing]) -> dict[str, Tensor]:
+    """Load-balancing and router z-loss, unweighted, each the mean over the MoE layers."""
+    layers = [routing.losses() for routing in routings]
+    return {name: torch.stack([losses[name] for losses in layers]).mean() for name in layers[0]}
+
+
+def weighted_total(losses: dict[str, Tensor], objective: RoutedObjective) -> dict[str, Tensor]:
+    """The named losses and their weighted sum, "total"."""
+    total = losses["cross_entropy"] + objective.balance * losses["balance"]
+    total = total + objective.router_z * losses["router_z"]
+    if objective.snnl is not None:
+        total = total + objective.snnl.factor * losses["snnl"]
+    return losses | {"total": total}
+
+
+@dataclass
+class Seen:
+    """One MoE layer at work in one forward pass."""
+
+    layer: MoE
+    tokens_ND: Tensor
+    previous: Routing | None
+    routing: Routing
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[list[Seen]]:
+    """Inside this context every forward pass appends what each MoE layer saw and decided."""
+    seen: list[Seen] = []
+
+    def note(layer: nn.Module, inputs: tuple, output: tuple[Tensor, Routing]) -> None:
+        assert isinstance(layer, MoE)
+        previous = inputs[1] if len(inputs) > 1 else None
+        seen.append(Seen(layer, inputs[0].detach(), previous, output[1]))
+
+    handles = [layer.register_forward_hook(note) for layer in moe_layers(model)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
