@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from moe_lib.data import Dataset, Split, pixels
 from moe_lib.experts import MoE
 from moe_lib.rng import generator, initialise
-from moe_lib.routing import MLPRouter, Routing, UniformRouter, load_balancing_loss
+from moe_lib.routing import MLPRouter, Routing, UniformRouter, joined, load_balancing_loss
 from moe_lib.snnl import LayerwiseSNNL, SNNLConfig
 
 Mixture = Literal["logits", "likelihood", "jacobs"]
@@ -273,7 +273,7 @@ class ClassifierTask(nn.Module):
             code_ND, _ = self.encode(pixels(split.images_NCHW[start : start + batch_size], self.dtype))
             parts.append(self.model.classify(code_ND))
             codes.append(code_ND)
-        routing = Routing(*(torch.cat(field) for field in zip(*(p.routing for p in parts), strict=True)))
+        routing = joined([part.routing for part in parts])
         log_probs_NC = torch.cat([p.log_probs_NC for p in parts])
         return Output(log_probs_NC, torch.cat([p.expert_logits_NEC for p in parts]), routing, {}), torch.cat(
             codes

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from moe_lib import metrics
+from moe_lib.attacks import fgsm, pgd, spsa
+from moe_lib.corruptions import CORRUPTIONS, corrupt
 from moe_lib.data import Split, pixels
 from moe_lib.evaluate import EMBEDDING_SAMPLES, KNN_SAMPLES, code_measures
 from moe_lib.experts import MoE
 from moe_lib.language import LanguageTask
 from moe_lib.rng import generator
-from moe_lib.routing import Routing, adaptive_routers, frozen_scales, gradient_through_scales
+from moe_lib.routing import Routing, adaptive_routers, frozen_scales, gradient_through_scales, joined
 from moe_lib.text import Text, head, swap_words
 from moe_lib.transformer import Seen, moe_layers, watching
 from moe_lib.vision import VisionTask
@@ -44,27 +46,47 @@ ATTACK_STRENGTHS = (1, 2)  # of 255
 def layer_measures(seen: Sequence[Seen], labels_N: Tensor, num_classes: int) -> dict[str, Any]:
     """One MoE layer over several batches: entropies, load, and how often M changes the choice.
 
-    `changed` compares with M = I in the same model on the same tokens: the share of tokens whose best
-    expert, or whose set of chosen experts, is another. None for a layer without M.
+    `changed` compares with M = I in the same model on the same tokens; None for a layer without M:
+        best, chosen: the share of tokens whose best expert, or whose set of chosen experts, is another.
+        follows, follows_plain: adjusted mutual information of a token's best expert with its cluster k (its
+            best expert in the previous layer), with M and with M = I. M is told k, so a router can copy it.
     """
     probs_NE = torch.cat([one.routing.probs_NE for one in seen])
     entropy = metrics.routing_entropy(probs_NE, labels_N, num_classes)
-    load = metrics.load(probs_NE, labels_N)
-    changed = None
-    if seen[0].layer.router in adaptive_routers(seen[0].layer) and seen[0].previous is not None:
-        plain = [one.layer.route(one.tokens_ND) for one in seen]
-        pairs = list(zip([one.routing for one in seen], plain, strict=True))
-        changed = {
-            "best": torch.cat([a.indices_NK[:, 0] != b.indices_NK[:, 0] for a, b in pairs]),
-            "chosen": torch.cat([different_choice(a, b) for a, b in pairs]),
-        }
     return {
         "marginal": entropy.marginal,
         "per_sample": entropy.per_sample,
         "class_conditional": entropy.class_conditional,
-        "load": load,
-        "changed": None if changed is None else {k: v.double().mean().item() for k, v in changed.items()},
+        "load": metrics.load(probs_NE, labels_N),
+        "changed": changed_by_scales(seen) if adaptive_routers(seen[0].layer) else None,
     }
+
+
+def changed_by_scales(seen: Sequence[Seen]) -> dict[str, float] | None:
+    """See `layer_measures`."""
+    previous = [one.previous for one in seen if one.previous is not None]
+    if not previous:
+        return None
+    actual = joined([one.routing for one in seen])
+    plain = joined([one.layer.route(one.tokens_ND) for one in seen])
+    cluster_N = joined(previous).probs_NE.argmax(1)
+    return {
+        "best": (best_expert(actual) != best_expert(plain)).double().mean().item(),
+        "chosen": different_choice(actual, plain).double().mean().item(),
+        "follows": agreement(cluster_N, best_expert(actual)),
+        "follows_plain": agreement(cluster_N, best_expert(plain)),
+    }
+
+
+def best_expert(routing: Routing) -> Tensor:
+    return routing.probs_NE.argmax(1)
+
+
+def agreement(a_N: Tensor, b_N: Tensor) -> float:
+    """Adjusted mutual information of two partitions: 0 by chance, 1 if they agree up to names."""
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    return float(adjusted_mutual_info_score(a_N.cpu().numpy(), b_N.cpu().numpy()))
 
 
 def different_choice(a: Routing, b: Routing) -> Tensor:
@@ -81,8 +103,6 @@ def routing_measures(
         seen: of several forward passes of a model with `num_layers` MoE layers, in order.
         labels: per pass, of its samples; a sample's label is that of all its tokens.
     """
-    from sklearn.metrics import adjusted_mutual_info_score
-
     layers, best = [], []
     for at in range(num_layers):
         passes = seen[at::num_layers]
@@ -93,11 +113,8 @@ def routing_measures(
             ]
         )
         layers.append(layer_measures(passes, labels_N, num_classes))
-        best.append(torch.cat([one.routing.probs_NE.argmax(1) for one in passes]).cpu().numpy())
-    stability = [
-        float(adjusted_mutual_info_score(a, b)) if len(a) == len(b) else None
-        for a, b in itertools.pairwise(best)
-    ]
+        best.append(torch.cat([best_expert(one.routing) for one in passes]))
+    stability = [agreement(a, b) if len(a) == len(b) else None for a, b in itertools.pairwise(best)]
     return {"layers": layers, "stability": stability}
 
 
@@ -233,9 +250,7 @@ class VisionExperiment:
         together = self.task.predict(self._part(1))
         alone = [self.task.predict(split.take(slice(i, i + 1))) for i in range(len(split))]
         log_probs_NC = torch.cat([output.log_probs_NC for output in alone])
-        choice = Routing(
-            *(torch.cat(f) for f in zip(*(output.routings[-1] for output in alone), strict=True))
-        )
+        choice = joined([output.routings[-1] for output in alone])
         tokens = len(choice.probs_NE)
         changed_N = different_choice(choice, Routing(*(field[:tokens] for field in together.routings[-1])))
         return company(log_probs_NC, together.log_probs_NC[: len(split)], split.labels_N, changed_N)
@@ -250,8 +265,6 @@ class VisionExperiment:
 
     def _corruption(self) -> dict[str, Any]:
         """Accuracy at severities 1 to 5; "clean" is that of the same images."""
-        from moe_lib.corruptions import CORRUPTIONS, corrupt
-
         split = self.task.dataset.test.take(slice(ROBUST_IMAGES))
         accuracy: dict[str, Any] = {"clean": self._score(split).accuracy}
         for name in CORRUPTIONS:
@@ -274,8 +287,6 @@ class VisionExperiment:
         "frozen" at its value on the clean images, for attack and score alike. Other routers have no M:
         "detached" alone. SPSA uses no gradient at all; it is far below PGD unless gradients are masked.
         """
-        from moe_lib.attacks import fgsm, pgd, spsa
-
         model, dtype = self.task.model, self.task.dtype
         routers = adaptive_routers(model)
         batch_dependent = any(not router.config.causal for router in routers)
@@ -426,7 +437,7 @@ class LanguageExperiment:
         self, alone: Sequence[tuple[Tensor, Routing]], together: tuple[Tensor, Routing], targets_N: Tensor
     ) -> Company:
         log_probs_NV = torch.cat([log_probs for log_probs, _ in alone])
-        choice = Routing(*(torch.cat(field) for field in zip(*(own for _, own in alone), strict=True)))
+        choice = joined([own for _, own in alone])
         return company(log_probs_NV, together[0], targets_N, different_choice(choice, together[1]))
 
     @torch.no_grad()

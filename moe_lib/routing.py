@@ -5,7 +5,7 @@ Shapes: N samples or tokens, D width, H gate hidden width, E experts, K experts 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
@@ -53,6 +53,11 @@ def route(logits_NE: Tensor, top_k: int | None = None) -> Routing:
     experts_NE = torch.arange(probs_NE.shape[1], device=probs_NE.device).expand_as(probs_NE)
     routing = Routing(logits_NE, probs_NE, experts_NE, probs_NE)
     return routing if top_k is None else routing.top(top_k)
+
+
+def joined(routings: Iterable[Routing]) -> Routing:
+    """Several decisions, one below the other."""
+    return Routing(*(torch.cat(field) for field in zip(*routings, strict=True)))
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:

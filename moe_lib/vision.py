@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from moe_lib.data import Dataset, Split, pixels
 from moe_lib.rng import generator, initialise
-from moe_lib.routing import Routing
+from moe_lib.routing import Routing, joined
 from moe_lib.snnl import LayerwiseSNNL
 from moe_lib.transformer import (
     Block,
@@ -165,9 +165,6 @@ class VisionTask(nn.Module):
         ]
         return Output(
             torch.cat([output.log_probs_NC for output in outputs]),
-            [
-                Routing(*(torch.cat(field) for field in zip(*layer, strict=True)))
-                for layer in zip(*(output.routings for output in outputs), strict=True)
-            ],
+            [joined(layer) for layer in zip(*(output.routings for output in outputs), strict=True)],
             {"stem": torch.cat([output.activations["stem"] for output in outputs])},
         )
