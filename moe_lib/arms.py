@@ -151,7 +151,8 @@ class RoutedSettings:
     factor: float = 1.0  # crossed: of the SNNL
     train_images: int | None = None
     epoch_tokens: int | None = None
-    attack_images: int = 512
+    robust_images: int = 1024
+    test_tokens: int = 2**18
     learning_rates: tuple[tuple[str, float], ...] = ()  # arms that differ from train.learning_rate
 
 
@@ -221,7 +222,7 @@ _DIGITS_VISION = RoutedSettings(
     VisionConfig(_SMALL, patch=2),
     _SWIN_FORM,
     TrainConfig(epochs=5, batch_size=64, learning_rate=3e-3, precision="float64", warmup=0.1),
-    attack_images=64,
+    robust_images=64,
 )
 _CORE_VISION = RoutedSettings(
     VisionConfig(TransformerConfig(), patch=8),
@@ -232,7 +233,7 @@ _CORE_VISION = RoutedSettings(
 _CORE_LANGUAGE = RoutedSettings(
     LanguageConfig(TransformerConfig(depth=3, moe_blocks=(0, 1, 2))),
     _LANGUAGE_FORM,
-    TrainConfig(epochs=8, batch_size=32, learning_rate=3e-3, warmup=0.1),
+    TrainConfig(epochs=8, batch_size=32, learning_rate=1e-2, warmup=0.1),
     epoch_tokens=256 * 1024,  # 8 epochs: 2 MB of text
 )
 _GREY_VISION = replace(_CORE_VISION, model=VisionConfig(TransformerConfig(), patch=7))
@@ -251,6 +252,7 @@ ROUTED_SETTINGS: dict[str, dict[str, dict[str, RoutedSettings]]] = {
                 _LANGUAGE_FORM,
                 TrainConfig(epochs=4, batch_size=32, learning_rate=1e-2, precision="float64", warmup=0.1),
                 epoch_tokens=24 * 1024,
+                test_tokens=2**14,
             )
         },
         "core": {"wikitext2": _CORE_LANGUAGE},
@@ -292,5 +294,8 @@ ROUTED_SEED_COUNTS: dict[str, dict[str, dict[str, list[tuple[Sequence[str], int]
         "paper": {"cifar10": [(CROSSED_ARMS, 10)]},
     },
 }
-ROUTED_LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+ROUTED_LEARNING_RATES = {
+    "ac-vision": (1e-3, 3e-3, 1e-2),
+    "ac-language": (1e-3, 3e-3, 1e-2, 3e-2),  # the best of the first three was the highest, for every arm
+}
 CROSSED_FACTORS = (0.1, 1.0, 10.0)

@@ -29,13 +29,9 @@ from moe_lib.vision import VisionTask
 
 # What is measured on how much of the test set: a whole pass for the task, less for the rest.
 ROUTING_BATCHES = 8  # of training size
-ROBUST_IMAGES = 1000  # corrupted in every way
-SPSA_IMAGES = 128
 ALONE_SAMPLES = 64  # scored one by one
 ABLATION_BATCHES = 2
 EVALUATION_TOKENS = 2**16  # of the validation text, after every epoch
-TEST_TOKENS = 2**18
-SWAP_TOKENS = 2**17
 SWAP_SHARES = (0.0, 0.015, 0.025, 0.05, 0.1)
 ATTACK_STRENGTHS = (1, 2)  # of 255
 
@@ -200,10 +196,14 @@ def mean_effective_experts(routings: Sequence[Routing]) -> float:
 
 
 class VisionExperiment:
-    """What the engine asks of a vision run."""
+    """What the engine asks of a vision run.
 
-    def __init__(self, task: VisionTask, attack_images: int = 512) -> None:
-        self.task, self.attack_images = task, attack_images
+    Args:
+        robust_images: of the test set are corrupted; half of them attacked, an eighth of them by SPSA.
+    """
+
+    def __init__(self, task: VisionTask, robust_images: int) -> None:
+        self.task, self.robust_images = task, robust_images
 
     def validation(self) -> dict[str, float]:
         split = self.task.dataset.validation
@@ -265,7 +265,7 @@ class VisionExperiment:
 
     def _corruption(self) -> dict[str, Any]:
         """Accuracy at severities 1 to 5; "clean" is that of the same images."""
-        split = self.task.dataset.test.take(slice(ROBUST_IMAGES))
+        split = self.task.dataset.test.take(slice(self.robust_images))
         accuracy: dict[str, Any] = {"clean": self._score(split).accuracy}
         for name in CORRUPTIONS:
             accuracy[name] = [
@@ -285,13 +285,14 @@ class VisionExperiment:
         AC's M depends on the batch, so an attacker (and the score) can treat it in three ways: "detached",
         a constant in the gradient, as the published code would have it; "through", differentiated;
         "frozen" at its value on the clean images, for attack and score alike. Other routers have no M:
-        "detached" alone. SPSA uses no gradient at all; it is far below PGD unless gradients are masked.
+        "detached" alone. SPSA uses no gradient at all: it takes less accuracy than PGD on the same images
+        ("spsa-2 pgd", M differentiated) unless gradients are masked.
         """
         model, dtype = self.task.model, self.task.dtype
         routers = adaptive_routers(model)
         batch_dependent = any(not router.config.causal for router in routers)
         modes = ("detached", "through", "frozen") if batch_dependent else ("detached",)
-        test = self.task.dataset.test.take(slice(self.attack_images))
+        test = self.task.dataset.test.take(slice(self.robust_images // 2))
 
         def predict(images_NCHW: Tensor) -> Tensor:
             return model(images_NCHW).log_probs_NC
@@ -329,9 +330,12 @@ class VisionExperiment:
                 for name in (f"fgsm-{strength}", f"pgd-{strength}"):
                     counts[name] = counts.get(name, 0) + len(labels_N)
             if number == 0:
-                few, known = images_NCHW[:SPSA_IMAGES], labels_N[:SPSA_IMAGES]
+                few, known = images_NCHW[: self.robust_images // 8], labels_N[: self.robust_images // 8]
+                with gradient_through_scales(model):
+                    by_gradient = pgd(predict, few, known, 2 / 255, generator(self.task.seed, "pgd", number))
                 for key, attacked in (
                     ("spsa-2", spsa(predict, few, known, 2 / 255, generator(self.task.seed, "spsa"))),
+                    ("spsa-2 pgd", by_gradient),
                     ("spsa-2 clean", few),
                 ):
                     count(key, "detached", attacked, known)
@@ -374,12 +378,16 @@ class LanguageScore(NamedTuple):
 
 
 class LanguageExperiment:
-    """What the engine asks of a language run."""
+    """What the engine asks of a language run.
 
-    def __init__(self, task: LanguageTask) -> None:
+    Args:
+        test_tokens: of the test text are scored; half of them with words swapped.
+    """
+
+    def __init__(self, task: LanguageTask, test_tokens: int) -> None:
         self.task = task
         corpus = task.corpus
-        self.test = head(corpus, corpus.test, TEST_TOKENS)
+        self.test = head(corpus, corpus.test, test_tokens)
 
     def validation(self) -> dict[str, float]:
         corpus = self.task.corpus
@@ -493,7 +501,7 @@ class LanguageExperiment:
         """Cross-entropy with a share of the words replaced by <unk>: on the targets that belong to words left
         alone, in the clean and in the swapped text, and on all targets of the swapped text."""
         corpus = self.task.corpus
-        clean = head(corpus, corpus.test, SWAP_TOKENS)
+        clean = head(corpus, self.test, max(len(self.test) // 2, 1))
         clean_M, _ = self.task.score(clean.tokens_N)
         found = {}
         for share in SWAP_SHARES:
