@@ -115,6 +115,20 @@ def test_refuted_by_the_margin_where_nothing_is_published():
     assert "equivalent to within it" in verdict.reason
 
 
+def test_the_ninety_percent_interval_refutes():
+    """Between the upper ends of the 90 % and the 95 % interval lies the margin."""
+    results = snnl_results(gain=0.0)
+    differences = np.subtract(
+        *([r["task"]["accuracy"] for r in part] for part in (results[10:], results[:10]))
+    )
+    ends = [stats.t_interval(differences, confidence)[1] for confidence in (0.90, 0.95)]
+    for shift, expected in ((sum(ends) / 2, "refuted"), (ends[0] * 0.99, "undecided")):
+        moved = copy.deepcopy(results)
+        for result in moved[10:]:
+            result["task"]["accuracy"] += 0.0028 - shift
+        assert outcome("snnl-accuracy", moved) == expected
+
+
 def test_refuted_by_the_opposite_sign():
     verdict = claims.decide(CLAIM["snnl-accuracy"], snnl_results(gain=-0.01))
     assert verdict.outcome == "refuted"
@@ -216,8 +230,15 @@ def test_flexible_routing_needs_all_three():
     assert outcome(key, vague) == "undecided"
 
 
-def test_information_that_falls_by_less_than_the_margin_is_not_lower():
-    assert outcome("snnl-flexible", snnl_results(information=-0.02)) == "supported"
+@pytest.mark.parametrize("information", [0.0, -0.02])
+def test_information_that_falls_by_less_than_the_margin_is_not_lower(information):
+    assert outcome("snnl-flexible", snnl_results(information=information)) == "supported"
+
+
+def test_a_condition_that_holds_is_not_refuted_by_being_small():
+    verdict = claims.decide(CLAIM["snnl-flexible"], snnl_results(cost=0.002, sd=0.0005))
+    assert verdict.outcome == "supported"
+    assert "yet" not in verdict.reason
 
 
 # ---------------------------------------------------------------------------- several fair controls
