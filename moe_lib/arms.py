@@ -151,7 +151,7 @@ class RoutedSettings:
     factor: float = 1.0  # crossed: of the SNNL
     train_images: int | None = None
     epoch_tokens: int | None = None
-    robust_images: int = 1024
+    attack_images: int = 512
     test_tokens: int = 2**18
     learning_rates: tuple[tuple[str, float], ...] = ()  # arms that differ from train.learning_rate
 
@@ -222,7 +222,7 @@ _DIGITS_VISION = RoutedSettings(
     VisionConfig(_SMALL, patch=2),
     _SWIN_FORM,
     TrainConfig(epochs=5, batch_size=64, learning_rate=3e-3, precision="float64", warmup=0.1),
-    robust_images=64,
+    attack_images=32,
 )
 _CORE_VISION = RoutedSettings(
     VisionConfig(TransformerConfig(), patch=8),

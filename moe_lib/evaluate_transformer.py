@@ -199,11 +199,11 @@ class VisionExperiment:
     """What the engine asks of a vision run.
 
     Args:
-        robust_images: of the test set are corrupted; half of them attacked, an eighth of them by SPSA.
+        attack_images: of the test set are attacked, a quarter of them by SPSA, twice as many corrupted.
     """
 
-    def __init__(self, task: VisionTask, robust_images: int) -> None:
-        self.task, self.robust_images = task, robust_images
+    def __init__(self, task: VisionTask, attack_images: int) -> None:
+        self.task, self.attack_images = task, attack_images
 
     def validation(self) -> dict[str, float]:
         split = self.task.dataset.validation
@@ -265,7 +265,7 @@ class VisionExperiment:
 
     def _corruption(self) -> dict[str, Any]:
         """Accuracy at severities 1 to 5; "clean" is that of the same images."""
-        split = self.task.dataset.test.take(slice(self.robust_images))
+        split = self.task.dataset.test.take(slice(2 * self.attack_images))
         accuracy: dict[str, Any] = {"clean": self._score(split).accuracy}
         for name in CORRUPTIONS:
             accuracy[name] = [
@@ -292,7 +292,7 @@ class VisionExperiment:
         routers = adaptive_routers(model)
         batch_dependent = any(not router.config.causal for router in routers)
         modes = ("detached", "through", "frozen") if batch_dependent else ("detached",)
-        test = self.task.dataset.test.take(slice(self.robust_images // 2))
+        test = self.task.dataset.test.take(slice(self.attack_images))
 
         def predict(images_NCHW: Tensor) -> Tensor:
             return model(images_NCHW).log_probs_NC
@@ -330,7 +330,7 @@ class VisionExperiment:
                 for name in (f"fgsm-{strength}", f"pgd-{strength}"):
                     counts[name] = counts.get(name, 0) + len(labels_N)
             if number == 0:
-                few, known = images_NCHW[: self.robust_images // 8], labels_N[: self.robust_images // 8]
+                few, known = images_NCHW[: self.attack_images // 4], labels_N[: self.attack_images // 4]
                 with gradient_through_scales(model):
                     by_gradient = pgd(predict, few, known, 2 / 255, generator(self.task.seed, "pgd", number))
                 for key, attacked in (

@@ -75,7 +75,7 @@ class Run:
     independent_experts: bool = False  # train the null of expert similarity as well
     tsne: bool = False  # keep t-SNE coordinates of some test codes, for the eye
     epoch_tokens: int | None = None  # of a text: what an epoch covers; all of it if None
-    robust_images: int = 1024  # of the test set are corrupted; half of them attacked; an eighth by SPSA
+    attack_images: int = 512  # of the test set are attacked, twice as many corrupted
     test_tokens: int = 2**18  # of a test text are scored; half of them with words swapped
     text_digest: str = ""  # of a text that was given by its path: another text, another run
 
@@ -167,12 +167,12 @@ def routed_runs(study: str, profile: str) -> Iterator[Run]:
                         profile, study, dataset, arm, seed, VERSIONS[study], model, objective,
                         replace(settings.train, learning_rate=rate),
                         train_images=settings.train_images, epoch_tokens=settings.epoch_tokens,
-                        robust_images=settings.robust_images, test_tokens=settings.test_tokens,
+                        attack_images=settings.attack_images, test_tokens=settings.test_tokens,
                     )  # fmt: skip
 
 
 def routed_tuning_runs(study: str, profile: str) -> Iterator[Run]:
-    """The same learning rates for each main arm of an AC study, three factors of the SNNL for the crossed one.
+    """The same learning rates for each main arm of an AC study; three factors of the SNNL for the crossed.
 
     A third of the epochs, the first data set, two seeds outside the study, validation data alone.
     """
@@ -339,7 +339,7 @@ def prepare(run: Run, device: str) -> Experiment:
                 batch_size=run.train.batch_size,
                 dtype=dtype,
             ),
-            run.robust_images,
+            run.attack_images,
         )
     assert isinstance(run.objective, Objective)
     task = ClassifierTask(
