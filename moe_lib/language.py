@@ -34,6 +34,10 @@ class LanguageConfig:
     vocabulary_size: int = 10_000  # of "word"
     context: int = 128
 
+    def __post_init__(self) -> None:
+        if self.context < 1:
+            raise ValueError(f"context must be at least 1, got {self.context}")
+
 
 class Output(NamedTuple):
     log_probs_BTV: Tensor  # of each position's next token
@@ -45,8 +49,6 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: LanguageConfig, num_tokens: int) -> None:
         super().__init__()
-        if config.context < 1:
-            raise ValueError(f"context must be at least 1, got {config.context}")
         trunk = config.trunk
         self.token = Embedding(num_tokens, trunk.dim)
         self.position = Embedding(config.context, trunk.dim)
@@ -94,6 +96,8 @@ class LanguageTask(nn.Module):
         super().__init__()
         if objective.snnl is not None:
             raise ValueError("snnl has no effect in a language model: its loss compares labelled samples")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.corpus, self.config, self.objective = corpus, config, objective
         self.seed, self.batch_size = seed, batch_size
         self.num_windows = (len(corpus.train.tokens_N) - 1) // config.context
@@ -106,7 +110,7 @@ class LanguageTask(nn.Module):
                 )
         windows = self.num_windows if epoch_tokens is None else epoch_tokens // config.context
         self.num_batches = windows // batch_size
-        if not self.num_batches:
+        if self.num_batches < 1:
             raise ValueError(
                 f"an epoch of {windows} windows of {config.context} tokens does not fill one batch of "
                 f"{batch_size}: use a longer text or a smaller batch_size"
