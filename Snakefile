@@ -10,14 +10,24 @@ from moe_lib import store, study
 os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
 
 PROFILE = config.get("profile", "digits")
-RUNS = study.runs(PROFILE)
+STUDY = config.get("study")  # one study alone: --config study=ac-vision
+RUNS = study.runs(PROFILE, STUDY)
 # As many shards as cores keep every core busy; a cluster executor may want more: --config shards=40
 SHARDS = int(config.get("shards", workflow.cores or 1))
 RESULTS = store.results_dir() / PROFILE
 # The planned runs name the shards' folder: a changed plan asks for new DONE files by itself.
 DONE = RESULTS / ".work" / ("shards-" + store.digest([run.id for run in RUNS]))
 BUILD = Path("build") / PROFILE
-DATASETS = list(dict.fromkeys(run.dataset for run in RUNS if run.study == "snnl"))
+# The notebook of a study, once for each of its data sets.
+NOTEBOOKS = {
+    "snnl": "10_snnl_moe",
+    "ac-vision": "20_ac_vision",
+    "ac-language": "21_ac_language",
+    "crossed": "30_snnl_x_ac",
+}
+EXECUTED = list(
+    dict.fromkeys(BUILD / f"{NOTEBOOKS[r.study]}-{r.dataset}.ipynb" for r in RUNS if r.study in NOTEBOOKS)
+)
 
 if not (RESULTS / "report.html").exists():
     (BUILD / "90_report.ipynb").unlink(missing_ok=True)
@@ -35,8 +45,10 @@ rule shard:
     output:
         DONE / "{i}of{n}.json",
     threads: 1
+    params:
+        study=f"--study {STUDY}" if STUDY else "",
     shell:
-        "python -m moe_lib run --profile {PROFILE} --shard {wildcards.i}/{wildcards.n} --workers 1"
+        "python -m moe_lib run --profile {PROFILE} {params.study} --shard {wildcards.i}/{wildcards.n} --workers 1"
         " --done {output:q}"
 
 
@@ -52,15 +64,15 @@ rule tour:
         "papermill --no-progress-bar {input[0]:q} {output:q} > {log:q} 2>&1"
 
 
-rule snnl:
+rule study:
     input:
-        "notebooks/10_snnl_moe.ipynb",
+        "notebooks/{notebook}.ipynb",
         expand(DONE / "{i}of{n}.json", i=range(1, SHARDS + 1), n=SHARDS),
         Path("moe_lib").glob("*.py"),
     output:
-        BUILD / "10_snnl_moe-{dataset}.ipynb",
+        BUILD / "{notebook}-{dataset}.ipynb",
     log:
-        BUILD / "10_snnl_moe-{dataset}.log",
+        BUILD / "{notebook}-{dataset}.log",
     shell:
         "papermill --no-progress-bar {input[0]:q} {output:q}"
         " -p profile {PROFILE} -p dataset {wildcards.dataset} > {log:q} 2>&1"
@@ -70,7 +82,7 @@ rule report:
     input:
         "notebooks/90_report.ipynb",
         BUILD / "00_tour.ipynb",
-        expand(BUILD / "10_snnl_moe-{dataset}.ipynb", dataset=DATASETS),
+        EXECUTED,
     output:
         BUILD / "90_report.ipynb",
     log:

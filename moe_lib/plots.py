@@ -16,9 +16,9 @@ import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from moe_lib import metrics, stats, store
+from moe_lib import metrics, stats, store, tables
 from moe_lib.data import ROOT
-from moe_lib.tables import look_up
+from moe_lib.tables import Result, look_up
 
 PALETTE = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999933")
 ARM_STYLE = {  # colour, marker
@@ -33,6 +33,15 @@ ARM_STYLE = {  # colour, marker
     "raw": (PALETTE[0], "X"),
     "snnl-pretrained": ("#8c564b", "<"),
     "ce-pretrained": ("#4b6e8c", ">"),
+    "linear": ("#7f7f7f", "o"),
+    "cosine": (PALETTE[2], "o"),
+    "ac": (PALETTE[4], "s"),
+    "ac-shuffled": (PALETTE[5], "v"),
+    "ac-row": (PALETTE[6], "D"),
+    "ac-pooled": (PALETTE[3], "P"),
+    "ac-matched": (PALETTE[1], "^"),
+    "ac-causal": (PALETTE[0], "X"),
+    "snnl-ac": (PALETTE[0], "D"),
 }
 STYLE: Any = {
     "figure.dpi": 110,
@@ -52,6 +61,8 @@ DATASET_TITLES = {
     "fashion_mnist": "FashionMNIST",
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
+    "docs": "scikit-learn's descriptions (bytes)",
+    "wikitext2": "WikiText-2 (bytes)",
 }
 
 
@@ -63,19 +74,22 @@ def new_figure(
         return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _arms(results: Sequence[dict[str, Any]], wanted: Sequence[str] | None = None) -> dict[str, list[dict]]:
+def _arms(results: Sequence[Result], wanted: Sequence[str] | None = None) -> dict[str, list[dict]]:
     """Results by arm, in the order of ARM_STYLE."""
     names = [a for a in ARM_STYLE if wanted is None or a in wanted]
     grouped = {a: [r for r in results if r["run"]["arm"] == a] for a in names}
     return {arm: group for arm, group in grouped.items() if group}
 
 
-def training_curves(results: Sequence[dict[str, Any]], arms: Sequence[str] | None = None) -> Figure:
-    """Validation cross-entropy, accuracy and routing information over epochs: mean, and range over seeds."""
+def training_curves(results: Sequence[Result], arms: Sequence[str] | None = None) -> Figure:
+    """Validation cross-entropy, accuracy and a measure of routing over epochs: mean, and range over seeds."""
+    routing = ("information", "I(x;E), validation (nats)", 1.0)
+    if "effective_experts" in results[0]["history"]["validation"]:
+        routing = ("effective_experts", "effective experts, validation", 1.0)
     panels = (
         ("cross_entropy", "validation cross-entropy (nats)", 1.0),
         ("accuracy", "validation accuracy (%)", 100.0),
-        ("information", "I(x;E), validation (nats)", 1.0),
+        routing,
     )
     figure, axes = new_figure(11, 3.4, 1, 3)
     for axis, (key, title, scale) in zip(axes[0], panels, strict=True):
@@ -99,7 +113,7 @@ def _curve(validation: dict[str, list[float]], key: str) -> list[float]:
     return validation[key]
 
 
-def accuracy_by_arm(results: Sequence[dict[str, Any]]) -> Figure:
+def accuracy_by_arm(results: Sequence[Result]) -> Figure:
     """Test accuracy: every seed a dot, the mean and its 95 % interval beside them."""
     grouped = _arms(results)
     figure, axes = new_figure(7.5, 0.42 * len(grouped) + 1.2)
@@ -120,7 +134,7 @@ def accuracy_by_arm(results: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def tsne_panels(results: Sequence[dict[str, Any]]) -> Figure:
+def tsne_panels(results: Sequence[Result]) -> Figure:
     """Test codes before and after training, arm by arm, coloured by class (ten classes at most)."""
     shown = {a: g[0] for a, g in _arms([r for r in results if "tsne" in r]).items()}
     figure, axes = new_figure(4.2 * 2, 3.9 * len(shown), len(shown), 2)
@@ -143,7 +157,7 @@ def tsne_panels(results: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def routing_heatmap(results: Sequence[dict[str, Any]], arms: Sequence[str] = ("base", "snnl")) -> Figure:
+def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
     """Mean gate of each class, for the first seed of each arm; classes ordered by their preferred expert."""
     shown = {arm: group[0] for arm, group in _arms(results, arms).items()}
     num_classes = len(next(iter(shown.values()))["routing"]["class_expert"])
@@ -163,9 +177,7 @@ def routing_heatmap(results: Sequence[dict[str, Any]], arms: Sequence[str] = ("b
     return figure
 
 
-def similarity_with_nulls(
-    results: Sequence[dict[str, Any]], arms: Sequence[str] = ("base", "snnl")
-) -> Figure:
+def similarity_with_nulls(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
     """Each similarity of experts: trained together, before training, and trained alone (the null)."""
     panels = (
         ("weights", "mean |cosine| of weights"),
@@ -200,6 +212,187 @@ def similarity_with_nulls(
     legend = figure.legend(handles, labels, loc="outside lower center", ncols=4)
     for handle in legend.get_lines():
         handle.set_color("#333333")
+    return figure
+
+
+# -------------------------------------------------------------------------- AC and crossed studies
+
+
+def _draw_mean(axis: Any, arm: str, x: Sequence[float], values_SX: np.ndarray) -> None:
+    """Mean over seeds against x, with its 95 % t interval as a band."""
+    colour, marker = ARM_STYLE[arm]
+    axis.plot(x, values_SX.mean(0), color=colour, marker=marker, markersize=4, label=arm)
+    if len(values_SX) > 1:
+        low, high = np.array([stats.t_interval(column) for column in values_SX.T]).T
+        axis.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
+
+
+def _legend(figure: Figure, axis: Any, columns: int = 4) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))  # each arm once
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns)
+
+
+def corruption_by_severity(
+    results: Sequence[Result], arms: Sequence[str] = ("linear", "cosine", "ac")
+) -> Figure:
+    """Accuracy lost to each kind of corruption against its severity: mean and 95 % interval over seeds."""
+    grouped = _arms(results, arms)
+    kinds = [kind for kind in next(iter(grouped.values()))[0]["corruption"] if kind != "clean"]
+    rows = -(-len(kinds) // 3)
+    figure, axes = new_figure(10, 2.7 * rows + 0.5, rows, 3, sharex=True, sharey=True)
+    for axis, kind in zip(axes.flat, kinds, strict=False):
+        for arm, group in grouped.items():
+            lost_SX = [r["corruption"]["clean"] - np.array(r["corruption"][kind]) for r in group]
+            _draw_mean(axis, arm, range(1, 6), 100 * np.array(lost_SX))
+        axis.axhline(0, color="#999999", lw=0.8, zorder=0)
+        axis.set(title=kind.replace("_", " "), xticks=range(1, 6))
+    for axis in axes.flat[len(kinds) :]:
+        axis.set_visible(False)
+    figure.supylabel("accuracy lost against clean (points), by severity", fontsize=10)
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def swap_curve(results: Sequence[Result], arms: Sequence[str] | None = None) -> Figure:
+    """Cross-entropy lost against the share of words that became <unk>: on the targets left alone, and on all
+    of them. Mean and 95 % interval over seeds."""
+    figure, axes = new_figure(9, 3.6, 1, 2)
+    for arm, group in _arms(results, arms).items():
+        shares = sorted(group[0]["swap"], key=float)
+        percent = [100 * float(share) for share in shares]
+        swaps = [[r["swap"][share] for share in shares] for r in group]
+        own_SX = np.array([[s["swapped"] - s["clean"] for s in row] for row in swaps])
+        all_SX = np.array([[s["all"] - row[0]["all"] for s in row] for row in swaps])
+        _draw_mean(axes[0, 0], arm, percent, own_SX)
+        _draw_mean(axes[0, 1], arm, percent, all_SX)
+    axes[0, 0].set(title="targets left alone", ylabel="cross-entropy lost (nats a token)")
+    axes[0, 1].set(title="all targets, <unk> itself among them")
+    for axis in axes[0]:
+        axis.set(xlabel="words swapped (%)")
+        axis.grid(axis="y", alpha=0.3)
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def changed_choices(results: Sequence[Result]) -> Figure:
+    """Share of tokens that M sends to other experts than M = I would in the same model, layer by layer: seeds
+    as dots, their mean as a bar."""
+    grouped = {
+        arm: group
+        for arm, group in _arms(results).items()
+        if any(layer["changed"] for layer in group[0]["routing"]["layers"])
+    }
+    if not grouped:
+        raise ValueError("no arm here has an M: its first layers never do, nor have other routers")
+    layers = next(iter(grouped.values()))[0]["routing"]["layers"]
+    with_scales = [at for at, layer in enumerate(layers) if layer["changed"]]
+    figure, axes = new_figure(9, 3.4, 1, 2, sharey=True)
+    width = 0.8 / max(len(grouped), 1)
+    for axis, (key, title) in zip(
+        axes[0], (("best", "best expert changed"), ("chosen", "set of chosen experts changed")), strict=True
+    ):
+        for place, (arm, group) in enumerate(grouped.items()):
+            for at in with_scales:
+                values = np.array([r["routing"]["layers"][at]["changed"][key] for r in group]) * 100
+                x = at + 1 - 0.4 + width * (place + 0.5)
+                colour, marker = ARM_STYLE[arm]
+                axis.bar(x, values.mean(), 0.85 * width, color=colour, alpha=0.35)
+                axis.plot(np.full(len(values), x), values, marker, color=colour, ms=4, mew=0, label=arm)
+        axis.set(title=title, xlabel="MoE layer")
+        axis.set_xticks(1 + np.array(with_scales), [f"{at + 1}" for at in with_scales])
+        axis.grid(axis="y", alpha=0.3)
+    axes[0, 0].set_ylabel("tokens (%)")
+    _legend(figure, axes[0, 0], 6)
+    return figure
+
+
+def expert_load(results: Sequence[Result]) -> Figure:
+    """Share of the tokens that each expert is best for, one panel a MoE layer; experts are ordered by load in
+    each run, then averaged over seeds."""
+    grouped = _arms(results)
+    layers = len(results[0]["routing"]["layers"])
+    figure, axes = new_figure(3.6 * layers + 1.2, 0.34 * len(grouped) + 1.5, 1, layers, sharey=True)
+    shares_LAE = 100 * np.array(
+        [
+            [
+                np.mean(
+                    [sorted(r["routing"]["layers"][at]["load"]["share"], reverse=True) for r in group], axis=0
+                )
+                for group in grouped.values()
+            ]
+            for at in range(layers)
+        ]
+    )
+    for at, axis in enumerate(axes[0]):
+        picture = axis.imshow(shares_LAE[at], cmap="viridis", vmin=0, vmax=shares_LAE.max(), aspect="auto")
+        axis.set(title=f"MoE layer {at + 1}", xlabel="expert, by load", yticks=range(len(grouped)))
+        axis.set_yticklabels(list(grouped))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(picture, ax=axes, label="tokens (%)", shrink=0.9)
+    return figure
+
+
+def paired_differences(
+    results: Sequence[Result],
+    pairs: Sequence[tuple[str, str]],
+    claims: tables.Claims,
+    columns: tables.Columns,
+) -> Figure:
+    """For each claimed measure, treatment minus control: every seed a dot, the mean and its 95 % t interval.
+
+    The side of zero that the claim asks for is shaded.
+    """
+    runs = tables.frame(results, columns)
+    measures = [(claim, *one) for claim, ones in claims.items() for one in ones]
+    wide = -(-len(measures) // (2 if len(measures) > 3 else 1))
+    rows = -(-len(measures) // wide)
+    figure, axes = new_figure(3.3 * wide + 1.4, rows * (0.36 * len(pairs) + 1.3), rows, wide, sharey=True)
+    for axis, (claim, column, direction) in zip(axes.flat, measures, strict=False):
+        reach = 0.0
+        for row, (treatment, control) in enumerate(pairs):
+            both = tables.paired(runs, [treatment, control], column)
+            if both is None:
+                continue
+            differences = (both[treatment] - both[control]).to_numpy()
+            low, high = stats.t_interval(differences)
+            colour, marker = ARM_STYLE[control]
+            axis.plot(differences, np.full(len(differences), row), "o", color=colour, alpha=0.4, ms=4, mew=0)
+            axis.plot([low, high], [row + 0.25] * 2, color=colour, lw=2, solid_capstyle="butt")
+            axis.plot(differences.mean(), row + 0.25, marker, color=colour, markersize=6)
+            reach = max(reach, abs(low), abs(high), *np.abs(differences))
+        reach = 1.08 * reach or 1.0
+        axis.axvspan(*((0, reach) if direction == "higher" else (-reach, 0)), color="#f0f0f0", lw=0, zorder=0)
+        axis.axvline(0, color="#333333", lw=1)
+        axis.set(title=f"{claim}:\n{column}", xlim=(-reach, reach), ylim=(len(pairs) - 0.4, -0.6))
+        axis.locator_params(axis="x", nbins=5)
+    for axis in axes.flat[len(measures) :]:
+        axis.set_visible(False)
+    axes[0, 0].set_yticks(range(len(pairs)), [f"{a} - {b}" for a, b in pairs])
+    figure.supxlabel(
+        "difference: seeds as dots; mean and 95 % t interval below; shaded: as claimed", fontsize=9
+    )
+    return figure
+
+
+def crossed_lines(results: Sequence[Result], names: Sequence[str] = tables.CROSSED_MEASURES) -> Figure:
+    """Each measure without and with AC, one line without and one with SNNL: parallel lines, no interaction.
+    Seeds as dots, means as lines."""
+    runs = tables.frame(results, tables.VISION_COLUMNS)
+    rows = -(-len(names) // 3)
+    figure, axes = new_figure(9.5, 2.7 * rows + 0.5, rows, 3)
+    for axis, name in zip(axes.flat, names, strict=False):
+        for label, ends, shift in (("no SNNL", ("base", "ac"), -0.04), ("SNNL", ("snnl", "snnl-ac"), 0.04)):
+            colour, marker = ARM_STYLE[ends[0]]
+            values = [runs.loc[runs["arm"] == arm, name].dropna().to_numpy() for arm in ends]
+            for x, own in enumerate(values):
+                axis.plot(np.full(len(own), x + shift), own, "o", color=colour, alpha=0.4, ms=4, mew=0)
+            means = [own.mean() if len(own) else np.nan for own in values]
+            axis.plot((shift, 1 + shift), means, color=colour, marker=marker, label=label)
+        axis.set(title=name, xticks=(0, 1), xticklabels=("cosine", "ac"), xlim=(-0.4, 1.4))
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    _legend(figure, axes[0, 0])
     return figure
 
 

@@ -73,17 +73,18 @@ def collapse_table(profile: str) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index(["data set", "arm"]) if rows else pd.DataFrame()
 
 
-def accuracy_table(profile: str) -> pd.DataFrame:
+def accuracy_table(profile: str, study_name: str = "snnl") -> pd.DataFrame:
     """Test accuracy (%) of every arm on every data set, mean ± sd over seeds (their number in brackets)."""
     columns = {}
-    for dataset, runs in finished_runs(profile, "snnl").items():
+    for dataset, runs in finished_runs(profile, study_name).items():
         frame = tables.frame(study.results(runs))
         columns[DATASET_TITLES[dataset]] = {
             str(arm): f"{tables.spread(group['accuracy'] * 100, 2)} ({len(group)})"
             for arm, group in frame.groupby("arm", sort=False)
         }
     table = pd.DataFrame(columns)
-    order = [arm for arm in arms.ARM_DESCRIPTIONS if arm in table.index]
+    known = {**arms.ARM_DESCRIPTIONS, **arms.ROUTED_ARM_DESCRIPTIONS, **arms.CROSSED_ARM_DESCRIPTIONS}
+    order = [arm for arm in known if arm in table.index]
     return table.loc[order].fillna("-").rename_axis("arm")
 
 
@@ -114,27 +115,57 @@ def published_table(profile: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).set_index("data set")
 
 
+def routed_claims_table(profile: str, study_name: str) -> pd.DataFrame:
+    """Each claim for the AC router, on each data set of "ac-vision" or "ac-language", against each control."""
+    claims, pairs, columns = {
+        "ac-vision": (tables.VISION_CLAIMS, tables.VISION_PAIRS, tables.VISION_COLUMNS),
+        "ac-language": (tables.LANGUAGE_CLAIMS, tables.LANGUAGE_PAIRS, tables.LANGUAGE_COLUMNS),
+    }[study_name]
+    found = {
+        DATASET_TITLES[dataset]: tables.claim_rows(
+            tables.frame(study.results(runs), columns), claims, pairs, columns
+        )
+        for dataset, runs in finished_runs(profile, study_name).items()
+    }
+    return pd.concat(found, names=["data set"]) if found else pd.DataFrame()
+
+
+def crossed_table(profile: str) -> pd.DataFrame:
+    """Main effects and interaction of SNNL and AC on each data set."""
+    found = {
+        DATASET_TITLES[dataset]: tables.crossed_effects(
+            tables.frame(study.results(runs), tables.VISION_COLUMNS)
+        )
+        for dataset, runs in finished_runs(profile, "crossed").items()
+    }
+    return pd.concat(found, names=["data set"]) if found else pd.DataFrame()
+
+
 def tuning_table(profile: str) -> pd.DataFrame:
     """Best validation cross-entropy of every setting tried, mean over the tuning seeds."""
     rows = []
-    for runs in finished_runs(profile, "snnl-tuning").values():
-        for result in study.results(runs):
-            run = result["run"]
-            objective = run["objective"]
-            weight = (objective["snnl"] or {}).get("factor") or objective["balance"] or objective["auxiliary"]
-            rows.append(
-                {
-                    "dataset": run["dataset"],
-                    "arm": run["arm"],
-                    "epochs": run["train"]["epochs"],
-                    "learning rate": run["train"]["learning_rate"],
-                    "weight": weight or 0.0,
-                    "cross-entropy": result["history"]["best_cross_entropy"],
-                }
-            )
+    for name in (name for name in study.STUDIES if name.endswith("-tuning")):
+        for runs in finished_runs(profile, name).values():
+            for result in study.results(runs):
+                run = result["run"]
+                objective = run["objective"]
+                weight = (objective["snnl"] or {}).get("factor", 0.0)
+                if name == "snnl-tuning":  # elsewhere the balance weight is not tuned
+                    weight = weight or objective["balance"] or objective["auxiliary"]
+                rows.append(
+                    {
+                        "study": name.removesuffix("-tuning"),
+                        "data set": run["dataset"],
+                        "arm": run["arm"],
+                        "epochs": run["train"]["epochs"],
+                        "learning rate": run["train"]["learning_rate"],
+                        "weight": weight,
+                        "cross-entropy": result["history"]["best_cross_entropy"],
+                    }
+                )
     if not rows:
         return pd.DataFrame()
-    keys = ["dataset", "arm", "epochs", "learning rate", "weight"]
+    keys = ["study", "data set", "arm", "epochs", "learning rate", "weight"]
     table = pd.DataFrame(rows).groupby(keys, sort=True)["cross-entropy"].agg(["mean", "count"])
     return table.rename(columns={"mean": "validation cross-entropy", "count": "seeds"})
 

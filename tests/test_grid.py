@@ -27,15 +27,15 @@ def grid(folders):
 
 def done_files(shards: int, *numbers: int) -> list[Path]:
     """Where the Snakefile puts a shard's DONE file."""
-    folder = "shards-" + store.digest([run.id for run in study.runs("digits")])
+    folder = "shards-" + store.digest([run.id for run in study.runs("digits", "snnl")])
     return [store.results_dir() / "digits" / ".work" / folder / f"{i}of{shards}.json" for i in numbers]
 
 
 def start(grid: Path, shards: int, targets: list[Path]) -> subprocess.Popen:
-    """What `make report` calls, narrowed to some shards, in a process group of its own."""
+    """What `make report` calls, narrowed to some shards of one study, in a process group of its own."""
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     command = re.search(r"snakemake (--cores .*)", makefile)[1]
-    command = command.replace("$(CORES)", "2").replace("$(PROFILE)", f"digits shards={shards}")
+    command = command.replace("$(CORES)", "2").replace("$(PROFILE)", f"digits study=snnl shards={shards}")
     assert not set(command) & set("$&|;>\\")
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -94,7 +94,9 @@ def numbers(result: dict) -> dict:
 
 
 def test_a_killed_batch_goes_on_where_it_was(grid, folders, monkeypatch):
-    runs = study.shard(study.runs("digits"), "1/11") + study.shard(study.runs("digits"), "2/11")
+    runs = study.shard(study.runs("digits", "snnl"), "1/11") + study.shard(
+        study.runs("digits", "snnl"), "2/11"
+    )
     assert sorted((run.arm, run.seed) for run in runs) == sorted(
         (arm, seed) for arm in ("base", "snnl") for seed in arms.SEEDS[:5]
     )
@@ -120,7 +122,9 @@ def test_a_killed_batch_goes_on_where_it_was(grid, folders, monkeypatch):
     assert set(cut[0].path.parent.glob("*.json")) == set(after)
     assert {path: after[path] for path in before} == before
     for i, path in enumerate(done, 1):
-        assert store.read(path) == {"runs": [r.id for r in study.shard(study.runs("digits"), f"{i}/11")]}
+        assert store.read(path) == {
+            "runs": [r.id for r in study.shard(study.runs("digits", "snnl"), f"{i}/11")]
+        }
 
     status, said = finish(grid, 11, done)
     assert status == 0
@@ -135,7 +139,7 @@ def test_a_killed_batch_goes_on_where_it_was(grid, folders, monkeypatch):
 
 def test_a_failing_shard_leaves_the_other_alone(grid):
     """The first run of one shard cannot make its workspace: its siblings and the other shard are finished."""
-    failing, sound = (study.shard(study.runs("digits"), f"{i}/22") for i in (8, 19))
+    failing, sound = (study.shard(study.runs("digits", "snnl"), f"{i}/22") for i in (8, 19))
     assert {run.arm for run in failing + sound} == {"uniform-gate"}
     done_failing, done_sound = done = done_files(22, 8, 19)
     obstacle = failing[0].workspace

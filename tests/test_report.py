@@ -3,12 +3,13 @@
 import base64
 import inspect
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import matplotlib as mpl
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import small_runs
 from matplotlib.colors import to_hex
@@ -269,6 +270,251 @@ def test_similarity_nulls():
     assert table.loc[("dense", kinds[0])].tolist() == ["-"] * 4
 
 
+# --------------------------------------------------------------------- made-up AC and crossed results
+
+
+def routed_plan(study_name: str, arm: str, seed: int, dataset: str | None = None) -> study.Run:
+    dataset = dataset or {"ac-language": "wikitext2"}.get(study_name, "cifar10")
+    (run,) = [r for r in study.runs("core", study_name, dataset, arm) if r.seed == seed]
+    return run
+
+
+def routed(run: study.Run, value: float = 0.9, epochs: int = 3) -> dict:
+    """What a result file of an AC or crossed run could hold; every number follows from `value`."""
+    scaled, text = run.model.trunk.router == "ac", run.study == "ac-language"
+    experts = run.model.trunk.num_experts
+    load = {"dead_experts": 1, "effective_experts": 10 * value, "adjusted_mutual_information": 0.1}
+    load["share"] = [2 * (e + 1) / experts / (experts + 1) for e in range(experts)]
+    changed = {"best": value / 4, "chosen": value / 2, "follows": 0.3, "follows_plain": 0.2}
+    layer = {"marginal": 1.3, "per_sample": 0.8, "class_conditional": 1.2, "load": load}
+    layers = [layer | {"changed": changed if scaled and at else None} for at in range(3)]
+    company = {"cross_entropy_alone": 2 + value / 100, "cross_entropy_together": 2.0}
+    company |= {"changed_choice": value / 10, "largest_change": value}
+    score = {"accuracy": value, "cross_entropy": 1 - value}
+    score |= {"perplexity": 20.0, "bits_per_byte": 2.0} if text else {"calibration_error": 0.02}
+    result = {
+        "id": run.id,
+        "run": asdict(run),
+        "wall_seconds": 90.0,
+        "history": {
+            "best_cross_entropy": 1 - value,
+            "validation": {
+                "cross_entropy": [2 - value / (epochs - e) for e in range(epochs)],
+                "accuracy": [value] * epochs,
+                "effective_experts": [10 * value] * epochs,
+            },
+        },
+        "task": score,
+        "last_epoch": score,
+        "routing": {"layers": layers, "stability": [0.1, None]},
+        "company": {"other sequences": company, "later tokens": company} if text else company,
+        "ablation": {"permuted_everywhere": 0.5},
+    }
+    if text:
+        lost = {"0": 0.0, "0.015": 0.01, "0.025": 0.02, "0.05": 0.03, "0.1": 0.06}
+        result["swap"] = {
+            share: {"clean": 2.0, "swapped": 2 + value * v, "all": 2.1 + v, "words": 9}
+            for share, v in lost.items()
+        }
+        return result
+    kinds = ("noise", "blur", "contrast", "jpeg")
+    result["corruption"] = {k: [value - 0.1 * severity for severity in range(1, 6)] for k in kinds}
+    result["corruption"]["clean"] = value
+    modes = ("detached", "through", "frozen") if scaled else ("detached",)
+    result["attack"] = {
+        f"{name}-{strength}": {mode: value - 0.1 * (strength + at) for at, mode in enumerate(modes)}
+        for name in ("fgsm", "pgd")
+        for strength in (1, 2)
+    }
+    result["attack"] |= {"clean": value, "spsa-2": {"detached": 0.3}, "spsa-2 clean": {"detached": 0.7}}
+    result["embedding"] = {"knn_accuracy": 0.9, "silhouette": 0.4, "trustworthiness": 0.95, "snnl": 1.6}
+    return result
+
+
+ROUTED_VALUES = {
+    "linear": (0.80, 0.81, 0.82),
+    "cosine": (0.80, 0.80, 0.80),
+    "ac": (0.84, 0.82, 0.84),
+    "ac-shuffled": (0.80, 0.81, 0.80),
+    "ac-row": (0.83, 0.84, 0.83),
+    "ac-pooled": (0.83, 0.82, 0.83),
+    "ac-matched": (0.80, 0.81, 0.80),
+    "ac-causal": (0.80, 0.81, 0.80),
+}
+CROSSED_VALUES = {
+    "base": (0.80, 0.80, 0.80),
+    "ac": (0.82, 0.81, 0.82),
+    "snnl": (0.81, 0.81, 0.81),
+    "snnl-ac": (0.85, 0.82, 0.85),
+}
+
+
+def routed_results(study_name: str, values: dict | None = None, seeds: int = 3, **options: int) -> list[dict]:
+    chosen = dict(values or (CROSSED_VALUES if study_name == "crossed" else ROUTED_VALUES))
+    if study_name == "ac-vision":
+        chosen.pop("ac-row", None)
+    return [
+        routed(routed_plan(study_name, arm, seed), value, **options)
+        for arm, own in chosen.items()
+        for seed, value in zip(arms.SEEDS[:seeds], own, strict=False)
+    ]
+
+
+def store_routed(study_name: str, **options: int) -> None:
+    for result in routed_results(study_name, **options):
+        run = routed_plan(study_name, result["run"]["arm"], result["run"]["seed"])
+        store.write(run.path, result)
+
+
+COLUMN_SETS = {
+    "ac-vision": tables.VISION_COLUMNS,
+    "ac-language": tables.LANGUAGE_COLUMNS,
+    "crossed": tables.VISION_COLUMNS,
+}
+
+
+@pytest.mark.parametrize("study_name", COLUMN_SETS)
+def test_routed_columns_are_all_found(study_name):
+    frame = tables.frame(routed_results(study_name), COLUMN_SETS[study_name])
+    assert not frame[frame["arm"] == "ac"].isna().any().any()
+    plain = frame[~frame["arm"].str.contains("ac")]
+    assert plain.columns[plain.isna().any()].tolist() == ["changed by M"]
+
+
+def test_routed_columns_are_missing_where_a_result_lacks_them():
+    result = routed_results("ac-vision")[0]
+    for key in ("corruption", "attack", "company", "embedding"):
+        del result[key]
+    (row,) = tables.frame([result], tables.VISION_COLUMNS).to_dict("records")
+    missing = {name for name, value in row.items() if value != value}
+    assert missing >= {"lost to corruption", "lost to attack", "PGD, 2/255", "SPSA, 2/255", "leak"}
+    assert row["accuracy"] == 0.8
+
+
+@pytest.mark.parametrize(("study_name", "dataset"), [("ac-vision", "digits"), ("ac-language", "docs")])
+def test_routed_columns_name_what_a_run_writes(study_name, dataset, folders):
+    """Against a result that the engine itself has made, as short as can be."""
+    run = study.runs("digits", study_name, dataset, "ac")[0]
+    short = replace(run.train, epochs=1, batch_size=64 if study_name != "ac-language" else 8)
+    run = replace(run, train=short, attack_images=4, train_images=64, epoch_tokens=512)
+    (result,) = study.ensure([run], workers=1, quiet=True)
+    row = tables.frame([result], COLUMN_SETS[study_name]).iloc[0]
+    assert row.index[row.isna()].tolist() == []
+    assert tables.company_table([result]).shape[1] == 4
+    assert len(tables.routing_by_layer([result])) == len(run.model.trunk.moe_blocks)
+
+
+def test_losses_by_hand():
+    vision = routed_results("ac-vision", {"ac": (0.9,)})[0]
+    row = tables.frame([vision], tables.VISION_COLUMNS).iloc[0]
+    assert row["validation area"] == pytest.approx((2 - 0.3 + 2 - 0.45 + 2 - 0.9) / 3)
+    assert row["lost to corruption"] == pytest.approx(0.3)  # 0.1 to 0.5, "clean" is not among them
+    assert row["FGSM, 2/255"] == pytest.approx(0.3)  # through loses more than detached; frozen, more, is out
+    assert row["lost to attack"] == pytest.approx((0.2 + 0.3 + 0.2 + 0.3) / 4)
+    assert row["SPSA, 2/255"] == pytest.approx(0.4)  # against the clean accuracy of its own images
+    assert row["changed by M"] == pytest.approx(0.45)  # the first layer has none
+    assert row["stability"] == pytest.approx(0.1)
+    assert row["leak"] == pytest.approx(0.009)
+
+    text = routed_results("ac-language", {"ac": (0.5,)})[0]
+    row = tables.frame([text], tables.LANGUAGE_COLUMNS).iloc[0]
+    assert row["2.5 %"] == pytest.approx(0.01)
+    assert row["lost to swap"] == pytest.approx(0.5 * (0.01 + 0.02 + 0.03 + 0.06) / 4)
+    assert row["leak, later tokens"] == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize(
+    ("curve", "level", "epoch"),
+    [([3, 2, 1], 2, 2), ([3, 2, 1], 2.5, 2), ([3, 2, 1], 0.5, np.inf), ([1, 2], 1, 1), ([3, 1, 2], 1.5, 2)],
+)
+def test_epochs_until(curve, level, epoch):
+    assert tables.epochs_until(curve, level) == epoch
+
+
+def test_convergence_by_hand():
+    """Curves planted: ac reaches the cosine's best (1.0) after 2, never and 4 of 4 epochs."""
+    curves = {
+        "cosine": ([4, 3, 2, 1], [4, 3, 2, 1], [4, 3, 1, 2]),
+        "ac": ([2, 1, 1, 1], [4, 3, 2, 1.5], [4, 3, 2, 0.5]),
+        "ac-shuffled": ([4, 3, 2, 1.5], [4, 3, 2, 1.5], [4, 3, 2, 0.5]),
+    }
+    results = routed_results("ac-vision", dict.fromkeys(curves, (0.9, 0.9, 0.9)))
+    for result in results:
+        arm, seed = result["run"]["arm"], result["run"]["seed"]
+        result["history"]["validation"]["cross_entropy"] = curves[arm][arms.SEEDS.index(seed)]
+    table = tables.convergence(results[:-1])  # ac-shuffled without its last seed
+    assert table["epochs to best of cosine"].tolist() == ["4 (3 of 3)", "4 (2 of 3)", "> 4 (0 of 2)"]
+    assert table["epochs to best of linear"].tolist() == ["-"] * 3  # not there
+    assert table.loc["ac", "validation area"] == "2.0833 ± 0.7324"  # 1.25, 2.625, 2.375
+    assert table.loc["ac-shuffled", "best validation cross-entropy"] == "1.5000 ± 0.0000"
+
+
+def test_crossed_effects_by_hand():
+    """AC: mean of (0.02, 0.01, 0.02) and (0.04, 0.01, 0.04); interaction: 0.02, 0, 0.02."""
+    frame = tables.frame(routed_results("crossed"), tables.VISION_COLUMNS)
+    table = tables.crossed_effects(frame, ["accuracy"])
+    assert table["difference"].tolist() == ["+0.0233", "+0.0167", "+0.0133"]
+    half = 4.302653 * np.std([0.02, 0, 0.02], ddof=1) / 3**0.5
+    assert table["95 % interval"].iloc[2] == f"[{0.04 / 3 - half:+.4f}, {0.04 / 3 + half:+.4f}]"
+    without = frame[frame["arm"] != "snnl"]
+    assert tables.crossed_effects(without).empty
+
+
+def test_claim_rows_hold_each_claim_against_every_control():
+    for study_name, claims, pairs in (
+        ("ac-vision", tables.VISION_CLAIMS, tables.VISION_PAIRS),
+        ("ac-language", tables.LANGUAGE_CLAIMS, tables.LANGUAGE_PAIRS),
+    ):
+        columns = COLUMN_SETS[study_name]
+        table = tables.claim_rows(tables.frame(routed_results(study_name), columns), claims, pairs, columns)
+        measures = [name for own in claims.values() for name, _ in own]
+        assert len(table) == len(measures) * len(pairs)
+        compared = {contrast.split(" - ")[1] for contrast in table.index.get_level_values("contrast")}
+        assert compared >= {"linear", "cosine", "ac-shuffled", "ac-pooled", "ac-matched", "ac-causal"}
+        assert set(table.query("claim == 'better'").index.get_level_values("claim")) == {"better"}
+    row = table.loc[("better", "accuracy (higher)", "ac-row - ac-pooled")]
+    assert (row["difference"], row["seeds"]) == ("+0.0067", "3 (pilot)")
+    assert row["reading"] == "interval includes 0"
+
+
+def test_claim_rows_of_too_few_runs():
+    frame = tables.frame(routed_results("ac-vision", seeds=1), tables.VISION_COLUMNS)
+    table = tables.claim_rows(frame, tables.VISION_CLAIMS, tables.VISION_PAIRS, tables.VISION_COLUMNS)
+    assert table.empty
+    assert table.query("claim == 'better'").empty
+
+
+def test_attack_modes():
+    table = tables.attack_modes(routed_results("ac-vision", {"cosine": (0.8, 0.9), "ac": (0.9, 0.9)}))
+    assert table.loc[("PGD, 2/255", "ac")].tolist() == [f"{v:.4f} ± 0.0000" for v in (0.2, 0.3, 0.4)]
+    assert table.loc[("FGSM, 1/255", "cosine")].tolist() == ["0.1000 ± 0.0000", "-", "-"]
+    assert table.loc[("SPSA, 2/255", "ac")].tolist() == ["0.4000 ± 0.0000", "-", "-"]
+
+
+def test_routing_by_layer():
+    table = tables.routing_by_layer(routed_results("ac-vision", {"cosine": (0.8,), "ac": (0.8, 0.9)}))
+    assert table.index.tolist() == [(arm, str(at)) for arm in ("cosine", "ac") for at in (1, 2, 3)]
+    assert table["chosen set changed by M"].tolist() == ["-"] * 4 + ["0.425 ± 0.035"] * 2
+    assert table["effective experts"].tolist() == ["8.00"] * 3 + ["8.50 ± 0.71"] * 3
+
+
+def test_company_table():
+    table = tables.company_table(routed_results("ac-language", {"cosine": (0.0,), "ac": (0.8, 0.9)}))
+    kinds = ("later tokens", "other sequences")
+    assert table.index.tolist() == [(kind, arm) for kind in kinds for arm in ("cosine", "ac")]
+    shown = ["2.0000 ± 0.0000", "0.0085 ± 0.0007", "0.085 ± 0.007", "0.9000"]
+    assert table.loc[("later tokens", "ac")].tolist() == shown
+    assert table.loc[("later tokens", "cosine")].tolist() == ["2.0000", "0.0000", "0.000", "0.0000"]
+    images = tables.company_table(routed_results("ac-vision", {"ac": (0.8,)}))
+    assert images.index.tolist() == [("other images", "ac")]
+
+
+def test_what_rounds_to_zero_has_no_sign():
+    assert tables.show(comparison(-2e-6, 1e-6))["difference"] == "+0.0000"
+    assert tables.show(comparison(-2e-6, 1e-6))["95 % interval"] == "[+0.0000, +0.0000]"
+    assert tables.spread(pd.Series([-1e-6, -1e-6]), 4) == "0.0000 ± 0.0000"
+
+
 # -------------------------------------------------------------------------------------------- report
 
 
@@ -359,6 +605,34 @@ def test_tuning_budgets_are_not_mixed(folders):
     )
 
 
+def test_tuning_table_has_every_study(folders):
+    """The balance weight, which is the same everywhere there, is no tuned weight of an AC study."""
+    names = [name for name in study.STUDIES if name.endswith("-tuning")]
+    for name in names:
+        run = study.runs("core", name)[0]
+        store.write(run.path, {"run": asdict(run), "history": {"best_cross_entropy": 2.0}})
+    table = report.tuning_table("core").reset_index()
+    assert sorted(table["study"]) == sorted(name.removesuffix("-tuning") for name in names)
+    weights = dict(zip(table["study"], table["weight"], strict=True))
+    assert weights["ac-vision"] == weights["ac-language"] == 0
+    assert weights["crossed"] == arms.CROSSED_FACTORS[0]
+
+
+def test_routed_tables(folders):
+    for name in COLUMN_SETS:
+        store_routed(name)
+    vision = report.routed_claims_table("core", "ac-vision")
+    assert set(vision.index.get_level_values("data set")) == {"CIFAR-10"}
+    row = vision.loc[("CIFAR-10", "better", "accuracy (higher)", "ac - cosine")]
+    assert (row["difference"], row["reading"]) == ("+0.0333", "as claimed")
+    language = report.routed_claims_table("core", "ac-language")
+    assert ("better", "cross-entropy (lower)", "ac-row - ac-pooled") in language.droplevel(0).index
+    accuracy = report.accuracy_table("core", "ac-vision")["CIFAR-10"]
+    assert accuracy["ac"] == "83.33 ± 1.15 (3)"
+    assert accuracy.index.tolist()[:3] == ["linear", "cosine", "ac"]
+    assert len(report.crossed_table("core")) == 3 * len(tables.CROSSED_MEASURES)
+
+
 def test_provenance_table(core):
     rows = report.provenance_table("core")["value"]
     assert rows["runs finished / planned"] == f"12 / {len(study.runs('core'))}"
@@ -382,8 +656,17 @@ def test_provenance_does_not_hide_a_dirty_or_unknown_tree(core):
 
 def test_tables_of_a_profile_without_runs(folders):
     assert report.finished_runs("core", "snnl") == {}
-    for table in (report.claims_table, report.accuracy_table, report.published_table, report.tuning_table):
-        assert report.as_html(table("core")).data == "<p>None in this profile.</p>"
+    for table in (
+        report.claims_table("core"),
+        report.accuracy_table("core"),
+        report.published_table("core"),
+        report.tuning_table("core"),
+        report.routed_claims_table("core", "ac-vision"),
+        report.routed_claims_table("core", "ac-language"),
+        report.accuracy_table("core", "ac-vision"),
+        report.crossed_table("core"),
+    ):
+        assert report.as_html(table).data == "<p>None in this profile.</p>"
     assert report.provenance_table("core").loc["commits", "value"] == "-"
 
 
@@ -577,23 +860,58 @@ SITUATIONS = {
 }
 
 
+SNNL_FIGURES = (
+    "training_curves",
+    "accuracy_by_arm",
+    "tsne_panels",
+    "routing_heatmap",
+    "similarity_with_nulls",
+)
+VISION = (tables.VISION_PAIRS, tables.VISION_CLAIMS, tables.VISION_COLUMNS)
+LANGUAGE = (tables.LANGUAGE_PAIRS, tables.LANGUAGE_CLAIMS, tables.LANGUAGE_COLUMNS)
+ROUTED_FIGURES = [  # name, study, further arguments
+    ("training_curves", "ac-vision", ()),
+    ("training_curves", "crossed", ()),
+    ("accuracy_by_arm", "ac-vision", ()),
+    ("corruption_by_severity", "ac-vision", ()),
+    ("corruption_by_severity", "crossed", (arms.CROSSED_ARMS,)),
+    ("swap_curve", "ac-language", ()),
+    ("changed_choices", "ac-vision", ()),
+    ("changed_choices", "ac-language", ()),
+    ("expert_load", "ac-vision", ()),
+    ("expert_load", "ac-language", ()),
+    ("paired_differences", "ac-vision", VISION),
+    ("paired_differences", "ac-language", LANGUAGE),
+    ("crossed_lines", "crossed", ()),
+]
+ROUTED_SITUATIONS = {
+    "several seeds": {},
+    "one seed": {"seeds": 1},
+    "one arm": {"values": {"ac": (0.9, 0.91, 0.92)}},
+    "one run": {"values": {"ac": (0.9,)}},
+    "one epoch": {"epochs": 1},
+}
+
+
 def test_the_figures_are_found():
-    expected = {
-        "training_curves",
-        "accuracy_by_arm",
-        "tsne_panels",
-        "routing_heatmap",
-        "similarity_with_nulls",
-    }
-    assert set(FIGURES) >= expected
+    assert set(FIGURES) == {*SNNL_FIGURES, *(name for name, _, _ in ROUTED_FIGURES)}
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", SNNL_FIGURES)
 def test_every_figure_can_be_drawn(name, situation, folders):
-    """Drawn and saved for real: a warning of the layout would be an error."""
     accuracies, options = SITUATIONS[situation]
-    figure = FIGURES[name](some_results(accuracies, **options))
+    check_drawn(FIGURES[name](some_results(accuracies, **options)), name)
+
+
+@pytest.mark.parametrize("situation", ROUTED_SITUATIONS)
+@pytest.mark.parametrize(("name", "study_name", "more"), ROUTED_FIGURES)
+def test_every_routed_figure_can_be_drawn(name, study_name, more, situation, folders):
+    check_drawn(FIGURES[name](routed_results(study_name, **ROUTED_SITUATIONS[situation]), *more), name)
+
+
+def check_drawn(figure: Figure, name: str) -> None:
+    """Drawn and saved for real: a warning of the layout would be an error."""
     assert isinstance(figure, Figure)
     assert any(axis.has_data() for axis in figure.axes)
     plots.save(figure, name, [])
@@ -665,10 +983,58 @@ def test_similarity_floor_is_drawn():
     assert len(legend.get_texts()) == 4
 
 
-def test_arms_are_told_apart():
-    assert set(plots.ARM_STYLE) == set(arms.ARM_DESCRIPTIONS)
-    colours = [to_hex(colour).lower() for colour, _ in plots.ARM_STYLE.values()]
-    assert len(set(colours)) == len(colours)
+@pytest.mark.parametrize(
+    "names", [arms.ARM_DESCRIPTIONS, arms.ROUTED_ARM_DESCRIPTIONS, arms.CROSSED_ARM_DESCRIPTIONS]
+)
+def test_arms_of_a_study_are_told_apart(names):
+    colours = {to_hex(plots.ARM_STYLE[name][0]).lower() for name in names}
+    assert len(colours) == len(names)
+
+
+def test_differences_are_drawn_pair_by_pair():
+    """ac - cosine in accuracy: 0.04, 0.02, 0.04."""
+    figure = plots.paired_differences(routed_results("ac-vision"), *VISION)
+    (axis,) = [axis for axis in figure.axes if axis.get_title() == "better:\naccuracy"]
+    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert labels == [f"ac - {control}" for _, control in tables.VISION_PAIRS]
+    dots, interval, mean = axis.lines[3:6]  # of the second pair
+    np.testing.assert_allclose(sorted(dots.get_xdata()), [0.02, 0.04, 0.04])
+    np.testing.assert_allclose(dots.get_ydata(), 1)
+    np.testing.assert_allclose(mean.get_xdata(), 0.1 / 3)
+    half = 4.302653 * np.std([0.04, 0.02, 0.04], ddof=1) / 3**0.5
+    np.testing.assert_allclose(interval.get_xdata(), [0.1 / 3 - half, 0.1 / 3 + half], rtol=1e-6)
+    shaded = axis.patches[0].get_extents().transformed(axis.transData.inverted())
+    assert shaded.x0 == pytest.approx(0, abs=1e-9)
+    assert shaded.x1 > 0.04
+
+
+def test_swap_curve_counts_from_the_clean_text():
+    left, right = plots.swap_curve(routed_results("ac-language", {"ac": (0.5, 0.7)})).axes
+    np.testing.assert_allclose(left.lines[0].get_xdata(), [0, 1.5, 2.5, 5, 10])
+    np.testing.assert_allclose(left.lines[0].get_ydata(), 0.6 * np.array([0, 0.01, 0.02, 0.03, 0.06]))
+    np.testing.assert_allclose(right.lines[0].get_ydata(), [0, 0.01, 0.02, 0.03, 0.06], atol=1e-12)
+
+
+def test_corruption_is_drawn_as_what_is_lost():
+    figure = plots.corruption_by_severity(routed_results("ac-vision"))
+    shown = [axis for axis in figure.axes if axis.get_visible()]
+    assert [axis.get_title() for axis in shown] == ["noise", "blur", "contrast", "jpeg"]
+    for line in shown[0].lines[:3]:
+        np.testing.assert_allclose(line.get_ydata(), [10, 20, 30, 40, 50])
+
+
+def test_load_is_ordered_in_each_run_before_it_is_averaged():
+    results = routed_results("ac-vision", {"cosine": (0.8, 0.8)})
+    shares = [0.7, 0.3] + [0.0] * 14
+    for result, share in zip(results, (shares, shares[::-1]), strict=True):
+        result["routing"]["layers"][0]["load"] = {"share": share}
+    picture = np.asarray(plots.expert_load(results).axes[0].images[0].get_array())
+    np.testing.assert_allclose(picture[0], 100 * np.array(shares))
+
+
+def test_changed_choices_of_arms_without_an_m_are_refused():
+    with pytest.raises(ValueError, match="no arm here has an M"):
+        plots.changed_choices(routed_results("ac-vision", {"cosine": (0.8, 0.8)}))
 
 
 def test_every_data_set_has_a_title():
