@@ -87,7 +87,7 @@ def agreement(a_N: Tensor, b_N: Tensor) -> float:
 
 def different_choice(a: Routing, b: Routing) -> Tensor:
     """[N]: whether two decisions chose different sets of experts."""
-    return ((a.dense_weights() > 0) != (b.dense_weights() > 0)).any(1)
+    return (a.indices_NK.sort(1).values != b.indices_NK.sort(1).values).any(1)
 
 
 def routing_measures(
@@ -216,6 +216,7 @@ class VisionExperiment:
         }
 
     def initial(self) -> dict[str, Any]:
+        self.task.eval()  # a causal router would count the test set among its steps
         return {"routing": self._routing()}
 
     def score(self) -> metrics.TaskScore:
@@ -402,6 +403,7 @@ class LanguageExperiment:
         }
 
     def initial(self) -> dict[str, Any]:
+        self.task.eval()  # a causal router would count the test set among its steps
         return {"routing": self._routing()}
 
     def score(self) -> LanguageScore:

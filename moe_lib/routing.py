@@ -274,7 +274,8 @@ class AdaptiveClusteringRouter(CosineRouter):
             if self.keep_rows:
                 self.frozen_ED = rows_ED.detach()
             if self.config.mixed:
-                scales_ND = previous.dense_weights().to(rows_ED.dtype) @ rows_ED
+                shares_NE = previous.dense_weights().to(rows_ED.dtype)
+                scales_ND = (shares_NE if self.config.gradient else shares_NE.detach()) @ rows_ED
             else:
                 scales_ND = rows_ED.index_select(0, assignment_N)
             scaled_ND = tokens_ND * scales_ND

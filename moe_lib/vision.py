@@ -34,6 +34,11 @@ class VisionConfig:
     patch: int = 8  # side of a patch, pixels
     merge_before: tuple[int, ...] = ()  # blocks in front of which 2 x 2 tokens become one of double width
 
+    def __post_init__(self) -> None:
+        depth = self.trunk.depth
+        if any(not 0 <= block < depth for block in self.merge_before):
+            raise ValueError(f"merge_before names blocks 0 to {depth - 1}, got {self.merge_before}")
+
 
 class Output(NamedTuple):
     log_probs_NC: Tensor
