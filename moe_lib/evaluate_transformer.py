@@ -87,7 +87,7 @@ def agreement(a_N: Tensor, b_N: Tensor) -> float:
 
 def different_choice(a: Routing, b: Routing) -> Tensor:
     """[N]: whether two decisions chose different sets of experts."""
-    return (a.indices_NK.sort(1).values != b.indices_NK.sort(1).values).any(1)
+    return ((a.dense_weights() > 0) != (b.dense_weights() > 0)).any(1)
 
 
 def routing_measures(
@@ -389,6 +389,11 @@ class LanguageExperiment:
         self.task = task
         corpus = task.corpus
         self.test = head(corpus, corpus.test, test_tokens)
+        if len(self.test) < 4 * task.config.context:  # half of it is scored again, with shorter words
+            raise ValueError(
+                f"a context of {task.config.context} needs four times that many tokens of test text, but "
+                f"corpus {corpus.name!r} has {len(self.test)}: use a longer text or a shorter context"
+            )
 
     def validation(self) -> dict[str, float]:
         corpus = self.task.corpus

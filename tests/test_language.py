@@ -28,7 +28,8 @@ every_causal_router = pytest.mark.parametrize("options", CAUSAL_ROUTERS.values()
 
 
 def text_of(tokens):
-    return Text(torch.tensor(tokens), "", len(tokens))
+    """Of tokens below 128, which are characters."""
+    return Text(torch.tensor(tokens), "".join(map(chr, tokens)), len(tokens))
 
 
 def corpus_of(train=60, validation=40, test=40, num_tokens=9):
