@@ -23,6 +23,8 @@ from moe_lib.routing import (
     LinearRouter,
     Routing,
     adaptive_scales,
+    frozen_scales,
+    gradient_through_scales,
     load_balancing_loss,
     route,
     router_z_loss,
@@ -840,3 +842,192 @@ def test_backward_through_a_chain_reaches_every_parameter(options):
 
 def test_a_decision_has_the_four_fields_that_others_rely_on():
     assert Routing._fields == ("logits_NE", "probs_NE", "indices_NK", "weights_NK")
+
+
+# ------------------------------------------------------------------------------------------- mixed
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4, None])
+@pytest.mark.parametrize(
+    "options", [{}, {"matched": True}, {"normalize": "global", "max_ratio": 1.5}], ids=str
+)
+def test_mixed_scales_equal_the_loops(options, top_k):
+    """The mean of the rows that the previous choice names, by its weights; statistics stay top-1."""
+    tokens_ND, router = random(30, D), router_of(mixed=True, **options)
+    previous = route(random(30, E, seed=3), top_k)
+    cluster_N = reference.array(previous.probs_NE).argmax(1)
+    settings = {key: value for key, value in options.items() if key != "matched"}
+    rows_ED = reference_ac.adaptive_scales(tokens_ND, cluster_N, E, **settings)
+    expected_ND = np.zeros((30, D))
+    for n in range(30):
+        for k, weight in zip(previous.indices_NK[n].tolist(), previous.weights_NK[n].tolist(), strict=True):
+            expected_ND[n] += weight * rows_ED[k] * reference.array(tokens_ND[n])
+        if "matched" in options:
+            expected_ND[n] *= np.linalg.norm(tokens_ND[n]) / np.linalg.norm(expected_ND[n])
+    routing, scaled_ND = router.route_and_scale(tokens_ND, previous)
+    np.testing.assert_allclose(scaled_ND, expected_ND, rtol=1e-9, atol=1e-12)
+    expected_NE = reference_ac.scores(expected_ND, router.embeddings_ED)
+    np.testing.assert_allclose(routing.logits_NE.detach(), expected_NE, rtol=1e-9, atol=1e-12)
+
+
+def test_mixed_is_top_1_where_one_expert_was_chosen():
+    tokens_ND, previous = random(30, D), route(random(30, E, seed=3), 1)
+    mixed, plain = (router_of(mixed=mixed)(tokens_ND, previous) for mixed in (True, False))
+    torch.testing.assert_close(mixed, plain)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mixed": True}, {"mixed": True, "causal": True}, {"mixed": True, "gradient": True}], ids=str
+)
+def test_mixed_shares_are_part_of_m(options):
+    """Its gradient reaches the decision before as an option alone."""
+    earlier_NE = random(30, E, seed=3).requires_grad_()
+    router = router_of(**options)
+    for _ in range(2):
+        logits_NE = router(random(30, D), route(earlier_NE, 2)).logits_NE
+    gradient = torch.autograd.grad(logits_NE.square().sum(), earlier_NE, allow_unused=True)[0]
+    assert (gradient is not None and gradient.abs().max() > 1e-3) == ("gradient" in options)
+
+
+def test_pooled_rows_cannot_be_mixed():
+    with pytest.raises(ValueError, match=r"mixed.*pooled"):
+        ACConfig(pooled=True, mixed=True, normalize="row")
+
+
+# ----------------------------------------------------------------------------- M held, M differentiated
+
+
+class TwoLayers(nn.Module):
+    """What the two contexts are used on: a model whose second router is fed by its first."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.first, self.second = router_of(1, 2), router_of(2, 2, **options)
+        self.eval()
+
+    def forward(self, tokens_ND):
+        return self.second(tokens_ND, self.first(tokens_ND))
+
+
+FORMS = [
+    {}, {"shuffled": True}, {"pooled": True, "normalize": "row"}, {"matched": True}, {"mixed": True},
+    {"normalize": "global", "max_ratio": 1.5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_frozen_scales_are_those_of_the_clean_tokens(options):
+    """Whatever goes in, and however many tokens: M's rows stay, a token's cluster is its own."""
+    model, clean_ND = TwoLayers(**options), random(40, D)
+    first = model.first(clean_ND)
+    rows_ED = model.second._rows(clean_ND, first.probs_NE.argmax(1))
+    before = model(clean_ND).logits_NE
+    with frozen_scales(model, lambda: model(clean_ND)):
+        torch.testing.assert_close(model(clean_ND).logits_NE, before)
+        for other_ND in (3 * random(25, D, seed=5), random(1, D, seed=6), clean_ND[:7]):
+            previous = model.first(other_ND)
+            if "mixed" in options:
+                scaled_ND = other_ND * (previous.dense_weights() @ rows_ED)
+            else:
+                scaled_ND = other_ND * rows_ED[previous.probs_NE.argmax(1)]
+            if "matched" in options:
+                scaled_ND *= other_ND.norm(dim=1, keepdim=True) / scaled_ND.norm(dim=1, keepdim=True)
+            expected_NE = reference_ac.scores(scaled_ND, model.second.embeddings_ED)
+            np.testing.assert_allclose(model(other_ND).logits_NE.detach(), expected_NE, rtol=1e-9, atol=1e-12)
+    for tokens_ND in (clean_ND, random(25, D, seed=5)):
+        torch.testing.assert_close(model(tokens_ND), TwoLayers(**options)(tokens_ND))
+
+
+def test_frozen_rows_of_the_paper_equal_the_loops():
+    model, clean_ND = TwoLayers(), random(40, D)
+    cluster_N = reference.array(model.first(clean_ND).probs_NE).argmax(1)
+    rows_ED = reference_ac.adaptive_scales(clean_ND, cluster_N, E)
+    other_ND = random(9, D, seed=5)
+    own_N = reference.array(model.first(other_ND).probs_NE).argmax(1)
+    with frozen_scales(model, lambda: model(clean_ND)):
+        actual_NE = model(other_ND).logits_NE.detach()
+    expected_NE = reference_ac.scores(other_ND, model.second.embeddings_ED, own_N, rows_ED)
+    np.testing.assert_allclose(actual_NE, expected_NE, rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_is_frozen_after_an_exception():
+    model, clean_ND, other_ND = TwoLayers(), random(40, D), random(40, D, seed=5)
+    expected = model(other_ND)
+    with pytest.raises(RuntimeError, match="inside"), frozen_scales(model, lambda: model(clean_ND)):
+        raise RuntimeError("inside")
+    torch.testing.assert_close(model(other_ND), expected)
+
+    def broken():
+        model(clean_ND)
+        raise RuntimeError("clean")
+
+    with pytest.raises(RuntimeError, match="clean"), frozen_scales(model, broken):
+        pass
+    torch.testing.assert_close(model(other_ND), expected)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_no_gradient_flows_through_frozen_scales(gradient):
+    model, clean_ND = TwoLayers(gradient=gradient), random(20, D)
+    rows_ED = model.second._rows(clean_ND, model.first(clean_ND).probs_NE.argmax(1)).detach()
+    tokens_ND = random(20, D, seed=5).requires_grad_()
+    scales_ND = rows_ED[model.first(tokens_ND).probs_NE.argmax(1)]
+    expected = torch.autograd.grad(model.second(tokens_ND * scales_ND).logits_NE.square().sum(), tokens_ND)
+    with frozen_scales(model, lambda: model(clean_ND)):
+        actual = torch.autograd.grad(model(tokens_ND).logits_NE.square().sum(), tokens_ND)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_freezing_a_causal_router_changes_nothing():
+    model = TwoLayers(causal=True).train()
+    for step in range(2):
+        model(random(30, D, seed=step))
+    model.eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    other_ND = random(9, D, seed=5)
+    expected = model(other_ND)
+    with frozen_scales(model, lambda: model(random(30, D, seed=8))):
+        torch.testing.assert_close(model(other_ND), expected)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def input_gradient(model, tokens_ND):
+    tokens_ND = tokens_ND.clone().requires_grad_()
+    return torch.autograd.grad(model(tokens_ND).logits_NE.square().sum(), tokens_ND)[0]
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_gradients_go_through_scales_where_asked(options):
+    model, tokens_ND = TwoLayers(**options), random(20, D)
+    config, around_ND = model.second.config, input_gradient(model, tokens_ND)
+    with gradient_through_scales(model):
+        through_ND = input_gradient(model, tokens_ND)
+        torch.testing.assert_close(model(tokens_ND), TwoLayers(**options)(tokens_ND))  # the values stay
+    torch.testing.assert_close(through_ND, input_gradient(TwoLayers(gradient=True, **options), tokens_ND))
+    assert not torch.allclose(through_ND, around_ND, rtol=1e-3)
+    assert model.second.config is config
+    assert torch.equal(input_gradient(model, tokens_ND), around_ND)
+
+
+def test_gradients_through_scales_equal_differences():
+    model, tokens_ND = TwoLayers(), random(12, D).requires_grad_()
+    with gradient_through_scales(model):
+        assert torch.autograd.gradcheck(lambda x_ND: model(x_ND).logits_NE, (tokens_ND,))
+
+
+def test_gradients_stop_again_after_an_exception():
+    model = TwoLayers()
+    with pytest.raises(RuntimeError, match="halt"), gradient_through_scales(model):
+        raise RuntimeError("halt" if model.second.config.gradient else "not asked")
+    assert model.second.config == ACConfig()
+
+
+def test_causal_scales_have_no_gradient_to_ask_for():
+    model, tokens_ND = TwoLayers(causal=True), random(20, D)
+    model.train()
+    model(random(20, D, seed=4))
+    model.eval()
+    expected_ND = input_gradient(model, tokens_ND)
+    with gradient_through_scales(model):
+        assert model.second.config == ACConfig(causal=True)
+        assert torch.equal(input_gradient(model, tokens_ND), expected_ND)

@@ -6,11 +6,19 @@ Shapes: N tokens, D width, H hidden width, O output width, E experts, K chosen.
 import numpy as np
 import pytest
 import reference
+import reference_ac
 import torch
 from torch import nn
 
 from moe_lib.experts import Experts, MoE
-from moe_lib.routing import LinearRouter, UniformRouter, route
+from moe_lib.routing import (
+    ACConfig,
+    AdaptiveClusteringRouter,
+    CosineRouter,
+    LinearRouter,
+    UniformRouter,
+    route,
+)
 
 
 class FixedRouter(nn.Module):
@@ -249,3 +257,109 @@ def test_a_router_for_another_number_of_experts_is_refused(router):
     layer = MoE(4, 5, 6, router=router)
     with pytest.raises(ValueError, match="5"):
         layer(tokens(dtype=torch.float32))
+
+
+# ----------------------------------------------------------------------------- dispatch with every router
+
+
+ROUTERS = {
+    "linear": lambda top_k: LinearRouter(4, 3, top_k),
+    "cosine": lambda top_k: CosineRouter(4, 3, top_k),
+    "ac": lambda top_k: AdaptiveClusteringRouter(4, 3, top_k, ACConfig(gradient=True)),
+    "ac-mixed": lambda top_k: AdaptiveClusteringRouter(4, 3, top_k, ACConfig(gradient=True, mixed=True)),
+    "ac-scaled": lambda top_k: AdaptiveClusteringRouter(
+        4, 3, top_k, ACConfig(gradient=True, scale_experts=True, matched=True)
+    ),
+}
+
+
+def test_an_idle_expert_between_busy_ones_gets_no_gradient_and_the_others_the_dense_forms():
+    """Expert 1 and the last one have no token at all, expert 2 has one."""
+    logits_NE = tokens(9, 5, seed=1)
+    logits_NE[:, [1, 4]] -= 50
+    logits_NE[:, 2] -= 50
+    logits_NE[3, 2] += 100
+    layer, x_ND = moe_layer(top_k=2, router=FixedRouter(route(logits_NE))), tokens(9).requires_grad_()
+    out_NO, used = layer(x_ND)
+    counts = torch.bincount(used.indices_NK.flatten(), minlength=5).tolist()
+    assert counts[1:] == [0, 1, counts[3], 0]
+    expected_NO = reference.moe(x_ND, used.indices_NK, used.weights_NK, *stacked(layer.experts))
+    np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-10, atol=1e-12)
+    dense_NO = sum(used.dense_weights()[:, e, None] * layer.experts.expert(e, x_ND) for e in range(5))
+    inputs = [x_ND, *layer.experts.parameters()]
+    sparse = torch.autograd.grad(out_NO.square().sum(), inputs)
+    dense = torch.autograd.grad(dense_NO.square().sum(), inputs)
+    for a, b in zip(sparse, dense, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not any(gradient[[1, 4]].any() for gradient in sparse[1:])
+
+
+def test_the_order_of_a_tokens_choices_does_not_matter():
+    routing = fixed_routing(top_k=3)
+    flipped = routing._replace(indices_NK=routing.indices_NK.flip(1), weights_NK=routing.weights_NK.flip(1))
+    outs = [moe_layer(router=FixedRouter(one))(tokens())[0] for one in (routing, flipped)]
+    torch.testing.assert_close(*outs)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+def test_the_layer_passes_gradcheck_with_every_router(router, top_k):
+    """By tokens, weights and the scores of the decision before; with M differentiated."""
+    layer = moe_layer(3, top_k=top_k, router=router(top_k), out_dim=None)
+    x_ND, earlier_NE = tokens(8), tokens(8, 3, seed=4)
+    assert (torch.bincount(earlier_NE.argmax(1), minlength=3) >= 2).sum() >= 2  # or M = I
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def output(x_ND, earlier_NE, *values):
+        arguments = x_ND, route(earlier_NE, top_k)
+        out_NO, routing = torch.func.functional_call(layer, dict(zip(names, values, strict=True)), arguments)
+        return out_NO, routing.probs_NE
+
+    inputs = (x_ND.requires_grad_(), earlier_NE.requires_grad_(), *values)
+    assert torch.autograd.gradcheck(output, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("matched", [False, True])
+@pytest.mark.parametrize("top_k", [2, 5])
+def test_scaled_experts_see_what_the_router_sees(top_k, matched):
+    config = ACConfig(scale_experts=True, matched=matched)
+    layer = moe_layer(top_k=top_k, router=AdaptiveClusteringRouter(4, 5, top_k, config))
+    x_ND, previous = tokens(30), fixed_routing(30)
+    out_NO, used = layer(x_ND, previous)
+    cluster_N = reference.array(previous.probs_NE).argmax(1)
+    scales_ED = reference_ac.adaptive_scales(x_ND, cluster_N, 5)
+    scaled_ND = reference.array(x_ND) * scales_ED[cluster_N]
+    if matched:
+        scaled_ND *= np.linalg.norm(x_ND, axis=1, keepdims=True) / np.linalg.norm(
+            scaled_ND, axis=1, keepdims=True
+        )
+    np.testing.assert_allclose(
+        used.logits_NE.detach(),
+        reference_ac.scores(scaled_ND, layer.router.embeddings_ED),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+    expected_NO = reference.moe(scaled_ND, used.indices_NK, used.weights_NK, *stacked(layer.experts))
+    np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-9, atol=1e-11)
+    plain_NO = reference.moe(x_ND, used.indices_NK, used.weights_NK, *stacked(layer.experts))
+    assert np.abs(expected_NO - plain_NO).max() > 0.1
+
+
+def test_scaled_experts_of_a_first_layer_see_the_tokens():
+    router = AdaptiveClusteringRouter(4, 5, 2, ACConfig(scale_experts=True))
+    layer, x_ND = moe_layer(top_k=2, router=router), tokens()
+    out_NO, used = layer(x_ND)
+    expected_NO = reference.moe(x_ND, used.indices_NK, used.weights_NK, *stacked(layer.experts))
+    np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-9, atol=1e-12)
+
+
+def test_scaled_experts_keep_the_type_of_the_tokens():
+    router = AdaptiveClusteringRouter(4, 5, 2, ACConfig(scale_experts=True))
+    layer = moe_layer(top_k=2, router=router, dtype=torch.bfloat16)
+    assert layer(tokens(dtype=torch.bfloat16), fixed_routing())[0].dtype == torch.bfloat16
+
+
+def test_scaled_experts_of_a_router_that_chooses_more_are_restricted_too():
+    router = AdaptiveClusteringRouter(4, 5, config=ACConfig(scale_experts=True))
+    _, used = moe_layer(top_k=2, router=router)(tokens(), fixed_routing())
+    assert used.indices_NK.shape == (7, 2)

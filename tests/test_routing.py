@@ -6,9 +6,18 @@ Shapes: N tokens, D width, E experts, K chosen.
 import numpy as np
 import pytest
 import reference
+import reference_ac
 import torch
 
-from moe_lib.routing import LinearRouter, MLPRouter, Routing, UniformRouter, load_balancing_loss, route
+from moe_lib.routing import (
+    LinearRouter,
+    MLPRouter,
+    Routing,
+    UniformRouter,
+    joined,
+    load_balancing_loss,
+    route,
+)
 
 
 def random_logits(num_tokens=9, num_experts=5, seed=0, dtype=torch.float64):
@@ -195,3 +204,25 @@ def test_a_step_down_the_balance_gradient_unloads_the_busiest_expert():
     load_balancing_loss(routing).backward()
     moved = route(logits_NE - logits_NE.grad, top_k=1)
     assert moved.probs_NE[:, 3].mean() < routing.probs_NE[:, 3].mean()
+
+
+# ------------------------------------------------------------------------------ several, and all losses
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 3])
+def test_the_losses_of_a_decision_equal_the_loops(top_k):
+    routing = route(3 * random_logits(11, 4), top_k)
+    losses = routing.losses()
+    assert set(losses) == {"balance", "router_z"}
+    balance = reference.load_balancing_loss(routing.probs_NE, routing.indices_NK)
+    assert losses["balance"].item() == pytest.approx(balance, rel=1e-12)
+    assert losses["router_z"].item() == pytest.approx(
+        reference_ac.router_z_loss(routing.logits_NE), rel=1e-12
+    )
+
+
+def test_joined_decisions_are_those_of_the_joined_tokens():
+    logits_NE = random_logits(12)
+    parts = [route(part, 2) for part in logits_NE.split([5, 0, 1, 6])]
+    for field, expected in zip(joined(parts), route(logits_NE, 2), strict=True):
+        assert torch.equal(field, expected)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from moe_lib import text
 from moe_lib.data import ROOT, DataError
-from moe_lib.text import CORPORA, STOPWORDS, Text, load, swap_words
+from moe_lib.text import CORPORA, STOPWORDS, Text, head, load, swap_words
 
 PROSE = """The quick brown fox jumps over the lazy dog , and 42 dogs <unk> .
  = Senjō no Valkyria =\x20
@@ -504,3 +504,59 @@ def test_any_text_is_aligned(raw, share, level):
     assert swapped.clean_positions_U.tolist() == clean_positions
     assert swapped.swapped_positions_U.tolist() == swapped_positions
     assert torch.equal(split.tokens_N[clean_positions], swapped.tokens_M[swapped_positions])
+
+
+# ------------------------------------------------------------------------------------- the first tokens
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 35, 150, 180, 181, 182, 183, 184, 10**6])
+def test_the_first_bytes_of_a_text_are_whole_characters(prose, num_tokens):
+    corpus = load(prose)
+    found = head(corpus, corpus.train, num_tokens)
+    kept = ""
+    for character in corpus.train.raw:
+        if len((kept + character).encode()) > num_tokens:
+            break
+        kept += character
+    assert found.raw == kept
+    assert bytes(found.tokens_N.tolist()) == kept.encode()
+    assert found.num_bytes == len(found) == len(kept.encode())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 12, 13, 14, 15, 30, 100, 10**6])
+def test_the_first_words_of_a_text_end_with_their_last(prose, num_tokens):
+    corpus = load(prose, level="word", vocabulary_size=20)
+    found = head(corpus, corpus.train, num_tokens)
+    words = words_by_loop(corpus.train.raw)[:num_tokens]
+    assert words_by_loop(found.raw) == words
+    assert corpus.train.raw.startswith(found.raw)
+    known = [word if word in corpus.vocabulary else "<unk>" for word in words]
+    assert [corpus.vocabulary[token] for token in found.tokens_N.tolist()] == known
+    assert found.num_bytes == len(found.raw.encode())
+    if num_tokens < len(corpus.train):
+        assert found.raw[-1] == "\n" if words[-1] == "<eos>" else found.raw.endswith(words[-1])
+
+
+@pytest.mark.parametrize("level", ["byte", "word"])
+def test_a_head_longer_than_the_text_is_the_text(prose, level):
+    corpus = load(prose, level=level)
+    assert head(corpus, corpus.test, len(corpus.test)) is corpus.test
+    assert len(head(corpus, corpus.test, len(corpus.test) - 1)) == len(corpus.test) - 1
+
+
+@pytest.mark.parametrize("num_tokens", [0, -3])
+def test_a_head_of_nothing_is_named(prose, num_tokens):
+    corpus = load(prose)
+    with pytest.raises(ValueError, match=f"num_tokens.*{num_tokens}"):
+        head(corpus, corpus.test, num_tokens)
+
+
+@pytest.mark.parametrize("level", ["byte", "word"])
+def test_the_swap_of_a_head_is_aligned(prose, level):
+    corpus = load(prose, level=level)
+    part = head(corpus, corpus.train, 50)
+    swapped = swap_words(corpus, part, 0.5, generator())
+    assert swapped.num_swapped > 0
+    assert torch.equal(
+        part.tokens_N[swapped.clean_positions_U], swapped.tokens_M[swapped.swapped_positions_U]
+    )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_lib.train import History, OutOfTime, TrainConfig, TrainingError, fit
+from moe_lib.train import History, OutOfTime, TrainConfig, TrainingError, fit, set_learning_rate
 
 
 class Line(nn.Module):
@@ -110,8 +110,40 @@ def test_cosine_schedule_ends_near_zero(monkeypatch):
         ("learning_rate", math.nan),
         ("schedule", "step"),
         ("precision", "int8"),
+        ("warmup", -0.1),
+        ("warmup", 1.0),
+        ("warmup", math.nan),
     ],
 )
 def test_bad_configuration(field, value):
     with pytest.raises(ValueError, match=str(value)):
         TrainConfig(**{field: value})
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5])
+def test_warmup_rises_to_the_schedule(schedule, warmup):
+    """From 0, in proportion; from its end on the schedule is as without it."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    config = TrainConfig(learning_rate=0.5, schedule=schedule, warmup=warmup)
+    for progress in (0.0, 0.03, 0.1, 0.25, 0.5, 0.75, 1.0):
+        set_learning_rate(optimizer, config, progress)
+        expected = 0.5 * (math.cos(math.pi * progress / 2) ** 2 if schedule == "cosine" else 1)
+        expected *= progress / warmup if progress < warmup else 1
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-15)
+
+
+def test_warmup_counts_steps_of_the_whole_training(monkeypatch):
+    from moe_lib import train
+
+    rates = []
+
+    def spy(optimizer, config, progress):
+        set_learning_rate(optimizer, config, progress)
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(train, "set_learning_rate", spy)
+    task = Line()
+    config = TrainConfig(epochs=2, learning_rate=1.0, schedule="constant", warmup=0.5)
+    fit(task, config, task.measure, label="line")
+    assert rates == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1, 1, 1])
