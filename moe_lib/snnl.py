@@ -9,15 +9,14 @@ Shapes: N samples (anchors), D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Distance = Literal["cosine", "sqeuclidean"]
-Reduction = Literal["mean", "mean_all", "sum", "none"]
+from moe_lib.snnl_kernels import Distance, Reduction, Route, losses
 
 
 def soft_nearest_neighbor_loss(
@@ -26,6 +25,7 @@ def soft_nearest_neighbor_loss(
     temperature: float | Tensor = 1.0,
     distance: Distance = "cosine",
     reduction: Reduction = "mean",
+    route: Route = "auto",
 ) -> Tensor:
     """How little of each sample's soft neighbourhood shares its label.
 
@@ -33,9 +33,10 @@ def soft_nearest_neighbor_loss(
 
         loss_i = -log( sum_{j != i, y_j = y_i} exp(-d_ij / T)  /  sum_{j != i} exp(-d_ij / T) )
 
-    computed as log(1 + q_i / p_i) from the log-masses of the same class (p) and of the others (q), so
-    it neither caps nor turns NaN where the usual `eps` forms do. The sign is such that minimising
-    it pulls classes together.
+    computed as log(1 + q_i / p_i) from the masses of the same class (p) and of the others (q), in
+    logarithms where they leave the range of the type, so it neither caps nor turns NaN where the
+    usual `eps` forms do. The sign is such that minimising it pulls classes together. The gradient is formed
+    together with the value; there is no second derivative, and create_graph=True is an error.
 
     Args:
         features_ND: [N, D], floating point. Sub-float32 types are computed in float32. A row of
@@ -45,6 +46,8 @@ def soft_nearest_neighbor_loss(
         distance: "cosine" (1 - cosine similarity, in [0, 2]) or "sqeuclidean".
         reduction: "mean" over the anchors that have a positive (another sample of their class);
             "mean_all" over all N (the authors'); "sum"; "none" gives [N], 0 for anchors without one.
+        route: how it is computed, which changes time and memory alone: "dense", "panels" or "streaming"
+            (see `snnl_kernels`); "auto" chooses by N and device.
 
     Returns:
         A 0-d tensor, or [N] for "none". Without any positive: 0, with zero gradients.
@@ -53,62 +56,57 @@ def soft_nearest_neighbor_loss(
         ValueError: shapes, an option or the temperature are unusable, or (checked on the CPU only, where
             it costs nothing; on a GPU the loss is NaN) a feature is not finite.
     """
-    if features_ND.ndim != 2 or labels_N.shape != features_ND.shape[:1]:
-        raise ValueError(
-            f"expected features [N, D] and labels [N], got {tuple(features_ND.shape)} "
-            f"and {tuple(labels_N.shape)}"
-        )
+    return _losses_of_layers([features_ND], labels_N, temperature, distance, reduction, route)[0]
+
+
+def _losses_of_layers(
+    layers: Sequence[Tensor],
+    labels_N: Tensor,
+    temperature: float | Tensor,
+    distance: Distance,
+    reduction: Reduction,
+    route: Route = "auto",
+) -> Tensor:
+    """[L] (or [L, N] for "none") losses of L layers, as above; layers of one type are computed together."""
+    for features_ND in layers:
+        if features_ND.ndim != 2 or labels_N.shape != features_ND.shape[:1]:
+            raise ValueError(
+                f"expected features [N, D] and labels [N], got {tuple(features_ND.shape)} "
+                f"and {tuple(labels_N.shape)}"
+            )
     if distance not in ("cosine", "sqeuclidean"):
         raise ValueError(f"unknown distance {distance!r}; use 'cosine' or 'sqeuclidean'")
     if reduction not in ("mean", "mean_all", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}; use 'mean', 'mean_all', 'sum' or 'none'")
-    if not isinstance(temperature, Tensor) or temperature.device.type == "cpu":
-        value = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
-        if not 0 < value < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {value}")
-    if features_ND.device.type == "cpu" and not features_ND.isfinite().all():
-        raise ValueError("features contain NaN or infinity: look at the learning rate and the inputs")
+    if route not in ("auto", "dense", "panels", "streaming"):
+        raise ValueError(f"unknown route {route!r}; use 'auto', 'dense', 'panels' or 'streaming'")
+    _check_temperature(temperature)
+    layers = [_computable(features_ND) for features_ND in layers]
+    if len({features_ND.dtype for features_ND in layers}) == 1:
+        return losses(layers, labels_N, temperature, distance, reduction, route)
+    parts = [losses([x_ND], labels_N, temperature, distance, reduction, route) for x_ND in layers]
+    return torch.cat(parts)
 
+
+def _check_temperature(temperature: float | Tensor) -> None:
+    if isinstance(temperature, Tensor):
+        if temperature.ndim:
+            raise ValueError(
+                f"temperature must be a number or a 0-d tensor, got {temperature.ndim} dimensions"
+            )
+        if temperature.device.type != "cpu":
+            return
+        temperature = temperature.item()
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def _computable(features_ND: Tensor) -> Tensor:
     if features_ND.dtype in (torch.float16, torch.bfloat16):
         features_ND = features_ND.float()
-    with torch.autocast(features_ND.device.type, enabled=False):
-        scores_NN = _distances(features_ND, distance) / -temperature
-
-    itself_NN = torch.eye(len(labels_N), dtype=torch.bool, device=labels_N.device)
-    same_NN = labels_N[:, None] == labels_N[None, :]
-    positive_NN, negative_NN = same_NN & ~itself_NN, ~same_NN
-    has_positive_N, has_negative_N = positive_NN.any(1), negative_NN.any(1)
-    # An empty side would give log 0 and NaN gradients. It gets the anchor itself as a stand-in, and
-    # the outcome is masked: the loss of an anchor without negatives, or without positives, is 0.
-    log_p_N = _log_mass(scores_NN, positive_NN | (itself_NN & ~has_positive_N[:, None]))
-    log_q_N = _log_mass(scores_NN, negative_NN | (itself_NN & ~has_negative_N[:, None]))
-    loss_N = nn.functional.softplus(log_q_N - log_p_N, threshold=100)
-    loss_N = loss_N.where(has_positive_N & has_negative_N, loss_N.new_zeros(()))
-
-    if reduction == "none":
-        return loss_N
-    if reduction == "sum":
-        return loss_N.sum()
-    if reduction == "mean_all":
-        return loss_N.sum() / max(len(loss_N), 1)
-    return loss_N.sum() / has_positive_N.sum().clamp(min=1)
-
-
-def _distances(x_ND: Tensor, distance: Distance) -> Tensor:
-    if distance == "cosine":
-        # An exact power of two per row, so that no square under- or overflows and no digit changes.
-        power_N1 = x_ND.detach().abs().amax(1, keepdim=True).frexp().exponent.clamp(min=-120)
-        x_ND = x_ND * torch.exp2(-power_N1.to(x_ND.dtype))
-        norm_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True)
-        x_ND = x_ND / norm_N1.where(norm_N1 > 0, torch.ones_like(norm_N1))
-        return 1 - x_ND @ x_ND.T
-    x_ND = x_ND - x_ND.mean(0).detach()  # no distance changes, and less cancels below
-    square_N = (x_ND * x_ND).sum(1)
-    return (square_N[:, None] + square_N[None, :] - 2 * (x_ND @ x_ND.T)).clamp(min=0)
-
-
-def _log_mass(scores_NN: Tensor, mask_NN: Tensor) -> Tensor:
-    return scores_NN.masked_fill(~mask_NN, -torch.inf).logsumexp(1)
+    if features_ND.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"features must be floating point, got {features_ND.dtype}")
+    return features_ND.contiguous()
 
 
 @dataclass(frozen=True)
@@ -159,18 +157,10 @@ class LayerwiseSNNL(nn.Module):
             raise ValueError(
                 f"no activation named {missing[0]!r}; the extractor has {', '.join(activations) or 'none'}"
             )
-        losses = torch.stack(
-            [
-                soft_nearest_neighbor_loss(
-                    activations[name].flatten(1),
-                    labels_N,
-                    self.temperature(epoch),
-                    self.config.distance,
-                    self.config.reduction,
-                )
-                for name in self.config.layers
-            ]
+        layers = [activations[name].flatten(1) for name in self.config.layers]
+        losses_L = _losses_of_layers(
+            layers, labels_N, self.temperature(epoch), self.config.distance, self.config.reduction
         )
         if self.config.combine == "min":
-            return losses.amin()
-        return losses.sum() if self.config.combine == "sum" else losses.mean()
+            return losses_L.amin()
+        return losses_L.sum() if self.config.combine == "sum" else losses_L.mean()
