@@ -394,6 +394,23 @@ def execute(
     return result
 
 
+def twin(run: Run) -> Run | None:
+    """A finished run of another study that is the same in all but name, so that its numbers are this one's.
+
+    Seeds are drawn from a run's seed and the names of layers, never from study or arm.
+    """
+
+    def nameless(other: Run) -> Run:
+        return replace(other, study="", arm="", version=0)
+
+    for name, planned in STUDIES.items():
+        if name != run.study and not name.endswith("-tuning"):
+            for other in planned(run.profile):
+                if nameless(other) == nameless(run) and other.path.exists():
+                    return other
+    return None
+
+
 def _work(run: Run, device: str, deadline: float) -> str:
     """In a worker process: train one run unless it is done; "done" or "out of time"."""
     if run.path.exists():
@@ -403,6 +420,11 @@ def _work(run: Run, device: str, deadline: float) -> str:
     run.workspace.mkdir(parents=True, exist_ok=True)
     with FileLock(run.workspace / "lock"):  # another notebook or shard may be at it: wait, then look
         if run.path.exists():
+            return "done"
+
+        if not run.study.endswith("-tuning") and (same := twin(run)) is not None:
+            content = store.read(same.path)
+            store.write(run.path, content | {"id": run.id, "run": asdict(run), "same_as": same.label})
             return "done"
 
         def report(epoch: int, history: History) -> None:

@@ -199,6 +199,24 @@ def test_a_killed_run_resumes_with_the_same_numbers(folders, monkeypatch):
     assert small_runs.numbers(resumed) == small_runs.numbers(whole)
 
 
+def test_a_run_that_another_study_has_is_not_trained_again(folders, monkeypatch):
+    """base of the crossed study is cosine of the vision study: the same numbers, trained once."""
+    first = study.runs("digits", "ac-vision", "digits", "cosine")[0]
+    second = study.runs("digits", "crossed", "digits", "base")[0]
+    assert first.seed == second.seed
+    assert first.id != second.id
+    assert study.twin(second) is None
+    trained = {first: study.execute(first, "cpu"), second: study.execute(second, "cpu")}
+    for key in ("task", "routing", "attack", "corruption"):
+        assert store.compact(trained[first][key]) == store.compact(trained[second][key])
+    store.write(first.path, {"id": first.id, "run": asdict(first), "task": trained[first]["task"]})
+    [result] = study.ensure([second], quiet=True)
+    assert result["same_as"] == first.label
+    assert result["run"]["arm"] == "base"
+    assert result["task"] == store.compact(trained[second]["task"])  # as if it had been trained
+    assert study.twin(study.runs("digits", "crossed", "digits", "snnl")[0]) is None
+
+
 def test_time_limit_leaves_a_run_to_be_continued(folders):
     run = small_runs.run(epochs=2)
     assert study.ensure([run], workers=1, time_limit=0, quiet=True) == []
