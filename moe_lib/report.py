@@ -77,7 +77,7 @@ def accuracy_table(profile: str, study_name: str = "snnl") -> pd.DataFrame:
     """Test accuracy (%) of every arm on every data set, mean ± sd over seeds (their number in brackets)."""
     columns = {}
     for dataset, runs in finished_runs(profile, study_name).items():
-        frame = tables.frame(study.results(runs))
+        frame = tables.frame(study.results(runs), {"accuracy": tables.COLUMNS["accuracy"]})
         columns[DATASET_TITLES[dataset]] = {
             str(arm): f"{tables.spread(group['accuracy'] * 100, 2)} ({len(group)})"
             for arm, group in frame.groupby("arm", sort=False)
@@ -116,7 +116,7 @@ def published_table(profile: str) -> pd.DataFrame:
 
 
 def routed_claims_table(profile: str, study_name: str) -> pd.DataFrame:
-    """Each claim for the AC router, on each data set of "ac-vision" or "ac-language", against each control."""
+    """Each claim for the AC router on each data set of one of its studies, against each control."""
     claims, pairs, columns = {
         "ac-vision": (tables.VISION_CLAIMS, tables.VISION_PAIRS, tables.VISION_COLUMNS),
         "ac-language": (tables.LANGUAGE_CLAIMS, tables.LANGUAGE_PAIRS, tables.LANGUAGE_COLUMNS),
