@@ -67,7 +67,21 @@ def texts(cell: nbformat.NotebookNode) -> list[str]:
 
 
 def test_there_are_notebooks():
-    assert {"00_tour", "10_snnl_moe", "90_report"} <= {path.stem for path in PATHS}
+    assert [path.stem for path in PATHS] == [
+        "00_tour",
+        "10_snnl_moe",
+        "20_ac_vision",
+        "21_ac_language",
+        "30_snnl_x_ac",
+        "90_report",
+    ]
+
+
+def test_every_notebook_is_run_by_make_and_by_the_check():
+    """In order: the report last."""
+    for name in ("Makefile", "tests/notebooks.sh"):
+        found = re.findall(r"\b\d\d_\w+", (ROOT / name).read_text().split("for name in ")[-1])
+        assert list(dict.fromkeys(found)) == [path.stem for path in PATHS]
 
 
 # --------------------------------------------------------------------------------------- as stored
@@ -175,6 +189,9 @@ def test_the_checked_words_of_this_file_see_something():
     [
         ("00_tour", ["sede", "1"], "unknown parameter", "'sede'; this notebook has seed"),
         ("10_snnl_moe", ["dataset", "svhn"], "unknown dataset", "'svhn'"),
+        ("20_ac_vision", ["dataset", "docs"], "unknown dataset", "'docs'"),
+        ("21_ac_language", ["dataset", "digits"], "unknown dataset", "'digits'"),
+        ("30_snnl_x_ac", ["worker", "1"], "unknown parameter", "'worker'; this notebook has dataset"),
         ("90_report", ["profile", "x"], "unknown profile", "'x'"),
     ],
 )
