@@ -60,7 +60,7 @@ def with_gradients(loss, features_ND, temperature, seed=0):
 def small_tiles(monkeypatch):
     """So that a handful of samples fills several tiles, ragged ones included."""
     for name in ("TILE", "TILE_SMALL"):
-        monkeypatch.setattr(snnl_kernels, name, (3, 8))
+        monkeypatch.setattr(snnl_kernels, name, (3, 9))
 
 
 def agrees(features_ND, labels_N, temperature, distance, reduction, route, rtol, rtol_grad):
