@@ -32,6 +32,10 @@ from moe_lib.routing import check_experts, route
 
 Predict = Callable[[Tensor], Tensor]  # mixed answers [N, O] -> class logits [N, C]
 DRAWS = 20  # of each null by permutation
+LEGEND: Any = {  # below the axis
+    "loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "frameon": False, "fontsize": 9,
+    "columnspacing": 1.2, "handlelength": 1.4,
+}  # fmt: skip
 PERMUTED_DRAWS = 5  # of permuted routing, as in `robustness.expert_ablations`
 
 
@@ -48,7 +52,7 @@ class Panel:
     measures: tuple[Measure, ...]
     collapse: Collapse  # NaN where what was given says nothing
     load: metrics.Load
-    gate_E: Tensor  # mean probability of each expert
+    weight_E: Tensor  # mean weight of each expert, after any top-k
     class_expert_CE: Tensor  # mean gate of each class; NaN for a class without samples
 
     def table(self) -> pd.DataFrame:
@@ -67,14 +71,14 @@ class Panel:
 
     def figure(self) -> Figure:
         """The three kinds of collapse beside their nulls, the load of each expert, the gate of each class."""
-        figure, axes = new_figure(12, 3.9, 1, 3)
+        figure, axes = new_figure(12, 4.1, 1, 3)
         self._draw_collapse(axes[0, 0])
-        experts = np.arange(len(self.gate_E))
+        experts = np.arange(len(self.weight_E))
         axes[0, 1].bar(experts - 0.2, self.load.share, 0.4, color=PALETTE[2], label="first choices")
-        axes[0, 1].bar(experts + 0.2, self.gate_E.numpy(), 0.4, color=PALETTE[3], label="mean gate")
+        axes[0, 1].bar(experts + 0.2, self.weight_E.numpy(), 0.4, color=PALETTE[3], label="mean weight")
         axes[0, 1].axhline(1 / len(experts), color="#555555", ls=":", lw=1.2, label="balanced: 1 / E")
         axes[0, 1].set(title="load", xlabel="expert", ylabel="share of the samples")
-        axes[0, 1].legend()
+        axes[0, 1].legend(**LEGEND, ncols=3)
         gates_CE = self.class_expert_CE.numpy()
         known = np.flatnonzero(~np.isnan(gates_CE[:, 0]))
         order = known[np.lexsort((-gates_CE[known].max(1), gates_CE[known].argmax(1)))]
@@ -104,7 +108,7 @@ class Panel:
         axis.set(
             title="collapse", xlim=(-0.05, 1.05), ylim=(2.6, -0.6), xlabel="0: specialists; 1: one would do"
         )
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, 0.86), ncols=2)
+        axis.legend(**LEGEND, ncols=2)
 
 
 def panel(
@@ -119,6 +123,9 @@ def panel(
     seed: int = 0,
 ) -> Panel:
     """Collapse, taken apart, beside its nulls; see `collapse` for what each kind is blind to.
+
+    Routing collapse and effective experts are of the weights in use: under a top-k a gate with hardly a
+    preference may still send everything to one expert. Entropies and information are of the full softmax.
 
     Args:
         probs_NE: [N, E], the full softmax of the gate before any top-k; rows sum to 1.
@@ -139,6 +146,8 @@ def panel(
     """
     labels_N, num_classes = _checked_labels(labels_N, num_classes)
     probs_NE = _checked_probs(probs_NE, labels_N, num_classes)
+    check_experts(probs_NE.shape[1], top_k)
+    weights_NE = route(probs_NE.log(), top_k).dense_weights()
     initial = math.nan
     if initial_probs_NE is not None:
         initial_probs_NE = _checked_probs(initial_probs_NE, labels_N, num_classes, "initial probs: ")
@@ -147,11 +156,9 @@ def panel(
                 f"initial probs must have the shape of probs, {tuple(probs_NE.shape)}, "
                 f"got {tuple(initial_probs_NE.shape)}"
             )
-        initial = metrics.routing_entropy(initial_probs_NE, labels_N, num_classes).marginal
-    check_experts(probs_NE.shape[1], top_k)
-    weights_NE = route(probs_NE.log(), top_k).dense_weights()
+        initial = _mean_entropy(route(initial_probs_NE.log(), top_k).dense_weights())
     load = metrics.load(probs_NE, labels_N)
-    routing, measures = _routing(probs_NE, labels_N, num_classes, load, initial, seed)
+    routing, measures = _routing(probs_NE, weights_NE, labels_N, num_classes, load, initial, seed)
     alike = Degree(math.nan, math.nan)
     parts = Redundancy(math.nan, math.nan, math.nan, math.nan)
     if expert_outputs_NEO is not None:
@@ -167,7 +174,7 @@ def panel(
         tuple(measures),
         Collapse(routing, alike, Degree(parts.permuted, 1.0), parts),
         load,
-        probs_NE.mean(0),
+        weights_NE.mean(0),
         metrics.class_expert_matrix(probs_NE, labels_N, num_classes),
     )
 
@@ -213,10 +220,21 @@ def _checked_outputs(expert_outputs_NEO: Tensor, probs_NE: Tensor) -> Tensor:
     return expert_outputs_NEO.detach()
 
 
+def _mean_entropy(gate_NE: Tensor) -> float:
+    """Entropy of the mean row, nats."""
+    return torch.special.entr(gate_NE.mean(0)).sum().item()
+
+
 def _routing(
-    probs_NE: Tensor, labels_N: Tensor, num_classes: int, load: metrics.Load, initial: float, seed: int
+    probs_NE: Tensor,
+    weights_NE: Tensor,
+    labels_N: Tensor,
+    num_classes: int,
+    load: metrics.Load,
+    initial: float,
+    seed: int,
 ) -> tuple[Degree, list[Measure]]:
-    """Routing collapse, and everything that the gate says by itself."""
+    """Routing collapse, and everything that the gate says by itself; `initial` is H(E) before training."""
     num_experts = probs_NE.shape[1]
     found = metrics.routing_entropy(probs_NE, labels_N, num_classes)
     draw = generator(seed, "label permutation")
@@ -227,21 +245,22 @@ def _routing(
         for _ in range(DRAWS)
     ]
     draw = generator(seed, "expert renaming")
-    renamed = [
-        probs_NE.gather(1, torch.rand(probs_NE.shape, generator=draw).argsort(1)) for _ in range(DRAWS)
+    orders = [torch.rand(probs_NE.shape, generator=draw).argsort(1) for _ in range(DRAWS)]
+    renamed_shares = [
+        probs_NE.gather(1, order).argmax(1).bincount(minlength=num_experts) / len(probs_NE)
+        for order in orders
     ]
-    renamed_entropies = [metrics.routing_entropy(gate, labels_N, num_classes) for gate in renamed]
-    renamed_shares = [gate.argmax(1).bincount(minlength=num_experts) / len(gate) for gate in renamed]
+    used, renamed_used = _mean_entropy(weights_NE), [_mean_entropy(weights_NE.gather(1, o)) for o in orders]
 
     def mean(values: Iterable[float]) -> float:
         return float(np.mean(list(values)))
 
     names = "experts renamed at random in each sample"
     classes = "labels permuted"
-    balanced = mean(routing_collapse(entropy.marginal, num_experts) for entropy in renamed_entropies)
+    balanced = mean(routing_collapse(entropy, num_experts) for entropy in renamed_used)
     untrained = not math.isnan(initial)
     degree = Degree(
-        routing_collapse(found.marginal, num_experts),
+        routing_collapse(used, num_experts),
         routing_collapse(initial, num_experts) if untrained else balanced,
     )
     most = f"{math.log(num_experts):.3f}"
@@ -251,9 +270,8 @@ def _routing(
             "0: all experts are used alike; 1: a single one is",
         ),
         Measure(
-            "effective experts", load.effective_experts,
-            mean(math.exp(entropy.marginal) for entropy in renamed_entropies), names,
-            f"exp H(E): how many of {num_experts} are in use",
+            "effective experts", math.exp(used), mean(math.exp(entropy) for entropy in renamed_used), names,
+            f"how many of {num_experts} are in use: exp of the entropy of the mean weight",
         ),
         Measure(
             "dead experts", load.dead_experts, mean(float((s == 0).sum()) for s in renamed_shares), names,
@@ -264,7 +282,7 @@ def _routing(
             "of the samples, by first choice",
         ),
         Measure(
-            "H(E)", found.marginal, mean(entropy.marginal for entropy in renamed_entropies), names,
+            "H(E)", found.marginal, mean(_mean_entropy(probs_NE.gather(1, order)) for order in orders), names,
             f"nats, {most} at most: low when experts idle",
         ),
         Measure(

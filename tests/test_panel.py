@@ -4,16 +4,19 @@ Shapes: N samples, E experts, O width of an answer, C classes.
 """
 
 import copy
+import importlib.util
 import itertools
 import math
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from moe_lib import metrics
+from moe_lib import metrics, study
 from moe_lib.collapse import collapse, routing_collapse
+from moe_lib.data import ROOT
 from moe_lib.panel import DRAWS, collect, interventions, panel
 from moe_lib.rng import generator
 from moe_lib.robustness import expert_ablations
@@ -210,6 +213,24 @@ def test_collapsed():
     assert value(found, "largest share").value == 1
 
 
+def test_a_slight_preference_is_total_collapse_under_top_1():
+    """The null of renamed experts is balanced still, and so is the untrained gate that prefers no one."""
+    probs_NE = torch.tensor([0.28, 0.24, 0.24, 0.24]).expand(N, E)
+    initial_NE = torch.where(hard(labels() % E) > 0, 0.28, 0.24)
+    soft, sparse, before = (
+        panel(probs_NE, labels()),
+        panel(probs_NE, labels(), top_k=1),
+        panel(probs_NE, labels(), top_k=1, initial_probs_NE=initial_NE),
+    )
+    assert soft.collapse.routing.value < 0.01
+    assert sparse.collapse.routing.value == pytest.approx(1)
+    assert value(sparse, "effective experts").value == pytest.approx(1)
+    assert sparse.collapse.routing.null < 0.05
+    assert before.collapse.routing == pytest.approx((1, 0))
+    assert sparse.weight_E.tolist() == pytest.approx([1, 0, 0, 0])
+    assert value(sparse, "H(E)") == value(soft, "H(E)")
+
+
 def test_blind():
     """Balanced, unlike experts behind a gate that does not look: functional collapse alone."""
     labels_N = labels()
@@ -280,7 +301,7 @@ def test_table_and_figure():
     drawn = [line.get_xdata()[0] for line in kinds.lines if line.get_marker() == "o"]
     assert drawn == pytest.approx([getattr(found.collapse, kind).value for kind in KINDS])
     heights = [bar.get_height() for bar in load.patches]
-    np.testing.assert_allclose(heights, [*found.load.share, *probs_NE.mean(0).tolist()])
+    np.testing.assert_allclose(heights, [*found.load.share, *found.weight_E.tolist()])
     assert routing.images[0].get_array().shape == (C, E)
 
 
@@ -458,3 +479,38 @@ def test_a_block_of_hugging_face():
     torch.testing.assert_close(mixed_ND.view_as(x_BTD), out[0] if isinstance(out, tuple) else out)
     found = panel(seen.probs_NE, seen.labels_N, seen.expert_outputs_NEO, same, top_k=2)
     assert 0 <= found.collapse.representational.value <= 1
+
+
+# ------------------------------------------------------------------------------------- the notebook
+
+
+def notebook_cells():
+    stored = nbformat.read(ROOT / "notebooks" / "40_your_model.ipynb", as_version=4)
+    return [cell.source for cell in stored.cells if cell.cell_type == "code"]
+
+
+def test_the_notebook_names_what_is_to_be_installed(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "transformers" else found(name, *rest),
+    )
+    with pytest.raises(study.StudyError, match=r"pip install transformers$"):
+        exec(notebook_cells()[1], {"In": []})
+
+
+def test_the_user_writes_five_lines():
+    (source,) = [source for source in notebook_cells() if "collect(" in source]
+    assert len(source.splitlines()) <= 5
+
+
+def test_the_notebook_runs(folders):
+    pytest.importorskip("transformers", reason="pip install transformers")
+    space = {"In": []}
+    for source in notebook_cells():
+        exec(source, space)
+    found = space["found"]
+    assert value(found, "accuracy").value > 0.8
+    assert all(0 <= getattr(found.collapse, kind).value <= 1 for kind in KINDS)
+    assert (folders / "figures" / "your_model" / "mixtral.png").exists()
