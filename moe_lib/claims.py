@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -81,65 +81,6 @@ class Measure:
         if len(texts) > 1:
             text = f"{text} [{texts[-2]}, {texts[-1]}]".strip()
         return f"{text} {self.unit}".strip()
-
-
-def _numbers(value: Any) -> list[float]:
-    """A list of finite numbers; empty where one is missing."""
-    if not isinstance(value, list) or any(v is None or not math.isfinite(v) for v in value):
-        return []
-    return [float(v) for v in value]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def curve_area(result: dict[str, Any]) -> float | None:
-    """Area under the validation cross-entropy curve, per epoch: its mean over epochs."""
-    return _mean(_numbers(tables.look_up(result, "history.validation.cross_entropy")))
-
-
-def corruption_degradation(result: dict[str, Any]) -> float | None:
-    """Accuracy lost to corruption, mean over kinds and severities, from the clean accuracy on the same images
-    (on the whole test set where that is not there)."""
-    found = tables.look_up(result, "corruption")
-    if not isinstance(found, dict):
-        return None
-    clean = found.get("clean", tables.look_up(result, "task.accuracy"))
-    rows = [_numbers(row) for name, row in found.items() if name != "clean"]
-    if clean is None or not rows or not all(rows):
-        return None
-    return clean - sum(sum(row) / len(row) for row in rows) / len(rows)
-
-
-def attack_degradation(result: dict[str, Any]) -> float | None:
-    """Accuracy lost to gradient attacks, mean over kinds and strengths, from that on the same clean images.
-
-    Of each attack the strongest form counts: M constant in the gradient, or differentiated. With M frozen
-    another model is scored, and SPSA sees fewer images: both are left out.
-    """
-    found = tables.look_up(result, "attack")
-    clean = found.get("clean") if isinstance(found, dict) else None
-    if clean is None:
-        return None
-    strongest = []
-    for name, modes in found.items():
-        if name != "clean" and not name.startswith("spsa"):
-            scores = _numbers([modes[mode] for mode in ("detached", "through") if mode in modes])
-            if not scores:
-                return None
-            strongest.append(min(scores))
-    remaining = _mean(strongest)
-    return None if remaining is None else clean - remaining
-
-
-def swap_degradation(result: dict[str, Any]) -> float | None:
-    """Cross-entropy gained on unswapped targets when words are swapped, nats, mean over shares above 0."""
-    found = tables.look_up(result, "swap")
-    if not isinstance(found, dict):
-        return None
-    rows = [_numbers([row["swapped"], row["clean"]]) for share, row in found.items() if float(share) > 0]
-    return _mean([row[0] - row[1] for row in rows]) if all(rows) else None
 
 
 # ---------------------------------------------------------------------------------------- claims
@@ -216,7 +157,7 @@ def _ac_claims(
             margin, margin_reason, _ac_attribution(partner),
         )  # fmt: skip
 
-    area = Measure("mean validation cross-entropy over epochs", curve_area, "lower", 4, "nats")
+    area = Measure("mean validation cross-entropy over epochs", tables.validation_area, "lower", 4, "nats")
     return (
         claim("convergence", "converges faster", area, 0.01, "one per cent of perplexity"),
         claim("performance", "performs better", performance, margin, margin_reason),
@@ -277,11 +218,15 @@ CLAIMS: tuple[Claim, ...] = (
     *_ac_claims("ac-vision", "ac", _ACCURACY, 0.005, "half a point; no number of the paper is known"),
     _degradation(
         "ac-vision", "ac", "corruption", "more robust to corruption",
-        Measure("accuracy lost to corruption", corruption_degradation, "lower", 2, "points", 100), 0.005,
+        Measure("accuracy lost to corruption", tables.corruption_loss, "lower", 2, "points", 100), 0.005,
     ),
     _degradation(
         "ac-vision", "ac", "attack", "more robust to attack",
-        Measure("accuracy lost to attack", attack_degradation, "lower", 2, "points", 100), 0.005,
+        Measure(
+            "accuracy lost to attack", partial(tables.attack_loss, tables.GRADIENT_ATTACKS), "lower", 2,
+            "points", 100,
+        ),
+        0.005,
     ),
     *_ac_claims(
         "ac-language", "ac-row", Measure("cross-entropy", "task.cross_entropy", "lower", 4, "nats"),
@@ -289,7 +234,11 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     _degradation(
         "ac-language", "ac-row", "swap", "more robust to swapped words",
-        Measure("cross-entropy gained by word swap", swap_degradation, "lower", 4, "nats"), 0.005,
+        Measure(
+            "cross-entropy gained by word swap", partial(tables.swap_loss, tables.SWAP_SHARES), "lower", 4,
+            "nats",
+        ),
+        0.005,
     ),
 )  # fmt: skip
 

@@ -37,6 +37,8 @@ class LanguageConfig:
     def __post_init__(self) -> None:
         if self.context < 1:
             raise ValueError(f"context must be at least 1, got {self.context}")
+        if self.level == "byte" and self.vocabulary_size != 10_000:
+            raise ValueError(f"vocabulary_size has no effect with level='byte', got {self.vocabulary_size}")
 
 
 class Output(NamedTuple):

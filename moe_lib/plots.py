@@ -17,6 +17,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from moe_lib import metrics, stats, store, tables
+from moe_lib.claims import Verdict
 from moe_lib.data import ROOT
 from moe_lib.tables import Result, look_up
 
@@ -371,6 +372,57 @@ def paired_differences(
     axes[0, 0].set_yticks(range(len(pairs)), [f"{a} - {b}" for a, b in pairs])
     figure.supxlabel(
         "difference: seeds as dots; mean and 95 % t interval below; shaded: as claimed", fontsize=9
+    )
+    return figure
+
+
+OUTCOME_COLOURS = {
+    "supported": PALETTE[4],
+    "refuted": PALETTE[1],
+    "undecided": PALETTE[2],
+    "not applicable": "#8a8a8a",
+    "pilot": "#8a8a8a",
+}
+REACH = 6.0  # of the axis of `verdict_forest`, in margins
+
+
+def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
+    """Every claim against each of its fair controls, in units of what the claim would have to be worth.
+
+    That unit is the published difference, or the margin declared beforehand where none is known: 0 is no
+    difference, 1 the claimed one. An interval that leaves the axis ends in an arrow.
+    """
+    rows = [(v, label) for v in verdicts for label in v.contrasts if label.startswith(v.claim.measure.name)]
+    figure, axes = new_figure(9.5, 0.3 * len(rows) + 1.3)
+    axis = axes[0, 0]
+    axis.axvline(0, color="#333333", lw=1)
+    axis.axvline(1, color="#333333", lw=1, ls="--")
+    names = []
+    for row, (verdict, label) in enumerate(rows):
+        claim, found = verdict.claim, verdict.contrasts[label]
+        contrast = label.removeprefix(f"{claim.measure.name}: ")
+        names.append(f"{claim.wording}, {DATASET_TITLES[verdict.dataset]}: {contrast}")
+        colour = OUTCOME_COLOURS[verdict.outcome]
+        axis.text(REACH + 0.2, row, verdict.outcome, color=colour, va="center", fontsize=9, clip_on=False)
+        if found is None:
+            continue
+        published = claim.published.get(verdict.dataset)
+        unit = claim.measure.sign * (claim.margin if published is None else abs(published.difference))
+        low, high = sorted((found.low / unit, found.high / unit))
+        axis.plot(np.clip([low, high], -REACH, REACH), [row] * 2, color=colour, lw=2, solid_capstyle="butt")
+        for end, edge, arrow in ((low, -REACH, "<"), (high, REACH, ">")):
+            if abs(end) > REACH and (end < 0) == (edge < 0):
+                axis.plot(edge, row, arrow, color=colour, markersize=7)
+        if abs(found.difference / unit) <= REACH:
+            filled = colour if verdict.outcome != "pilot" else "white"
+            axis.plot(found.difference / unit, row, "o", color=colour, mfc=filled, markersize=6)
+    axis.set_yticks(range(len(rows)), names)
+    axis.set(xlim=(-REACH - 0.1, REACH + 0.1), ylim=(len(rows) - 0.4, -0.6))
+    axis.grid(axis="x", alpha=0.3)
+    figure.supxlabel(
+        "difference in the claimed direction and its 95 % t interval\n"
+        "0: none; 1: the published difference, or the margin declared beforehand; hollow: pilot",
+        fontsize=9,
     )
     return figure
 

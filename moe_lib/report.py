@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from IPython.display import HTML
 
-from moe_lib import arms, store, study, tables
+from moe_lib import arms, claims, store, study, tables
 from moe_lib.plots import DATASET_TITLES
 
 # What the papers claim of SNNL, as paired differences snnl - base: measure, claimed direction, wording.
@@ -23,6 +23,19 @@ SNNL_CLAIMS = (
 )
 # Second-hand; see the README. Accuracy in %, MoE and MoE + SNNL.
 PUBLISHED = {"fashion_mnist": (91.33, 91.61), "cifar100": (35.75, 36.74)}
+# Columns of the README's tables of the other studies.
+VISION_SCORES = (
+    "accuracy",
+    "validation area",
+    "lost to corruption",
+    "lost to attack",
+    "changed by M",
+    "leak",
+)
+LANGUAGE_SCORES = (
+    "cross-entropy", "bits per byte", "validation area", "lost to swap", "changed by M",
+    "leak, other sequences", "leak, later tokens",
+)  # fmt: skip
 
 
 def finished_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
@@ -32,6 +45,30 @@ def finished_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
         if run.path.exists():
             grouped.setdefault(run.dataset, []).append(run)
     return grouped
+
+
+def verdicts(profile: str) -> list[claims.Verdict]:
+    """Every claim of both papers on every data set with results, by the rule of `claims`."""
+    results = {
+        name: [r for runs in finished_runs(profile, name).values() for r in study.results(runs)]
+        for name in dict.fromkeys(claim.study for claim in claims.CLAIMS)
+    }
+    return claims.verdicts(results, profile)
+
+
+def verdict_table(found: Sequence[claims.Verdict]) -> pd.DataFrame:
+    """A verdict a row, with the contrast that decides: the one least in the claim's favour."""
+    table = claims.verdict_table(found)
+    table["data set"] = table["data set"].map(DATASET_TITLES)
+    columns = ["claim", "verdict", "contrast", "difference", "95 % interval", "p (Holm)", "seeds"]
+    return table.set_index(["paper", "data set"])[columns]
+
+
+def reasons(found: Sequence[claims.Verdict]) -> pd.DataFrame:
+    """Why each verdict is what it is, and whose doing the difference is."""
+    table = claims.verdict_table(found)
+    table["data set"] = table["data set"].map(DATASET_TITLES)
+    return table.set_index(["data set", "claim"])[["verdict", "reason", "attribution", "smallest detectable"]]
 
 
 def claims_table(profile: str) -> pd.DataFrame:
@@ -130,6 +167,20 @@ def routed_claims_table(profile: str, study_name: str) -> pd.DataFrame:
     return pd.concat(found, names=["data set"]) if found else pd.DataFrame()
 
 
+def scores_table(profile: str, study_name: str) -> pd.DataFrame:
+    """What every arm of an AC or the crossed study scores on every data set."""
+    columns, shown = {
+        "ac-language": (tables.LANGUAGE_COLUMNS, LANGUAGE_SCORES),
+    }.get(study_name, (tables.VISION_COLUMNS, VISION_SCORES))
+    found = {
+        DATASET_TITLES[dataset]: tables.summary(
+            tables.frame(study.results(runs), columns), list(shown), columns
+        )
+        for dataset, runs in finished_runs(profile, study_name).items()
+    }
+    return pd.concat(found, names=["data set"]) if found else pd.DataFrame()
+
+
 def crossed_table(profile: str) -> pd.DataFrame:
     """Main effects and interaction of SNNL and AC on each data set."""
     found = {
@@ -192,11 +243,16 @@ def provenance_table(profile: str) -> pd.DataFrame:
         ),
         "versions": distinct(versions),
         "machines": distinct([f"{r['machine']} ({r['device']})" for r in results]),
-        "time": f"{sum(r['wall_seconds'] for r in results) / 60:.0f} core-minutes",
+        "time": f"{core_minutes(results):.0f} core-minutes",
         "longest run": f"{max((r['wall_seconds'] for r in results), default=0):.0f} s",
         "highest memory of a run": f"{max((r['peak_memory_mb'] for r in results), default=0):.0f} MB",
     }
     return pd.DataFrame({"value": rows}).rename_axis("what")
+
+
+def core_minutes(results: Sequence[dict[str, Any]]) -> float:
+    """Time spent on runs; one that another study had trained already took none."""
+    return sum(r["wall_seconds"] for r in results if "same_as" not in r) / 60
 
 
 def as_html(table: pd.DataFrame) -> HTML:
@@ -222,36 +278,34 @@ def markdown(table: pd.DataFrame) -> str:
 def readme_section() -> str:
     """The part of the README between its markers, from results/core."""
     profile = "core"
-    runs = [run for group in finished_runs(profile, "snnl").values() for run in group]
-    if not runs:
+    studies = [name for name in study.STUDIES if not name.endswith("-tuning")]
+    results = [
+        r for name in studies for runs in finished_runs(profile, name).values() for r in study.results(runs)
+    ]
+    if not results:
         return f"{BEGIN}\nNo finished runs yet.\n{END}"
-    results = study.results(runs)
-    minutes = sum(r["wall_seconds"] for r in results) / 60
-    return "\n".join(
-        [
-            BEGIN,
-            f"Profile `core`: {len(runs)} of {len(study.runs(profile, 'snnl'))} planned runs finished, "
-            f"{minutes:.0f} core-minutes on {results[0]['machine']}. "
-            "Regenerate with `make report PROFILE=core`.",
-            "",
-            "SNNL minus base, paired by seed (95 % t interval, exact sign-flip p):",
-            "",
-            markdown(claims_table(profile)),
-            "",
-            "Is there collapse? Of four experts, mean ± standard deviation over seeds:",
-            "",
-            markdown(collapse_table(profile)),
-            "",
-            "Test accuracy in %, mean ± standard deviation over seeds (number of seeds):",
-            "",
-            markdown(accuracy_table(profile)),
-            "",
-            "Published accuracies (second-hand) beside ours, in %:",
-            "",
-            markdown(published_table(profile)),
-            END,
-        ]
-    )
+    planned = sum(len(study.runs(profile, name)) for name in studies)
+    machines = ", ".join(sorted({r["machine"] for r in results}))
+    sections = [
+        f"Profile `core`: {len(results)} of {planned} planned runs finished, "
+        f"{core_minutes(results):.0f} core-minutes on {machines}. "
+        "Regenerate with `make report PROFILE=core`.",
+        "Verdicts. A claim must hold against every fair control; the contrast shown is the one least in its "
+        "favour, paired by seed (95 % t interval; exact sign-flip p, Holm over a study). Fewer than eight "
+        "seeds are a pilot: shown, never decided on.",
+        markdown(verdict_table(verdicts(profile))),
+        "SNNL: is there collapse? Of four experts, mean ± standard deviation over seeds:",
+        markdown(collapse_table(profile)),
+        "SNNL: test accuracy in %, mean ± standard deviation over seeds (number of seeds):",
+        markdown(accuracy_table(profile)),
+        "SNNL: published accuracies (second-hand) beside ours, in %:",
+        markdown(published_table(profile)),
+    ]
+    for name, title in (("ac-vision", "images"), ("ac-language", "text"), ("crossed", "SNNL x AC")):
+        table = scores_table(profile, name)
+        if not table.empty:
+            sections += [f"AC router, {title}: mean ± standard deviation over seeds:", markdown(table)]
+    return "\n\n".join([BEGIN, *sections]) + f"\n{END}"
 
 
 def update_readme(path: Path, check: bool = False) -> int:

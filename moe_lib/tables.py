@@ -69,9 +69,9 @@ def _difference(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def validation_area(result: Result) -> float:
+def validation_area(result: Result) -> float | None:
     """Area under the validation cross-entropy, per epoch (nats): low for an early descent."""
-    return float(np.mean(result["history"]["validation"]["cross_entropy"]))
+    return _mean_of_all(look_up(result, "history.validation.cross_entropy") or ())
 
 
 def layer_mean(path: str, result: Result) -> float | None:
@@ -79,17 +79,24 @@ def layer_mean(path: str, result: Result) -> float | None:
     return _mean(look_up(layer, path) for layer in look_up(result, "routing.layers") or ())
 
 
+def _mean_of_all(values: Iterable[float | None]) -> float | None:
+    """None if one of the numbers is missing, or all are."""
+    found = list(values)
+    return None if None in found else _mean(found)
+
+
 def corruption_loss(result: Result) -> float | None:
     """Accuracy lost to corruption: clean minus corrupted, mean over all kinds and severities."""
     accuracy = dict(result.get("corruption") or {})
-    return _difference(accuracy.pop("clean", None), _mean(v for kind in accuracy.values() for v in kind))
+    clean = accuracy.pop("clean", None)
+    return _difference(clean, _mean_of_all(v for kind in accuracy.values() for v in kind))
 
 
-def attack_losses(attack: str, result: Result) -> dict[str, float]:
+def attack_losses(attack: str, result: Result) -> dict[str, float | None]:
     """Accuracy lost to an attack, such as "pgd-2", on the same images, by treatment of M."""
     accuracies = result.get("attack") or {}
     clean = accuracies.get(f"{attack} clean", {}).get("detached", accuracies.get("clean"))
-    return {mode: clean - accuracy for mode, accuracy in accuracies.get(attack, {}).items()}
+    return {mode: _difference(clean, accuracy) for mode, accuracy in accuracies.get(attack, {}).items()}
 
 
 GRADIENT_ATTACKS = ("fgsm-1", "fgsm-2", "pgd-1", "pgd-2")
@@ -98,8 +105,13 @@ GRADIENT_ATTACKS = ("fgsm-1", "fgsm-2", "pgd-1", "pgd-2")
 def attack_loss(attacks: Sequence[str], result: Result) -> float | None:
     """Accuracy lost, mean over some attacks; of each the stronger treatment of M counts, constant in the
     gradient or differentiated. (With M frozen, it is another model that is scored.)"""
-    losses = [attack_losses(attack, result) for attack in attacks]
-    return _mean(max((v for mode, v in lost.items() if mode != "frozen"), default=None) for lost in losses)
+
+    def strongest(attack: str) -> float | None:
+        lost = [v for mode, v in attack_losses(attack, result).items() if mode != "frozen"]
+        known = [v for v in lost if v is not None]
+        return max(known) if known and len(known) == len(lost) else None
+
+    return _mean_of_all(strongest(attack) for attack in attacks)
 
 
 SWAP_SHARES = ("0.015", "0.025", "0.05", "0.1")
@@ -109,7 +121,7 @@ def swap_loss(shares: Sequence[str], result: Result) -> float | None:
     """Nats a token lost when a share of the words becomes <unk>, mean over some shares: swapped minus clean,
     on the same targets, those of the words left alone."""
     swaps = [(result.get("swap") or {}).get(share, {}) for share in shares]
-    return _mean(_difference(swap.get("swapped"), swap.get("clean")) for swap in swaps)
+    return _mean_of_all(_difference(swap.get("swapped"), swap.get("clean")) for swap in swaps)
 
 
 def leak(path: str, result: Result) -> float | None:

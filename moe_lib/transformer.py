@@ -18,7 +18,6 @@ from moe_lib.experts import MoE
 from moe_lib.routing import ACConfig, AdaptiveClusteringRouter, CosineRouter, LinearRouter, Routing
 from moe_lib.snnl import SNNLConfig
 
-
 Router = Literal["linear", "cosine", "ac"]
 
 

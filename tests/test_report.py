@@ -701,9 +701,11 @@ def test_readme_is_rewritten_between_its_markers(core):
     assert first.startswith(f"# Title\n\nBefore.\n\n{report.BEGIN}\n")
     assert first.endswith(f"{report.END}\n\nAfter.\n")
     assert "\nold\n" not in first
-    total = len(study.runs("core", "snnl"))
+    names = [name for name in study.STUDIES if not name.endswith("-tuning")]
+    total = sum(len(study.runs("core", name)) for name in names)
     assert f"Profile `core`: 12 of {total} planned runs finished, 18 core-minutes on Some CPU." in first
-    assert "| FashionMNIST | more accurate | accuracy | +0.0167 | [+0.0023, +0.0310] |" in first
+    verdict = "| SNNL-MoE | FashionMNIST | more accurate | pilot | accuracy: snnl - base | +1.67 points |"
+    assert f"{verdict} [+0.23, +3.10] points | - | 3 (pilot) |" in first
     assert "| snnl | 92.67 ± 1.15 (3) |" in first
     assert "| FashionMNIST | 91.33 | 91.00 | 91.61 | 92.67 | +0.28 | +1.67 |" in first
 
@@ -740,7 +742,8 @@ def test_readme_with_no_data_set_that_was_published(folders):
             run = planned(arm, seed, "mnist")
             store.write(run.path, made_up(run, accuracy=0.99))
     section = report.readme_section()
-    assert "| MNIST | more accurate |" in section
+    assert "| paper | data set | claim | verdict |" in section  # no row: MNIST is outside
+    assert "| MNIST | base | 2 |" in section
     assert "| index |" not in section
 
 
@@ -889,7 +892,21 @@ ROUTED_SITUATIONS = {
 
 
 def test_the_figures_are_found():
-    assert set(FIGURES) == {*SNNL_FIGURES, *(name for name, _, _ in ROUTED_FIGURES)}
+    assert set(FIGURES) == {*SNNL_FIGURES, *(name for name, _, _ in ROUTED_FIGURES), "verdict_forest"}
+
+
+def test_verdict_forest_is_in_margins(core):
+    """A hollow dot a pilot, where the difference is in units of the published one."""
+    found = report.verdicts("core")
+    axis = plots.verdict_forest(found).axes[0]
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    row = names.index("more accurate, FashionMNIST: snnl - base")
+    [verdict] = [v for v in found if v.dataset == "fashion_mnist" and v.claim.key == "snnl-accuracy"]
+    assert verdict.outcome == "pilot"
+    dots = [line for line in axis.lines if line.get_marker() == "o" and list(line.get_ydata()) == [row]]
+    [contrast] = verdict.contrasts.values()
+    assert dots[0].get_xdata()[0] == pytest.approx(contrast.difference / 0.0028)
+    assert dots[0].get_markerfacecolor() == "white"
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)

@@ -20,6 +20,8 @@ from moe_lib.data import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text()
+UNLOCKED = {"hf"}  # extras that no command of ours needs
+LOCKED_EXTRAS = {name: o for name, o in PROJECT["optional-dependencies"].items() if name not in UNLOCKED}
 
 
 def locked(text: str) -> dict[str, list[tuple[Requirement, str]]]:
@@ -59,9 +61,9 @@ def test_lock_names_no_index():
     )
 
 
-@pytest.mark.parametrize("group", ["dependencies", *PROJECT["optional-dependencies"]])
+@pytest.mark.parametrize("group", ["dependencies", *LOCKED_EXTRAS])
 def test_what_the_project_asks_for_is_locked(group):
-    wanted = PROJECT["dependencies"] if group == "dependencies" else PROJECT["optional-dependencies"][group]
+    wanted = PROJECT["dependencies"] if group == "dependencies" else LOCKED_EXTRAS[group]
     pins = locked(LOCK)
     for requirement in map(Requirement, wanted):
         versions = [next(iter(r.specifier)).version for r, _ in pins[canonicalize_name(requirement.name)]]
@@ -128,7 +130,7 @@ def test_lock_serves_the_python_of_conda():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     python = next(n for n in environment["dependencies"] if str(n).startswith("python=")).split("=")[1]
     there = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
-    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    groups = [PROJECT["dependencies"], *LOCKED_EXTRAS.values()]
     for wanted in (Requirement(text) for group in groups for text in group):
         pins = [r for r, _ in locked(LOCK)[canonicalize_name(wanted.name)]]
         assert sum(r.marker is None or r.marker.evaluate(there) for r in pins) == 1, wanted
@@ -167,7 +169,8 @@ def test_make_test_runs_every_kind_of_check():
         assert called in printed
     notebooks = (ROOT / "tests" / "notebooks.sh").read_text()
     for path in (ROOT / "notebooks").glob("*.ipynb"):
-        assert f"notebooks/{path.name}" in notebooks
+        # 40 needs an extra that is not locked; tests/test_panel.py runs it where that is installed.
+        assert (f"notebooks/{path.name}" in notebooks) != (path.stem == "40_your_model")
 
 
 def test_readme_names_both_commands():
