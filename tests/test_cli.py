@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from moe_lib import data, store, study
+from moe_lib import data, store, study, text
 from moe_lib.__main__ import main
 from moe_lib.data import ROOT
 
@@ -189,9 +189,9 @@ def test_plan_does_not_ask_for_data_that_is_there(folders, capsys):
 
 
 def test_plan_counts_a_finished_run_and_believes_its_time(capsys):
-    runs = study.runs("digits", arm="base")
+    runs = study.runs("digits", "snnl", arm="base")
     store.write(runs[0].path, {"wall_seconds": 600.0})
-    assert main(["plan", "--profile", "digits", "--workers", "2"]) == 0
+    assert main(["plan", "--profile", "digits", "--study", "snnl", "--workers", "2"]) == 0
     out = capsys.readouterr().out
     table = rows(out)
     assert table.pop(("snnl", "digits", "base")) == (1, 4, "40.0")
@@ -203,7 +203,7 @@ def test_plan_counts_a_finished_run_and_believes_its_time(capsys):
 
 def test_plan_does_not_invent_a_time(monkeypatch, capsys):
     monkeypatch.setattr(study, "EXPECTED_SECONDS", {})
-    assert main(["plan", "--profile", "digits", "--arm", "base"]) == 0
+    assert main(["plan", "--profile", "digits", "--study", "snnl", "--arm", "base"]) == 0
     out = capsys.readouterr().out
     assert rows(out) == {("snnl", "digits", "base"): (0, 5, "unknown")}
     assert "\ntime: 0 core-minutes and more, " in out
@@ -313,7 +313,7 @@ def test_run_needs_only_what_a_bare_machine_has(folders):
     assert "No module named 'pandas'" in python(["-c", "import pandas"], folders, **bare).stderr
 
     out, done = folders / "out", folders / "DONE.json"  # the arm and seed that measure the most
-    wanted = ["--profile", "digits", "--arm", "snnl", "--shard", "1/5", "--workers", "1"]
+    wanted = ["--profile", "digits", "--study", "snnl", "--arm", "snnl", "--shard", "1/5", "--workers", "1"]
     process = python(
         ["-m", "moe_lib", "run", *wanted, "--out", str(out), "--done", str(done)], folders, **bare
     )
@@ -329,4 +329,4 @@ def test_run_needs_only_what_a_bare_machine_has(folders):
 
 def test_every_data_set_of_the_plan_has_its_sizes():
     needed = {run.dataset for profile in study.PROFILES for run in study.runs(profile)}
-    assert needed <= set(study.DOWNLOAD_MB) & set(study.UNPACKED_MB) & set(data.DATASETS)
+    assert needed <= set(study.DOWNLOAD_MB) & set(study.UNPACKED_MB) & {*data.DATASETS, *text.CORPORA}

@@ -208,10 +208,12 @@ def test_nothing_that_is_made_again_is_tracked():
 # ------------------------------------------------------------------------------------------ imports
 
 CORE = {
-    *("data", "rng", "snnl", "routing", "adaptive", "experts", "classifier", "metrics", "train"),
-    *("robustness", "evaluate", "arms", "study", "store"),
+    *("data", "text", "rng", "snnl", "snnl_kernels", "routing", "adaptive", "experts", "classifier"),
+    *("transformer", "vision", "language", "metrics", "train", "robustness", "corruptions", "attacks"),
+    *("evaluate", "evaluate_transformer", "arms", "study", "store"),
 }
-BARE = {"torch", "torchvision", "numpy", "scipy", "sklearn", "filelock"}  # filelock comes with torch
+BARE = {"torch", "torchvision", "numpy", "scipy", "sklearn"}
+BARE |= {"filelock", "PIL"}  # what torch and torchvision bring along
 MODULES = {path.stem: path for path in (ROOT / "moe_lib").glob("*.py") if path.stem != "__init__"}
 
 
