@@ -38,10 +38,14 @@ def ours(
     if len(layers) == 1:
         return soft_nearest_neighbor_loss(layers[0], labels_N, temperature, distance, route=route)
     activations = {str(number): features_ND for number, features_ND in enumerate(layers)}
-    config = SNNLConfig(
-        schedule="fixed", temperature=temperature, distance=distance, layers=tuple(activations), combine="sum"
+    return _layerwise(temperature, distance, tuple(activations))(activations, labels_N, epoch=0)
+
+
+@functools.cache
+def _layerwise(temperature: float, distance: Distance, layers: tuple[str, ...]) -> LayerwiseSNNL:
+    return LayerwiseSNNL(
+        SNNLConfig(schedule="fixed", temperature=temperature, distance=distance, layers=layers, combine="sum")
     )
-    return LayerwiseSNNL(config)(activations, labels_N, epoch=0)
 
 
 def authors(layers: Sequence[Tensor], labels_N: Tensor, temperature: float) -> Tensor:

@@ -38,8 +38,7 @@ Route = Literal["auto", "dense", "panels", "streaming"]
 
 DENSE_UP_TO, PANELS_UP_TO = 512, 1536  # samples, on a CPU; measured
 DENSE_UP_TO_GPU = 2048
-TILE, TILE_SMALL, TILE_GPU = (256, 1024), (256, 512), (2048, 8192)  # rows and columns at a time
-SMALL_BELOW = 2048  # samples
+TILE, TILE_GPU = (256, 1024), (2048, 8192)  # rows and columns at a time
 
 
 class Range(NamedTuple):
@@ -131,7 +130,7 @@ class _SNNL(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "the soft nearest neighbor loss has no second derivative: take its gradient without create_graph"
+                "the soft nearest neighbor loss has no second derivative: differentiate without create_graph"
             )
         scale_L = grads[0]
         if ctx.options.reduction == "none":
@@ -299,7 +298,7 @@ def _dense(
 
     slope_L = None
     if cosine or options.learned:
-        own_LN = (c_LNN * score_LNN).sum(2)
+        own_LN = score_LNN.mul_(c_LNN).sum(2)
     if options.learned:
         slope_L = own_LN.sum(1) * (-0.5 / temperature)
     if cosine:  # d cos_ij / d x_i = (u_j - cos_ij u_i) / |x_i|, with u = x / |x|
@@ -472,7 +471,7 @@ def _tiles(class_ends_N: Tensor) -> list[_Tile]:
     half a megabyte of code for each.
     """
     on_gpu, count = class_ends_N.device.type != "cpu", len(class_ends_N)
-    height, width = TILE_GPU if on_gpu else TILE if count >= SMALL_BELOW else TILE_SMALL
+    height, width = TILE_GPU if on_gpu else TILE
     tops = range(0, count, height)
     bottoms = [min(top + height, count) for top in tops]
     ends = class_ends_N[[bottom - 1 for bottom in bottoms]].tolist()
@@ -519,7 +518,7 @@ def _by_panels(
                 mass_RJ = F.hardshrink(mass_RJ, 2.0 ** -RANGES[x_ND.dtype].flush)
             total.add_tile(scores.v_ND, tile, mass_RJ)
     untrusted_R = (has_positive_N & ~trusted_N).nonzero()[:, 0]
-    for rows_R in untrusted_R.split(max(1, TILE[0] * TILE[1] // len(labels_N))):
+    for rows_R in untrusted_R.split(max(1, TILE[0] * TILE[1] // len(labels_N))) if len(untrusted_R) else ():
         itself_RJ = rows_R[:, None] == torch.arange(len(labels_N), device=labels_N.device)
         same_RJ = (labels_N[rows_R, None] == labels_N) & ~itself_RJ
         score_RJ = scores.of(rows_R, slice(None))

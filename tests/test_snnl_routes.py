@@ -59,8 +59,7 @@ def with_gradients(loss, features_ND, temperature, seed=0):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """So that a handful of samples fills several tiles, ragged ones included."""
-    for name in ("TILE", "TILE_SMALL"):
-        monkeypatch.setattr(snnl_kernels, name, (3, 9))
+    monkeypatch.setattr(snnl_kernels, "TILE", (3, 9))
 
 
 def agrees(features_ND, labels_N, temperature, distance, reduction, route, rtol, rtol_grad):
@@ -323,7 +322,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize(("route", "quadratic"), [("dense", True), ("streaming", False)])
 def test_only_the_dense_route_holds_all_pairs(route, quadratic, monkeypatch):
-    monkeypatch.setattr(snnl_kernels, "TILE_SMALL", (10, 30))
+    monkeypatch.setattr(snnl_kernels, "TILE", (10, 30))
     features_ND, labels_N = sample(300, 4, 5, 0)
     for distance in DISTANCES:
         with LargestTensor() as largest:
