@@ -259,7 +259,7 @@ ROUTED_SETTINGS: dict[str, dict[str, dict[str, RoutedSettings]]] = {
     },
     "crossed": {
         "digits": {"digits": _DIGITS_VISION},
-        "core": {"cifar10": _CORE_VISION},
+        "core": {"cifar10": replace(_CORE_VISION, factor=0.1)},
     },
 }
 for _study, _profiles in ROUTED_SETTINGS.items():  # full sets, 20 epochs; a text's epoch is a full pass

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -117,6 +118,24 @@ def test_settings_are_what_tuning_chose(dataset, monkeypatch):
     assert best("base-aux", 4, 3, rate) in (settings.auxiliary, None)
     preferred = {best(arm, 4, 2) for arm in ("base", "snnl", "dense")}
     assert len(preferred) == 1, "arms prefer different rates: give them their own (Settings.learning_rates)"
+
+
+@pytest.mark.parametrize("name", ["ac-vision", "ac-language", "crossed"])
+def test_routed_settings_are_what_tuning_chose(name, monkeypatch):
+    """The value in use has the lowest validation cross-entropy of those tried, for every arm tried."""
+    monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
+    found = defaultdict(list)
+    for run in study.runs("core", f"{name}-tuning"):
+        value = run.objective.snnl.factor if name == "crossed" else run.train.learning_rate
+        found[run.arm, value].append(store.read(run.path)["history"]["best_cross_entropy"])
+    in_use = {
+        run.arm: run.objective.snnl.factor if name == "crossed" else run.train.learning_rate
+        for run in study.runs("core", name)
+        if name != "crossed" or run.objective.snnl is not None
+    }
+    for arm in {arm for arm, _ in found}:
+        means = {value: sum(scores) / len(scores) for (a, value), scores in found.items() if a == arm}
+        assert min(means, key=means.get) == in_use[arm]
 
 
 def test_paired_arms_share_everything_but_the_arm():
