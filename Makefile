@@ -1,4 +1,4 @@
-# make report | render | test | lab | data | plan | readme | notebooks | clean
+# make report | render | test | lab | data | plan | bench | readme | notebooks | clean
 #   PROFILE=digits|core|paper   whose results (report, plan)
 #   CORES=n                     how many processes
 #   PYTHON=python3.12           which Python makes .venv
@@ -11,7 +11,7 @@ BIN := .venv/bin
 export JUPYTER_PREFER_ENV_PATH := 1# a kernel in the user's home must not shadow the one in .venv
 
 .DEFAULT_GOAL := report
-.PHONY: report render test lab data plan readme notebooks clean
+.PHONY: report render test lab data plan bench readme notebooks clean
 
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -58,6 +58,9 @@ data: .venv/ready
 
 plan: .venv/ready
 	@$(BIN)/python -m moe_lib plan --profile $(PROFILE) --workers $(CORES)
+
+bench: .venv/ready # ours against its peers: ratios within one run; some minutes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m moe_lib bench all
 
 readme: .venv/ready
 	@$(BIN)/python -m moe_lib readme

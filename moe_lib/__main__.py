@@ -1,4 +1,4 @@
-"""The study without a notebook: python -m moe_lib run | plan | where | data | readme."""
+"""The study without a notebook: python -m moe_lib run | plan | bench | where | data | readme."""
 
 from __future__ import annotations
 
@@ -39,6 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     readme = commands.add_parser("readme", help="rewrite the README's result tables from results/")
     readme.add_argument("--check", action="store_true", help="change nothing; fail if it is out of date")
 
+    commands.add_parser("bench", help="ours against its peers; `bench --help` has its own options")
+
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:  # imported here: a bare machine need not have what it compares with
+        from moe_lib import bench
+
+        return bench.main(argv[1:])
     arguments = parser.parse_args(argv)
     try:
         return COMMANDS[arguments.command](arguments)

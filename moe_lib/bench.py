@@ -1,4 +1,4 @@
-"""Ours against its peers, on this machine: python -m moe_lib.bench {snnl,all} [--out DIR] [--quick].
+"""Ours against its peers, on this machine: python -m moe_lib bench {snnl,all} [--out DIR] [--quick].
 
 Writes DIR/NAME.json (by default under results/bench) and, where matplotlib is installed, DIR/NAME.png.
 """
@@ -216,7 +216,7 @@ def save_figure(figure: Callable[[dict[str, Any]], Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_lib.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m moe_lib bench", description=__doc__)
     add_arguments(parser)
     try:
         return run(parser.parse_args(argv))

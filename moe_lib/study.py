@@ -263,6 +263,12 @@ EXPECTED_SECONDS = {
     ("digits", "crossed"): 3.0,
     ("core", "snnl"): 190.0,
     ("core", "snnl-tuning"): 40.0,
+    ("core", "ac-vision"): 150.0,
+    ("core", "ac-vision-tuning"): 25.0,
+    ("core", "ac-language"): 110.0,
+    ("core", "ac-language-tuning"): 25.0,
+    ("core", "crossed"): 150.0,
+    ("core", "crossed-tuning"): 30.0,
 }
 DOWNLOAD_MB = {
     "digits": 0, "mnist": 12, "fashion_mnist": 31, "cifar10": 170, "cifar100": 169,

@@ -209,6 +209,13 @@ def test_plan_does_not_invent_a_time(monkeypatch, capsys):
     assert "\ntime: 0 core-minutes and more, " in out
 
 
+def test_bench_has_its_own_command_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "nothing"])
+    assert stop.value.code == 2
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------- where and run
 
 
