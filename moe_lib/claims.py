@@ -608,18 +608,36 @@ def verdicts(results_by_study: Mapping[str, Sequence[dict[str, Any]]], profile: 
     return found
 
 
+def least_favourable(verdict: Verdict) -> str | None:
+    """The contrast of the claimed measure that lies furthest from the claim, counted in its own interval's
+    width; None where no control has pairs."""
+    claim = verdict.claim
+    known = {
+        label: contrast
+        for label, contrast in verdict.contrasts.items()
+        if contrast is not None and label.startswith(f"{claim.measure.name}: ")
+    }
+
+    def favour(label: str) -> float:
+        contrast = known[label]
+        return claim.measure.sign * contrast.difference / max(contrast.high - contrast.low, 1e-300)
+
+    return min(known, key=favour, default=None)
+
+
 def verdict_table(found: Sequence[Verdict]) -> pd.DataFrame:
     """One row a unit: the least favourable contrast, the verdict and its reason."""
     rows = []
     for verdict in found:
         claim, published = verdict.claim, verdict.claim.published.get(verdict.dataset)
+        shown = least_favourable(verdict)
         row = {
             "paper": claim.paper,
             "study": claim.study,
             "data set": verdict.dataset,
             "claim": claim.wording,
             "verdict": verdict.outcome,
-            "contrast": verdict.deciding or "-",
+            "contrast": shown or "-",
             "difference": "-",
             "95 % interval": "-",
             "p (Holm)": "-" if math.isnan(verdict.p_holm) else _p_text(verdict.p_holm),
@@ -629,13 +647,13 @@ def verdict_table(found: Sequence[Verdict]) -> pd.DataFrame:
             "reason": verdict.reason,
             "attribution": verdict.attribution,
         }
-        contrast = None if verdict.deciding is None else verdict.contrasts[verdict.deciding]
+        contrast = None if shown is None else verdict.contrasts[shown]
         if contrast is not None:
-            measure = verdict.measure
-            row["difference"] = measure.shown(contrast.difference)
-            row["95 % interval"] = measure.shown(contrast.low, contrast.high)
+            row["difference"] = claim.measure.shown(contrast.difference)
+            row["95 % interval"] = claim.measure.shown(contrast.low, contrast.high)
             row["seeds"] = tables.show(contrast)["seeds"]
-            row["smallest detectable"] = measure.shown(verdict.detectable).lstrip("+")
+        if verdict.deciding is not None:
+            row["smallest detectable"] = verdict.measure.shown(verdict.detectable).lstrip("+")
         if published is not None:
             row["published"] = f"{claim.measure.shown(published.difference)} ({published.status})"
         rows.append(row)

@@ -188,6 +188,17 @@ def test_a_missing_arm_is_no_decision():
     assert table.loc[0, ["difference", "seeds", "p (Holm)"]].tolist() == ["-", "-", "-"]
 
 
+def test_the_table_shows_the_contrast_least_in_the_claims_favour():
+    """A clear loss against one control, not the larger p of a draw with the other."""
+    verdict = claims.decide(
+        CLAIM["ac-vision-performance"], vision_results({"ac": 0.0, "linear": 0.0, "cosine": 0.02})
+    )
+    assert verdict.deciding == "accuracy: ac - linear"
+    row = claims.verdict_table([verdict]).loc[0]
+    assert row["contrast"] == claims.least_favourable(verdict) == "accuracy: ac - cosine"
+    assert row["difference"].startswith("-2.0")
+
+
 # ------------------------------------------------------------------------- nothing to resolve, floor
 
 
