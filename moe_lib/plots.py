@@ -7,6 +7,7 @@ that arm in every figure.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -465,12 +466,15 @@ def save(figure: Figure, path: str | Path, sources: Sequence[Path]) -> str:
 
 
 def name_sources(sources: Sequence[Path]) -> str:
-    """Result files in short: folder, arms, number of files."""
+    """Result files in short: folder, arms, number of files; of several folders, what they have in common."""
     if not sources:
         return "computed in this notebook"
-    folder = sources[0].parent
+    folders = {path.parent for path in sources}
+    folder = Path(os.path.commonpath(folders))
     base = store.results_dir()
     name = folder.relative_to(base) if folder.is_relative_to(base) else folder.relative_to(ROOT)
+    if len(folders) > 1:
+        return f"results/{name.as_posix()}/**/*.json ({len(sources)} files)"
     arms = list(dict.fromkeys(p.name.rsplit("-s", 1)[0] for p in sources))
     joined = arms[0] if len(arms) == 1 else "{" + ",".join(arms) + "}"
     return f"results/{name.as_posix()}/{joined}-s*.json ({len(sources)} files)"

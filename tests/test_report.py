@@ -895,6 +895,15 @@ def test_the_figures_are_found():
     assert set(FIGURES) == {*SNNL_FIGURES, *(name for name, _, _ in ROUTED_FIGURES), "verdict_forest"}
 
 
+def test_sources_of_a_figure_in_short(folders):
+    base = folders / "results" / "core"
+    one = [base / "snnl" / "cifar10" / f"{name}.json" for name in ("base-s1-aa", "base-s2-bb", "raw-s1-cc")]
+    assert plots.name_sources([]) == "computed in this notebook"
+    assert plots.name_sources(one) == "results/core/snnl/cifar10/{base,raw}-s*.json (3 files)"
+    several = [*one, base / "snnl" / "mnist" / "base-s1-dd.json"]
+    assert plots.name_sources(several) == "results/core/snnl/**/*.json (4 files)"
+
+
 def test_verdict_forest_is_in_margins(core):
     """A hollow dot a pilot, where the difference is in units of the published one."""
     found = report.verdicts("core")
