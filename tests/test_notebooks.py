@@ -136,7 +136,11 @@ def test_cells_that_show_something_have_their_output(path):
     empty = [cell.source for cell in checked if not cell.outputs]
     assert empty == []
     for cell in code_cells(path):
-        if "notebook.show" in called(ast.parse(cell.source)):
+        tree = ast.parse(cell.source)
+        # A figure that is only drawn if there is something to draw has words in its place.
+        if "notebook.show" in called(tree) and not any(
+            isinstance(node, ast.If) and node.orelse for node in tree.body
+        ):
             pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
             assert pictures, cell.source
 
