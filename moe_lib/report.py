@@ -275,6 +275,21 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(v.replace("|", "\\|") for v in row) + " |" for row in cells)
 
 
+def bench_table() -> pd.DataFrame:
+    """The SNNL against its fastest peer, from results/bench/snnl.json; empty where that is not there."""
+    path = store.results_dir() / "bench" / "snnl.json"
+    rows = [
+        {
+            "batch": row["row"],
+            "times as fast": f"{row['faster_than_fastest_peer']:.1f}",
+            "memory, times less": f"{row['memory_saving']:.1f}",
+            "share of the physical limit": f"{row['share_of_limit']:.2f}",
+        }
+        for row in (store.read(path)["rows"] if path.exists() else [])
+    ]
+    return pd.DataFrame(rows).set_index("batch") if rows else pd.DataFrame()
+
+
 def readme_section() -> str:
     """The part of the README between its markers, from results/core."""
     profile = "core"
@@ -305,6 +320,12 @@ def readme_section() -> str:
         table = scores_table(profile, name)
         if not table.empty:
             sections += [f"AC router, {title}: mean ± standard deviation over seeds:", markdown(table)]
+    if not (speed := bench_table()).empty:
+        sections += [
+            "The SNNL with its gradient, against the fastest of its peers in the same run (one thread, "
+            "float32; `make bench`):",
+            markdown(speed),
+        ]
     return "\n\n".join([BEGIN, *sections]) + f"\n{END}"
 
 

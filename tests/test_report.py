@@ -714,6 +714,12 @@ def test_readme_is_rewritten_between_its_markers(core):
     assert report.update_readme(path, check=True) == 0
 
 
+def test_readme_shows_the_benchmark(core):
+    row = {"row": "N=1024", "faster_than_fastest_peer": 3.06, "memory_saving": 7.0, "share_of_limit": 0.397}
+    store.write(store.results_dir() / "bench" / "snnl.json", {"rows": [row]})
+    assert "| N=1024 | 3.1 | 7.0 | 0.40 |" in report.readme_section()
+
+
 def test_readme_check_sees_a_stale_table_and_changes_nothing(core, capsys):
     path = core / "README.md"
     path.write_text(README)
