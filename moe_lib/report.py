@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,30 @@ def finished_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
     return grouped
 
 
+def finished_results(profile: str, study_name: str) -> list[dict[str, Any]]:
+    """Of every data set of a study."""
+    return study.results(study.runs(profile, study_name))
+
+
+def each_dataset(
+    profile: str, study_name: str, columns: tables.Columns, table: Callable[[pd.DataFrame], pd.DataFrame]
+) -> pd.DataFrame:
+    """`table` of each data set's runs, one below the other; empty where nothing is finished."""
+    found = {
+        DATASET_TITLES[dataset]: table(tables.frame(study.results(runs), columns))
+        for dataset, runs in finished_runs(profile, study_name).items()
+    }
+    return pd.concat(found, names=["data set"]) if found else pd.DataFrame()
+
+
 def verdicts(profile: str) -> list[claims.Verdict]:
     """Every claim of both papers on every data set with results, by the rule of `claims`."""
-    results = {
-        name: [r for runs in finished_runs(profile, name).values() for r in study.results(runs)]
-        for name in dict.fromkeys(claim.study for claim in claims.CLAIMS)
-    }
-    return claims.verdicts(results, profile)
+    names = dict.fromkeys(claim.study for claim in claims.CLAIMS)
+    return claims.verdicts({name: finished_results(profile, name) for name in names}, profile)
 
 
 def verdict_table(found: Sequence[claims.Verdict]) -> pd.DataFrame:
-    """A verdict a row, with the contrast that decides: the one least in the claim's favour."""
+    """A verdict a row, with the contrast that is least in the claim's favour."""
     table = claims.verdict_table(found)
     table["data set"] = table["data set"].map(DATASET_TITLES)
     columns = ["claim", "verdict", "contrast", "difference", "95 % interval", "p (Holm)", "seeds"]
@@ -158,13 +171,9 @@ def routed_claims_table(profile: str, study_name: str) -> pd.DataFrame:
         "ac-vision": (tables.VISION_CLAIMS, tables.VISION_PAIRS, tables.VISION_COLUMNS),
         "ac-language": (tables.LANGUAGE_CLAIMS, tables.LANGUAGE_PAIRS, tables.LANGUAGE_COLUMNS),
     }[study_name]
-    found = {
-        DATASET_TITLES[dataset]: tables.claim_rows(
-            tables.frame(study.results(runs), columns), claims, pairs, columns
-        )
-        for dataset, runs in finished_runs(profile, study_name).items()
-    }
-    return pd.concat(found, names=["data set"]) if found else pd.DataFrame()
+    return each_dataset(
+        profile, study_name, columns, lambda frame: tables.claim_rows(frame, claims, pairs, columns)
+    )
 
 
 def scores_table(profile: str, study_name: str) -> pd.DataFrame:
@@ -172,24 +181,14 @@ def scores_table(profile: str, study_name: str) -> pd.DataFrame:
     columns, shown = {
         "ac-language": (tables.LANGUAGE_COLUMNS, LANGUAGE_SCORES),
     }.get(study_name, (tables.VISION_COLUMNS, VISION_SCORES))
-    found = {
-        DATASET_TITLES[dataset]: tables.summary(
-            tables.frame(study.results(runs), columns), list(shown), columns
-        )
-        for dataset, runs in finished_runs(profile, study_name).items()
-    }
-    return pd.concat(found, names=["data set"]) if found else pd.DataFrame()
+    return each_dataset(
+        profile, study_name, columns, lambda frame: tables.summary(frame, list(shown), columns)
+    )
 
 
 def crossed_table(profile: str) -> pd.DataFrame:
     """Main effects and interaction of SNNL and AC on each data set."""
-    found = {
-        DATASET_TITLES[dataset]: tables.crossed_effects(
-            tables.frame(study.results(runs), tables.VISION_COLUMNS)
-        )
-        for dataset, runs in finished_runs(profile, "crossed").items()
-    }
-    return pd.concat(found, names=["data set"]) if found else pd.DataFrame()
+    return each_dataset(profile, "crossed", tables.VISION_COLUMNS, tables.crossed_effects)
 
 
 def tuning_table(profile: str) -> pd.DataFrame:
@@ -223,12 +222,7 @@ def tuning_table(profile: str) -> pd.DataFrame:
 
 def provenance_table(profile: str) -> pd.DataFrame:
     """Where the numbers come from: commits, versions, machines, time and memory, over all runs used."""
-    results = [
-        r
-        for name in study.STUDIES
-        for runs in finished_runs(profile, name).values()
-        for r in study.results(runs)
-    ]
+    results = [result for name in study.STUDIES for result in finished_results(profile, name)]
     planned = len(study.runs(profile))
 
     def distinct(values: Sequence[Any]) -> str:
@@ -294,9 +288,7 @@ def readme_section() -> str:
     """The part of the README between its markers, from results/core."""
     profile = "core"
     studies = [name for name in study.STUDIES if not name.endswith("-tuning")]
-    results = [
-        r for name in studies for runs in finished_runs(profile, name).values() for r in study.results(runs)
-    ]
+    results = [result for name in studies for result in finished_results(profile, name)]
     if not results:
         return f"{BEGIN}\nNo finished runs yet.\n{END}"
     planned = sum(len(study.runs(profile, name)) for name in studies)
