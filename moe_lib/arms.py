@@ -274,7 +274,7 @@ ROUTED_SEED_COUNTS: dict[str, dict[str, dict[str, list[tuple[Sequence[str], int]
     "ac-vision": {
         "digits": {"digits": [((*ROUTED_MAIN_ARMS, *ROUTED_CONTROLS), 5)]},
         "core": {
-            "cifar10": [(ROUTED_MAIN_ARMS, 5), (ROUTED_CONTROLS, 5)],
+            "cifar10": [(ROUTED_MAIN_ARMS, 10), (ROUTED_CONTROLS, 5)],
             "fashion_mnist": [(ROUTED_MAIN_ARMS, 5)],
             "cifar100": [(ROUTED_MAIN_ARMS, 5)],
         },
@@ -285,7 +285,7 @@ ROUTED_SEED_COUNTS: dict[str, dict[str, dict[str, list[tuple[Sequence[str], int]
     },
     "ac-language": {
         "digits": {"docs": [((*ROUTED_MAIN_ARMS, *_LANGUAGE_CONTROLS), 5)]},
-        "core": {"wikitext2": [(ROUTED_MAIN_ARMS, 5), (_LANGUAGE_CONTROLS, 5)]},
+        "core": {"wikitext2": [(ROUTED_MAIN_ARMS, 10), (_LANGUAGE_CONTROLS, 5)]},
         "paper": {"wikitext2": [((*ROUTED_MAIN_ARMS, *_LANGUAGE_CONTROLS), 10)]},
     },
     "crossed": {
