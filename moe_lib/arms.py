@@ -23,6 +23,8 @@ VERSIONS = {
     "ac-language-tuning": 1,
     "crossed": 1,
     "crossed-tuning": 1,
+    "snnl-dose": 1,
+    "ac-dose": 1,
 }
 
 # The ten seeds of the authors' public code (kwta-ensemble) and ten more; two outside them for tuning.

@@ -46,6 +46,7 @@ from moe_lib.arms import (
     snnl_arms,
 )
 from moe_lib.classifier import ClassifierConfig, ClassifierTask, Objective
+from moe_lib.dose import PLANS
 from moe_lib.evaluate import ClassifierExperiment, Experiment
 from moe_lib.evaluate_transformer import LanguageExperiment, VisionExperiment
 from moe_lib.language import LanguageConfig, LanguageTask
@@ -197,11 +198,29 @@ def routed_tuning_runs(study: str, profile: str) -> Iterator[Run]:
             )  # fmt: skip
 
 
+def dose_runs(study: str, profile: str) -> Iterator[Run]:
+    """Every dose of a dose-response study and its controls, seed by seed."""
+    planned = PLANS[study][profile]
+    settings = planned.settings
+    for seed in SEEDS[: planned.num_seeds]:
+        for dose in planned.doses():
+            model, objective, train = dose.arm(settings)
+            run = Run(
+                profile, study, planned.dataset, dose.name, seed, VERSIONS[study], model, objective, train,
+                train_images=planned.train_images,
+            )  # fmt: skip
+            if isinstance(settings, RoutedSettings):
+                run = replace(run, epoch_tokens=settings.epoch_tokens, test_tokens=settings.test_tokens)
+            yield run
+
+
 STUDIES: dict[str, Callable[[str], Iterator[Run]]] = {
     "snnl": snnl_runs,
     "ac-vision": partial(routed_runs, "ac-vision"),
     "ac-language": partial(routed_runs, "ac-language"),
     "crossed": partial(routed_runs, "crossed"),
+    "snnl-dose": partial(dose_runs, "snnl-dose"),
+    "ac-dose": partial(dose_runs, "ac-dose"),
     "snnl-tuning": tuning_runs,
     "ac-vision-tuning": partial(routed_tuning_runs, "ac-vision"),
     "ac-language-tuning": partial(routed_tuning_runs, "ac-language"),
@@ -269,6 +288,10 @@ EXPECTED_SECONDS = {
     ("core", "ac-language-tuning"): 25.0,
     ("core", "crossed"): 150.0,
     ("core", "crossed-tuning"): 30.0,
+    ("digits", "snnl-dose"): 3.0,
+    ("digits", "ac-dose"): 3.0,
+    ("core", "snnl-dose"): 30.0,
+    ("core", "ac-dose"): 35.0,
 }
 DOWNLOAD_MB = {
     "digits": 0, "mnist": 12, "fashion_mnist": 31, "cifar10": 170, "cifar100": 169,

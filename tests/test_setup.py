@@ -210,7 +210,7 @@ def test_nothing_that_is_made_again_is_tracked():
 CORE = {
     *("data", "text", "rng", "snnl", "snnl_kernels", "routing", "adaptive", "experts", "classifier"),
     *("transformer", "vision", "language", "metrics", "train", "robustness", "corruptions", "attacks"),
-    *("evaluate", "evaluate_transformer", "arms", "study", "store"),
+    *("evaluate", "evaluate_transformer", "arms", "dose", "study", "store"),
 }
 BARE = {"torch", "torchvision", "numpy", "scipy", "sklearn"}
 BARE |= {"filelock", "PIL"}  # what torch and torchvision bring along
