@@ -68,7 +68,7 @@ readme: .venv/ready
 # Execute the notebooks on the embedded data and store them with their outputs, as they are committed.
 notebooks: .venv/ready
 	@$(BIN)/ruff format notebooks
-	@for name in 00_tour 10_snnl_moe 20_ac_vision 21_ac_language 30_snnl_x_ac 90_report; do \
+	@for name in 00_tour 10_snnl_moe 20_ac_vision 21_ac_language 30_snnl_x_ac 50_dose_response 90_report; do \
 	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN \
 	    --ExecutePreprocessor.record_timing=False notebooks/$$name.ipynb || exit 1; done
 

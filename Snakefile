@@ -24,6 +24,8 @@ NOTEBOOKS = {
     "ac-vision": "20_ac_vision",
     "ac-language": "21_ac_language",
     "crossed": "30_snnl_x_ac",
+    "snnl-dose": "50_dose_response",
+    "ac-dose": "50_dose_response",
 }
 EXECUTED = list(
     dict.fromkeys(BUILD / f"{NOTEBOOKS[r.study]}-{r.dataset}.ipynb" for r in RUNS if r.study in NOTEBOOKS)

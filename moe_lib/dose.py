@@ -84,9 +84,9 @@ Dose = SNNLDose | ACDose
 
 
 def _name(kind: str, options: Any) -> str:
-    """`kind` and the options that are not at their default: "snnl,factor=10,layers=conv1+code"."""
+    """`kind` and the options that are not at their default: "snnl-factor=10-layers=conv1+code"."""
     changed = [f for f in fields(options) if getattr(options, f.name) != f.default]
-    return ",".join([kind, *(f"{f.name}={show(getattr(options, f.name))}" for f in changed)])
+    return "-".join([kind, *(f"{f.name}={show(getattr(options, f.name))}" for f in changed)])
 
 
 def show(value: Any) -> str:

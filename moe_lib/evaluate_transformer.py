@@ -126,10 +126,14 @@ class Company(NamedTuple):
 # ---------------------------------------------------------------------------------------- ablation
 
 
+def scale_experts(layers: Sequence[MoE]) -> bool:
+    return any(router.config.scale_experts for layer in layers for router in adaptive_routers(layer))
+
+
 @contextmanager
 def tampered(layers: Sequence[MoE], change: Callable[[Routing], Routing]) -> Iterator[None]:
     """Replace the decisions of some MoE layers; later layers see the changed ones."""
-    if any(router.config.scale_experts for layer in layers for router in adaptive_routers(layer)):
+    if scale_experts(layers):
         raise ValueError("scale_experts: the decision and the experts' input cannot be changed apart")
     handles = [
         layer.router.register_forward_hook(lambda module, inputs, routing: change(routing))
@@ -169,7 +173,10 @@ def permuted(draw: torch.Generator) -> Callable[[Routing], Routing]:
 def ablation_measures(
     layers: Sequence[MoE], cross_entropy: Callable[[], float], draw: torch.Generator
 ) -> dict[str, Any]:
-    """Cross-entropy gained (nats) when one layer loses an expert, or has its decisions exchanged."""
+    """Cross-entropy gained (nats) when one layer loses an expert, or has its decisions exchanged. Empty where
+    the experts see M h too, so that it can't be told what the decision alone is worth."""
+    if scale_experts(layers):
+        return {}
     clean = cross_entropy()
     dropped, exchanged = [], []
     for layer in layers:

@@ -14,12 +14,15 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from moe_lib import metrics, stats, store, tables
 from moe_lib.claims import Verdict
 from moe_lib.data import ROOT
+from moe_lib.dose import Panel
 from moe_lib.tables import Result, look_up
 
 PALETTE = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999933")
@@ -446,6 +449,46 @@ def crossed_lines(results: Sequence[Result], names: Sequence[str] = tables.CROSS
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     _legend(figure, axes[0, 0])
+    return figure
+
+
+def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Figure:
+    """Each measure's difference from the control over a grid of doses, with its 95 % t interval below it;
+    framed where that excludes 0. Accuracy in points."""
+    (down, rows), (across, heads) = panel.labels
+    wide = 2 if len(names) > 1 else 1
+    tall = -(-len(names) // wide)
+    size = wide * (1.15 * len(heads) + 1.6), tall * (0.48 * len(rows) + 0.8) + 0.5
+    figure, axes = new_figure(*size, tall, wide, sharex=True, sharey=True)
+    for axis, name in zip(axes.flat, names, strict=False):
+        unit, decimals = (100.0, 2) if name == "accuracy" else (1.0, 3)
+        effects = tables.dose_effects(runs, panel, name)
+        values = np.full((len(rows), len(heads)), np.nan)
+        for at, found in effects.items():
+            values[at] = np.nan if found is None else unit * found.difference
+        reach = 1.6 * np.nanmax(np.abs(values), initial=1e-12)  # pale enough for black text
+        axis.imshow(values, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto")
+        for (row, column), found in effects.items():
+            if found is None:
+                axis.text(column, row, "-", ha="center", va="center")
+                continue
+            low, high = unit * found.low, unit * found.high
+            text = f"{values[row, column]:+.{decimals}f}"
+            axis.text(column, row - 0.16, text, ha="center", va="center")
+            text = f"[{low:+.{decimals}f}, {high:+.{decimals}f}]"
+            axis.text(column, row + 0.22, text, ha="center", va="center", fontsize=7)
+            if low > 0 or high < 0:
+                axis.add_patch(
+                    Rectangle((column - 0.48, row - 0.47), 0.96, 0.94, fill=False, ec="black", lw=1.5)
+                )
+        axis.set(title=f"{name} (points)" if name == "accuracy" else name)
+        axis.set_xticks(range(len(heads)), heads)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.spines[:].set_visible(False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    figure.supxlabel(across)
+    figure.supylabel(down)
     return figure
 
 

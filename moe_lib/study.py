@@ -214,6 +214,21 @@ def dose_runs(study: str, profile: str) -> Iterator[Run]:
             yield run
 
 
+def dose_study(profile: str, dataset: str) -> str:
+    """The dose-response study that a profile has on a data set.
+
+    Raises:
+        StudyError: it has none.
+    """
+    names = {plans[profile].dataset: name for name, plans in PLANS.items() if profile in plans}
+    if dataset not in names:
+        raise StudyError(
+            f"unknown dataset {dataset!r} in the dose-response of profile {profile!r}; "
+            f"known: {', '.join(names) or 'none'}"
+        )
+    return names[dataset]
+
+
 STUDIES: dict[str, Callable[[str], Iterator[Run]]] = {
     "snnl": snnl_runs,
     "ac-vision": partial(routed_runs, "ac-vision"),

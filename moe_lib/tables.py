@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from moe_lib import metrics, stats
+from moe_lib.dose import Panel
 
 PILOT_BELOW = 8  # paired seeds; fewer are shown, never decided on
 
@@ -475,3 +476,49 @@ def reading(value: stats.PairedComparison, claimed: str) -> str:
     if high < 0:
         return "opposite to the claim"
     return "interval includes 0"
+
+
+# What a dose-response study shows of each dose: measures, columns they are found in
+DOSE_MEASURES: dict[str, tuple[tuple[str, ...], Columns]] = {
+    "snnl-dose": (("accuracy", "cross-entropy", "H(E|c)", "I(x;E)"), COLUMNS),
+    "ac-dose": (("cross-entropy", "validation area", "H(E|x)", "effective experts"), LANGUAGE_COLUMNS),
+}
+
+
+def dose_effects(
+    runs: pd.DataFrame, panel: Panel, name: str
+) -> dict[tuple[int, int], stats.PairedComparison | None]:
+    """Each dose of a panel, by row and column, minus its control; None below two seeds."""
+    return {(row, column): contrast(runs, dose.name, dose.control.name, name) for row, column, dose in panel}
+
+
+def dose_table(runs: pd.DataFrame, panel: Panel, name: str, columns: Columns) -> pd.DataFrame:
+    """The panel as text: difference from the control, 95 % t interval, number of seeds."""
+    (down, rows), (across, heads) = panel.labels
+    cells = [["-"] * len(heads) for _ in rows]
+    for (row, column), found in dose_effects(runs, panel, name).items():
+        if found is not None:
+            shown = show(found, columns[name][1])
+            cells[row][column] = f"{shown['difference']} {shown['95 % interval']} ({found.seeds})"
+    return pd.DataFrame(cells, pd.Index(rows, name=down), pd.Index(heads, name=across))
+
+
+def dose_trends(runs: pd.DataFrame, panels: Iterable[Panel], names: Sequence[str]) -> pd.DataFrame:
+    """What a tenfold factor adds to each measure: every seed's least-squares slope on log10 of the factor,
+    their mean and its 95 % t interval. Over the seeds that have all factors of a panel's column."""
+    columns: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {}  # those of two panels once
+    for panel in panels:
+        (down, factors), (across, heads) = panel.labels
+        for column, head in enumerate(heads if down == "factor" else ()):
+            arms = tuple(line[column].name for line in panel.doses)
+            columns.setdefault(arms, (factors, f"{across}: {head}"))
+    rows = []
+    for name in names:
+        for tried, (factors, at) in columns.items():
+            both = paired(runs, tried, name)
+            if both is not None:
+                slopes = np.polyfit(np.log10([float(f) for f in factors]), both.to_numpy().T, 1)[0]
+                found = stats.paired_comparison(slopes, np.zeros(len(slopes)))
+                rows.append({"measure": name, "at": at} | show(found, COLUMNS[name][1]))
+    keys = ["measure", "at"]
+    return pd.DataFrame(rows, columns=[*keys, *CONTRAST_COLUMNS[2:]]).set_index(keys)

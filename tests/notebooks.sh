@@ -16,5 +16,5 @@ docs=--nbval
 "$bin/python" -c 'import sys; from moe_lib import text; sys.exit(not text.docs_is_known())' || docs=--nbval-lax
 run --nbval notebooks/00_tour.ipynb notebooks/10_snnl_moe.ipynb notebooks/20_ac_vision.ipynb
 run $docs notebooks/21_ac_language.ipynb
-run --nbval notebooks/30_snnl_x_ac.ipynb
+run --nbval notebooks/30_snnl_x_ac.ipynb notebooks/50_dose_response.ipynb
 run $docs notebooks/90_report.ipynb

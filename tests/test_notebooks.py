@@ -74,6 +74,7 @@ def test_there_are_notebooks():
         "21_ac_language",
         "30_snnl_x_ac",
         "40_your_model",
+        "50_dose_response",
         "90_report",
     ]
 
@@ -199,6 +200,7 @@ def test_the_checked_words_of_this_file_see_something():
         ("21_ac_language", ["dataset", "digits"], "unknown dataset", "'digits'"),
         ("30_snnl_x_ac", ["worker", "1"], "unknown parameter", "'worker'; this notebook has dataset"),
         ("40_your_model", ["expert", "1"], "unknown parameter", "'expert'; this notebook has epochs"),
+        ("50_dose_response", ["dataset", "svhn"], "unknown dataset", "'svhn'"),
         ("90_report", ["profile", "x"], "unknown profile", "'x'"),
     ],
 )

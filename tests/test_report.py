@@ -898,7 +898,12 @@ ROUTED_SITUATIONS = {
 
 
 def test_the_figures_are_found():
-    assert set(FIGURES) == {*SNNL_FIGURES, *(name for name, _, _ in ROUTED_FIGURES), "verdict_forest"}
+    assert set(FIGURES) == {
+        *SNNL_FIGURES,
+        *(name for name, _, _ in ROUTED_FIGURES),
+        "verdict_forest",
+        "dose_heatmaps",
+    }
 
 
 def test_sources_of_a_figure_in_short(folders):
