@@ -1,4 +1,4 @@
-"""The study without a notebook: python -m moe_lib run | plan | bench | where | data | readme."""
+"""The study without a notebook: python -m moe_lib run | plan | bench | where | data | readme | trust."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
 
     readme = commands.add_parser("readme", help="rewrite the README's result tables from results/")
     readme.add_argument("--check", action="store_true", help="change nothing; fail if it is out of date")
+
+    commands.add_parser("trust", help="score every measure on planted data, into results/planted/trust.json")
 
     commands.add_parser("bench", help="ours against its peers; `bench --help` has its own options")
 
@@ -103,7 +105,20 @@ def _readme(arguments: argparse.Namespace) -> int:
     return report.update_readme(data.ROOT / "README.md", check=arguments.check)
 
 
-COMMANDS = {"run": _run, "plan": _plan, "where": _where, "data": _data, "readme": _readme}
+def _trust(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from moe_lib import trust  # needs pandas, which a bare machine lacks
+
+    torch.set_num_threads(1)
+    trust.write()
+    print(trust.path())
+    return 0
+
+
+COMMANDS = {
+    "run": _run, "plan": _plan, "where": _where, "data": _data, "readme": _readme, "trust": _trust,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

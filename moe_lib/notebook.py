@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
@@ -36,15 +37,16 @@ def check_parameters(executed: Sequence[str], allowed: Iterable[str]) -> None:
                 )
 
 
-def show(figure: Figure, path: str, runs: Sequence[study.Run] = ()) -> None:
+def show(figure: Figure, path: str, runs: Sequence[study.Run] = (), files: Sequence[Path] = ()) -> None:
     """Save a figure below the figures folder, show it inline, and say which files it came from.
 
     Args:
         path: without suffix, such as "core/snnl/cifar10/curves".
         runs: those whose results the figure shows.
+        files: others that it shows.
     """
     from IPython.display import Image, display
 
-    caption = plots.save(figure, path, [run.path for run in runs if run.path.exists()])
+    caption = plots.save(figure, path, [*(run.path for run in runs if run.path.exists()), *files])
     display(Image(filename=str(plots.target(path)), embed=True))
     print(caption)

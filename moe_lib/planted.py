@@ -1,6 +1,6 @@
 """Data whose right answer is known.
 
-Shapes: N samples or tokens, D width, E clusters or experts, G sub-populations.
+Shapes: N samples or tokens, D width, E clusters or experts, G sub-populations, C classes.
 """
 
 from __future__ import annotations
@@ -105,16 +105,17 @@ def _orthonormal(rows: int, dim: int, draw: torch.Generator) -> Tensor:
     return (q * r.diagonal().sign()).T
 
 
-Fault = Literal["noise", "collapse", "blind", "split"]
+Fault = Literal["noise", "collapse", "blind", "split", "alike"]
 
 
 class PlantedRouting(NamedTuple):
-    """A population whose right partition is known, and a router of known quality on it."""
+    """A population whose right partition is known, with a router and experts of known quality on it."""
 
     tokens_ND: Tensor  # float64
     labels_N: Tensor  # classes, num_groups * classes_per_group of them
     partition_N: Tensor  # the true sub-population of each token; their number is the right number of experts
     probs_NE: Tensor  # the router's gate; E = num_groups, or twice that under "split"
+    answers_NEC: Tensor  # each expert's answer to each token, one-hot
     quality: float  # 1 - level
 
 
@@ -141,6 +142,8 @@ def planted_routing(
     - blind: every gate is mixed with the uniform one, with this weight. At 1 the router is blind.
     - split: every sub-population gets two experts where one would do, and a token goes to the second one
       with probability level / 2. At 1 there are twice as many experts in use as are right.
+    - alike: the gate stays right, but every expert has learned to be right about this share of the tokens.
+      At 1 they all answer the same, and routing is for nothing.
 
     Args:
         overlap: standard deviation of a sub-population; at 0 the right gate is one-hot.
@@ -177,22 +180,31 @@ def planted_routing(
         right_NG = (-distance_NG / (2 * overlap**2)).softmax(1)
     else:
         right_NG = torch.nn.functional.one_hot(partition_N, num_groups).double()
-    probs_NE = _degrade(right_NG, fault, level, draw)
-    return PlantedRouting(tokens_ND, labels_N, partition_N, probs_NE, 1 - level)
-
-
-def _degrade(right_NG: Tensor, fault: Fault, level: float, draw: torch.Generator) -> Tensor:
-    num_tokens, num_groups = right_NG.shape
-    if fault == "blind":
-        return (1 - level) * right_NG + level / num_groups
     # The first tokens of one random order: a higher level strikes those of a lower one, and more.
-    struck = torch.randperm(num_tokens, generator=draw)[: round(level * num_tokens)]
+    struck = torch.randperm(len(partition_N), generator=draw)[: round(level * len(partition_N))]
+    probs_NE = _degrade(right_NG, fault, level, struck, draw)
+    known_NG = torch.nn.functional.one_hot(partition_N, num_groups).bool()
+    if fault == "alike":
+        known_NG[struck] = True
+    guess_NG = torch.randint(
+        num_groups * classes_per_group, known_NG.shape, generator=generator(seed, "planted answers")
+    )
+    answer_NG = torch.where(known_NG, labels_N[:, None], guess_NG)
+    answers_NGC = torch.nn.functional.one_hot(answer_NG, num_groups * classes_per_group).double()
+    answers_NEC = answers_NGC.repeat(1, probs_NE.shape[1] // num_groups, 1)
+    return PlantedRouting(tokens_ND, labels_N, partition_N, probs_NE, answers_NEC, 1 - level)
+
+
+def _degrade(right_NG: Tensor, fault: Fault, level: float, struck: Tensor, draw: torch.Generator) -> Tensor:
+    num_tokens, num_groups = right_NG.shape
     probs_NE = right_NG.clone()
-    if fault == "collapse":
+    if fault == "blind":
+        probs_NE = (1 - level) * right_NG + level / num_groups
+    elif fault == "collapse":
         probs_NE[struck] = torch.nn.functional.one_hot(torch.tensor(0), num_groups).double()
     elif fault == "noise":
         probs_NE[struck] = right_NG[struck[torch.randperm(len(struck), generator=draw)]]
-    else:
+    elif fault == "split":
         second_N1 = torch.zeros(num_tokens, 1, dtype=torch.float64)
         second_N1[struck[torch.rand(len(struck), generator=draw) < 0.5]] = 1
         probs_NE = torch.cat([right_NG * (1 - second_N1), right_NG * second_N1], 1)

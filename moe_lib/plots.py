@@ -17,13 +17,16 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 
 from moe_lib import metrics, stats, store, tables
 from moe_lib.claims import Verdict
+from moe_lib.collapse import collapse, trajectory
 from moe_lib.data import ROOT
 from moe_lib.dose import Panel
 from moe_lib.tables import Result, look_up
+from moe_lib.trust import TRUTH
 
 PALETTE = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999933")
 ARM_STYLE = {  # colour, marker
@@ -489,6 +492,81 @@ def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Fig
         axis.set_visible(False)
     figure.supxlabel(across)
     figure.supylabel(down)
+
+
+# ------------------------------------------------------------------------- collapse, planted and found
+
+FAULT_TITLES = {  # of the ladders of `trust`
+    "noise": "gates exchanged",
+    "collapse": "sent to one expert",
+    "blind": "gate goes blind",
+    "split": "needless experts",
+    "alike": "experts alike",
+    "overlap": "groups overlap",
+    "noise, crossed": "exchanged, classes unrelated",
+}
+SIGHT = (  # at least this score: mark, meaning, colour, text colour
+    (0.9, "✓", "sees it", PALETTE[2], "white"),
+    (0.3, "~", "in part", "#9CC7E4", "black"),
+    (-0.3, "–", "blind", "#EDEDED", "#555555"),
+    (-np.inf, "✗", "wrong sign: calls it better", PALETTE[1], "white"),
+)
+
+
+def trust_grid(scores: pd.DataFrame) -> Figure:
+    """Which measure sees which planted fault: `trust.signed_scores`, the measures that see most on top, the
+    truth below them."""
+    marks = scores[list(FAULT_TITLES)].map(lambda score: next(s for s in SIGHT if score >= s[0]))
+    seen = marks.map(lambda mark: {"✓": 1, "~": 0.5, "–": 0, "✗": -1}[mark[1]]).sum(axis=1)
+    seen[TRUTH] = -np.inf
+    marks = marks.loc[seen.sort_values(ascending=False, kind="stable").index]
+    figure, axes = new_figure(5.6, 0.33 * len(marks) + 1.9)
+    axis = axes[0, 0]
+    for y, row in enumerate(marks.to_numpy()):
+        for x, (_, mark, _, colour, ink) in enumerate(row):
+            axis.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, color=colour, lw=0))
+            axis.text(x, y, mark, color=ink, ha="center", va="center", fontsize=12)
+    axis.set_xticks(range(len(FAULT_TITLES)), list(FAULT_TITLES.values()), rotation=40, ha="left", fontsize=9)
+    axis.axhline(len(marks) - 1.5, color="#333333", lw=1)
+    axis.set_yticks(range(len(marks)), marks.index, fontsize=10)
+    axis.set(xlim=(-0.5, len(FAULT_TITLES) - 0.5), ylim=(len(marks) - 0.5, -0.5))
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    handles = [Patch(color=colour, label=f"{mark} {meaning}") for _, mark, meaning, colour, _ in SIGHT]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, handlelength=1)
+    return figure
+
+
+def collapse_panel(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
+    """Routing and representational collapse over training (mean, and range over seeds), and all three kinds
+    of the selected model beside their nulls, seed by seed. 0: specialists; 1: one expert would do."""
+    kinds = ("routing", "representational", "functional")
+    figure, axes = new_figure(11, 3.4, 1, 3)
+    grouped = _arms(results, arms)
+    for row, (arm, group) in enumerate(grouped.items()):
+        colour, marker = ARM_STYLE[arm]
+        for axis, kind in zip(axes[0], kinds[:2], strict=False):
+            curves_SE = np.array([trajectory(r)[kind] for r in group])
+            epochs = np.arange(1, curves_SE.shape[1] + 1)
+            axis.plot(epochs, curves_SE.mean(0), color=colour, marker=marker, markersize=4, label=arm)
+            axis.fill_between(epochs, curves_SE.min(0), curves_SE.max(0), color=colour, alpha=0.15, lw=0)
+        for place, kind in enumerate(kinds):
+            degrees = [getattr(collapse(r), kind) for r in group]
+            height = place + (row - (len(grouped) - 1) / 2) * 0.34
+            values, nulls = np.array(degrees).T
+            heights = np.full(len(degrees), height)
+            axes[0, 2].plot(values, heights, marker, color=colour, alpha=0.5, ms=5, mew=0)
+            axes[0, 2].plot(nulls, heights + 0.12, "|", color="#333333", alpha=0.6, ms=6)
+    for axis, kind in zip(axes[0], kinds[:2], strict=False):
+        axis.set(title=f"{kind}, validation", xlabel="epoch", ylim=(-0.03, 1.03))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 2].set_yticks(range(3), kinds)
+    axes[0, 2].set(title="selected model, test", xlim=(-0.03, 1.03), ylim=(2.6, -0.6))
+    axes[0, 2].grid(axis="x", alpha=0.3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles.append(Line2D([], [], color="#333333", marker="|", ls="none"))
+    figure.legend(handles, [*labels, "null of a seed"], loc="outside lower center", ncols=len(handles))
     return figure
 
 
@@ -518,6 +596,8 @@ def name_sources(sources: Sequence[Path]) -> str:
     name = folder.relative_to(base) if folder.is_relative_to(base) else folder.relative_to(ROOT)
     if len(folders) > 1:
         return f"results/{name.as_posix()}/**/*.json ({len(sources)} files)"
+    if not any("-s" in path.name for path in sources):  # no runs
+        return f"results/{name.as_posix()}/{', '.join(path.name for path in sources)}"
     arms = list(dict.fromkeys(p.name.rsplit("-s", 1)[0] for p in sources))
     joined = arms[0] if len(arms) == 1 else "{" + ",".join(arms) + "}"
     return f"results/{name.as_posix()}/{joined}-s*.json ({len(sources)} files)"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -222,7 +224,8 @@ def tuning_table(profile: str) -> pd.DataFrame:
 
 def provenance_table(profile: str) -> pd.DataFrame:
     """Where the numbers come from: commits, versions, machines, time and memory, over all runs used."""
-    results = [result for name in study.STUDIES for result in finished_results(profile, name)]
+    by_study = {name: finished_results(profile, name) for name in study.STUDIES}
+    results = [result for own in by_study.values() for result in own]
     planned = len(study.runs(profile))
 
     def distinct(values: Sequence[Any]) -> str:
@@ -238,6 +241,7 @@ def provenance_table(profile: str) -> pd.DataFrame:
         "versions": distinct(versions),
         "machines": distinct([f"{r['machine']} ({r['device']})" for r in results]),
         "time": f"{core_minutes(results):.0f} core-minutes",
+        "... by study": ", ".join(f"{name} {core_minutes(own):.0f}" for name, own in by_study.items() if own),
         "longest run": f"{max((r['wall_seconds'] for r in results), default=0):.0f} s",
         "highest memory of a run": f"{max((r['peak_memory_mb'] for r in results), default=0):.0f} MB",
     }
@@ -254,6 +258,34 @@ def as_html(table: pd.DataFrame) -> HTML:
     if table.empty:
         return HTML("<p>None in this profile.</p>")
     return HTML(table.reset_index().to_html(index=False, border=0, justify="left"))
+
+
+def budget_table(profile: str) -> pd.DataFrame:
+    """What each study trained, data set by data set; the time is in `provenance_table`."""
+    rows = []
+    for name in study.STUDIES:
+        for dataset, runs in finished_runs(profile, name).items():
+            results = study.results(runs)
+
+            def each(path: str, results: Sequence[dict[str, Any]] = results) -> str:
+                found = {tables.look_up(result, path) for result in results}
+                return ", ".join(f"{value:g}" for value in sorted(v for v in found if v is not None)) or "all"
+
+            rows.append(
+                {
+                    "study": name,
+                    "data set": DATASET_TITLES[dataset],
+                    "arms": str(len({run.arm for run in runs})),
+                    "runs": str(len(runs)),
+                    "training images": "-" if "language" in name else each("run.train_images"),
+                    "tokens an epoch": each("run.epoch_tokens") if "language" in name else "-",
+                    "epochs": each("run.train.epochs"),
+                    "batch": each("run.train.batch_size"),
+                    "learning rates": each("run.train.learning_rate"),
+                    "weights (millions)": f"{max(r.get('num_parameters', 0) for r in results) / 1e6:.2f}",
+                }
+            )
+    return pd.DataFrame(rows).set_index(["study", "data set"]) if rows else pd.DataFrame()
 
 
 # ----------------------------------------------------------------------------------------- README
@@ -347,26 +379,59 @@ PAGE = """<!DOCTYPE html>
 <link rel="icon" href="data:,">
 <style>
 :root {{ color-scheme: light; }}
-body {{ margin: 0 auto; max-width: 60rem; padding: 1rem; background: #fff; color: #1a1a1a;
-       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }}
-h1 {{ line-height: 1.2; font-size: 1.8rem; }}
+body {{ margin: 0; padding: 1rem; background: #fff; color: #1a1a1a;
+       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }}
+main {{ max-width: 62rem; margin: 0 auto; overflow-wrap: break-word; }}
+h1 {{ line-height: 1.2; font-size: 1.7rem; margin: .2rem 0 .6rem; }}
 h2 {{ margin-top: 2.5rem; padding-top: .8rem; border-top: 1px solid #ddd; font-size: 1.35rem; }}
+h2:first-of-type {{ margin-top: 1rem; }}
 h3 {{ margin-top: 1.6rem; font-size: 1.1rem; }}
+a {{ color: #005a94; }}
 a.anchor-link {{ display: none; }}
+nav {{ font-size: .85rem; }}
+nav ul {{ list-style: none; margin: 0; padding: 0; }}
+nav > ul > li {{ display: inline-block; margin-right: .9rem; }}
+nav ul ul {{ display: none; }}
+nav a {{ text-decoration: none; }}
+nav a:hover, nav a:focus {{ text-decoration: underline; }}
+@media screen and (min-width: 70rem) {{
+  body {{ padding-left: 14rem; }}
+  nav {{ position: fixed; left: 0; top: 0; bottom: 0; width: 11rem; padding: 1rem; overflow-y: auto;
+        border-right: 1px solid #ddd; }}
+  nav > ul > li {{ display: block; margin: 0 0 .5rem; }}
+  nav ul ul {{ display: block; padding-left: .8rem; }}
+}}
+figure {{ margin: 1rem 0 1.5rem; }}
 img {{ max-width: 100%; height: auto; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; color: #555;
-      margin: .2rem 0 1rem; }}
+@media screen and (max-width: 40rem) {{
+  figure img {{ width: max(100%, calc(var(--width) * .6)); max-width: none; }}
+}}
+figcaption {{ font-size: .75rem; line-height: 1.4; color: #555; overflow-wrap: anywhere; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; color: #555; }}
 code {{ font-size: .9em; background: #f3f3f3; padding: 0 .2em; overflow-wrap: anywhere; }}
-.output_subarea, .jp-OutputArea-output {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums;
-        margin: .5rem 0 1rem; }}
+.scroll {{ overflow-x: auto; margin: .5rem 0 1rem; }}
+table {{ border-collapse: collapse; font-size: .75rem; line-height: 1.35;
+        font-variant-numeric: tabular-nums; }}
 table, th, td {{ border: 0; }}
-th, td {{ padding: .25rem .6rem; text-align: left; vertical-align: top;
-         border-bottom: 1px solid #e4e4e4; }}
+th, td {{ padding: .2rem .4rem; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4; }}
+td.long {{ min-width: 15rem; }}
+@media screen and (min-width: 40rem) {{ td:not(.wrap, .long) {{ white-space: nowrap; }} }}
 thead th {{ border-bottom: 2px solid #888; }}
 blockquote {{ margin: 1rem 0; padding: .2rem 1rem; border-left: 4px solid #E69F00; background: #fdf6e7; }}
-@media print {{ body {{ max-width: none; font-size: 10pt; }} h2 {{ break-after: avoid; }}
-               img {{ break-inside: avoid; }} }}
+@page {{ size: A4; margin: 12mm; }}
+@media print {{
+  body {{ padding: 0; font-size: 9.5pt; }}
+  main {{ max-width: none; }}
+  nav {{ display: none; }}
+  h2, h3 {{ break-after: avoid; }}
+  .scroll {{ overflow: visible; }}
+  table {{ font-size: 6.8pt; width: 100%; }}
+  thead {{ display: table-header-group; }}
+  th, td {{ padding: .1rem .25rem; overflow-wrap: break-word; }}
+  td.long {{ min-width: 0; }}
+  tr, figure, blockquote {{ break-inside: avoid; }}
+  img {{ max-height: 230mm; object-fit: contain; object-position: left; }}
+}}
 </style>
 </head>
 <body>
@@ -376,6 +441,88 @@ blockquote {{ margin: 1rem 0; padding: .2rem 1rem; border-left: 4px solid #E69F0
 </body>
 </html>
 """
+CAPTION = re.compile(r"figures/(?P<name>\S+)\.png <- (?P<sources>.+)")
+HEADING = re.compile(r'<h([23])[^>]*>(.*?)(?:<a class="anchor-link".*?</a>)?</h\1>', re.DOTALL)
+
+
+def made_by(sources: str) -> list[str]:
+    """The commands that make the result files named by `plots.name_sources`, and draw them."""
+    found = re.match(r"results/([^/]+)/(?:([^/*]+)/(?:([^/*]+)/)?)?", sources)
+    if found is None:
+        return []
+    profile, name, dataset = found.groups()
+    if profile == "planted":
+        return ["python -m moe_lib trust"]
+    command = f"python -m moe_lib run --profile {profile}"
+    command += f" --study {name}" if name else ""
+    command += f" --dataset {dataset}" if dataset else ""
+    return [command, f"make render PROFILE={profile}"]
+
+
+def _figure(png: str, caption: re.Match[str]) -> str:
+    """A picture with its caption: what it is called, the files it shows, the commands that make both."""
+    name, sources = caption["name"], caption["sources"]
+    commands = ", then ".join(f"<code>{command}</code>" for command in made_by(sources))
+    alt = html.escape(" ".join(reversed(name.split("/"))))
+    width = int.from_bytes(base64.b64decode(png[:32])[16:20])  # a PNG's header
+    return (
+        f'<figure><div class="scroll"><img alt="{alt}" style="--width: {width}px" '
+        f'src="data:image/png;base64,{png.strip()}"></div>\n'
+        f"<figcaption>figures/{html.escape(name)}.png, from {html.escape(sources)}"
+        f"{'; made by ' + commands if commands else ''}</figcaption></figure>"
+    )
+
+
+def _with_figures(outputs: Sequence[Any]) -> list[Any]:
+    """A cell's outputs, each picture joined with the line below it that `notebook.show` printed."""
+    from nbformat.v4 import new_output
+
+    joined: list[Any] = []
+    for output in outputs:
+        caption = CAPTION.fullmatch(output.get("text", "").strip())
+        png = joined[-1].get("data", {}).get("image/png") if joined else None
+        if caption and png:
+            joined[-1] = new_output("display_data", {"text/html": _figure(png, caption)})
+        else:
+            joined.append(output)
+    return joined
+
+
+def _with_contents(body: str) -> str:
+    """Every heading of level 2 and 3 gets an id of its own and a place in the table of contents, which
+    stands before the first of them."""
+    entries: list[tuple[str, str, str]] = []
+
+    def anchored(found: re.Match[str]) -> str:
+        level, title = found.groups()
+        stem = re.sub(r"\W+", "-", html.unescape(re.sub("<.*?>", "", title)).lower()).strip("-")
+        taken = sum(name == stem or name.startswith(f"{stem}--") for _, name, _ in entries)
+        name = f"{stem}--{taken + 1}" if taken else stem
+        entries.append((level, name, re.sub("<.*?>", "", title)))
+        return f'<h{level} id="{name}">{title}</h{level}>'
+
+    body = HEADING.sub(anchored, body)
+    items: list[str] = []
+    inside = False
+    for level, name, title in entries:
+        if inside and level == "2":
+            items.append("</ul>")
+            inside = False
+        if not inside and level == "3":
+            items.append("<ul>")
+            inside = True
+        items.append(f'<li><a href="#{name}">{title}</a>')
+    items.append("</ul>" if inside else "")
+    contents = '<nav aria-label="contents"><ul>\n' + "\n".join(items) + "\n</ul></nav>\n"
+    first = body.find("<h2 ")
+    return body if first < 0 else body[:first] + contents + body[first:]
+
+
+def _cell(found: re.Match[str]) -> str:
+    """A cell of a table; one of many words may be broken into lines."""
+    length = len(re.sub("<.*?>", "", found[1]))
+    kind = ' class="long"' if length > 60 else ' class="wrap"' if length > 24 else ""
+    return f"<td{kind}>{found[1]}</td>"
 
 
 def render(notebook: Path, target: Path) -> None:
@@ -384,11 +531,18 @@ def render(notebook: Path, target: Path) -> None:
     from nbconvert import HTMLExporter
 
     content = nbformat.read(notebook, as_version=4)
+    for cell in content.cells:
+        if cell.cell_type == "code":
+            cell.outputs = _with_figures(cell.outputs)
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True)
     exporter.exclude_output_prompt = True
     body, _ = exporter.from_notebook_node(content)
+    body = body.replace("<table", '<div class="scroll" tabindex="0"><table').replace(
+        "</table>", "</table></div>"
+    )
+    body = re.sub(r"<td>(.*?)</td>", _cell, body, flags=re.DOTALL)
     title = content.cells[0].source.lstrip("# ").split("\n")[0]
-    store.write_bytes(target, PAGE.format(title=html.escape(title), body=body).encode())
+    store.write_bytes(target, PAGE.format(title=html.escape(title), body=_with_contents(body)).encode())
 
 
 if __name__ == "__main__":

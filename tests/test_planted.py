@@ -98,7 +98,7 @@ def test_the_right_gate_is_the_posterior():
             assert routing.probs_NE[n, g].item() == pytest.approx(density[g] / sum(density), abs=1e-6)
 
 
-@pytest.mark.parametrize("fault", ["noise", "collapse", "blind", "split"])
+@pytest.mark.parametrize("fault", ["noise", "collapse", "blind", "split", "alike"])
 def test_level_0_is_right_and_gates_stay_gates(fault):
     right = planted_routing(fault, 0.0, overlap=0.0)
     assert torch.equal(right.probs_NE.argmax(1), right.partition_N)
@@ -130,6 +130,32 @@ def test_faults_do_what_they_say():
     assert split.probs_NE.shape == (800, 8)
     assert torch.equal(split.probs_NE.argmax(1) % 4, split.partition_N)
     assert 0.4 < (split.probs_NE.argmax(1) >= 4).double().mean() < 0.6
+
+
+def test_experts_are_specialists_until_they_are_alike():
+    """Counted token by token: right in the own group, one guess in eight elsewhere."""
+    for fault, num_experts in (("noise", 4), ("split", 8)):
+        routing = planted_routing(fault, 1.0)
+        assert routing.answers_NEC.shape == (800, num_experts, 8)
+        answer_NE = routing.answers_NEC.argmax(2)
+        assert (routing.answers_NEC.sum(2) == 1).all()
+        own = elsewhere = 0
+        for n in range(800):
+            for e in range(num_experts):
+                right = int(answer_NE[n, e] == routing.labels_N[n])
+                if e % 4 == routing.partition_N[n]:
+                    own += right
+                else:
+                    elsewhere += right
+        assert own == 800 * num_experts / 4
+        assert elsewhere / (800 * num_experts * 3 / 4) == pytest.approx(1 / 8, abs=0.03)
+
+    right = planted_routing()
+    half, whole = planted_routing("alike", 0.5), planted_routing("alike", 1.0)
+    assert torch.equal(half.probs_NE, right.probs_NE)
+    all_know = (half.answers_NEC.argmax(2) == half.labels_N[:, None]).all(1)
+    assert 0.5 <= all_know.double().mean() < 0.55  # and now and then three guesses are right
+    assert torch.equal(whole.answers_NEC.argmax(2), whole.labels_N[:, None].expand(-1, 4))
 
 
 def test_classes_nest_or_cross():

@@ -15,7 +15,7 @@ import small_runs
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from moe_lib import arms, plots, report, store, study, tables
+from moe_lib import arms, plots, report, store, study, tables, trust
 from moe_lib.data import ROOT
 from moe_lib.stats import PairedComparison
 
@@ -51,6 +51,7 @@ def made_up(run: study.Run, accuracy: float = 0.9, num_classes: int = 10, epochs
                 "accuracy": [accuracy - 0.1 * (epochs - 1 - e) for e in range(epochs)],
                 "marginal": [1.3] * epochs,
                 "per_sample": [1.3 - 0.2 * e for e in range(epochs)],
+                "output_similarity": [0.6 - 0.1 * e for e in range(epochs)],
             },
         },
         "task": score,
@@ -59,15 +60,19 @@ def made_up(run: study.Run, accuracy: float = 0.9, num_classes: int = 10, epochs
             "entropy": {
                 **{"marginal": 1.3, "per_sample": 0.4, "class_conditional": 0.5, "expert_class": 1.5},
                 **{"information_input": 0.9, "information_class": 0.8},
+                **{"num_experts": experts, "num_classes": num_classes},
             },
             "information_class_null": 0.02,
             "load": {"effective_experts": 3.5, "dead_experts": 0, "adjusted_mutual_information": 0.6},
             "class_expert": draw.dirichlet(np.ones(experts), num_classes).tolist(),
         },
         "similarity": similarity,
-        "initial": {"similarity": {k: v and v / 2 for k, v in similarity.items()}},
+        "initial": {
+            "similarity": {k: v and v / 2 for k, v in similarity.items()},
+            "routing": {"entropy": {"marginal": 1.38}},
+        },
         "embedding": {"knn_accuracy": 0.9, "silhouette": 0.4, "trustworthiness": 0.95, "snnl": 1.6},
-        "ablation": {"permuted": 0.3},
+        "ablation": {"permuted": 0.3, "swapped": 0.1, "merged": 0.1, "dropped": [0.1] * experts},
         "expert_parameters": 1000,
     }
     if run.independent_experts:
@@ -820,7 +825,9 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path, core):
     assert "Words with <em>stress</em>" in page
     assert "{braces}" in page
     assert "92.67 ± 1.15 (3)" in page
-    assert "figures/a.png &lt;- results/b" in page
+    assert "<figcaption>figures/a.png, from results/b</figcaption>" in page
+    assert page.count("<img") == page.count("<figure>") == 1
+    assert "--width: 1px" in page
     assert "In&nbsp;[" not in page
     assert "Out[" not in page
 
@@ -830,6 +837,74 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path, core):
     assert outside == []
     assert any(name.startswith("data:image/png;base64,") for name in used)
     assert "@import" not in page
+
+
+@pytest.mark.parametrize(
+    ("sources", "commands"),
+    [
+        (
+            "results/core/snnl/cifar10/{base,snnl}-s*.json (4 files)",
+            ["python -m moe_lib run --profile core --study snnl --dataset cifar10"],
+        ),
+        ("results/core/snnl/**/*.json (9 files)", ["python -m moe_lib run --profile core --study snnl"]),
+        ("results/core/**/*.json (104 files)", ["python -m moe_lib run --profile core"]),
+    ],
+)
+def test_commands_that_made_a_figure(sources, commands):
+    assert report.made_by(sources) == [*commands, "make render PROFILE=core"]
+
+
+def test_commands_of_figures_that_show_no_runs():
+    assert report.made_by("results/planted/trust.json") == ["python -m moe_lib trust"]
+    assert report.made_by("computed in this notebook") == []
+
+
+def test_contents_list_every_heading_once(tmp_path):
+    new = nbformat.v4
+    shown = new.new_output("display_data", {"text/markdown": "### Same\n\n### A & `b`", "text/plain": ""})
+    cells = [
+        new.new_markdown_cell("# T\n\nIntroduction."),
+        new.new_markdown_cell("## Same\n\nwords\n\n### Same"),
+        new.new_code_cell("display()", execution_count=1, outputs=[shown]),
+        new.new_markdown_cell("## Last: *one*?"),
+    ]
+    source, target = tmp_path / "in.ipynb", tmp_path / "out.html"
+    nbformat.write(new.new_notebook(cells=cells), source)
+    report.render(source, target)
+    page = target.read_text()
+    names = re.findall(r'<h[23] id="([^"]+)"', page)
+    assert names == ["same", "same--2", "same--3", "a-b", "last-one"]
+    assert re.findall('href="#([^"]+)"', page) == ["T", *names] or (
+        re.findall('<li><a href="#([^"]+)"', page) == names
+    )
+    assert page.index("Introduction.") < page.index("<nav") < page.index('<h2 id="same"')
+    assert page.count("<ul>") == page.count("</ul>") == 2  # the list, and the one below its first entry
+
+
+def test_long_cells_may_be_broken_and_tables_scroll(tmp_path):
+    table = report.as_html(pd.DataFrame({"x": ["short", "long " * 8, "word " * 20]}, index=[1, 2, 3])).data
+    shown = nbformat.v4.new_output("display_data", {"text/html": table, "text/plain": ""})
+    cells = [
+        nbformat.v4.new_markdown_cell("# T\n\n| a | b |\n| --- | --- |\n| 1 | `code` |"),
+        nbformat.v4.new_code_cell("display()", execution_count=1, outputs=[shown]),
+    ]
+    source, target = tmp_path / "in.ipynb", tmp_path / "out.html"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), source)
+    report.render(source, target)
+    page = target.read_text()
+    assert page.count('<div class="scroll" tabindex="0"><table') == page.count("</table></div>") == 2
+    assert page.count('<td class="wrap">long') == page.count('<td class="long">word') == 1
+    assert "<td>short</td>" in page
+    assert "<td><code>code</code></td>" in page
+
+
+def test_budget_table(core):
+    table = report.budget_table("core")
+    row = table.loc[("snnl", "FashionMNIST")]
+    assert (row["arms"], row["runs"], row["training images"]) == ("4", "12", "all")
+    assert row["epochs"] == f"{planned('base', 42).train.epochs}"
+    assert row["tokens an epoch"] == "-"
+    assert report.as_html(report.budget_table("digits")).data == "<p>None in this profile.</p>"
 
 
 def test_report_is_the_same_whenever_it_is_rendered(tmp_path):
@@ -875,6 +950,7 @@ SNNL_FIGURES = (
     "tsne_panels",
     "routing_heatmap",
     "similarity_with_nulls",
+    "collapse_panel",
 )
 VISION = (tables.VISION_PAIRS, tables.VISION_CLAIMS, tables.VISION_COLUMNS)
 LANGUAGE = (tables.LANGUAGE_PAIRS, tables.LANGUAGE_CLAIMS, tables.LANGUAGE_COLUMNS)
@@ -898,12 +974,33 @@ ROUTED_SITUATIONS = {
 
 
 def test_the_figures_are_found():
-    assert set(FIGURES) == {
-        *SNNL_FIGURES,
-        *(name for name, _, _ in ROUTED_FIGURES),
-        "verdict_forest",
-        "dose_heatmaps",
-    }
+    others = {"verdict_forest", "trust_grid", "dose_heatmaps"}
+    assert set(FIGURES) == {*SNNL_FIGURES, *(name for name, _, _ in ROUTED_FIGURES), *others}
+
+
+def test_trust_grid_marks_every_score(folders):
+    scores = pd.DataFrame(0.0, index=["a", "b", trust.TRUTH], columns=list(trust.LADDERS))
+    scores.loc["b", ["noise", "collapse", "blind", "split", "alike"]] = 1, 0.9, 0.65, -0.3, -0.31
+    scores.loc[trust.TRUTH] = 1
+    figure = plots.trust_grid(scores)
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["b", "a", trust.TRUTH]
+    marks = [text.get_text() for text in axis.texts]
+    assert marks[:7] == ["✓", "✓", "~", "–", "✗", "–", "–"]
+    assert marks[7:] == ["–"] * 7 + ["✓"] * 7
+    check_drawn(figure, "trust_grid")
+
+
+def test_collapse_panel_shows_values_beside_their_nulls():
+    """exp(1.3) effective experts of four; answers as alike as 0.1, alone 0.4; 0.3 lost of 3/4 (0.9 - 0.1)."""
+    routing, representational, degrees = plots.collapse_panel(some_results({"base": (0.9,)})).axes
+    expected = 1 - (np.exp(1.3) - 1) / 3
+    np.testing.assert_allclose(routing.lines[0].get_ydata(), expected)
+    np.testing.assert_allclose(representational.lines[0].get_ydata(), [0.6, 0.5, 0.4])
+    shown = [line.get_xdata()[0] for line in degrees.lines]
+    nulls = [1 - (np.exp(1.38) - 1) / 3, 0.4, 1]
+    np.testing.assert_allclose(shown[::2], [expected, 0.1, 0.5])
+    np.testing.assert_allclose(shown[1::2], nulls, atol=1e-9)
 
 
 def test_sources_of_a_figure_in_short(folders):
@@ -911,6 +1008,8 @@ def test_sources_of_a_figure_in_short(folders):
     one = [base / "snnl" / "cifar10" / f"{name}.json" for name in ("base-s1-aa", "base-s2-bb", "raw-s1-cc")]
     assert plots.name_sources([]) == "computed in this notebook"
     assert plots.name_sources(one) == "results/core/snnl/cifar10/{base,raw}-s*.json (3 files)"
+    planted = folders / "results" / "planted" / "trust.json"
+    assert plots.name_sources([planted]) == "results/planted/trust.json"
     several = [*one, base / "snnl" / "mnist" / "base-s1-dd.json"]
     assert plots.name_sources(several) == "results/core/snnl/**/*.json (4 files)"
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from scipy.stats import kendalltau
 
-from moe_lib import trust
+from moe_lib import store, trust
+from moe_lib.__main__ import main
+from moe_lib.data import ROOT
 from moe_lib.planted import PlantedRouting, planted_routing
 
 
@@ -41,9 +43,43 @@ def test_split_uses_twice_the_right_number_of_experts():
 def test_one_group_is_no_division_by_zero():
     one = torch.ones(6, 1, dtype=torch.float64)
     zeros = torch.zeros(6, dtype=torch.long)
-    measures = trust.routing_measures(PlantedRouting(one, zeros, zeros, one, 1.0))
+    measures = trust.routing_measures(PlantedRouting(one, zeros, zeros, one, one[:, None], 1.0))
     assert measures["I(c;E) - null"] == 0
-    assert all(math.isfinite(value) for value in measures.values())
+    undefined = {name for name, value in measures.items() if not math.isfinite(value)}
+    assert undefined == {"routing collapse", "representational collapse", "functional collapse"}
+
+
+def test_kinds_of_collapse_on_hand_made_routers():
+    right = trust.routing_measures(planted_routing(overlap=0.0))
+    for kind in ("routing", "representational", "functional"):
+        assert right[f"{kind} collapse"] == pytest.approx(0, abs=0.03)
+    collapsed = trust.routing_measures(planted_routing("collapse", 1.0))
+    assert collapsed["routing collapse"] == collapsed["functional collapse"] == 1
+    assert collapsed["representational collapse"] == pytest.approx(0, abs=0.03)
+    alike = trust.routing_measures(planted_routing("alike", 1.0, overlap=0.0))
+    assert alike["routing collapse"] == pytest.approx(0)
+    assert alike["representational collapse"] == pytest.approx(1)
+    assert alike["functional collapse"] == 1
+    blind = trust.routing_measures(planted_routing("blind", 1.0))
+    assert blind["functional collapse"] == pytest.approx(1)
+    assert blind["routing collapse"] == pytest.approx(0)
+
+
+def test_functional_collapse_counts_every_exchange():
+    """Against the mean over all pairs of token and other token's gate, done with loops."""
+    routing = planted_routing("noise", 0.4, num_per_group=12, seed=3)
+    votes_NEC, probs_NE = routing.answers_NEC.tolist(), routing.probs_NE.tolist()
+
+    def right(n, m):
+        """Token n with the gate of m."""
+        total = [sum(w * votes_NEC[n][e][c] for e, w in enumerate(probs_NE[m])) for c in range(8)]
+        return total.index(max(total)) == labels[n]
+
+    labels, tokens = routing.labels_N.tolist(), range(48)
+    clean = sum(right(n, n) for n in tokens) / 48
+    exchanged = sum(right(n, m) for n in tokens for m in tokens) / 48**2
+    expected = 1 - (clean - exchanged) / (3 / 4 * (clean - 1 / 8))
+    assert trust.routing_measures(routing)["functional collapse"] == pytest.approx(expected, abs=0.12)
 
 
 def ladder(**columns):
@@ -68,7 +104,7 @@ def test_scores_of_made_up_measures():
         ]
     )
     scored = trust.score_measures(climbed)
-    assert scored.loc["H(E)"].tolist() == pytest.approx([1] * 7)
+    assert scored.loc["H(E)"].tolist() == pytest.approx([1] * 8)
     assert scored.loc["H(E|x)", "noise"] == pytest.approx(-1)
     assert scored.loc["H(E|x)", "worst"] == pytest.approx(1)  # low is what it is read as good for
     assert scored.loc["I(x;E)", "noise"] == 0
@@ -89,3 +125,41 @@ def test_ladders_on_real_gates():
     assert scored.loc["H(E)", "noise"] == 0
     assert scored.loc["effective experts", "split"] == pytest.approx(-1)
     assert scored.loc["ARI with the truth", "noise, crossed"] == pytest.approx(1)
+    assert scored.loc["representational collapse", "alike"] == pytest.approx(-1)
+    assert scored.loc["functional collapse", ["alike", "noise, crossed"]].tolist() == pytest.approx([-1, -1])
+    unseen = scored.drop(index=["representational collapse", "functional collapse", trust.TRUTH])
+    assert unseen["alike"].abs().max() == 0
+
+
+def test_the_command_writes_what_was_found(folders, monkeypatch):
+    monkeypatch.setattr(trust, "SEEDS", (3, 4))
+    monkeypatch.setattr(trust, "LEVELS", (0, 0.5, 1))
+    monkeypatch.setattr(trust, "LADDERS", {name: trust.LADDERS[name] for name in ("split", "noise, crossed")})
+    monkeypatch.setattr(trust, "UNSEEN", ("noise, crossed",))
+    assert main(["trust"]) == 0
+    found = store.read(folders / "results" / "planted" / "trust.json")
+    assert (found["seeds"], found["levels"]) == ([3, 4], [0, 0.5, 1])
+    for at, level in enumerate(trust.LEVELS):
+        measured = [trust.routing_measures(planted_routing("split", level, seed=s), s) for s in (3, 4)]
+        for name, values in found["means"]["split"].items():
+            assert values[at] == pytest.approx(sum(one[name] for one in measured) / 2, rel=1e-4, abs=1e-6)
+    signed = trust.signed_scores()
+    assert signed.loc["effective experts", "split"] == pytest.approx(-1)  # calls needless experts better
+    assert signed.loc["functional collapse", "noise, crossed"] == pytest.approx(1)
+
+
+def test_the_committed_file_is_what_the_command_writes(monkeypatch):
+    """Two of its ladders, climbed afresh."""
+    monkeypatch.setattr(trust, "LADDERS", {name: trust.LADDERS[name] for name in ("alike", "overlap")})
+    monkeypatch.setattr(trust, "UNSEEN", ("alike",))
+    found = store.read(ROOT / "results" / "planted" / "trust.json")
+    assert found["claimed"] == trust.CLAIMED
+    climbed = trust.climb(trust.SEEDS)
+    for ladder, one in climbed.groupby("ladder"):
+        means = one.drop(columns=["ladder", "seed"]).groupby("level").mean()
+        for name in [*trust.CLAIMED, trust.TRUTH]:
+            assert found["means"][ladder][name] == pytest.approx(means[name].tolist(), abs=1e-5)
+    scored = trust.score_measures(climbed)
+    for name, row in found["scores"].items():
+        for ladder in trust.LADDERS:
+            assert row[ladder] == pytest.approx(scored.loc[name, ladder], abs=0.05)
