@@ -492,6 +492,7 @@ def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Fig
         axis.set_visible(False)
     figure.supxlabel(across)
     figure.supylabel(down)
+    return figure
 
 
 # ------------------------------------------------------------------------- collapse, planted and found
