@@ -62,11 +62,15 @@ def build_extractor(config: ClassifierConfig, image_shape: tuple[int, int, int])
     layers: dict[str, nn.Module] = {}
     dim = channels * height * width
     if config.extractor == "mlp":
-        layers["hidden"] = nn.Sequential(nn.Flatten(), nn.Linear(dim, config.extractor_hidden), nn.ReLU())
+        layers["hidden"] = nn.Sequential(
+            nn.Flatten(), nn.Linear(dim, config.extractor_hidden), nn.ReLU(inplace=True)
+        )
         dim = config.extractor_hidden
     elif config.extractor == "cnn":  # the CNN of the authors' public code
-        layers["conv1"] = nn.Sequential(nn.Conv2d(channels, 64, 8, stride=2, padding=1), nn.ReLU())
-        layers["conv2"] = nn.Sequential(nn.Conv2d(64, 128, 6, stride=2, padding=1), nn.ReLU())
+        layers["conv1"] = nn.Sequential(
+            nn.Conv2d(channels, 64, 8, stride=2, padding=1), nn.ReLU(inplace=True)
+        )
+        layers["conv2"] = nn.Sequential(nn.Conv2d(64, 128, 6, stride=2, padding=1), nn.ReLU(inplace=True))
         if min(height, width) < 14:
             raise ValueError(f"extractor 'cnn' needs images of 14 x 14 or more, got {height} x {width}")
         height, width = ((((side + 2 - 8) // 2 + 1) + 2 - 6) // 2 + 1 for side in (height, width))

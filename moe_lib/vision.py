@@ -97,8 +97,10 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> Output:
         """Images in [0, 1]."""
-        patches_NFT = F.unfold(images_NCHW * 2 - 1, self.patch, stride=self.patch)
-        x_NTD = self.embed(patches_NFT.transpose(1, 2)) + self.position.weight
+        # As by F.unfold, which takes ten times as long where patches do not overlap.
+        patches = (images_NCHW * 2 - 1).unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))
+        patches_NTF = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        x_NTD = self.embed(patches_NTF) + self.position.weight
         previous, side, routings, activations = None, self.side, [], {}
         for index, block in enumerate(self.blocks):
             if str(index) in self.merges:

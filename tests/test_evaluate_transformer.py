@@ -36,6 +36,7 @@ from moe_lib.evaluate_transformer import (
     routing_measures,
     tampered,
     without,
+    without_weight_gradients,
 )
 from moe_lib.experts import MoE
 from moe_lib.language import Output
@@ -517,6 +518,15 @@ def test_attacks_know_m_in_the_ways_that_matter(options, modes):
         assert all(0 <= accuracy <= 1 for accuracy in found[name].values())
     split = task.dataset.test.take(slice(16))
     assert found["clean"] == pytest.approx(VisionExperiment(task, 16)._score(split).accuracy)
+
+
+def test_attacks_differentiate_no_weight_and_leave_training_possible():
+    task = vision_task_of()
+    first = next(task.model.parameters()).requires_grad_(False)
+    with without_weight_gradients(task.model):
+        assert not any(weight.requires_grad for weight in task.model.parameters())
+    assert not first.requires_grad
+    assert all(weight.requires_grad for weight in list(task.model.parameters())[1:])
 
 
 def test_attacks_lower_the_accuracy_of_a_model_that_learned(monkeypatch):

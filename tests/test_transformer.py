@@ -124,6 +124,33 @@ def test_layers_start_at_the_scale_that_they_promise():
         assert embedding.weight.norm(dim=1).mean().item() == pytest.approx(1, rel=0.02)
 
 
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("x",)])
+@pytest.mark.parametrize("dims", [(96, 48), (48, 96)])
+def test_a_projection_in_float32_equals_float64(dims, frozen):
+    found, expected = {}, {}
+    for dtype, gradients in ((torch.float32, found), (torch.float64, expected)):
+        layer = Projection(*dims)
+        initialise(layer, seed=3)
+        layer.to(dtype)
+        x = random(4, 64, dims[0]).to(dtype).transpose(0, 1).requires_grad_()
+        tensors = {"x": x, "weight": layer.weight, "bias": layer.bias}
+        for name in frozen:
+            tensors.pop(name).requires_grad_(False)
+        out = layer(x)
+        assert out.shape == (64, 4, dims[1])
+        values = torch.autograd.grad(
+            (out * random(*out.shape, seed=1).to(dtype)).sum(), list(tensors.values())
+        )
+        gradients |= dict(zip(tensors, values, strict=True)) | {"out": out}
+    for name, value in expected.items():
+        assert (found[name].double() - value).abs().max() < 1e-5 * value.abs().max(), name
+
+
+def test_a_projection_follows_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Projection(8, 4)(torch.ones(2, 8)).dtype == torch.bfloat16
+
+
 def test_every_router_has_its_class_and_chooses_top_k():
     kinds = {"linear": LinearRouter, "cosine": CosineRouter, "ac": AdaptiveClusteringRouter}
     for name, kind in kinds.items():
