@@ -521,13 +521,13 @@ def trust_grid(scores: pd.DataFrame) -> Figure:
     seen = marks.map(lambda mark: {"✓": 1, "~": 0.5, "–": 0, "✗": -1}[mark[1]]).sum(axis=1)
     seen[TRUTH] = -np.inf
     marks = marks.loc[seen.sort_values(ascending=False, kind="stable").index]
-    figure, axes = new_figure(5.6, 0.33 * len(marks) + 1.9)
+    figure, axes = new_figure(5.0, 0.31 * len(marks) + 2.2)
     axis = axes[0, 0]
     for y, row in enumerate(marks.to_numpy()):
         for x, (_, mark, _, colour, ink) in enumerate(row):
             axis.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, color=colour, lw=0))
             axis.text(x, y, mark, color=ink, ha="center", va="center", fontsize=12)
-    axis.set_xticks(range(len(FAULT_TITLES)), list(FAULT_TITLES.values()), rotation=40, ha="left", fontsize=9)
+    axis.set_xticks(range(len(FAULT_TITLES)), list(FAULT_TITLES.values()), rotation=50, ha="left", fontsize=9)
     axis.axhline(len(marks) - 1.5, color="#333333", lw=1)
     axis.set_yticks(range(len(marks)), marks.index, fontsize=10)
     axis.set(xlim=(-0.5, len(FAULT_TITLES) - 0.5), ylim=(len(marks) - 0.5, -0.5))
@@ -535,7 +535,7 @@ def trust_grid(scores: pd.DataFrame) -> Figure:
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     handles = [Patch(color=colour, label=f"{mark} {meaning}") for _, mark, meaning, colour, _ in SIGHT]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, handlelength=1)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9, handlelength=1)
     return figure
 
 

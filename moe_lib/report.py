@@ -387,7 +387,6 @@ h2 {{ margin-top: 2.5rem; padding-top: .8rem; border-top: 1px solid #ddd; font-s
 h2:first-of-type {{ margin-top: 1rem; }}
 h3 {{ margin-top: 1.6rem; font-size: 1.1rem; }}
 a {{ color: #005a94; }}
-a.anchor-link {{ display: none; }}
 nav {{ font-size: .85rem; }}
 nav ul {{ list-style: none; margin: 0; padding: 0; }}
 nav > ul > li {{ display: inline-block; margin-right: .9rem; }}
@@ -442,7 +441,7 @@ blockquote {{ margin: 1rem 0; padding: .2rem 1rem; border-left: 4px solid #E69F0
 </html>
 """
 CAPTION = re.compile(r"figures/(?P<name>\S+)\.png <- (?P<sources>.+)")
-HEADING = re.compile(r'<h([23])[^>]*>(.*?)(?:<a class="anchor-link".*?</a>)?</h\1>', re.DOTALL)
+HEADING = re.compile(r"<h([23])[^>]*>(.*?)</h\1>", re.DOTALL)
 
 
 def made_by(sources: str) -> list[str]:
@@ -537,6 +536,7 @@ def render(notebook: Path, target: Path) -> None:
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True)
     exporter.exclude_output_prompt = True
     body, _ = exporter.from_notebook_node(content)
+    body = re.sub('<a class="anchor-link".*?</a>', "", body)
     body = body.replace("<table", '<div class="scroll" tabindex="0"><table').replace(
         "</table>", "</table></div>"
     )

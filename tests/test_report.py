@@ -874,9 +874,7 @@ def test_contents_list_every_heading_once(tmp_path):
     page = target.read_text()
     names = re.findall(r'<h[23] id="([^"]+)"', page)
     assert names == ["same", "same--2", "same--3", "a-b", "last-one"]
-    assert re.findall('href="#([^"]+)"', page) == ["T", *names] or (
-        re.findall('<li><a href="#([^"]+)"', page) == names
-    )
+    assert re.findall('href="#([^"]+)"', page) == names
     assert page.index("Introduction.") < page.index("<nav") < page.index('<h2 id="same"')
     assert page.count("<ul>") == page.count("</ul>") == 2  # the list, and the one below its first entry
 
