@@ -1,4 +1,4 @@
-"""Ours against its peers, on this machine: python -m moe_lib bench {snnl,all} [--out DIR] [--quick].
+"""Ours against its peers, on this machine: python -m moe_lib bench {snnl,train,all} [--out DIR] [--quick].
 
 Writes DIR/NAME.json (by default under results/bench) and, where matplotlib is installed, DIR/NAME.png.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moe_lib import bench_snnl, store
+from moe_lib import bench_snnl, bench_train, store
 from moe_lib.data import ROOT
 from moe_lib.measure import Machine, Row, available_memory, compare, memory_of_a_step, probe, ratio
 
@@ -33,7 +33,10 @@ class Bench:
 
 def benches() -> dict[str, Bench]:
     checks = {"correctness": bench_snnl.correctness, "denormals": bench_snnl.denormals}
-    return {"snnl": Bench(bench_snnl.rows, checks, scaling_figure)}
+    return {
+        "snnl": Bench(bench_snnl.rows, checks, scaling_figure),
+        "train": Bench(bench_train.rows, {"bfloat16": bench_train.bfloat16}, speed_figure),
+    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +199,27 @@ def scaling_figure(content: dict[str, Any]) -> Any:
         [row["N"] for row in rows], [row["limit_milliseconds"] for row in rows], "k:", label="physical limit"
     )
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    return figure
+
+
+def speed_figure(content: dict[str, Any]) -> Any:
+    """How many times as fast as its slowest contestant each one is, row by row."""
+    from moe_lib import plots
+
+    figure, axes = plots.new_figure(8, 0.5 + 0.9 * len(content["rows"]), 1, 1)
+    axis, names, height = axes[0, 0], [], 0
+    for row in content["rows"]:
+        slowest = max(own["milliseconds"] for own in row["contestants"].values())
+        for name, own in row["contestants"].items():
+            times = slowest / own["milliseconds"]
+            axis.barh(height, times, color=plots.PALETTE[2 if own["peer"] else 1])
+            axis.text(times, height, f" {times:.1f}", va="center", fontsize=8)
+            names.append((height, f"{row['row']}: {name}"))
+            height += 1
+        height += 1
+    axis.set(xlabel="times as fast as the slowest", yticks=[at for at, _ in names])
+    axis.set_yticklabels([name for _, name in names], fontsize=8)
+    axis.invert_yaxis()
     return figure
 
 
