@@ -441,7 +441,7 @@ blockquote {{ margin: 1rem 0; padding: .2rem 1rem; border-left: 4px solid #E69F0
 </html>
 """
 CAPTION = re.compile(r"figures/(?P<name>\S+)\.png <- (?P<sources>.+)")
-HEADING = re.compile(r"<h([23])[^>]*>(.*?)</h\1>", re.DOTALL)
+HEADING = re.compile(r"<h([234])[^>]*>(.*?)</h\1>", re.DOTALL)
 
 
 def made_by(sources: str) -> list[str]:
@@ -488,7 +488,7 @@ def _with_figures(outputs: Sequence[Any]) -> list[Any]:
 
 
 def _with_contents(body: str) -> str:
-    """Every heading of level 2 and 3 gets an id of its own and a place in the table of contents, which
+    """Every heading gets an id of its own; those of level 2 and 3 a place in the table of contents, which
     stands before the first of them."""
     entries: list[tuple[str, str, str]] = []
 
@@ -503,7 +503,7 @@ def _with_contents(body: str) -> str:
     body = HEADING.sub(anchored, body)
     items: list[str] = []
     inside = False
-    for level, name, title in entries:
+    for level, name, title in (entry for entry in entries if entry[0] != "4"):
         if inside and level == "2":
             items.append("</ul>")
             inside = False
