@@ -3,15 +3,19 @@
 Source: Nielsen, Teo, Abdullaev, Nguyen, "Tight Clusters Make Specialized Experts", ICLR 2025 (arXiv
 2502.15315) and its public code. The router itself is in routing.py.
 
-Shapes: N tokens, D width, E experts, and so clusters: each holds the tokens that its expert was given.
+Shapes: N tokens, R of a block, D width, E experts, and so clusters: each holds the tokens that its expert was
+given.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_lib.products import add_product, blocks_of_rows, product
 
 Dispersion = Literal["mad", "variance"]
 Normalize = Literal["feature", "row", "global", "none"]
@@ -96,13 +100,91 @@ def cluster_dispersion(
     device, and (unlike atomic adds) a GPU repeats them to the last digit.
     """
     clusters_E = torch.arange(num_experts, device=assignment_N.device)
-    member_EN = (assignment_N == clusters_E[:, None]).to(tokens_ND.dtype)
-    count_E = member_EN.sum(1)
-    divisor_E1 = count_E.clamp(min=1)[:, None]
-    mean_ED = member_EN @ tokens_ND / divisor_E1
-    deviation_ND = tokens_ND - mean_ED.index_select(0, assignment_N)
-    deviation_ND = deviation_ND.abs() if dispersion == "mad" else deviation_ND.square()
-    return member_EN @ deviation_ND / divisor_E1, count_E >= 2
+    member_NE = (assignment_N[:, None] == clusters_E).to(tokens_ND.dtype)
+    count_E = member_NE.sum(0)
+    dispersion_ED = _Dispersion.apply(tokens_ND, assignment_N, member_NE, count_E.clamp(min=1), dispersion)
+    return dispersion_ED, count_E >= 2
+
+
+class _Dispersion(torch.autograd.Function):
+    """By blocks of tokens: of size [N, D] there is only the gradient, if one is asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens_ND: Tensor,
+        assignment_N: Tensor,
+        member_NE: Tensor,
+        count_E: Tensor,
+        dispersion: Dispersion,
+    ) -> Tensor:
+        tokens_ND = tokens_ND.contiguous()
+        mean_ED = product(member_NE.T, tokens_ND) / count_E[:, None]
+        total_ED = torch.zeros_like(mean_ED)
+        for rows in blocks_of_rows(tokens_ND, tokens_ND.shape[1]):
+            away_RD = tokens_ND[rows] - mean_ED.index_select(0, assignment_N[rows])
+            away_RD = away_RD.abs_() if dispersion == "mad" else away_RD.square_()
+            add_product(total_ED, member_NE[rows].T, away_RD)
+        ctx.dispersion = dispersion
+        ctx.save_for_backward(tokens_ND, assignment_N, member_NE, count_E, mean_ED)
+        return total_ED / count_E[:, None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ED: Tensor) -> tuple[Tensor | None, ...]:
+        tokens_ND, assignment_N, member_NE, count_E, mean_ED = ctx.saved_tensors
+        slope_ND = torch.empty_like(tokens_ND)  # of the summands, by their deviation from the mean
+        slope_ED = torch.zeros_like(mean_ED)  # by the mean itself
+        blocks = blocks_of_rows(tokens_ND, tokens_ND.shape[1])
+        for rows in blocks:
+            away_RD = tokens_ND[rows] - mean_ED.index_select(0, assignment_N[rows])
+            slope_ND[rows] = away_RD.sign_() if ctx.dispersion == "mad" else away_RD.mul_(2)
+            add_product(slope_ED, member_NE[rows].T, slope_ND[rows])
+        slope_ED /= count_E[:, None]
+        scale_ED = grad_ED / count_E[:, None]
+        for rows in blocks:
+            slope_ND[rows] -= slope_ED.index_select(0, assignment_N[rows])
+            slope_ND[rows] *= scale_ED.index_select(0, assignment_N[rows])
+        return slope_ND, None, None, None, None
+
+
+def scaled_scores(
+    tokens_ND: Tensor, assignment_N: Tensor, scales_ED: Tensor, embeddings_ED: Tensor
+) -> Tensor:
+    """[N, E]: (M_k h)^T e of each token h, k its cluster, with each expert's embedding e."""
+    return _ScaledScores.apply(tokens_ND, assignment_N, scales_ED, embeddings_ED)
+
+
+class _ScaledScores(torch.autograd.Function):
+    """By blocks of tokens, whose scaled forms are not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens_ND: Tensor, assignment_N: Tensor, scales_ED: Tensor, embeddings_ED: Tensor
+    ) -> Tensor:
+        tokens_ND, embeddings_ED = tokens_ND.contiguous(), embeddings_ED.contiguous()
+        scores_NE = tokens_ND.new_empty(len(tokens_ND), len(embeddings_ED))
+        for rows in blocks_of_rows(tokens_ND, tokens_ND.shape[1]):
+            scaled_RD = scales_ED.index_select(0, assignment_N[rows]).mul_(tokens_ND[rows])
+            scores_NE[rows] = product(scaled_RD, embeddings_ED.T)
+        ctx.save_for_backward(tokens_ND, assignment_N, scales_ED, embeddings_ED)
+        return scores_NE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor | None, ...]:
+        tokens_ND, assignment_N, scales_ED, embeddings_ED = ctx.saved_tensors
+        grad_NE = grad_NE.contiguous()
+        dtokens_ND, dembeddings_ED = torch.empty_like(tokens_ND), torch.zeros_like(embeddings_ED)
+        dscales_ED = torch.zeros_like(scales_ED) if ctx.needs_input_grad[2] else None
+        for rows in blocks_of_rows(tokens_ND, tokens_ND.shape[1]):
+            scales_RD = scales_ED.index_select(0, assignment_N[rows])
+            dscaled_RD = product(grad_NE[rows], embeddings_ED)
+            torch.mul(dscaled_RD, scales_RD, out=dtokens_ND[rows])
+            add_product(dembeddings_ED, grad_NE[rows].T, scales_RD.mul_(tokens_ND[rows]))
+            if dscales_ED is not None:
+                dscales_ED.index_add_(0, assignment_N[rows], dscaled_RD.mul_(tokens_ND[rows]))
+        return dtokens_ND, None, dscales_ED, dembeddings_ED
 
 
 def scales_of_dispersion(

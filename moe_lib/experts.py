@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moe_lib.expert_kernels import Stacked, mixture
 from moe_lib.routing import AdaptiveClusteringRouter, LinearRouter, Routing, check_experts
 
 
@@ -47,10 +48,13 @@ class Experts(nn.Module):
         hidden_NH = torch.addmm(self.b1_EH[e], x_ND, self.w1_EDH[e]).relu()
         return torch.addmm(self.b2_EO[e], hidden_NH, self.w2_EHO[e])
 
+    def stacked(self) -> Stacked:
+        return Stacked(self.w1_EDH, self.b1_EH, self.w2_EHO, self.b2_EO)
+
     @torch.no_grad()
     def flat_weights(self) -> Tensor:
         """[E, P]: all weights and biases of each expert in one row."""
-        return torch.cat([p.flatten(1) for p in (self.w1_EDH, self.b1_EH, self.w2_EHO, self.b2_EO)], 1)
+        return torch.cat([weight.flatten(1) for weight in self.stacked()], 1)
 
 
 class MoE(nn.Module):
@@ -102,23 +106,4 @@ class MoE(nn.Module):
             routing, x_ND = self._restrict(routing), scaled_ND.to(x_ND.dtype)
         else:
             routing = self.route(x_ND, previous)
-        if routing.indices_NK.shape[1] == self.experts.num_experts:
-            out_NEO = self.experts(x_ND)
-            weights_NE = routing.dense_weights().to(out_NEO.dtype)
-            return torch.einsum("ne,neo->no", weights_NE, out_NEO), routing
-        return self._dispatch(x_ND, routing), routing
-
-    def _dispatch(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        """Each token through its own experts only: sort by expert, one GEMM pair an expert, sort back."""
-        num_tokens, top_k = routing.indices_NK.shape
-        expert_M = routing.indices_NK.flatten()  # M = N * K, token by token
-        order_M = expert_M.argsort(stable=True)
-        counts = torch.bincount(expert_M, minlength=self.experts.num_experts).tolist()
-        rows_MD = x_ND.index_select(0, order_M // top_k)
-        out_MO = torch.cat([self.experts.expert(e, rows) for e, rows in enumerate(rows_MD.split(counts))])
-        back_M = torch.empty_like(order_M).scatter_(
-            0, order_M, torch.arange(len(order_M), device=x_ND.device)
-        )
-        out_NKO = out_MO.index_select(0, back_M).unflatten(0, (num_tokens, top_k))
-        # A sum of two products a number: as an einsum it would be N tiny matrix products, and slower.
-        return (routing.weights_NK.to(out_NKO.dtype)[..., None] * out_NKO).sum(1)
+        return mixture(x_ND, routing, self.experts.stacked()), routing

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_lib import store
-from moe_lib.snnl_kernels import product
+from moe_lib.products import product
 
 Step = Callable[[], object]
 

@@ -19,6 +19,7 @@ from moe_lib.adaptive import (
     at_least_float32,
     check_scale_options,
     cluster_dispersion,
+    scaled_scores,
     scales_of_dispersion,
 )
 from moe_lib.adaptive import adaptive_scales as adaptive_scales  # part of this module's interface
@@ -143,8 +144,11 @@ class CosineRouter(nn.Module):
     def forward(self, tokens_ND: Tensor, previous: Routing | None = None) -> Routing:
         tokens_ND = self._check_tokens(tokens_ND)
         with torch.autocast(tokens_ND.device.type, enabled=False):
-            embeddings_ED = nn.functional.normalize(self.embeddings_ED.to(tokens_ND.dtype), dim=1)
-            return route(tokens_ND @ embeddings_ED.T, self.top_k)
+            return route(tokens_ND @ self._directions(tokens_ND.dtype).T, self.top_k)
+
+    def _directions(self, dtype: torch.dtype) -> Tensor:
+        """[E, D]: the embeddings at unit length."""
+        return nn.functional.normalize(self.embeddings_ED.to(dtype), dim=1)
 
     def _check_tokens(self, tokens_ND: Tensor) -> Tensor:
         dim = self.embeddings_ED.shape[1]
@@ -253,7 +257,13 @@ class AdaptiveClusteringRouter(CosineRouter):
             self.seen_E.zero_()
 
     def forward(self, tokens_ND: Tensor, previous: Routing | None = None) -> Routing:
-        return self.route_and_scale(tokens_ND, previous)[0]
+        if previous is None or self.config.mixed or self.config.matched:
+            return self.route_and_scale(tokens_ND, previous)[0]
+        tokens_ND = self._check_tokens(tokens_ND)
+        with torch.autocast(tokens_ND.device.type, enabled=False):
+            assignment_N, rows_ED = self._assign(tokens_ND, previous)
+            directions_ED = self._directions(tokens_ND.dtype)
+            return route(scaled_scores(tokens_ND, assignment_N, rows_ED, directions_ED), self.top_k)
 
     def route_and_scale(self, tokens_ND: Tensor, previous: Routing | None = None) -> tuple[Routing, Tensor]:
         """The decision, and the scaled tokens M_k h [N, D] behind it, in float32 or better.
@@ -263,16 +273,8 @@ class AdaptiveClusteringRouter(CosineRouter):
         tokens_ND = self._check_tokens(tokens_ND)
         if previous is None:
             return super().forward(tokens_ND), tokens_ND
-        expected = len(tokens_ND), len(self.embeddings_ED)
-        if previous.probs_NE.shape != expected:
-            raise ValueError(
-                f"expected a previous decision [N, E] = {expected}, got {tuple(previous.probs_NE.shape)}"
-            )
-        assignment_N = previous.probs_NE.argmax(1)
         with torch.autocast(tokens_ND.device.type, enabled=False):
-            rows_ED = self._rows(tokens_ND, assignment_N) if self.frozen_ED is None else self.frozen_ED
-            if self.keep_rows:
-                self.frozen_ED = rows_ED.detach()
+            assignment_N, rows_ED = self._assign(tokens_ND, previous)
             if self.config.mixed:
                 shares_NE = previous.dense_weights().to(rows_ED.dtype)
                 scales_ND = (shares_NE if self.config.gradient else shares_NE.detach()) @ rows_ED
@@ -284,6 +286,19 @@ class AdaptiveClusteringRouter(CosineRouter):
                 target_N1 = torch.linalg.vector_norm(tokens_ND, dim=1, keepdim=True)
                 scaled_ND = scaled_ND * (target_N1 / norm_N1.where(norm_N1 > 0, torch.ones_like(norm_N1)))
         return super().forward(scaled_ND), scaled_ND
+
+    def _assign(self, tokens_ND: Tensor, previous: Routing) -> tuple[Tensor, Tensor]:
+        """[N] clusters of the tokens, and [E, D] the rows of M."""
+        expected = len(tokens_ND), len(self.embeddings_ED)
+        if previous.probs_NE.shape != expected:
+            raise ValueError(
+                f"expected a previous decision [N, E] = {expected}, got {tuple(previous.probs_NE.shape)}"
+            )
+        assignment_N = previous.probs_NE.argmax(1)
+        rows_ED = self._rows(tokens_ND, assignment_N) if self.frozen_ED is None else self.frozen_ED
+        if self.keep_rows:
+            self.frozen_ED = rows_ED.detach()
+        return assignment_N, rows_ED
 
     def _rows(self, tokens_ND: Tensor, assignment_N: Tensor) -> Tensor:
         """[E, D]: the rows of M that the clusters use in this step."""

@@ -21,16 +21,17 @@ Shapes: L layers, N samples (anchors), D width, R rows (anchors) of a part, J co
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from moe_lib.products import add_product, product
 
 Distance = Literal["cosine", "sqeuclidean"]
 Reduction = Literal["mean", "mean_all", "sum", "none"]
@@ -213,50 +214,6 @@ def _weights(reduction: Reduction, has_positive_N: Tensor, given: Tensor | None)
 
 def _reduced(reduction: Reduction, loss_LN: Tensor, weight_LN: Tensor, has_positive_N: Tensor) -> Tensor:
     return loss_LN * has_positive_N if reduction == "none" else (loss_LN * weight_LN).sum(1)
-
-
-# --------------------------------------------------------------------------------------- products
-
-
-@functools.cache
-def _onednn() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-    """a @ b.T + bias in float32 by oneDNN, as torch.compile calls it; None where torch lacks it.
-
-    The library behind torch.mm leaves the widest vector units of some processors idle; there this is up to
-    2.4 times as fast. Both matrices must be contiguous or the transpose of one that is: other strides take
-    a path that is a hundred times slower.
-    """
-    try:
-        linear = torch.ops.mkldnn._linear_pointwise
-        linear(torch.ones(1, 1), torch.ones(1, 1), None, "none", [], "")
-    except (AttributeError, RuntimeError):
-        return None
-    return lambda a, b, bias: linear(a, b, bias, "none", [], "")
-
-
-ONEDNN_FROM = 400_000  # multiplications; below, its overhead of 10 microseconds shows
-
-
-def _fast_linear(a_RK: Tensor, columns: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-    large = a_RK.numel() * columns >= ONEDNN_FROM
-    return _onednn() if large and a_RK.dtype == torch.float32 and a_RK.device.type == "cpu" else None
-
-
-def product(a_RK: Tensor, b_KJ: Tensor, bias_J: Tensor | None = None) -> Tensor:
-    """a @ b + bias."""
-    linear = _fast_linear(a_RK, b_KJ.shape[1])
-    if linear is not None:
-        return linear(a_RK, b_KJ.T, bias_J)
-    return a_RK @ b_KJ if bias_J is None else torch.addmm(bias_J, a_RK, b_KJ)
-
-
-def add_product(out_RJ: Tensor, a_RK: Tensor, b_KJ: Tensor) -> None:
-    """out += a @ b."""
-    linear = _fast_linear(a_RK, b_KJ.shape[1])
-    if linear is not None:
-        out_RJ.add_(linear(a_RK, b_KJ.T, None))
-    else:
-        out_RJ.addmm_(a_RK, b_KJ)
 
 
 # ------------------------------------------------------------------------------------------ dense

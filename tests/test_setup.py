@@ -208,7 +208,8 @@ def test_nothing_that_is_made_again_is_tracked():
 # ------------------------------------------------------------------------------------------ imports
 
 CORE = {
-    *("data", "text", "rng", "snnl", "snnl_kernels", "routing", "adaptive", "experts", "classifier"),
+    *("data", "text", "rng", "snnl", "snnl_kernels", "products", "routing"),
+    *("adaptive", "experts", "expert_kernels", "classifier"),
     *("transformer", "vision", "language", "metrics", "train", "robustness", "corruptions", "attacks"),
     *("evaluate", "evaluate_transformer", "arms", "dose", "study", "store"),
 }

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_lib import snnl_kernels
+from moe_lib import products, snnl_kernels
 from moe_lib.snnl import LayerwiseSNNL, SNNLConfig, soft_nearest_neighbor_loss
 
 DISTANCES = ("cosine", "sqeuclidean")
@@ -338,10 +338,10 @@ def test_only_the_dense_route_holds_all_pairs(route, quadratic, monkeypatch):
 def test_either_library_of_products_will_do(distance, route, monkeypatch):
     """N and D large enough for oneDNN, where torch has it."""
     features_ND, labels_N = sample(150, 40, 5, 0, torch.float32)
-    assert features_ND.numel() * len(labels_N) >= snnl_kernels.ONEDNN_FROM
+    assert features_ND.numel() * len(labels_N) >= products.ONEDNN_FROM
     temperature = 1.0 if distance == "cosine" else 40.0
     agrees(features_ND, labels_N, temperature, distance, "mean", route, 1e-5, 1e-5)
-    monkeypatch.setattr(snnl_kernels, "_onednn", lambda: None)
+    monkeypatch.setattr(products, "_onednn", lambda: None)
     agrees(features_ND, labels_N, temperature, distance, "mean", route, 1e-5, 1e-5)
 
 
