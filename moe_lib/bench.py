@@ -1,4 +1,4 @@
-"""Ours against its peers, on this machine: python -m moe_lib bench {snnl,train,all} [--out DIR] [--quick].
+"""Ours against its peers, on this machine: python -m moe_lib bench NAME... [--out DIR] [--quick].
 
 Writes DIR/NAME.json (by default under results/bench) and, where matplotlib is installed, DIR/NAME.png.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moe_lib import bench_snnl, bench_train, store
+from moe_lib import bench_moe, bench_snnl, bench_train, store
 from moe_lib.data import ROOT
 from moe_lib.measure import Machine, Row, available_memory, compare, memory_of_a_step, probe, ratio
 
@@ -35,6 +35,8 @@ def benches() -> dict[str, Bench]:
     checks = {"correctness": bench_snnl.correctness, "denormals": bench_snnl.denormals}
     return {
         "snnl": Bench(bench_snnl.rows, checks, scaling_figure),
+        "moe": Bench(bench_moe.rows, {"new_shapes": bench_moe.new_shapes}, rows_figure),
+        "router": Bench(bench_moe.router_rows, {}, rows_figure),
         "train": Bench(bench_train.rows, {"bfloat16": bench_train.bfloat16}, speed_figure),
     }
 
@@ -220,6 +222,37 @@ def speed_figure(content: dict[str, Any]) -> Any:
     axis.set(xlabel="times as fast as the slowest", yticks=[at for at, _ in names])
     axis.set_yticklabels([name for _, name in names], fontsize=8)
     axis.invert_yaxis()
+    return figure
+
+
+def rows_figure(content: dict[str, Any]) -> Any:
+    """Time and memory of a step of every contestant, a line a row, with the physical limit."""
+    from moe_lib import plots
+
+    rows = content["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row["contestants"]))
+    figure, axes = plots.new_figure(10, 1.5 + 0.4 * len(rows), 1, 2)
+    for axis, key, title in zip(
+        axes[0],
+        ("milliseconds", "memory_mb"),
+        ("time of value and gradient (ms)", "memory of a step (MB)"),
+        strict=True,
+    ):
+        for number, name in enumerate(names):
+            points = [
+                (row["contestants"][name][key], index)
+                for index, row in enumerate(rows)
+                if name in row["contestants"] and row["contestants"][name][key]
+            ]
+            if points:
+                style = {"color": plots.PALETTE[number + 1], "marker": "soDPv"[number], "label": name}
+                axis.plot(*zip(*points, strict=True), ls="", ms=6, alpha=0.8, **style)
+        axis.set(xscale="log", title=title, ylim=(len(rows) - 0.5, -0.5))
+        axis.set_yticks(range(len(rows)), [row["row"] for row in rows] if key == "milliseconds" else [])
+        axis.grid(alpha=0.3)
+    limits = [row["limit_milliseconds"] for row in rows]
+    axes[0, 0].plot(limits, range(len(rows)), "k|", ms=12, label="physical limit")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     return figure
 
 

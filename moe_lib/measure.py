@@ -40,6 +40,7 @@ class Rates(NamedTuple):
 
     gemm: float  # float operations of a matrix product, by the fastest library at hand
     gemm_mm: float  # by torch.mm
+    gemm_bf16: float  # in bfloat16
     bandwidth: float  # bytes read and written
     exp: float  # exponentials
 
@@ -49,12 +50,14 @@ class Work:
     """The least that a job needs, whoever does it."""
 
     gemm: float = 0.0  # float operations in matrix products
+    gemm_bf16: float = 0.0  # those in bfloat16
     bytes: float = 0.0  # to be moved from and to memory
     exp: float = 0.0
 
     def seconds(self, rates: Rates) -> float:
         """One after the other: on a processor they share the same units."""
-        return self.gemm / rates.gemm + self.bytes / rates.bandwidth + self.exp / rates.exp
+        products = self.gemm / rates.gemm + self.gemm_bf16 / rates.gemm_bf16
+        return products + self.bytes / rates.bandwidth + self.exp / rates.exp
 
 
 @dataclass(frozen=True)
@@ -116,18 +119,22 @@ def _best(machine: Machine, step: Step, repeats: int = 7) -> float:
 
 @torch.no_grad()
 def probe(machine: Machine) -> Rates:
-    """In float32; products of 1024 x 1024 matrices, copies of 64 MiB, exponentials that stay in the cache."""
+    """Products of 1024 x 1024 matrices, copies of 64 MiB, exponentials that stay in the cache; in float32
+    where the name of the rate says nothing else.
+    """
     size, count = 1024, 2**18
     a_NN, b_NN = torch.rand(2, size, size, device=machine.device)
     long_N, short_N = torch.rand(2**24, device=machine.device), torch.rand(count, device=machine.device)
     long_to_N, short_to_N = torch.empty_like(long_N), torch.empty_like(short_N)
     mm = 2 * size**3 / _best(machine, lambda: torch.mm(a_NN, b_NN))
+    low_NN = a_NN.bfloat16()
     copy = _best(machine, lambda: long_to_N.copy_(long_N))
     exp = _best(machine, lambda: torch.exp(short_N, out=short_to_N))
     exp2 = _best(machine, lambda: torch.exp2(short_N, out=short_to_N))
     return Rates(
         gemm=max(mm, 2 * size**3 / _best(machine, lambda: product(a_NN, b_NN))),
         gemm_mm=mm,
+        gemm_bf16=2 * size**3 / _best(machine, lambda: torch.mm(low_NN, low_NN)),
         bandwidth=2 * long_N.nbytes / copy,
         exp=count / min(exp, exp2),
     )

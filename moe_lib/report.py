@@ -301,9 +301,9 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(v.replace("|", "\\|") for v in row) + " |" for row in cells)
 
 
-def bench_table() -> pd.DataFrame:
-    """The SNNL against its fastest peer, from results/bench/snnl.json; empty where that is not there."""
-    path = store.results_dir() / "bench" / "snnl.json"
+def bench_table(name: str) -> pd.DataFrame:
+    """Ours against its fastest peer, from results/bench/<name>.json; empty where that is not there."""
+    path = store.results_dir() / "bench" / f"{name}.json"
     rows = [
         {
             "batch": row["row"],
@@ -314,6 +314,13 @@ def bench_table() -> pd.DataFrame:
         for row in (store.read(path)["rows"] if path.exists() else [])
     ]
     return pd.DataFrame(rows).set_index("batch") if rows else pd.DataFrame()
+
+
+BENCH_TITLES = {
+    "snnl": "The SNNL",
+    "moe": "Mixtures of experts",
+    "router": "The AC router (statistics and decision)",
+}
 
 
 def readme_section() -> str:
@@ -344,12 +351,13 @@ def readme_section() -> str:
         table = scores_table(profile, name)
         if not table.empty:
             sections += [f"AC router, {title}: mean ± standard deviation over seeds:", markdown(table)]
-    if not (speed := bench_table()).empty:
-        sections += [
-            "The SNNL with its gradient, against the fastest of its peers in the same run (one thread, "
-            "float32; `make bench`):",
-            markdown(speed),
-        ]
+    for name, title in BENCH_TITLES.items():
+        if not (speed := bench_table(name)).empty:
+            sections += [
+                f"{title} with gradients, against the fastest peer in the same run (one thread, float32 "
+                "where nothing else is said; `make bench`):",
+                markdown(speed),
+            ]
     return "\n\n".join([BEGIN, *sections]) + f"\n{END}"
 
 

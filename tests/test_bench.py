@@ -11,8 +11,9 @@ import pytest
 import reference
 import torch
 
-from moe_lib import bench, bench_snnl, measure
+from moe_lib import bench, bench_moe, bench_snnl, measure
 from moe_lib.measure import Contestant, Machine, Rates, Row, Work
+from moe_lib.routing import AdaptiveClusteringRouter, route
 
 
 def sample(num_samples=12, dim=4, num_classes=3, dtype=torch.float64):
@@ -86,12 +87,59 @@ def test_work_of_a_row():
     assert row.work == Work(gemm=3 * 100**2 * 24, exp=3 * 100**2 / 2)
 
 
+@pytest.mark.parametrize("top_k", [4, 2, 1])
+def test_all_mixtures_do_the_same(top_k):
+    """Values, and gradients by the input, of every contestant against the loop over tokens and experts."""
+    size = bench_moe.Size(30, 6, 8, 5, 4, top_k)
+    layer = bench_moe.build_layer(size, torch.float64, "cpu")
+    x_ND = torch.randn(30, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    weights = [weight.detach() for weight in layer.experts.stacked()]
+    routing = layer.route(x_ND)
+    expected_NO = reference.moe(x_ND, routing.indices_NK, routing.weights_NK.detach(), *weights)
+    gradients = []
+    for name, kind in bench_moe.contestants(layer.top_k).items():
+        input_ND = x_ND.clone().requires_grad_()
+        out_NO = kind(layer)(input_ND)
+        np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-9, atol=1e-11, err_msg=name)
+        gradients += torch.autograd.grad(out_NO.square().sum(), input_ND)
+    for gradient_ND in gradients[1:]:
+        torch.testing.assert_close(gradient_ND, gradients[0])
+
+
+def test_all_routers_by_absolute_deviation_decide_the_same():
+    torch.manual_seed(0)
+    router = AdaptiveClusteringRouter(6, 4, 2).double()
+    tokens_ND, previous = sample(60, 6)[0], route(sample(60, 4)[0])
+    assert torch.bincount(previous.probs_NE.argmax(1), minlength=4).min() >= 2
+    expected = router(tokens_ND, previous)
+    for name in ("authors", "authors, sums"):
+        peer = bench_moe.AuthorsRouter(router, bench_moe.DEVIATIONS[name])
+        for one, other in zip(peer(tokens_ND, previous), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_pairwise_deviation_pair_by_pair():
+    tokens_ND, cluster_N = sample(9, 2)
+    found_ED = bench_moe.pairwise(tokens_ND, cluster_N, 3)
+    for k in range(3):
+        own = [tokens_ND[n] for n in range(9) if cluster_N[n] == k]
+        for q in range(2):
+            pairs = [abs(a[q].item() - b[q].item()) for a in own for b in own]
+            assert found_ED[k, q].item() == pytest.approx(math.fsum(pairs) / len(pairs))
+
+
+def test_shapes_not_met_before_are_timed_for_every_contestant_but_the_dense_one():
+    found = bench_moe.new_shapes(Machine(), num_batches=2)
+    assert {entry["contestant"] for entry in found} == {"ours", "loop", "Hugging Face"}
+    assert all(entry["times_longer"]["median"] > 0 and entry["milliseconds"] > 0 for entry in found)
+
+
 # ----------------------------------------------------------------------------------- measurements
 
 
 def test_the_limit_adds_up():
-    rates = Rates(gemm=100.0, gemm_mm=50.0, bandwidth=10.0, exp=4.0)
-    assert Work(gemm=200, bytes=30, exp=2).seconds(rates) == 2 + 3 + 0.5
+    rates = Rates(gemm=100.0, gemm_mm=50.0, gemm_bf16=400.0, bandwidth=10.0, exp=4.0)
+    assert Work(gemm=200, bytes=30, exp=2, gemm_bf16=800).seconds(rates) == 2 + 3 + 0.5 + 2
 
 
 def test_ratios_are_taken_within_rounds():
@@ -168,6 +216,18 @@ def test_the_file_and_the_figure(tmp_path, capsys, monkeypatch):
     assert content["correctness"]
     assert (tmp_path / "snnl.png").read_bytes()[:4] == b"\x89PNG"
     assert "N=600 D=16: " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_children")
+@pytest.mark.parametrize("name", ["moe", "router"])
+def test_files_and_figures_of_layers(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_moe, "new_shapes", lambda machine: [])
+    assert bench.main([name, "--quick", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    for row in content["rows"]:
+        assert row["contestants"]["ours"]["times_ours"]["median"] == 1
+        assert row["limit_milliseconds"] > 0
+    assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.usefixtures("without_children")

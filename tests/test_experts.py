@@ -8,8 +8,11 @@ import pytest
 import reference
 import reference_ac
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
+from moe_lib import expert_kernels, products
 from moe_lib.experts import Experts, MoE
 from moe_lib.routing import (
     ACConfig,
@@ -363,3 +366,129 @@ def test_scaled_experts_of_a_router_that_chooses_more_are_restricted_too():
     router = AdaptiveClusteringRouter(4, 5, config=ACConfig(scale_experts=True))
     _, used = moe_layer(top_k=2, router=router)(tokens(), fixed_routing())
     assert used.indices_NK.shape == (7, 2)
+
+
+# ------------------------------------------------------------------------------------ fast and plain
+
+
+def plain(x_ND, routing, experts):
+    """Every expert on every row, by what autograd knows."""
+    w1_EDH, b1_EH, w2_EHO, b2_EO = experts
+    hidden_ENH = (x_ND @ w1_EDH + b1_EH[:, None]).relu()
+    out_ENO = hidden_ENH @ w2_EHO + b2_EO[:, None]
+    return (routing.dense_weights().T[..., None] * out_ENO).sum(0)
+
+
+def values_and_gradients(function, x_ND, logits_NE, top_k, experts):
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in (x_ND, logits_NE, *experts)]
+    out_NO = function(inputs[0], route(inputs[1], top_k), expert_kernels.Stacked(*inputs[2:]))
+    target_NO = tokens(*out_NO.shape, seed=9, dtype=out_NO.dtype)
+    return [out_NO.detach(), *torch.autograd.grad((out_NO * target_NO).sum(), inputs)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(0, 70), *[st.integers(1, 9)] * 4),
+    chosen=st.integers(1, 9),
+    idle=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_fast_and_plain_forms_agree(dtype, tolerance, sizes, chosen, idle, seed):
+    """Any shape, K up to E, an expert that nobody chooses; relative to the largest entry of each result."""
+    num_rows, dim, hidden_dim, out_dim, num_experts = sizes
+    top_k = min(chosen, num_experts)
+    shapes = (dim, hidden_dim), (hidden_dim,), (hidden_dim, out_dim), (out_dim,)
+    experts = [
+        tokens(num_experts, int(np.prod(shape)), seed + i).unflatten(1, shape)
+        for i, shape in enumerate(shapes)
+    ]
+    logits_NE = tokens(num_rows, num_experts, seed + 5)
+    if idle:
+        logits_NE[:, 0] -= 30
+    arguments = [tensor.to(dtype) for tensor in (tokens(num_rows, dim, seed + 6), logits_NE)]
+    arguments += [top_k, [weight.to(dtype) for weight in experts]]
+    found = values_and_gradients(expert_kernels.mixture, *arguments)
+    exact = [
+        tensor.double() if isinstance(tensor, torch.Tensor) else tensor
+        for tensor in (arguments[0], arguments[1])
+    ]
+    expected = values_and_gradients(plain, *exact, top_k, [weight.double() for weight in arguments[3]])
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        if other.numel():
+            bound = tolerance * max(1.0, other.abs().max().item())
+            torch.testing.assert_close(one.double(), other, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("top_k", [2, 4])
+def test_blocks_and_either_library_of_products(top_k, monkeypatch):
+    """Large enough for oneDNN, where torch has it, and for several blocks."""
+    layer = MoE(64, 4, 128, 32, top_k)
+    experts = [weight.detach() for weight in layer.experts.stacked()]
+    arguments = tokens(300, 64, dtype=torch.float32), tokens(300, 4, 1, torch.float32), top_k, experts
+    assert products.ONEDNN_FROM <= 64 * 128 * 150
+    expected = values_and_gradients(plain, *arguments)
+    monkeypatch.setattr(products, "BLOCK", 2**15)
+    assert len(products.blocks_of_rows(arguments[0], 4 * 128)) == 5
+    for _ in range(2):
+        for one, other in zip(
+            values_and_gradients(expert_kernels.mixture, *arguments), expected, strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        monkeypatch.setattr(products, "_onednn", lambda: None)
+
+
+def test_row_counts_take_few_values():
+    counts = {count + expert_kernels._spare(count) for count in range(4097)}
+    assert len(counts) <= 33 + 3 * 16
+    for count in range(4097):
+        assert 0 <= expert_kernels._spare(count) <= max(15, count / 16)
+
+
+@pytest.mark.parametrize("top_k", [2, 5])
+def test_inputs_alone_are_differentiated_where_weights_are_frozen(top_k):
+    layer, x_ND = moe_layer(top_k=top_k), tokens().requires_grad_()
+    (expected_ND,) = torch.autograd.grad(layer(x_ND)[0].sum(), x_ND)
+    (found_ND,) = torch.autograd.grad(layer.requires_grad_(False)(x_ND)[0].sum(), x_ND)
+    torch.testing.assert_close(found_ND, expected_ND)
+
+
+@pytest.mark.parametrize("top_k", [2, 5])
+def test_a_second_derivative_is_refused(top_k):
+    x_ND = tokens().requires_grad_()
+    out_NO, _ = moe_layer(top_k=top_k)(x_ND)
+    (gradient_ND,) = torch.autograd.grad(out_NO.square().sum(), x_ND, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient_ND.sum().backward()
+
+
+@pytest.mark.parametrize("top_k", [2, 5])
+def test_autocast_computes_experts_in_its_type(top_k):
+    layer, x_ND = moe_layer(top_k=top_k, dtype=torch.float32), tokens(dtype=torch.float32)
+    expected_NO = layer(x_ND)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        out_NO = layer(x_ND)[0]
+    assert out_NO.dtype == torch.bfloat16
+    torch.testing.assert_close(out_NO.float(), expected_NO, rtol=0.05, atol=0.05)
+    out_NO.float().sum().backward()
+    assert layer.experts.w1_EDH.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
+def test_grouped_products_agree(device):
+    """On a CPU torch loops, but means the same; expert 2 has no row."""
+    logits_NE = tokens(40, 4, 1)
+    logits_NE[:, 2] -= 50
+    experts = [weight.detach() / 4 for weight in MoE(16, 4, 24, 8).double().experts.stacked()]
+    arguments = [tensor.to(device, torch.bfloat16) for tensor in (tokens(40, 16), logits_NE)]
+    experts = [weight.to(device, torch.bfloat16) for weight in experts]
+    found = values_and_gradients(expert_kernels._by_grouped_products, *arguments, 2, experts)
+    expected = values_and_gradients(
+        plain, *(tensor.double() for tensor in arguments), 2, [weight.double() for weight in experts]
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0.03, atol=0.03 * other.abs().max().item())
