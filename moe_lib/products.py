@@ -61,7 +61,7 @@ def add_product(out_RJ: Tensor, a_RK: Tensor, b_KJ: Tensor) -> None:
         out_RJ.addmm_(a_RK, b_KJ)
 
 
-BLOCK = 2**18  # numbers of the widest matrix that a block of rows leads to: 1 MiB in float32
+BLOCK = 2**17  # numbers of the widest matrix that a block of rows leads to: half a MiB in float32
 
 
 def blocks_of_rows(x_ND: Tensor, width: int) -> list[slice]:
