@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moe_lib import bench_moe, bench_snnl, bench_train, store
+from moe_lib import bench_cost, bench_moe, bench_snnl, bench_train, store
 from moe_lib.data import ROOT
 from moe_lib.measure import Machine, Row, available_memory, compare, memory_of_a_step, probe, ratio
 
@@ -25,9 +25,7 @@ from moe_lib.measure import Machine, Row, available_memory, compare, memory_of_a
 @dataclass(frozen=True)
 class Bench:
     rows: Callable[[bool], list[Row]]  # from whether it is a quick look
-    checks: Mapping[
-        str, Callable[[Machine], list[dict[str, Any]]]
-    ]  # what else goes into the file, by its key
+    checks: Mapping[str, Callable[[Machine], Any]]  # what else goes into the file, by its key
     figure: Callable[[dict[str, Any]], Any]  # from the file's content
 
 
@@ -38,6 +36,7 @@ def benches() -> dict[str, Bench]:
         "moe": Bench(bench_moe.rows, {"new_shapes": bench_moe.new_shapes}, rows_figure),
         "router": Bench(bench_moe.router_rows, {}, rows_figure),
         "train": Bench(bench_train.rows, {"bfloat16": bench_train.bfloat16}, speed_figure),
+        "cost": Bench(lambda quick: [], {"fit": bench_cost.check}, bench_cost.figure),
     }
 
 

@@ -320,7 +320,21 @@ BENCH_TITLES = {
     "snnl": "The SNNL",
     "moe": "Mixtures of experts",
     "router": "The AC router (statistics and decision)",
+    "train": "Training steps (our CNN in bfloat16, limit and peers in float32)",
 }
+
+
+def cost_table() -> pd.DataFrame:
+    """Predicted and actual minutes of a run, from results/bench/cost.json; empty where that is not there."""
+    path = store.results_dir() / "bench" / "cost.json"
+    found = pd.DataFrame(store.read(path)["fit"]["groups"] if path.exists() else [])
+    if found.empty:
+        return found
+    table = found.groupby(["study", "dataset"], sort=False)
+    minutes = table[["seconds", "without_study"]].median() / 60
+    minutes.columns = ["actual minutes", "predicted minutes"]
+    minutes.insert(0, "runs", table["runs"].sum())
+    return minutes.round(1).reset_index().set_index("study")
 
 
 def readme_section() -> str:
@@ -358,6 +372,12 @@ def readme_section() -> str:
                 "where nothing else is said; `make bench`):",
                 markdown(speed),
             ]
+    if not (costs := cost_table()).empty:
+        sections += [
+            "What a run takes, foretold from its configuration by rates fitted to the other studies and data "
+            "sets alone (`python -m moe_lib bench cost`; `make plan` uses the rates of all):",
+            markdown(costs),
+        ]
     return "\n\n".join([BEGIN, *sections]) + f"\n{END}"
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from moe_lib import data, store, text
+from moe_lib import cost, data, store, text
 from moe_lib.arms import (
     AUXILIARY_WEIGHTS,
     BALANCE_WEIGHTS,
@@ -288,26 +288,6 @@ def shard(wanted: list[Run], part: str) -> list[Run]:
     return wanted[i - 1 :: n]
 
 
-# Wall seconds of one run on one core of the machine behind results/core, for a first estimate; as soon
-# as runs of the same kind are finished, their median is used instead. None: nobody has measured it.
-EXPECTED_SECONDS = {
-    ("digits", "snnl"): 3.0,
-    ("digits", "ac-vision"): 3.0,
-    ("digits", "ac-language"): 3.0,
-    ("digits", "crossed"): 3.0,
-    ("core", "snnl"): 190.0,
-    ("core", "snnl-tuning"): 40.0,
-    ("core", "ac-vision"): 150.0,
-    ("core", "ac-vision-tuning"): 25.0,
-    ("core", "ac-language"): 110.0,
-    ("core", "ac-language-tuning"): 25.0,
-    ("core", "crossed"): 150.0,
-    ("core", "crossed-tuning"): 30.0,
-    ("digits", "snnl-dose"): 3.0,
-    ("digits", "ac-dose"): 3.0,
-    ("core", "snnl-dose"): 30.0,
-    ("core", "ac-dose"): 35.0,
-}
 DOWNLOAD_MB = {
     "digits": 0, "mnist": 12, "fashion_mnist": 31, "cifar10": 170, "cifar100": 169,
     "docs": 0, "wikitext2": 5, "ptb": 6, "tiny_shakespeare": 1,
@@ -327,7 +307,7 @@ def plan(wanted: list[Run], workers: int | None = None) -> str:
         group = [run for run in wanted if (run.study, run.dataset, run.arm) == key]
         walls = sorted(store.read(run.path)["wall_seconds"] for run in group if run.path.exists())
         left = len(group) - len(walls)
-        each = walls[len(walls) // 2] if walls else EXPECTED_SECONDS.get((group[0].profile, key[0]))
+        each = walls[len(walls) // 2] if walls else cost.expected_seconds(group[0])
         unknown |= bool(left) and each is None
         total += left * (each or 0.0)
         minutes = "unknown" if left and each is None else f"{left * (each or 0.0) / 60:.1f}"

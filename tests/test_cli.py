@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from moe_lib import data, store, study, text
+from moe_lib import cost, data, store, study, text
 from moe_lib.__main__ import main
 from moe_lib.data import ROOT
 
@@ -195,14 +195,14 @@ def test_plan_counts_a_finished_run_and_believes_its_time(capsys):
     out = capsys.readouterr().out
     table = rows(out)
     assert table.pop(("snnl", "digits", "base")) == (1, 4, "40.0")
-    each = study.EXPECTED_SECONDS["digits", "snnl"]
-    assert set(table.values()) == {(0, 5, f"{5 * each / 60:.1f}")}
-    total = 40 + 50 * each / 60
+    each = {arm: cost.expected_seconds(study.runs("digits", "snnl", arm=arm)[0]) for _, _, arm in table}
+    assert table == {("snnl", "digits", arm): (0, 5, f"{5 * value / 60:.1f}") for arm, value in each.items()}
+    total = 40 + 5 * sum(each.values()) / 60
     assert f"\ntime: {total:.0f} core-minutes, about {total / 2:.0f} minutes with 2 processes\n" in out
 
 
 def test_plan_does_not_invent_a_time(monkeypatch, capsys):
-    monkeypatch.setattr(study, "EXPECTED_SECONDS", {})
+    monkeypatch.setattr(cost, "fitted", lambda: None)
     assert main(["plan", "--profile", "digits", "--study", "snnl", "--arm", "base"]) == 0
     out = capsys.readouterr().out
     assert rows(out) == {("snnl", "digits", "base"): (0, 5, "unknown")}

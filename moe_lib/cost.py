@@ -1,0 +1,177 @@
+"""What a run will cost, from its configuration alone: how much there is to compute, times fitted rates.
+
+    seconds = convolutions / r1 + products / r2
+
+with operations counted here and rates fitted to finished runs by `python -m moe_lib bench cost`, which
+writes them to results/bench/cost.json. (Attention on its own, calls per batch and a constant were tried:
+their fitted share was zero.)
+
+Shapes: N samples or tokens, T tokens of a sequence, D width, E experts, K chosen, H hidden width.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe_lib import store
+from moe_lib.classifier import Classifier, ClassifierConfig
+from moe_lib.data import ROOT
+from moe_lib.language import LanguageConfig
+from moe_lib.transformer import TransformerConfig
+from moe_lib.vision import VisionConfig
+
+if TYPE_CHECKING:
+    from moe_lib.study import Run
+
+# Shape of an image; images for training, validation and test.
+IMAGES = {
+    "digits": ((1, 8, 8), 1_294, 143, 360),
+    "mnist": ((1, 28, 28), 54_000, 6_000, 10_000),
+    "fashion_mnist": ((1, 28, 28), 54_000, 6_000, 10_000),
+    "cifar10": ((3, 32, 32), 45_000, 5_000, 10_000),
+    "cifar100": ((3, 32, 32), 45_000, 5_000, 10_000),
+}
+# Bytes for training, bytes of validation and test that there are at most.
+TEXTS = {
+    "docs": (300_000, 30_000),
+    "tiny_shakespeare": (1_000_000, 60_000),
+    "ptb": (5_100_000, 400_000),
+    "wikitext2": (10_900_000, 1_100_000),
+}
+BYTES_PER_WORD = 5
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Float operations. In convolutions those of bfloat16 count one, in products those of float32; the same
+    number of operations in twice the bytes counts twice."""
+
+    convolution: float
+    product: float
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(self.convolution + other.convolution, self.product + other.product)
+
+    def times(self, factor: float) -> Amount:
+        return Amount(factor * self.convolution, factor * self.product)
+
+
+@functools.lru_cache
+def _forward_classifier(model: ClassifierConfig, shape: tuple[int, int, int], classes: int) -> Amount:
+    """Of one image."""
+    with torch.device("meta"):
+        classifier, image = Classifier(model, shape, classes), torch.empty(1, *shape)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            code_ND, _ = classifier.extractor(image)
+    found = {str(name): float(value) for name, value in counter.get_flop_counts().get("Global", {}).items()}
+    convolution = sum(value for name, value in found.items() if "convolution" in name)
+    width = code_ND.shape[1]
+    gate = 0 if model.gate == "uniform" else model.gate_hidden * (width + model.num_experts)
+    product = sum(found.values()) - convolution + 2 * (gate + _experts(model, width, classes))
+    return Amount(convolution, product)
+
+
+def _experts(model: ClassifierConfig, width: int, classes: int) -> int:
+    return (model.top_k or model.num_experts) * model.expert_hidden * (width + classes)
+
+
+def _forward_transformer(trunk: TransformerConfig, length: int, ends: float) -> Amount:
+    """Of one token; `ends`: multiplications of embedding and head."""
+    moe, dim = len(trunk.moe_blocks), trunk.dim
+    plain = (trunk.depth - moe) * 2 * dim * trunk.mlp_hidden
+    routed = moe * (dim * trunk.num_experts + 2 * trunk.top_k * dim * trunk.expert_hidden)
+    product = 2 * (trunk.depth * 4 * dim**2 + plain + routed + ends)
+    return Amount(0, product + 4.0 * trunk.depth * length * dim)
+
+
+def amount(run: Run) -> Amount | None:
+    """None for a text whose size is not known here."""
+    if isinstance(run.model, LanguageConfig):
+        if run.dataset not in TEXTS:
+            return None
+        found = _language(run, run.model)
+    elif isinstance(run.model, VisionConfig):
+        found = _vision(run, run.model)
+    else:
+        found = _classifier(run, run.model)
+    width = 2 if run.train.precision == "float64" else 1
+    conv = {"bfloat16": 1, "float32": 2, "float64": 4}[run.train.precision]
+    return Amount(conv * found.convolution, width * found.product)
+
+
+def _samples(forward: float, trained: float) -> float:
+    """As forward passes: `trained` go backward too, which takes three times as long as forward alone."""
+    return forward + 3 * trained
+
+
+def _full(run: Run) -> bool:
+    return not run.study.endswith("-tuning")  # tuning never looks at the test set
+
+
+def _classifier(run: Run, model: ClassifierConfig) -> Amount:
+    shape, train, validation, test = IMAGES[run.dataset]
+    train, classes = min(train, run.train_images or train), 100 if run.dataset == "cifar100" else 10
+    one = _forward_classifier(model, shape, classes)
+    # Test: before training, last and best weights, routing, and the samples of the embedding.
+    forward = run.train.epochs * validation + (6 * test + 7_000 if _full(run) else 0)
+    total = one.times(_samples(forward, run.train.epochs * train))
+    if run.independent_experts:
+        width = model.code_dim or 0
+        alone = Amount(0, 2.0 * _experts(model, width, classes))
+        total += alone.times(_samples(0, run.train.epochs * train))
+    return total
+
+
+def _vision(run: Run, model: VisionConfig) -> Amount:
+    shape, train, validation, test = IMAGES[run.dataset]
+    train, batch, trunk = min(train, run.train_images or train), run.train.batch_size, model.trunk
+    tokens = (shape[1] // model.patch) * (shape[2] // model.patch)
+    one = _forward_transformer(trunk, tokens, shape[0] * model.patch**2 * trunk.dim).times(tokens)
+    forward = float(run.train.epochs * validation)
+    if _full(run):
+        layers, attacked = len(trunk.moe_blocks), min(run.attack_images, test)
+        modes = 3 if trunk.router == "ac" and not trunk.ac.causal else 1
+        forward += 2 * test + 2 * 8 * batch + 7_000 + (layers * (trunk.num_experts + 1) + 2) * 2 * batch
+        forward += 31 * 2 * attacked  # corruptions
+        # A gradient of pixels alone is a forward and less than a backward pass: two.
+        forward += attacked * (2 * modes * 21 * 2 + (320 + 40) / 4)
+    return one.times(_samples(forward, run.train.epochs * train))
+
+
+def _language(run: Run, model: LanguageConfig) -> Amount:
+    train, other = (n // (BYTES_PER_WORD if model.level == "word" else 1) for n in TEXTS[run.dataset])
+    trunk, vocabulary = model.trunk, 256 if model.level == "byte" else model.vocabulary_size
+    one = _forward_transformer(trunk, model.context, trunk.dim * vocabulary)
+    batch = run.train.batch_size * model.context
+    forward = run.train.epochs * 2.0 * min(2**16, other)  # windows overlap by half
+    if _full(run):
+        test, layers = min(run.test_tokens, other), len(trunk.moe_blocks)
+        forward += 2 * 2 * test + 6 * test + 2 * 8 * batch
+        forward += (layers * (trunk.num_experts + 1) + 2) * 2 * batch
+    return one.times(_samples(forward, run.train.epochs * (run.epoch_tokens or train)))
+
+
+# -------------------------------------------------------------------------------------- prediction
+
+
+def seconds(found: Amount, per_amount: dict[str, float]) -> float:
+    return sum(per_amount[name] * value for name, value in vars(found).items())
+
+
+def fitted() -> dict[str, Any] | None:
+    """What `bench cost` wrote into the results folder, else what came with the project."""
+    for folder in (store.results_dir(), ROOT / "results"):
+        if (path := folder / "bench" / "cost.json").exists():
+            return store.read(path)["fit"]
+    return None
+
+
+def expected_seconds(run: Run) -> float | None:
+    """Wall time on one core of the machine whose runs were fitted; None where nothing is known."""
+    found, fit = amount(run), fitted()
+    return None if found is None or fit is None else seconds(found, fit["seconds_per"])
