@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moe_lib import data, store, study, text
+from moe_lib import cost, data, store, study, text
 from moe_lib.train import TrainingError
 
 
@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    print(study.plan(_selected(arguments), arguments.workers))
+    print(cost.plan(_selected(arguments), arguments.workers))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a run will cost, from its configuration alone: how much there is to compute, times fitted rates.
+"""What a run will cost, from its configuration alone, and so a plan: operations times fitted rates.
 
     seconds = convolutions / r1 + products / r2
 
@@ -12,21 +12,20 @@ Shapes: N samples or tokens, T tokens of a sequence, D width, E experts, K chose
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_lib import store
+from moe_lib import data, store, text
 from moe_lib.classifier import Classifier, ClassifierConfig
 from moe_lib.data import ROOT
 from moe_lib.language import LanguageConfig
+from moe_lib.study import Run
 from moe_lib.transformer import TransformerConfig
 from moe_lib.vision import VisionConfig
-
-if TYPE_CHECKING:
-    from moe_lib.study import Run
 
 # Shape of an image; images for training, validation and test.
 IMAGES = {
@@ -44,6 +43,14 @@ TEXTS = {
     "wikitext2": (10_900_000, 1_100_000),
 }
 BYTES_PER_WORD = 5
+DOWNLOAD_MB = {
+    "digits": 0, "mnist": 12, "fashion_mnist": 31, "cifar10": 170, "cifar100": 169,
+    "docs": 0, "wikitext2": 5, "ptb": 6, "tiny_shakespeare": 1,
+}  # fmt: skip
+UNPACKED_MB = {
+    "digits": 0, "mnist": 66, "fashion_mnist": 85, "cifar10": 350, "cifar100": 340,
+    "docs": 0, "wikitext2": 13, "ptb": 6, "tiny_shakespeare": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -175,3 +182,31 @@ def expected_seconds(run: Run) -> float | None:
     """Wall time on one core of the machine whose runs were fitted; None where nothing is known."""
     found, fit = amount(run), fitted()
     return None if found is None or fit is None else seconds(found, fit["seconds_per"])
+
+
+def plan(wanted: list[Run], workers: int | None = None) -> str:
+    """What is done, what is left, and what that will take, as text; starts nothing."""
+    workers = workers or os.cpu_count() or 1
+    lines = [f"{'study':18} {'data set':14} {'arm':16} {'done':>5} {'left':>5} {'minutes left':>13}"]
+    total, unknown = 0.0, False
+    for key in dict.fromkeys((run.study, run.dataset, run.arm) for run in wanted):
+        group = [run for run in wanted if (run.study, run.dataset, run.arm) == key]
+        walls = sorted(store.read(run.path)["wall_seconds"] for run in group if run.path.exists())
+        left = len(group) - len(walls)
+        each = walls[len(walls) // 2] if walls else expected_seconds(group[0])
+        unknown |= bool(left) and each is None
+        total += left * (each or 0.0)
+        minutes = "unknown" if left and each is None else f"{left * (each or 0.0) / 60:.1f}"
+        lines.append(f"{key[0]:18} {key[1]:14} {key[2]:16} {len(walls):5} {left:5} {minutes:>13}")
+    datasets = {run.dataset for run in wanted}
+    missing = sorted(name for name in datasets if not (text if text.is_corpus(name) else data).present(name))
+    lines += [
+        "",
+        f"time: {total / 60:.0f} core-minutes{' and more' if unknown else ''}, "
+        f"about {total / 60 / workers:.0f} minutes with {workers} processes",
+        f"download: {sum(DOWNLOAD_MB[name] for name in missing)} MB ({', '.join(missing) or 'nothing'}), "
+        f"{sum(UNPACKED_MB[name] for name in missing)} MB unpacked under {data.data_dir()}",
+        f"disk: about {sum(not run.path.exists() for run in wanted) * 0.012:.1f} MB of results under "
+        f"{store.results_dir()}, and up to {30 * workers} MB of checkpoints while it works",
+    ]
+    return "\n".join(lines)

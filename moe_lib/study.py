@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from moe_lib import cost, data, store, text
+from moe_lib import data, store, text
 from moe_lib.arms import (
     AUXILIARY_WEIGHTS,
     BALANCE_WEIGHTS,
@@ -286,44 +286,6 @@ def shard(wanted: list[Run], part: str) -> list[Run]:
     except ValueError:
         raise StudyError(f"a shard is written i/n with 1 <= i <= n, got {part!r}") from None
     return wanted[i - 1 :: n]
-
-
-DOWNLOAD_MB = {
-    "digits": 0, "mnist": 12, "fashion_mnist": 31, "cifar10": 170, "cifar100": 169,
-    "docs": 0, "wikitext2": 5, "ptb": 6, "tiny_shakespeare": 1,
-}  # fmt: skip
-UNPACKED_MB = {
-    "digits": 0, "mnist": 66, "fashion_mnist": 85, "cifar10": 350, "cifar100": 340,
-    "docs": 0, "wikitext2": 13, "ptb": 6, "tiny_shakespeare": 1,
-}  # fmt: skip
-
-
-def plan(wanted: list[Run], workers: int | None = None) -> str:
-    """What is done, what is left, and what that will take, as text; starts nothing."""
-    workers = workers or os.cpu_count() or 1
-    lines = [f"{'study':18} {'data set':14} {'arm':16} {'done':>5} {'left':>5} {'minutes left':>13}"]
-    total, unknown = 0.0, False
-    for key in dict.fromkeys((run.study, run.dataset, run.arm) for run in wanted):
-        group = [run for run in wanted if (run.study, run.dataset, run.arm) == key]
-        walls = sorted(store.read(run.path)["wall_seconds"] for run in group if run.path.exists())
-        left = len(group) - len(walls)
-        each = walls[len(walls) // 2] if walls else cost.expected_seconds(group[0])
-        unknown |= bool(left) and each is None
-        total += left * (each or 0.0)
-        minutes = "unknown" if left and each is None else f"{left * (each or 0.0) / 60:.1f}"
-        lines.append(f"{key[0]:18} {key[1]:14} {key[2]:16} {len(walls):5} {left:5} {minutes:>13}")
-    datasets = {run.dataset for run in wanted}
-    missing = sorted(name for name in datasets if not (text if text.is_corpus(name) else data).present(name))
-    lines += [
-        "",
-        f"time: {total / 60:.0f} core-minutes{' and more' if unknown else ''}, "
-        f"about {total / 60 / workers:.0f} minutes with {workers} processes",
-        f"download: {sum(DOWNLOAD_MB[name] for name in missing)} MB ({', '.join(missing) or 'nothing'}), "
-        f"{sum(UNPACKED_MB[name] for name in missing)} MB unpacked under {data.data_dir()}",
-        f"disk: about {sum(not run.path.exists() for run in wanted) * 0.012:.1f} MB of results under "
-        f"{store.results_dir()}, and up to {30 * workers} MB of checkpoints while it works",
-    ]
-    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------- engine

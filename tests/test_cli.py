@@ -175,7 +175,7 @@ def test_plan_says_what_is_to_come_and_starts_nothing(profile, folders, capsys):
     assert {done for done, _, _ in rows(out).values()} == {0}
     assert re.search(r"^time: \d+ core-minutes.* with 4 processes$", out, re.M)
     needed = {run.dataset for run in study.runs(profile)}
-    megabytes = sum(data_mb for name, data_mb in study.DOWNLOAD_MB.items() if name in needed)
+    megabytes = sum(data_mb for name, data_mb in cost.DOWNLOAD_MB.items() if name in needed)
     assert f"\ndownload: {megabytes} MB (" in out
     assert f"unpacked under {folders / 'data'}" in out
     assert re.search(rf"^disk: about [\d.]+ MB of results under {folders / 'results'}, ", out, re.M)
@@ -336,4 +336,4 @@ def test_run_needs_only_what_a_bare_machine_has(folders):
 
 def test_every_data_set_of_the_plan_has_its_sizes():
     needed = {run.dataset for profile in study.PROFILES for run in study.runs(profile)}
-    assert needed <= set(study.DOWNLOAD_MB) & set(study.UNPACKED_MB) & {*data.DATASETS, *text.CORPORA}
+    assert needed <= set(cost.DOWNLOAD_MB) & set(cost.UNPACKED_MB) & {*data.DATASETS, *text.CORPORA}
