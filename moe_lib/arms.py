@@ -121,7 +121,10 @@ SEED_COUNTS: dict[str, dict[str, list[tuple[Sequence[str], int]]]] = {
     "digits": {"digits": [((*MAIN_ARMS, *MECHANISM_ARMS, *OTHER_ARMS), 5)]},
     "core": {
         "fashion_mnist": [(MAIN_ARMS, 10), (MECHANISM_ARMS, 5), (OTHER_ARMS, 3)],
-        "cifar100": [(MAIN_ARMS, 10), (MECHANISM_ARMS, 5)],
+        "cifar100": [
+            ((*MAIN_ARMS, "snnl-shuffled"), 10),
+            (("dense", "dense-snnl", "base-balance"), 5),
+        ],
         "cifar10": [((*MAIN_ARMS, "dense", "dense-snnl"), 5)],
         "mnist": [(MAIN_ARMS, 3)],
     },
