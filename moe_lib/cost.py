@@ -187,7 +187,8 @@ def expected_seconds(run: Run) -> float | None:
 def plan(wanted: list[Run], workers: int | None = None) -> str:
     """What is done, what is left, and what that will take, as text; starts nothing."""
     workers = workers or os.cpu_count() or 1
-    lines = [f"{'study':18} {'data set':14} {'arm':16} {'done':>5} {'left':>5} {'minutes left':>13}"]
+    wide = max([16, *(len(run.arm) for run in wanted)])
+    lines = [f"{'study':18} {'data set':14} {'arm':{wide}} {'done':>5} {'left':>5} {'minutes left':>13}"]
     total, unknown = 0.0, False
     for key in dict.fromkeys((run.study, run.dataset, run.arm) for run in wanted):
         group = [run for run in wanted if (run.study, run.dataset, run.arm) == key]
@@ -197,7 +198,7 @@ def plan(wanted: list[Run], workers: int | None = None) -> str:
         unknown |= bool(left) and each is None
         total += left * (each or 0.0)
         minutes = "unknown" if left and each is None else f"{left * (each or 0.0) / 60:.1f}"
-        lines.append(f"{key[0]:18} {key[1]:14} {key[2]:16} {len(walls):5} {left:5} {minutes:>13}")
+        lines.append(f"{key[0]:18} {key[1]:14} {key[2]:{wide}} {len(walls):5} {left:5} {minutes:>13}")
     datasets = {run.dataset for run in wanted}
     missing = sorted(name for name in datasets if not (text if text.is_corpus(name) else data).present(name))
     lines += [
