@@ -35,7 +35,7 @@ def benches() -> dict[str, Bench]:
         "snnl": Bench(bench_snnl.rows, checks, scaling_figure),
         "moe": Bench(bench_moe.rows, {"new_shapes": bench_moe.new_shapes}, rows_figure),
         "router": Bench(bench_moe.router_rows, {}, rows_figure),
-        "train": Bench(bench_train.rows, {"bfloat16": bench_train.bfloat16}, speed_figure),
+        "train": Bench(bench_train.rows, {"bfloat16": bench_train.bfloat16}, rows_figure),
         "cost": Bench(lambda quick: [], {"fit": bench_cost.check}, bench_cost.figure),
     }
 
@@ -203,27 +203,6 @@ def scaling_figure(content: dict[str, Any]) -> Any:
     return figure
 
 
-def speed_figure(content: dict[str, Any]) -> Any:
-    """How many times as fast as its slowest contestant each one is, row by row."""
-    from moe_lib import plots
-
-    figure, axes = plots.new_figure(8, 0.5 + 0.9 * len(content["rows"]), 1, 1)
-    axis, names, height = axes[0, 0], [], 0
-    for row in content["rows"]:
-        slowest = max(own["milliseconds"] for own in row["contestants"].values())
-        for name, own in row["contestants"].items():
-            times = slowest / own["milliseconds"]
-            axis.barh(height, times, color=plots.PALETTE[2 if own["peer"] else 1])
-            axis.text(times, height, f" {times:.1f}", va="center", fontsize=8)
-            names.append((height, f"{row['row']}: {name}"))
-            height += 1
-        height += 1
-    axis.set(xlabel="times as fast as the slowest", yticks=[at for at, _ in names])
-    axis.set_yticklabels([name for _, name in names], fontsize=8)
-    axis.invert_yaxis()
-    return figure
-
-
 def rows_figure(content: dict[str, Any]) -> Any:
     """Time and memory of a step of every contestant, a line a row, with the physical limit."""
     from moe_lib import plots
@@ -244,7 +223,7 @@ def rows_figure(content: dict[str, Any]) -> Any:
                 if name in row["contestants"] and row["contestants"][name][key]
             ]
             if points:
-                style = {"color": plots.PALETTE[number + 1], "marker": "soDPv"[number], "label": name}
+                style = {"color": plots.PALETTE[number + 1], "marker": "soDPv^X"[number], "label": name}
                 axis.plot(*zip(*points, strict=True), ls="", ms=6, alpha=0.8, **style)
         axis.set(xscale="log", title=title, ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), [row["row"] for row in rows] if key == "milliseconds" else [])

@@ -118,15 +118,18 @@ def figure(content: dict[str, Any]) -> Any:
             axis.plot(
                 [group["seconds"] for group in own],
                 [group[key] for group in own],
-                "o",
+                "os"[at // len(plots.PALETTE)],
                 color=plots.PALETTE[at % len(plots.PALETTE)],
                 ms=5,
                 label=name,
             )
         ends = [group["seconds"] for group in found]
+        ticks = [at for at in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if min(ends) <= at <= max(ends)]
         axis.plot([min(ends), max(ends)], [min(ends), max(ends)], "k:")
-        axis.set(
-            xscale="log", yscale="log", xlabel="measured (s)", title=f"foretold without its own {title} (s)"
-        )
+        axis.set(xscale="log", yscale="log", xlabel="measured (s)", ylabel="foretold (s)")
+        axis.set_title(f"fitted without its own {title}")
+        axis.set_xticks(ticks, ticks)
+        axis.set_yticks(ticks, ticks)
+        axis.minorticks_off()
     drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return drawn

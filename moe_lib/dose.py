@@ -110,6 +110,10 @@ class Panel:
             for column, dose in enumerate(line):
                 yield row, column, dose
 
+    def arms(self) -> set[str]:
+        """Of every dose and its control."""
+        return {one.name for _, _, dose in self for one in (dose, dose.control)}
+
 
 Axis = tuple[str, dict[str, Any]]  # what varies; label -> value
 
