@@ -3,12 +3,13 @@
 Source: Nielsen, Teo, Abdullaev, Nguyen, "Tight Clusters Make Specialized Experts", ICLR 2025 (arXiv
 2502.15315) and its public code. The router itself is in routing.py.
 
-Shapes: N tokens, R of a block, D width, E experts, and so clusters: each holds the tokens that its expert was
-given.
+Shapes: N tokens, R of a block or a cluster, D width, E experts, and so clusters: each holds the tokens that
+its expert was given.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -94,58 +95,63 @@ def check_scale_options(dispersion: str, eps: float, normalize: str, max_ratio: 
 def cluster_dispersion(
     tokens_ND: Tensor, assignment_N: Tensor, num_experts: int, dispersion: Dispersion
 ) -> tuple[Tensor, Tensor]:
-    """[E, D] dispersion of each cluster, and [E] whether it has the 2 tokens that this takes.
-
-    Cluster sums are GEMMs with the one-hot assignment: shapes depend on no value, nothing waits for the
-    device, and (unlike atomic adds) a GPU repeats them to the last digit.
-    """
-    clusters_E = torch.arange(num_experts, device=assignment_N.device)
-    member_NE = (assignment_N[:, None] == clusters_E).to(tokens_ND.dtype)
-    count_E = member_NE.sum(0)
-    dispersion_ED = _Dispersion.apply(tokens_ND, assignment_N, member_NE, count_E.clamp(min=1), dispersion)
-    return dispersion_ED, count_E >= 2
+    """[E, D] dispersion of each cluster, 0 if empty, and [E] whether it has the 2 tokens that this takes."""
+    if tokens_ND.device.type != "cpu" or torch.compiler.is_compiling():
+        return _dispersion_by_products(tokens_ND, assignment_N, num_experts, dispersion)
+    count_E = torch.bincount(assignment_N, minlength=num_experts)
+    members = assignment_N.argsort(stable=True).split(count_E.tolist())
+    return _Dispersion.apply(tokens_ND, members, dispersion), count_E >= 2
 
 
 class _Dispersion(torch.autograd.Function):
-    """By blocks of tokens: of size [N, D] there is only the gradient, if one is asked for."""
+    """Cluster by cluster, whose tokens stay in the cache: of size [N, D] there is only the gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        tokens_ND: Tensor,
-        assignment_N: Tensor,
-        member_NE: Tensor,
-        count_E: Tensor,
-        dispersion: Dispersion,
-    ) -> Tensor:
-        tokens_ND = tokens_ND.contiguous()
-        mean_ED = product(member_NE.T, tokens_ND) / count_E[:, None]
-        total_ED = torch.zeros_like(mean_ED)
-        for rows in blocks_of_rows(tokens_ND, tokens_ND.shape[1]):
-            away_RD = tokens_ND[rows] - mean_ED.index_select(0, assignment_N[rows])
-            away_RD = away_RD.abs_() if dispersion == "mad" else away_RD.square_()
-            add_product(total_ED, member_NE[rows].T, away_RD)
-        ctx.dispersion = dispersion
-        ctx.save_for_backward(tokens_ND, assignment_N, member_NE, count_E, mean_ED)
-        return total_ED / count_E[:, None]
+    def forward(ctx: Any, tokens_ND: Tensor, members: Sequence[Tensor], dispersion: Dispersion) -> Tensor:
+        dispersion_ED = tokens_ND.new_zeros(len(members), tokens_ND.shape[1])
+        for members_R, dispersion_D in zip(members, dispersion_ED.unbind(), strict=True):
+            if len(members_R):
+                away_RD = _deviations(tokens_ND, members_R)
+                away_RD = away_RD.abs_() if dispersion == "mad" else away_RD.square_()
+                torch.mean(away_RD, 0, out=dispersion_D)
+        ctx.members, ctx.dispersion = members, dispersion
+        ctx.save_for_backward(tokens_ND)
+        return dispersion_ED
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ED: Tensor) -> tuple[Tensor | None, ...]:
-        tokens_ND, assignment_N, member_NE, count_E, mean_ED = ctx.saved_tensors
-        slope_ND = torch.empty_like(tokens_ND)  # of the summands, by their deviation from the mean
-        slope_ED = torch.zeros_like(mean_ED)  # by the mean itself
-        blocks = blocks_of_rows(tokens_ND, tokens_ND.shape[1])
-        for rows in blocks:
-            away_RD = tokens_ND[rows] - mean_ED.index_select(0, assignment_N[rows])
-            slope_ND[rows] = away_RD.sign_() if ctx.dispersion == "mad" else away_RD.mul_(2)
-            add_product(slope_ED, member_NE[rows].T, slope_ND[rows])
-        slope_ED /= count_E[:, None]
-        scale_ED = grad_ED / count_E[:, None]
-        for rows in blocks:
-            slope_ND[rows] -= slope_ED.index_select(0, assignment_N[rows])
-            slope_ND[rows] *= scale_ED.index_select(0, assignment_N[rows])
-        return slope_ND, None, None, None, None
+        (tokens_ND,) = ctx.saved_tensors
+        dtokens_ND = torch.empty_like(tokens_ND)
+        for members_R, grad_D in zip(ctx.members, grad_ED.unbind(), strict=True):
+            if len(members_R):
+                slope_RD = _deviations(tokens_ND, members_R)
+                slope_RD = slope_RD.sign_() if ctx.dispersion == "mad" else slope_RD.mul_(2)
+                slope_RD -= slope_RD.mean(0)  # what a token does to its cluster's mean
+                dtokens_ND.index_copy_(0, members_R, slope_RD.mul_(grad_D / len(members_R)))
+        return dtokens_ND, None, None
+
+
+def _deviations(tokens_ND: Tensor, members_R: Tensor) -> Tensor:
+    """[R, D]: of a cluster's tokens from their mean."""
+    members_RD = tokens_ND.index_select(0, members_R)
+    return members_RD.sub_(members_RD.mean(0))
+
+
+def _dispersion_by_products(
+    tokens_ND: Tensor, assignment_N: Tensor, num_experts: int, dispersion: Dispersion
+) -> tuple[Tensor, Tensor]:
+    """Cluster sums as products with the one-hot assignment, for a GPU or a compiler.
+
+    Shapes depend on no value, nothing waits for the device, and (unlike atomic adds) a GPU repeats them to
+    the last digit.
+    """
+    clusters_E = torch.arange(num_experts, device=assignment_N.device)
+    member_NE = (assignment_N[:, None] == clusters_E).to(tokens_ND.dtype)
+    count_E = member_NE.sum(0)
+    share_EN = (member_NE / count_E.clamp(min=1)).T
+    away_ND = tokens_ND - member_NE @ (share_EN @ tokens_ND)
+    return share_EN @ (away_ND.abs() if dispersion == "mad" else away_ND.square()), count_E >= 2
 
 
 def scaled_scores(
@@ -164,7 +170,7 @@ class _ScaledScores(torch.autograd.Function):
     ) -> Tensor:
         tokens_ND, embeddings_ED = tokens_ND.contiguous(), embeddings_ED.contiguous()
         scores_NE = tokens_ND.new_empty(len(tokens_ND), len(embeddings_ED))
-        for rows in blocks_of_rows(tokens_ND, tokens_ND.shape[1]):
+        for rows in _blocks(tokens_ND):
             scaled_RD = scales_ED.index_select(0, assignment_N[rows]).mul_(tokens_ND[rows])
             scores_NE[rows] = product(scaled_RD, embeddings_ED.T)
         ctx.save_for_backward(tokens_ND, assignment_N, scales_ED, embeddings_ED)
@@ -177,7 +183,7 @@ class _ScaledScores(torch.autograd.Function):
         grad_NE = grad_NE.contiguous()
         dtokens_ND, dembeddings_ED = torch.empty_like(tokens_ND), torch.zeros_like(embeddings_ED)
         dscales_ED = torch.zeros_like(scales_ED) if ctx.needs_input_grad[2] else None
-        for rows in blocks_of_rows(tokens_ND, tokens_ND.shape[1]):
+        for rows in _blocks(tokens_ND):
             scales_RD = scales_ED.index_select(0, assignment_N[rows])
             dscaled_RD = product(grad_NE[rows], embeddings_ED)
             torch.mul(dscaled_RD, scales_RD, out=dtokens_ND[rows])
@@ -185,6 +191,11 @@ class _ScaledScores(torch.autograd.Function):
             if dscales_ED is not None:
                 dscales_ED.index_add_(0, assignment_N[rows], dscaled_RD.mul_(tokens_ND[rows]))
         return dtokens_ND, None, dscales_ED, dembeddings_ED
+
+
+def _blocks(tokens_ND: Tensor) -> list[slice]:
+    """Twice the usual size: products with so few columns want more rows than those of experts."""
+    return blocks_of_rows(tokens_ND, max(1, tokens_ND.shape[1] // 2))
 
 
 def scales_of_dispersion(

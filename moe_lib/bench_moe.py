@@ -271,6 +271,7 @@ class AuthorsRouter(nn.Module):
     def __init__(self, router: AdaptiveClusteringRouter, deviation: Deviation) -> None:
         super().__init__()
         self.embeddings_ED = nn.Parameter(router.embeddings_ED.detach().clone())
+        assert router.top_k is not None
         self.top_k, self.deviation = router.top_k, deviation
 
     def forward(self, tokens_ND: Tensor, previous: Routing) -> Routing:
@@ -280,7 +281,10 @@ class AuthorsRouter(nn.Module):
             weight_ED = torch.minimum(weight_ED, 10 * weight_ED.mean())
             weight_ED = weight_ED / weight_ED.mean(0)
         scaled_ND = tokens_ND * weight_ED[cluster_N]
-        return route(scaled_ND @ F.normalize(self.embeddings_ED, dim=1).T, self.top_k)
+        logits_NE = scaled_ND @ F.normalize(self.embeddings_ED, dim=1).T
+        probs_NE = logits_NE.softmax(1)
+        weights_NK, indices_NK = probs_NE.topk(self.top_k, 1)
+        return Routing(logits_NE, probs_NE, indices_NK, weights_NK / weights_NK.sum(1, keepdim=True))
 
 
 DEVIATIONS: dict[str, Deviation] = {"authors": by_masks, "authors, sums": by_sums, "pairwise": pairwise}

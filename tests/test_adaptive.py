@@ -120,6 +120,22 @@ def test_scales_equal_the_loops_whatever_the_clusters(
     np.testing.assert_allclose(scales_ED, expected_ED, rtol=1e-9)
 
 
+@pytest.mark.parametrize("dispersion", ["mad", "variance"])
+def test_products_for_a_gpu_equal_the_clusters_one_by_one(dispersion, monkeypatch):
+    """Values and gradient, with an empty cluster and one of a single token."""
+    assignment_N = torch.tensor([0, 3, 0, 0, 3, 1, 3, 0, 3])
+    tokens_ND = random(9, D).requires_grad_()
+
+    def scales_and_gradient():
+        scales_ED = adaptive_scales(tokens_ND, assignment_N, 4, dispersion)
+        return scales_ED, *torch.autograd.grad((scales_ED * random(4, D, seed=5)).sum(), tokens_ND)
+
+    one_by_one = scales_and_gradient()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for found, expected in zip(scales_and_gradient(), one_by_one, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_both_forms_of_the_authors(seed):
     tokens_ND, assignment_N = clustered(60, seed)

@@ -63,6 +63,12 @@ def test_top_restricts_a_decision_that_was_already_made():
         assert torch.equal(restricted, direct)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_among_equals_k_different_experts_are_chosen(k):
+    indices_NK = route(torch.zeros(4, 5), top_k=k).indices_NK
+    assert all(len(set(row)) == k for row in indices_NK.tolist())
+
+
 def test_dense_weights_are_zero_where_not_chosen():
     routing = route(random_logits(), top_k=2)
     dense_NE = routing.dense_weights()
