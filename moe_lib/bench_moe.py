@@ -150,8 +150,7 @@ def rows(quick: bool = False) -> list[Row]:
     return [
         _row(Size(100, 128, 128, 10, 8, 8), goal_time=1.4),
         _row(Size(4096, 128, 128, 10, 8, 8), goal_memory=5, rounds=9),
-        _row(Size(256, 96, 96, 96, 16, 2)),
-        _row(Size(2048, 96, 96, 96, 16, 2)),  # the transformers of the core profile
+        *(_row(Size(N, 96, 96, 96, 16, 2), goal_time=1) for N in (256, 1024, 2048)),  # as in the core profile
         _row(layer, goal_time=1, rounds=9),
         _row(layer, torch.bfloat16, goal_time=1.4, rounds=9),
     ]

@@ -7,12 +7,12 @@
     grouped  top-k on a GPU that has one product for all experts
 
 Shapes: N rows, D width, H expert hidden width, O output width, E experts, K chosen; F = E * H; M = N * K
-choices; R rows of a block or of an expert.
+choices; R rows of a block or a group of experts; S rows of one expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_lib.adaptive import at_least_float32
-from moe_lib.products import blocks_of_rows, product, relu_product
+from moe_lib.products import BLOCK, ONEDNN_FROM, blocks_of_rows, product, relu_product
 from moe_lib.routing import Routing
 
 
@@ -111,35 +111,64 @@ def _mask(d_RF: Tensor, hidden_RF: Tensor) -> None:
 # ------------------------------------------------------------------------------------------ top-k
 
 
+class _Group(NamedTuple):
+    """Experts next to each other whose rows are gathered, weighed and added up together."""
+
+    experts: slice
+    places: slice  # in the list of all choices, expert by expert
+    row_R: Tensor
+    sizes: list[int]  # rows of each expert
+
+
 def _by_expert(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
     num_rows, top_k = routing.indices_NK.shape
+    num_experts, hidden_dim, out_dim = experts.w2_EHO.shape
     expert_M = routing.indices_NK.flatten()  # row by row
-    counts = torch.bincount(expert_M, minlength=len(experts.b1_EH)).tolist()
+    counts = torch.bincount(expert_M, minlength=num_experts).tolist()
+    spares = [_spare(count, hidden_dim * max(x_ND.shape[1], out_dim)) for count in counts]
     by_expert = expert_M.argsort(stable=True).split(counts)
     # Spare places are filled with a choice that does not exist, M, of weight 0.
-    choice_M = torch.cat([F.pad(own_R, (0, _spare(len(own_R))), value=len(expert_M)) for own_R in by_expert])
+    choice_M = torch.cat(
+        [
+            F.pad(own_R, (0, spare), value=len(expert_M)) if spare else own_R
+            for own_R, spare in zip(by_expert, spares, strict=True)
+        ]
+    )
     gate_M = F.pad(routing.weights_NK.flatten(), (0, 1)).index_select(0, choice_M)
     row_M = (choice_M // top_k).clamp_(max=num_rows - 1)
-    rows = row_M.split([count + _spare(count) for count in counts])
-    return _Chosen.apply(rows, torch.is_grad_enabled(), x_ND, gate_M, *experts)
+    sizes = [count + spare for count, spare in zip(counts, spares, strict=True)]
+    groups = _groups(row_M, sizes, BLOCK // (2 * max(x_ND.shape[1], hidden_dim, out_dim)))
+    return _Chosen.apply(groups, torch.is_grad_enabled(), x_ND, gate_M, *experts)
 
 
-def _spare(count: int) -> int:
+def _spare(count: int, multiplications: int) -> int:
     """What is missing to a multiple of 16, or beyond 512 to a number of 5 binary digits and zeros.
 
     oneDNN compiles a product anew for each shape, which takes about as long as the product itself, and the
-    number of rows that choose an expert changes step by step.
+    number of rows that choose an expert changes step by step. Small products do without it.
     """
-    return -count % 2 ** max(4, count.bit_length() - 5)
+    return -count % 2 ** max(4, count.bit_length() - 5) if count * multiplications >= ONEDNN_FROM else 0
+
+
+def _groups(row_M: Tensor, sizes: list[int], most: int) -> list[_Group]:
+    """As many experts in a group as have `most` rows together, one at least."""
+    groups, first, start = [], 0, 0
+    for last in range(len(sizes)):
+        stop = start + sum(sizes[first : last + 1])
+        if last + 1 == len(sizes) or stop - start + sizes[last + 1] > most:
+            places = slice(start, stop)
+            groups.append(_Group(slice(first, last + 1), places, row_M[places], sizes[first : last + 1]))
+            first, start = last + 1, stop
+    return groups
 
 
 class _Chosen(torch.autograd.Function):
-    """`rows`: those of each expert; `gate_M`: their weights, expert by expert."""
+    """`gate_M`: the weights of all choices, expert by expert."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        rows: Sequence[Tensor],
+        groups: Sequence[_Group],
         keep: bool,
         x_ND: Tensor,
         gate_M: Tensor,
@@ -150,16 +179,14 @@ class _Chosen(torch.autograd.Function):
     ) -> Tensor:
         sum_NO = at_least_float32(x_ND.new_zeros(len(x_ND), b2_EO.shape[1]))
         kept = []
-        gates = gate_M.split([len(row_R) for row_R in rows])
-        for row_R, gate_R, w1_DH, b1_H, w2_HO, b2_O in zip(
-            rows, gates, w1_EDH, b1_EH, w2_EHO, b2_EO, strict=True
-        ):
-            hidden_RH = relu_product(x_ND.index_select(0, row_R), w1_DH, b1_H)
-            out_RO = product(hidden_RH, w2_HO, b2_O)
-            sum_NO.index_add_(0, row_R, (gate_R[:, None] * out_RO).to(sum_NO.dtype))
+        for experts, places, row_R, sizes in groups:
+            x_RD = x_ND.index_select(0, row_R)
+            hidden_RH = _each(relu_product, x_RD.split(sizes), w1_EDH[experts], b1_EH[experts])
+            out_RO = _each(product, hidden_RH.split(sizes), w2_EHO[experts], b2_EO[experts])
+            sum_NO.index_add_(0, row_R, (gate_M[places, None] * out_RO).to(sum_NO.dtype))
             if keep:
                 kept += [hidden_RH, out_RO]
-        ctx.rows = rows
+        ctx.groups = groups
         ctx.save_for_backward(x_ND, gate_M, w1_EDH, b1_EH, w2_EHO, b2_EO, *kept)
         return sum_NO.to(x_ND.dtype)
 
@@ -170,21 +197,29 @@ class _Chosen(torch.autograd.Function):
         dx_ND, dgate_M = torch.zeros_like(x_ND), torch.empty_like(gate_M)
         for_weights = any(ctx.needs_input_grad[4:])
         dw1_EDH, db1_EH, dw2_EHO, db2_EO = map(torch.empty_like, (w1_EDH, b1_EH, w2_EHO, b2_EO))
-        start = 0
-        for e, row_R in enumerate(ctx.rows):
-            choices = slice(start, start := start + len(row_R))
-            hidden_RH, out_RO = kept[2 * e : 2 * e + 2]
+        for (experts, places, row_R, sizes), hidden_RH, out_RO in zip(
+            ctx.groups, kept[::2], kept[1::2], strict=True
+        ):
             grad_RO = grad_NO.index_select(0, row_R)
-            dgate_M[choices] = (grad_RO * out_RO).sum(1)
-            grad_RO.mul_(gate_M[choices, None])
-            d_RH = product(grad_RO, w2_EHO[e].T)
+            dgate_M[places] = (grad_RO * out_RO).sum(1)
+            grad_RO.mul_(gate_M[places, None])
+            d_RH = _each(product, grad_RO.split(sizes), w2_EHO[experts].mT)
             _mask(d_RH, hidden_RH)
-            dx_ND.index_add_(0, row_R, product(d_RH, w1_EDH[e].T))
+            dx_ND.index_add_(0, row_R, _each(product, d_RH.split(sizes), w1_EDH[experts].mT))
             if for_weights:
-                dw1_EDH[e], db1_EH[e] = product(x_ND.index_select(0, row_R).T, d_RH), d_RH.sum(0)
-                dw2_EHO[e], db2_EO[e] = product(hidden_RH.T, grad_RO), grad_RO.sum(0)
+                parts = (x_ND.index_select(0, row_R), d_RH, hidden_RH, grad_RO)
+                rows_of_each = zip(*(part.split(sizes) for part in parts), strict=True)
+                for e, (x_SD, d_SH, hidden_SH, grad_SO) in enumerate(rows_of_each, experts.start):
+                    dw1_EDH[e], db1_EH[e] = product(x_SD.T, d_SH), d_SH.sum(0)
+                    dw2_EHO[e], db2_EO[e] = product(hidden_SH.T, grad_SO), grad_SO.sum(0)
         dweights = (dw1_EDH, db1_EH, dw2_EHO, db2_EO) if for_weights else (None,) * 4
         return None, None, dx_ND, dgate_M, *dweights
+
+
+def _each(function: Callable[..., Tensor], parts: Sequence[Tensor], *weights: Tensor) -> Tensor:
+    """Each expert's rows by its own weights, one below the other."""
+    found = [function(*one) for one in zip(parts, *weights, strict=True)]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 # ------------------------------------------------------------------------------- grouped products

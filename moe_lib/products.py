@@ -28,7 +28,7 @@ def _onednn() -> Callable[..., Tensor] | None:
     return lambda a, b, bias, function="none": linear(a, b, bias, function, [], "")
 
 
-ONEDNN_FROM = 400_000  # multiplications; below, its overhead of 10 microseconds shows
+ONEDNN_FROM = 1_000_000  # multiplications; below, its overhead of 10 microseconds shows
 
 
 def _fast_linear(a_RK: Tensor, columns: int) -> Callable[..., Tensor] | None:

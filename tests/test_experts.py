@@ -451,10 +451,22 @@ def test_blocks_and_either_library_of_products(top_k, monkeypatch):
 
 
 def test_row_counts_take_few_values():
-    counts = {count + expert_kernels._spare(count) for count in range(4097)}
+    large = products.ONEDNN_FROM
+    counts = {count + expert_kernels._spare(count, large) for count in range(4097)}
     assert len(counts) <= 33 + 3 * 16
     for count in range(4097):
-        assert 0 <= expert_kernels._spare(count) <= max(15, count / 16)
+        assert 0 <= expert_kernels._spare(count, large) <= max(15, count / 16)
+        assert expert_kernels._spare(count, large // 5000) == 0  # products that oneDNN does not see
+
+
+def test_groups_hold_every_expert_and_choice_once():
+    sizes = [3, 0, 5, 900, 2, 2, 0, 0]
+    row_M = torch.arange(sum(sizes))
+    groups = expert_kernels._groups(row_M, sizes, most=8)
+    assert [group.sizes for group in groups] == [[3, 0, 5], [900], [2, 2, 0, 0]]
+    assert torch.equal(torch.cat([group.row_R for group in groups]), row_M)
+    assert torch.equal(torch.cat([row_M[group.places] for group in groups]), row_M)
+    assert [e for group in groups for e in range(8)[group.experts]] == list(range(8))
 
 
 @pytest.mark.parametrize("top_k", [2, 5])
