@@ -25,6 +25,7 @@ NOTEBOOKS = {
     "ac-language": "21_ac_language",
     "crossed": "30_snnl_x_ac",
     "snnl-dose": "50_dose_response",
+    "snnl-batches": "50_dose_response",
     "ac-dose": "50_dose_response",
 }
 EXECUTED = list(

@@ -24,6 +24,7 @@ VERSIONS = {
     "crossed": 1,
     "crossed-tuning": 1,
     "snnl-dose": 1,
+    "snnl-batches": 1,
     "ac-dose": 1,
 }
 

@@ -149,8 +149,11 @@ class Objective:
     balance: float = 0.0  # weight of the load-balancing loss, on top-1 assignments
     auxiliary: float = 0.0  # weight of a linear classifier's cross-entropy on the code
     pretrain: Literal["none", "snnl", "ce"] = "none"  # first half: extractor alone; then it is frozen
+    samples_per_class: int = 1  # batches are made of this many images of one class, then of another
 
     def __post_init__(self) -> None:
+        if self.samples_per_class < 1:
+            raise ValueError(f"samples_per_class must be at least 1, got {self.samples_per_class}")
         if self.pretrain not in ("none", "snnl", "ce"):
             raise ValueError(f"unknown pretrain {self.pretrain!r}; use 'none', 'snnl' or 'ce'")
         if self.snnl is not None and self.pretrain == "ce":
@@ -204,9 +207,14 @@ class ClassifierTask(nn.Module):
             self.to(memory_format=torch.channels_last)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """The training set in the order of (seed, epoch), ragged last batch included."""
-        train = self.dataset.train
-        order_N = torch.randperm(len(train), generator=generator(self.seed, "order", epoch))
+        """The training set in the order of (seed, epoch), every image once, ragged last batch included."""
+        train, draw = self.dataset.train, generator(self.seed, "order", epoch)
+        order_N = torch.randperm(len(train), generator=draw)
+        if self.objective.samples_per_class > 1:
+            labels_N = train.labels_N.cpu()[order_N]
+            by_class = [order_N[labels_N == label] for label in range(self.dataset.num_classes)]
+            groups = [group for own in by_class for group in own.split(self.objective.samples_per_class)]
+            order_N = torch.cat([groups[i] for i in torch.randperm(len(groups), generator=draw)])
         self._shuffle = generator(self.seed, "shuffled labels", epoch)
         for index in order_N.to(train.labels_N.device).split(self.batch_size):
             batch = train.take(index)

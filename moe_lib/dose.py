@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from moe_lib.arms import ROUTED_SETTINGS, SETTINGS, RoutedSettings, Settings
 from moe_lib.classifier import ClassifierConfig, Mixture, Objective
 from moe_lib.language import LanguageConfig
 from moe_lib.routing import ACConfig
-from moe_lib.snnl import SNNLConfig
-from moe_lib.snnl_kernels import Distance
+from moe_lib.snnl import Combine, SNNLConfig
+from moe_lib.snnl_kernels import Distance, Reduction
 from moe_lib.train import TrainConfig
 from moe_lib.transformer import RoutedObjective
 
@@ -25,16 +25,25 @@ class SNNLDose:
     """The SNNL study's `snnl`, and `base` where the factor is 0."""
 
     factor: float = 1.0
-    temperature: float | None = None  # fixed; None: annealed from 1
+    temperature: float | Literal["learned"] | None = None  # fixed; None: annealed from 1
     layers: tuple[str, ...] = ("code",)
+    combine: Combine = "min"
     distance: Distance = "cosine"
+    reduction: Reduction = "mean"
     num_experts: int = 4
     mixture: Mixture = "logits"
     batch_size: int | None = None  # None: the study's
+    samples_per_class: int = 1
 
     @property
     def control(self) -> SNNLDose:
-        return SNNLDose(0.0, num_experts=self.num_experts, mixture=self.mixture, batch_size=self.batch_size)
+        return SNNLDose(
+            0.0,
+            num_experts=self.num_experts,
+            mixture=self.mixture,
+            batch_size=self.batch_size,
+            samples_per_class=self.samples_per_class,
+        )
 
     @property
     def name(self) -> str:
@@ -44,12 +53,21 @@ class SNNLDose:
         assert isinstance(settings, Settings)
         model = replace(settings.model, num_experts=self.num_experts, mixture=self.mixture)
         train = replace(settings.train, batch_size=self.batch_size or settings.train.batch_size)
+        objective = Objective(samples_per_class=self.samples_per_class)
         if not self.factor:
-            return model, Objective(), train
-        snnl = SNNLConfig(self.factor, distance=self.distance, layers=self.layers)
-        if self.temperature is not None:
+            return model, objective, train
+        snnl = SNNLConfig(
+            self.factor,
+            distance=self.distance,
+            layers=self.layers,
+            combine=self.combine,
+            reduction=self.reduction,
+        )
+        if self.temperature == "learned":
+            snnl = replace(snnl, schedule="learned")
+        elif self.temperature is not None:
             snnl = replace(snnl, schedule="fixed", temperature=self.temperature)
-        return model, Objective(snnl=snnl), train
+        return model, replace(objective, snnl=snnl), train
 
 
 @dataclass(frozen=True)
@@ -219,7 +237,31 @@ _SNNL = snnl_panels(
         "batches of 64": SNNLDose(batch_size=64),
         "batches of 512": SNNLDose(batch_size=512),
         "squared Euclidean distance": SNNLDose(distance="sqeuclidean"),
+        "temperature learned": SNNLDose(temperature="learned"),
+        "sum over three layers": SNNLDose(layers=_LAYERS[-1], combine="sum"),
     },
+)
+# With a hundred classes a batch of 256 holds 2.55 others of an image's class, and for 8 % none.
+_BATCHES = (
+    _panel(
+        "factor × images of one class in a row",
+        ("factor", _shown((1.0, 10.0))),
+        ("in a row", _shown((1, 2, 4, 8))),
+        lambda f, m: SNNLDose(f, samples_per_class=m),
+    ),
+    _panel(
+        "one thing changed",
+        (
+            "",
+            {
+                "mean over all images": SNNLDose(reduction="mean_all"),
+                "batches of 64": SNNLDose(batch_size=64),
+                "batches of 1024": SNNLDose(batch_size=1024),
+            },
+        ),
+        ("factor", {"1": None}),
+        lambda one, _: one,
+    ),
 )
 _AC = ac_panels(
     ("feature", "row", "global", "none"),
@@ -246,6 +288,10 @@ PLANS: dict[str, dict[str, Plan]] = {
         ),
         "core": Plan("fashion_mnist", SETTINGS["core"]["fashion_mnist"], _SNNL, 5, train_images=10_000),
         "paper": Plan("fashion_mnist", SETTINGS["paper"]["fashion_mnist"], _SNNL, 10, train_images=10_000),
+    },
+    "snnl-batches": {
+        "core": Plan("cifar100", SETTINGS["core"]["cifar100"], _BATCHES, 3, train_images=20_000),
+        "paper": Plan("cifar100", SETTINGS["paper"]["cifar100"], _BATCHES, 10),
     },
     "ac-dose": {
         "digits": Plan(

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from moe_lib.snnl_kernels import Distance, Reduction, Route, losses
 
+Combine = Literal["min", "sum", "mean"]
+
 
 def soft_nearest_neighbor_loss(
     features_ND: Tensor,
@@ -118,7 +120,7 @@ class SNNLConfig:
     temperature: float = 1.0  # the first epoch's
     distance: Distance = "cosine"
     layers: tuple[str, ...] = ("code",)  # of the extractor's activations
-    combine: Literal["min", "sum", "mean"] = "min"  # over layers
+    combine: Combine = "min"  # over layers
     reduction: Reduction = "mean"
 
 

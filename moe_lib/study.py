@@ -200,7 +200,9 @@ def routed_tuning_runs(study: str, profile: str) -> Iterator[Run]:
 
 def dose_runs(study: str, profile: str) -> Iterator[Run]:
     """Every dose of a dose-response study and its controls, seed by seed."""
-    planned = PLANS[study][profile]
+    planned = PLANS[study].get(profile)
+    if planned is None:
+        return
     settings = planned.settings
     for seed in SEEDS[: planned.num_seeds]:
         for dose in planned.doses():
@@ -235,6 +237,7 @@ STUDIES: dict[str, Callable[[str], Iterator[Run]]] = {
     "ac-language": partial(routed_runs, "ac-language"),
     "crossed": partial(routed_runs, "crossed"),
     "snnl-dose": partial(dose_runs, "snnl-dose"),
+    "snnl-batches": partial(dose_runs, "snnl-batches"),
     "ac-dose": partial(dose_runs, "ac-dose"),
     "snnl-tuning": tuning_runs,
     "ac-vision-tuning": partial(routed_tuning_runs, "ac-vision"),

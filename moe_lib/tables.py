@@ -481,6 +481,7 @@ def reading(value: stats.PairedComparison, claimed: str) -> str:
 # What a dose-response study shows of each dose: measures, columns they are found in
 DOSE_MEASURES: dict[str, tuple[tuple[str, ...], Columns]] = {
     "snnl-dose": (("accuracy", "cross-entropy", "H(E|c)", "I(x;E)"), COLUMNS),
+    "snnl-batches": (("accuracy", "cross-entropy", "H(E|c)", "I(x;E)"), COLUMNS),
     "ac-dose": (("cross-entropy", "validation area", "H(E|x)", "effective experts"), LANGUAGE_COLUMNS),
 }
 

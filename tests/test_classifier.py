@@ -3,6 +3,7 @@
 Shapes: N samples, D code width, E experts, C classes.
 """
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -321,6 +322,25 @@ def test_batch_order_depends_on_seed_and_epoch_alone():
     assert order(other_arm, 1) == first
     assert order(task, 2) != first
     assert order(make_task(seed=8), 1) != first
+
+
+@pytest.mark.parametrize("together", [2, 3, 1000])
+def test_images_of_a_class_come_in_groups_each_once(together):
+    task = make_task(Objective(samples_per_class=together), batch_size=16)
+    order_N = torch.cat([images_NCHW[:, 0, 0, 0] for images_NCHW, _ in task.batches(1)])
+    assert (order_N * 255).round().long().sort().values.tolist() == list(range(50))
+    labels = torch.cat([labels_N for _, labels_N in task.batches(1)]).tolist()
+    counts = task.dataset.train.labels_N.bincount().tolist()
+    most = sum(-(-count // together) for count in counts)  # fewer where two groups of a class meet
+    runs = [len(list(run)) for _, run in itertools.groupby(labels)]
+    assert most / 2 < len(runs) <= most
+    assert sum(length < min(together, *counts) for length in runs) <= len(counts)  # a class's last group
+    assert labels != torch.cat([labels_N for _, labels_N in task.batches(2)]).tolist()
+
+
+def test_groups_of_less_than_one_are_refused():
+    with pytest.raises(ValueError, match=r"samples_per_class.*0"):
+        Objective(samples_per_class=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 0, -3])

@@ -30,7 +30,7 @@ def test_a_control_lacks_the_remedy_and_nothing_else(name, profile):
             treated, control = one.arm(planned.settings), one.control.arm(planned.settings)
             assert one.control.control == one.control
             assert treated[2] == control[2]  # training
-            if name == "snnl-dose":
+            if name != "ac-dose":
                 assert treated[0] == control[0]
                 assert treated[1].snnl is not None
                 assert control[1] == replace(treated[1], snnl=None)
@@ -64,13 +64,15 @@ def test_names():
     assert SNNLDose().name == "snnl"
     assert SNNLDose(0.1, layers=("conv1", "code")).name == "snnl-factor=0.1-layers=conv1+code"
     assert SNNLDose(0.1, num_experts=8).control.name == "base-num_experts=8"
+    assert SNNLDose(temperature="learned").name == "snnl-temperature=learned"
+    assert SNNLDose(0.1, samples_per_class=4).control.name == "base-samples_per_class=4"
     assert ACDose(ACConfig(normalize="row", max_ratio=None)).name == "ac-normalize=row-max_ratio=None"
     assert ACDose(ACConfig(mixed=True), (0, 1)).control.name == "cosine-moe_blocks=0+1"
 
 
 def test_study_of_a_data_set():
     assert study.dose_study("core", "wikitext2") == "ac-dose"
-    with pytest.raises(study.StudyError, match=r"'svhn'.*known: fashion_mnist, wikitext2"):
+    with pytest.raises(study.StudyError, match=r"'svhn'.*known: fashion_mnist, cifar100, wikitext2"):
         study.dose_study("core", "svhn")
 
 
