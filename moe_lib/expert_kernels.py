@@ -7,7 +7,8 @@
     grouped  top-k on a GPU that has one product for all experts
 
 Shapes: N rows, D width, H expert hidden width, O output width, E experts, K chosen; F = E * H; M = N * K
-choices; R rows of a block or a group of experts; S rows of one expert.
+choices; R rows of a block or a group of experts; S rows of one expert;
+I, J widths in and out of a layer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_lib.adaptive import at_least_float32
-from moe_lib.products import BLOCK, ONEDNN_FROM, blocks_of_rows, product, relu_product
+from moe_lib.products import BLOCK, ONEDNN_FROM, add_product, blocks_of_rows, product, relu_product
 from moe_lib.routing import Routing
 
 
@@ -196,7 +197,7 @@ class _Chosen(torch.autograd.Function):
         x_ND, gate_M, w1_EDH, b1_EH, w2_EHO, b2_EO, *kept = ctx.saved_tensors
         dx_ND, dgate_M = torch.zeros_like(x_ND), torch.empty_like(gate_M)
         for_weights = any(ctx.needs_input_grad[4:])
-        dw1_EDH, db1_EH, dw2_EHO, db2_EO = map(torch.empty_like, (w1_EDH, b1_EH, w2_EHO, b2_EO))
+        dw1_EDH, db1_EH, dw2_EHO, db2_EO = map(torch.zeros_like, (w1_EDH, b1_EH, w2_EHO, b2_EO))
         for (experts, places, row_R, sizes), hidden_RH, out_RO in zip(
             ctx.groups, kept[::2], kept[1::2], strict=True
         ):
@@ -207,11 +208,17 @@ class _Chosen(torch.autograd.Function):
             _mask(d_RH, hidden_RH)
             dx_ND.index_add_(0, row_R, _each(product, d_RH.split(sizes), w1_EDH[experts].mT))
             if for_weights:
-                parts = (x_ND.index_select(0, row_R), d_RH, hidden_RH, grad_RO)
-                rows_of_each = zip(*(part.split(sizes) for part in parts), strict=True)
-                for e, (x_SD, d_SH, hidden_SH, grad_SO) in enumerate(rows_of_each, experts.start):
-                    dw1_EDH[e], db1_EH[e] = product(x_SD.T, d_SH), d_SH.sum(0)
-                    dw2_EHO[e], db2_EO[e] = product(hidden_SH.T, grad_SO), grad_SO.sum(0)
+                x_RD = x_ND.index_select(0, row_R)
+                for in_RI, d_RJ, dw_EIJ, db_EJ in (
+                    (x_RD, d_RH, dw1_EDH, db1_EH),
+                    (hidden_RH, grad_RO, dw2_EHO, db2_EO),
+                ):
+                    rows_of_each = in_RI.split(sizes), d_RJ.split(sizes)
+                    for in_SI, d_SJ, dw_IJ, db_J in zip(
+                        *rows_of_each, dw_EIJ[experts], db_EJ[experts], strict=True
+                    ):
+                        add_product(dw_IJ, in_SI.T, d_SJ)
+                        torch.sum(d_SJ, 0, out=db_J)
         dweights = (dw1_EDH, db1_EH, dw2_EHO, db2_EO) if for_weights else (None,) * 4
         return None, None, dx_ND, dgate_M, *dweights
 

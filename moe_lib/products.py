@@ -28,11 +28,11 @@ def _onednn() -> Callable[..., Tensor] | None:
     return lambda a, b, bias, function="none": linear(a, b, bias, function, [], "")
 
 
-ONEDNN_FROM = 1_000_000  # multiplications; below, its overhead of 10 microseconds shows
+ONEDNN_FROM = 1_500_000  # multiplications; below, its overhead of 10 microseconds shows
 
 
 def _fast_linear(a_RK: Tensor, columns: int) -> Callable[..., Tensor] | None:
-    large = a_RK.numel() * columns >= ONEDNN_FROM
+    large = a_RK.numel() * max(32, columns) >= ONEDNN_FROM  # torch.mm is slow with few columns
     return _onednn() if large and a_RK.dtype == torch.float32 and a_RK.device.type == "cpu" else None
 
 

@@ -174,7 +174,7 @@ def test_memory_of_a_step_that_holds_a_known_amount():
 
 def test_memory_is_measured_in_a_fresh_process():
     ballast_N = torch.ones(30_000_000)  # 120 MB that a child does not have
-    found = bench._memory_in_fresh_process("snnl", 1, "ours, streaming", Machine(), quick=True)
+    found = bench._memory_in_fresh_processes("snnl", 1, "ours, streaming", Machine(), quick=True)
     assert found is None or 0 < found < 60
     assert ballast_N.sum() > 0
 
@@ -192,7 +192,7 @@ def test_an_allocator_that_was_tuned_is_named(monkeypatch):
 
 @pytest.fixture
 def without_children(monkeypatch):
-    monkeypatch.setattr(bench, "_memory_in_fresh_process", lambda *_: 3.5)
+    monkeypatch.setattr(bench, "_memory_in_fresh_processes", lambda *_: 3.5)
 
 
 @pytest.mark.usefixtures("without_children")

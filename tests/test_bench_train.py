@@ -82,7 +82,7 @@ def test_bfloat16_is_compared_seed_by_seed():
 
 
 def test_a_quick_look_writes_every_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "_memory_in_fresh_process", lambda *_: 3.5)
+    monkeypatch.setattr(bench, "_memory_in_fresh_processes", lambda *_: 3.5)
     monkeypatch.setattr(bench, "probe", lambda machine: Rates(1e11, 1e11, 1e11, 1e10, 1e9))
     monkeypatch.setattr(bench_train, "bfloat16", lambda machine: [])
     assert bench.main(["train", "--quick", "--out", str(tmp_path)]) == 0

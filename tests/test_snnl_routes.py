@@ -337,7 +337,7 @@ def test_only_the_dense_route_holds_all_pairs(route, quadratic, monkeypatch):
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_either_library_of_products_will_do(distance, route, monkeypatch):
     """N and D large enough for oneDNN, where torch has it."""
-    features_ND, labels_N = sample(170, 40, 5, 0, torch.float32)
+    features_ND, labels_N = sample(200, 40, 5, 0, torch.float32)
     assert features_ND.numel() * len(labels_N) >= products.ONEDNN_FROM
     temperature = 1.0 if distance == "cosine" else 40.0
     agrees(features_ND, labels_N, temperature, distance, "mean", route, 1e-5, 1e-5)
