@@ -123,8 +123,8 @@ SEED_COUNTS: dict[str, dict[str, list[tuple[Sequence[str], int]]]] = {
     "core": {
         "fashion_mnist": [(MAIN_ARMS, 10), (MECHANISM_ARMS, 5), (OTHER_ARMS, 3)],
         "cifar100": [
-            ((*MAIN_ARMS, "snnl-shuffled"), 10),
-            (("dense", "dense-snnl", "base-balance"), 5),
+            ((*MAIN_ARMS, "snnl-shuffled", "dense", "dense-snnl"), 10),
+            (("base-balance",), 5),
         ],
         "cifar10": [((*MAIN_ARMS, "dense", "dense-snnl"), 5)],
         "mnist": [(MAIN_ARMS, 3)],

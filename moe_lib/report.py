@@ -346,6 +346,8 @@ def readme_section() -> str:
         return f"{BEGIN}\nNo finished runs yet.\n{END}"
     planned = sum(len(study.runs(profile, name)) for name in studies)
     machines = ", ".join(sorted({r["machine"] for r in results}))
+    found = verdicts(profile)
+    supported = reasons(found).query("verdict == 'supported'")
     sections = [
         f"Profile `core`: {len(results)} of {planned} planned runs finished, "
         f"{core_minutes(results):.0f} core-minutes on {machines}. "
@@ -353,7 +355,12 @@ def readme_section() -> str:
         "Verdicts. A claim must hold against every fair control; the contrast shown is the one least in its "
         "favour, paired by seed (95 % t interval; exact sign-flip p, Holm over a study). Fewer than eight "
         "seeds are a pilot: shown, never decided on.",
-        markdown(verdict_table(verdicts(profile))),
+        markdown(verdict_table(found)),
+        *(
+            ["Why, and whose doing it is, where a claim is supported:", markdown(supported)]
+            if len(supported)
+            else []
+        ),
         "SNNL: is there collapse? Of four experts, mean ± standard deviation over seeds:",
         markdown(collapse_table(profile)),
         "SNNL: test accuracy in %, mean ± standard deviation over seeds (number of seeds):",
