@@ -103,8 +103,8 @@ SETTINGS: dict[str, dict[str, Settings]] = {
         # weights at that rate. CIFAR-10 takes over from CIFAR-100 and MNIST from FashionMNIST; an arm
         # outside the grid takes over from its partner.
         "fashion_mnist": Settings(_CNN, _CORE, factor=1.0, dense_factor=1.0, balance=0.01, auxiliary=1.0),
-        "cifar100": Settings(_CNN, _CORE, factor=1.0, dense_factor=1.0, balance=0.01, auxiliary=1.0),
-        "cifar10": Settings(_CNN, _CORE, factor=1.0, dense_factor=1.0, balance=0.01, auxiliary=1.0),
+        "cifar100": Settings(_CNN, _CORE, factor=1.0, dense_factor=1.0, balance=0.001, auxiliary=1.0),
+        "cifar10": Settings(_CNN, _CORE, factor=1.0, dense_factor=1.0, balance=0.001, auxiliary=1.0),
         "mnist": Settings(_CNN, _CORE, factor=1.0, dense_factor=1.0, balance=0.01, auxiliary=1.0),
     },
 }
