@@ -23,10 +23,11 @@ Shapes: S seeds.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -623,6 +624,13 @@ def least_favourable(verdict: Verdict) -> str | None:
         return claim.measure.sign * contrast.difference / max(contrast.high - contrast.low, 1e-300)
 
     return min(known, key=favour, default=None)
+
+
+def tally(found: Sequence[Verdict]) -> str:
+    """How many verdicts of each kind, in one sentence."""
+    counts = Counter(verdict.outcome for verdict in found)
+    kinds = [f"{counts[kind]} {kind}" for kind in get_args(Outcome) if counts[kind]]
+    return f"Of {len(found)} verdicts: {', '.join(kinds)}."
 
 
 def verdict_table(found: Sequence[Verdict]) -> pd.DataFrame:

@@ -354,7 +354,7 @@ def readme_section() -> str:
         "Regenerate with `make report PROFILE=core`.",
         "Verdicts. A claim must hold against every fair control; the contrast shown is the one least in its "
         "favour, paired by seed (95 % t interval; exact sign-flip p, Holm over a study). Fewer than eight "
-        "seeds are a pilot: shown, never decided on.",
+        f"seeds are a pilot: shown, never decided on. {claims.tally(found)}",
         markdown(verdict_table(found)),
         *(
             ["Why, and whose doing it is, where a claim is supported:", markdown(supported)]

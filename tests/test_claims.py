@@ -188,6 +188,15 @@ def test_a_missing_arm_is_no_decision():
     assert table.loc[0, ["difference", "seeds", "p (Holm)"]].tolist() == ["-", "-", "-"]
 
 
+def test_verdicts_are_counted_by_kind():
+    found = [
+        claims.decide(CLAIM["snnl-accuracy"], snnl_results(gain=0.05)),
+        claims.decide(CLAIM["snnl-accuracy"], snnl_results(gain=0.05, seeds=range(8))),
+        claims.decide(CLAIM["snnl-accuracy"], snnl_results(arms=("snnl",))),
+    ]
+    assert claims.tally(found) == "Of 3 verdicts: 2 supported, 1 pilot."
+
+
 def test_the_table_shows_the_contrast_least_in_the_claims_favour():
     """A clear loss against one control, not the larger p of a draw with the other."""
     verdict = claims.decide(
