@@ -165,7 +165,7 @@ def figure(content: dict[str, Any]) -> Any:
     from moe_lib import plots
 
     sizes = list(dict.fromkeys(entry["size"] for entry in content["exponents"]))
-    drawn, axes = plots.new_figure(3.2 * max(len(sizes), 1), 6.4, 2, max(len(sizes), 1))
+    drawn, axes = plots.new_figure(3.2 * max(len(sizes), 1), 6.4, 2, max(len(sizes), 1), sharey="row")
     for key, column, title, across in zip(
         ("time", "memory"), ("milliseconds", "memory_mb"), ("time (ms)", "memory (MB)"), axes, strict=True
     ):
