@@ -12,17 +12,15 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_lib import bench_cost, bench_moe, bench_snnl, bench_train, store
+from moe_lib import bench_cost, bench_moe, bench_scaling, bench_snnl, bench_train, store
 from moe_lib.data import ROOT
 from moe_lib.measure import Machine, Row, available_memory, compare, memory_of_a_step, probe, ratio
-
-MEMORY_PROCESSES = 3
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Bench:
     rows: Callable[[bool], list[Row]]  # from whether it is a quick look
     checks: Mapping[str, Callable[[Machine], Any]]  # what else goes into the file, by its key
     figure: Callable[[dict[str, Any]], Any]  # from the file's content
+    fits: Mapping[str, Callable[[list[dict[str, Any]]], Any]] = field(default_factory=dict)  # of the rows
 
 
 def benches() -> dict[str, Bench]:
@@ -39,6 +38,12 @@ def benches() -> dict[str, Bench]:
         "moe": Bench(bench_moe.rows, {"new_shapes": bench_moe.new_shapes}, rows_figure),
         "router": Bench(bench_moe.router_rows, {}, rows_figure),
         "train": Bench(bench_train.rows, {"bfloat16": bench_train.bfloat16}, rows_figure),
+        "scaling": Bench(
+            bench_scaling.rows,
+            {"throughput": bench_scaling.throughput},
+            bench_scaling.figure,
+            {"exponents": bench_scaling.exponents},
+        ),
         "cost": Bench(lambda quick: [], {"fit": bench_cost.check}, bench_cost.figure),
     }
 
@@ -85,7 +90,7 @@ def measure(name: str, machine: Machine, quick: bool, only: list[int] | None = N
     ]
     for key, check in bench.checks.items():
         content[key] = check(machine)
-    return content
+    return content | {key: fit(content["rows"]) for key, fit in bench.fits.items()}
 
 
 def _measured(bench: str, row: Row, number: int, machine: Machine, quick: bool) -> dict[str, Any]:
@@ -105,7 +110,9 @@ def _measured(bench: str, row: Row, number: int, machine: Machine, quick: bool) 
             "fastest": 1e3 * times[0],
             "share_of_limit": limit / times[len(times) // 2],
             "times_ours": ratio(seconds[contestant.name], seconds[ours]),
-            "memory_mb": _memory_in_fresh_processes(bench, number, contestant.name, machine, quick),
+            "memory_mb": _memory_in_fresh_processes(
+                bench, number, contestant.name, machine, quick, row.processes
+            ),
         }
     peers = [figures for figures in contestants.values() if figures["peer"]]
     memories = [figures["memory_mb"] for figures in peers]
@@ -137,6 +144,10 @@ def _line(result: dict[str, Any]) -> str:
         return text if goal is None else f"{text} (goal {goal:g})"
 
     goals = result["goals"]
+    if len(result["contestants"]) == 1:
+        ((name, alone),) = result["contestants"].items()
+        share = against(alone["share_of_limit"], goals["share"])
+        return f"{result['row']}: {name} {alone['milliseconds']:.2f} ms, {share} of the limit"
     return (
         f"{result['row']}: {against(result['faster_than_fastest_peer'], goals['faster'])} times as fast "
         f"as the fastest peer, 1/{against(result['memory_saving'], goals['saving'])} of the memory, "
@@ -145,13 +156,13 @@ def _line(result: dict[str, Any]) -> str:
 
 
 def _memory_in_fresh_processes(
-    bench: str, number: int, contestant: str, machine: Machine, quick: bool
+    bench: str, number: int, contestant: str, machine: Machine, quick: bool, processes: int = 1
 ) -> float | None:
     """Median: what an allocator holds back differs by a fifth from process to process."""
     command = [sys.executable, "-m", "moe_lib.bench", bench, "--memory-of", str(number), contestant]
     command += ["--device", machine.device, "--threads", str(machine.threads), *["--quick"] * quick]
     found = []
-    for _ in range(1 if quick else MEMORY_PROCESSES):
+    for _ in range(1 if quick else processes):
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         if done.returncode:
             raise RuntimeError(

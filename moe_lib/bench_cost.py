@@ -11,7 +11,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from moe_lib import cost, store, study
-from moe_lib.measure import Machine
+from moe_lib.measure import Machine, probe
 
 ROUNDS = 50  # of reweighting
 
@@ -84,6 +84,7 @@ def check(machine: Machine) -> dict[str, Any]:
     by_arm, by_study = (left_out(known, keys) for keys in (("study", "dataset", "arm"), ("study", "dataset")))
     return {
         "seconds_per": fit(known),
+        "rates": probe(machine)._asdict(),  # of the machine that made the runs: it is asked to fit them too
         "groups": [
             {
                 "study": group.study,

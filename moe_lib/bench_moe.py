@@ -145,18 +145,18 @@ def contestants(top_k: int | None) -> dict[str, type[nn.Module]]:
 def rows(quick: bool = False) -> list[Row]:
     """Time and memory of value and gradient, by the input and all weights."""
     if quick:
-        return [_row(Size(40, 16, 16, 5, 4, 4), rounds=3), _row(Size(40, 16, 16, 16, 4, 2), rounds=3)]
+        return [row(Size(40, 16, 16, 5, 4, 4), rounds=3), row(Size(40, 16, 16, 16, 4, 2), rounds=3)]
     layer = Size(2048, 256, 768, 256, 8, 2)
     return [
-        _row(Size(100, 128, 128, 10, 8, 8), goal_time=1.4),
-        _row(Size(4096, 128, 128, 10, 8, 8), goal_memory=5, rounds=9),
-        *(_row(Size(N, 96, 96, 96, 16, 2), goal_time=1) for N in (256, 1024, 2048)),  # as in the core profile
-        _row(layer, goal_time=1, rounds=9),
-        _row(layer, torch.bfloat16, goal_time=1.4, rounds=9),
+        row(Size(100, 128, 128, 10, 8, 8), goal_time=1.4),
+        row(Size(4096, 128, 128, 10, 8, 8), goal_memory=5, rounds=9),
+        *(row(Size(N, 96, 96, 96, 16, 2), goal_time=1) for N in (256, 1024, 2048)),  # as in the core profile
+        row(layer, goal_time=1, rounds=9),
+        row(layer, torch.bfloat16, goal_time=1.4, rounds=9),
     ]
 
 
-def _row(size: Size, dtype: torch.dtype = torch.float32, **options: Any) -> Row:
+def row(size: Size, dtype: torch.dtype = torch.float32, **options: Any) -> Row:
     top_k = None if size.K == size.E else size.K
     found = [
         Contestant(name, partial(_build, size, dtype, kind), peer=name != "ours")
@@ -292,16 +292,16 @@ DEVIATIONS: dict[str, Deviation] = {"authors": by_masks, "authors, sums": by_sum
 def router_rows(quick: bool = False) -> list[Row]:
     """Time and memory of statistics, decision, and the gradient of its weights."""
     if quick:
-        return [_router_row(64, 8, 4, rounds=3)]
+        return [router_row(64, 8, 4, rounds=3)]
     return [
-        _router_row(2048, 96, 16),  # the transformers of the core profile
-        _router_row(4096, 256, 16, goal_time=2, goal_memory=1 / 0.6, rounds=9),
+        router_row(2048, 96, 16),  # the transformers of the core profile
+        router_row(4096, 256, 16, goal_time=2, goal_memory=1 / 0.6, rounds=9),
     ]
 
 
-def _router_row(num_tokens: int, dim: int, num_experts: int, **options: Any) -> Row:
+def router_row(num_tokens: int, dim: int, num_experts: int, top_k: int = 2, **options: Any) -> Row:
     def contestant(name: str, deviation: Deviation | None) -> Contestant:
-        build = partial(_build_router, num_tokens, dim, num_experts, deviation)
+        build = partial(_build_router, num_tokens, dim, num_experts, top_k, deviation)
         return Contestant(name, build, peer=deviation is not None)
 
     peers = {name: peer for name, peer in DEVIATIONS.items() if name != "pairwise" or num_tokens <= 2048}
@@ -310,23 +310,23 @@ def _router_row(num_tokens: int, dim: int, num_experts: int, **options: Any) -> 
     # Products: two cluster sums, the scores, two for their gradient. Moved: the tokens, read for the mean,
     # the deviations, the scores and the gradient; the gradient, written.
     work = Work(gemm=5 * 2 * numbers * num_experts, bytes=5 * 4 * numbers)
-    sizes = {"N": num_tokens, "D": dim, "E": num_experts, "K": 2}
+    sizes = {"N": num_tokens, "D": dim, "E": num_experts, "K": top_k}
     return Row(f"N={num_tokens} D={dim} E={num_experts}", sizes, work, tuple(found), **options)
 
 
 def _build_router(
-    num_tokens: int, dim: int, num_experts: int, deviation: Deviation | None, device: str
+    num_tokens: int, dim: int, num_experts: int, top_k: int, deviation: Deviation | None, device: str
 ) -> Step:
     torch.manual_seed(0)
-    router: nn.Module = AdaptiveClusteringRouter(dim, num_experts, 2)
+    router: nn.Module = AdaptiveClusteringRouter(dim, num_experts, top_k)
     if deviation is not None:
         assert isinstance(router, AdaptiveClusteringRouter)
         router = AuthorsRouter(router, deviation)
     router.to(device)
     draw = torch.Generator().manual_seed(1)
     tokens_ND = torch.randn(num_tokens, dim, generator=draw).to(device).requires_grad_()
-    previous = route(torch.randn(num_tokens, num_experts, generator=draw).to(device), 2)
-    target_NK = torch.randn(num_tokens, 2, generator=draw).to(device)
+    previous = route(torch.randn(num_tokens, num_experts, generator=draw).to(device), top_k)
+    target_NK = torch.randn(num_tokens, top_k, generator=draw).to(device)
 
     def step() -> None:
         weights_NK = router(tokens_ND, previous).weights_NK

@@ -98,21 +98,21 @@ def has_nca() -> bool:
 def rows(quick: bool = False) -> list[Row]:
     """Time and memory of value and gradient. `quick`: a few small sizes, for a look at the machinery."""
     if quick:
-        return [_row(64, [16], rounds=3), _row(600, [16], rounds=3)]
+        return [row(64, [16], rounds=3), row(600, [16], rounds=3)]
     return [
-        _row(100, [128] * 4, goal_time=2),
-        _row(256, [128]),
-        _row(512, [128]),
-        _row(512, [64 * 14 * 14, 128 * 6 * 6, 128], rounds=5),  # a CNN's activations on 32 x 32 pixels
-        _row(1024, [128], goal_time=3, goal_memory=5),
-        _row(2048, [128]),
-        _row(4096, [128], goal_time=10, goal_memory=12, goal_share=0.5, rounds=9),
-        _row(8192, [128], goal_time=10, goal_memory=25, goal_share=0.5, rounds=5),
-        _row(16384, [128], rounds=3),
+        row(100, [128] * 4, goal_time=2),
+        row(256, [128]),
+        row(512, [128]),
+        row(512, [64 * 14 * 14, 128 * 6 * 6, 128], rounds=5),  # a CNN's activations on 32 x 32 pixels
+        row(1024, [128], goal_time=3, goal_memory=5),
+        row(2048, [128]),
+        row(4096, [128], goal_time=10, goal_memory=12, goal_share=0.5, rounds=9),
+        row(8192, [128], goal_time=10, goal_memory=25, goal_share=0.5, rounds=5),
+        row(16384, [128], rounds=3),
     ]
 
 
-def _row(num_samples: int, widths: Sequence[int], **options: Any) -> Row:
+def row(num_samples: int, widths: Sequence[int], **options: Any) -> Row:
     def contestant(name: str, loss: Loss, cosine: bool, peer: bool = False, matrices: int = 0) -> Contestant:
         build = partial(_build, num_samples, tuple(widths), loss, cosine)
         return Contestant(name, build, peer, bytes=4.0 * matrices * num_samples**2)

@@ -197,8 +197,8 @@ def rows(quick: bool = False) -> list[Row]:
 def _snnl_step(batch: int, **options: Any) -> Row:
     widths = 64 * 14**2, 128 * 6**2, CNN.code_dim or 0
     contestants = (
-        Contestant("ours", partial(_our_snnl_step, batch, "bfloat16"), peer=False),
-        Contestant("ours, float32", partial(_our_snnl_step, batch, "float32"), peer=False),
+        Contestant("ours", partial(our_snnl_step, batch, "bfloat16"), peer=False),
+        Contestant("ours, float32", partial(our_snnl_step, batch, "float32"), peer=False),
         Contestant("authors", partial(_authors_step, batch)),
     )
     pairs = Work(gemm=_cnn_operations(batch) + 3.0 * batch**2 * sum(widths), exp=1.5 * batch**2)
@@ -217,7 +217,7 @@ def _cnn_operations(batch: int) -> float:
     return 2.0 * batch * (2 * conv1 + 3 * conv2 + 3 * linear)
 
 
-def _our_snnl_step(batch: int, compute: Compute, device: str) -> Step:
+def our_snnl_step(batch: int, compute: Compute, device: str) -> Step:
     dataset = random_dataset(CIFAR, batch, device)
     task = task_of(dataset, CNN, SNNL, batch, compute)
     optimizer, ready = adam(task, fused=True), next(task.batches(0))

@@ -3,8 +3,8 @@
     seconds = convolutions / r1 + products / r2
 
 with operations counted here and rates fitted to finished runs by `python -m moe_lib bench cost`, which
-writes them to results/bench/cost.json. (Attention on its own, calls per batch and a constant were tried:
-their fitted share was zero.)
+writes them to results/bench/cost.json with the speed of that machine, by which a plan made on another is
+scaled. (Attention on its own, calls per batch and a constant were tried: their fitted share was zero.)
 
 Shapes: N samples or tokens, T tokens of a sequence, D width, E experts, K chosen, H hidden width.
 """
@@ -16,6 +16,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +24,7 @@ from moe_lib import data, store, text
 from moe_lib.classifier import Classifier, ClassifierConfig
 from moe_lib.data import ROOT
 from moe_lib.language import LanguageConfig
+from moe_lib.measure import Machine, available_memory, products_per_second
 from moe_lib.study import Run
 from moe_lib.transformer import TransformerConfig
 from moe_lib.vision import VisionConfig
@@ -170,12 +172,17 @@ def seconds(found: Amount, per_amount: dict[str, float]) -> float:
     return sum(per_amount[name] * value for name, value in vars(found).items())
 
 
-def fitted() -> dict[str, Any] | None:
-    """What `bench cost` wrote into the results folder, else what came with the project."""
+def _benchmark(name: str) -> dict[str, Any] | None:
+    """What `bench name` wrote into the results folder, else what came with the project."""
     for folder in (store.results_dir(), ROOT / "results"):
-        if (path := folder / "bench" / "cost.json").exists():
-            return store.read(path)["fit"]
+        if (path := folder / "bench" / f"{name}.json").exists():
+            return store.read(path)
     return None
+
+
+def fitted() -> dict[str, Any] | None:
+    found = _benchmark("cost")
+    return None if found is None else found["fit"]
 
 
 def expected_seconds(run: Run) -> float | None:
@@ -184,30 +191,89 @@ def expected_seconds(run: Run) -> float | None:
     return None if found is None or fit is None else seconds(found, fit["seconds_per"])
 
 
+def speed() -> float | None:
+    """Rate of products on one core here, over that of the fitted machine; None where nothing is known."""
+    if (fit := fitted()) is None or "rates" not in fit:
+        return None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return products_per_second(Machine())["gemm"] / fit["rates"]["gemm"]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def throughput(workers: int) -> float:
+    """How many times the work of one process so many do: as measured by `bench scaling`, else all of it.
+
+    Between counts that were measured a straight line; beyond them each does its share of the largest.
+    Processes that have no core of their own add nothing.
+    """
+    workers = min(workers, os.cpu_count() or 1)
+    found = (_benchmark("scaling") or {}).get("throughput")
+    if not found:
+        return float(workers)
+    counts, times = [row["processes"] for row in found], [row["times_one"]["median"] for row in found]
+    return float(np.interp(workers, counts, times)) * max(1.0, workers / counts[-1])
+
+
+def peak_memory_mb(studies: set[str]) -> float | None:
+    """Of the largest run known of these studies; of all, if one of them is not known."""
+    groups = (fitted() or {}).get("groups", [])
+    known = studies <= {group["study"] for group in groups}
+    return max((g["memory_mb"] for g in groups if not known or g["study"] in studies), default=None)
+
+
 def plan(wanted: list[Run], workers: int | None = None) -> str:
-    """What is done, what is left, and what that will take, as text; starts nothing."""
-    workers = workers or os.cpu_count() or 1
+    """What is done, what is left, and what that will take, as text; starts nothing.
+
+    A finished run's time is believed for its like if a processor of this name took it; all other time is
+    foretold, by the speed of this machine.
+    """
+    todo = [run for run in wanted if not run.path.exists()]
+    workers = max(1, min(workers or os.cpu_count() or 1, len(todo)))
+    found_speed, here = speed(), store.processor()
     wide = max([16, *(len(run.arm) for run in wanted)])
     lines = [f"{'study':18} {'data set':14} {'arm':{wide}} {'done':>5} {'left':>5} {'minutes left':>13}"]
     total, unknown = 0.0, False
     for key in dict.fromkeys((run.study, run.dataset, run.arm) for run in wanted):
         group = [run for run in wanted if (run.study, run.dataset, run.arm) == key]
-        walls = sorted(store.read(run.path)["wall_seconds"] for run in group if run.path.exists())
-        left = len(group) - len(walls)
-        each = walls[len(walls) // 2] if walls else expected_seconds(group[0])
+        done = [store.read(run.path) for run in group if run.path.exists()]
+        walls = sorted(result["wall_seconds"] for result in done if result.get("machine") == here)
+        left = len(group) - len(done)
+        foretold = expected_seconds(group[0])
+        each = walls[len(walls) // 2] if walls else foretold and foretold / (found_speed or 1.0)
         unknown |= bool(left) and each is None
         total += left * (each or 0.0)
         minutes = "unknown" if left and each is None else f"{left * (each or 0.0) / 60:.1f}"
-        lines.append(f"{key[0]:18} {key[1]:14} {key[2]:{wide}} {len(walls):5} {left:5} {minutes:>13}")
+        lines.append(f"{key[0]:18} {key[1]:14} {key[2]:{wide}} {len(done):5} {left:5} {minutes:>13}")
     datasets = {run.dataset for run in wanted}
     missing = sorted(name for name in datasets if not (text if text.is_corpus(name) else data).present(name))
+    times = throughput(workers)
     lines += [
         "",
         f"time: {total / 60:.0f} core-minutes{' and more' if unknown else ''}, "
-        f"about {total / 60 / workers:.0f} minutes with {workers} processes",
+        f"about {total / 60 / times:.0f} minutes with {workers} processes, which do {times:.2f} times the "
+        "work of one",
+        *_memory(todo, workers),
         f"download: {sum(DOWNLOAD_MB[name] for name in missing)} MB ({', '.join(missing) or 'nothing'}), "
         f"{sum(UNPACKED_MB[name] for name in missing)} MB unpacked under {data.data_dir()}",
-        f"disk: about {sum(not run.path.exists() for run in wanted) * 0.012:.1f} MB of results under "
+        f"disk: about {len(todo) * 0.012:.1f} MB of results under "
         f"{store.results_dir()}, and up to {30 * workers} MB of checkpoints while it works",
     ]
+    if found_speed is not None:
+        lines.append(
+            f"speed: this machine does products at {found_speed:.2f} times the rate of the fitted one"
+        )
     return "\n".join(lines)
+
+
+def _memory(todo: list[Run], workers: int) -> list[str]:
+    peak, free = peak_memory_mb({run.study for run in todo}), available_memory() / 1e6
+    if not todo or peak is None:
+        return []
+    lines = [f"memory: up to {workers * peak:.0f} MB with {workers} processes ({peak:.0f} MB each)"]
+    if workers * peak > free:
+        fewer = max(1, int(free / peak))
+        lines.append(f"warning: only {free:.0f} MB of memory are free; try --workers {fewer}")
+    return lines

@@ -72,6 +72,7 @@ class Row:
     goal_memory: float | None = None  # of the most frugal peer's memory, one part in so many
     goal_share: float | None = None  # of the physical limit
     rounds: int = 15
+    processes: int = 3  # in which memory is measured
     dtype: str = "float32"
 
 
@@ -107,7 +108,7 @@ class Machine:
         }
 
 
-def _best(machine: Machine, step: Step, repeats: int = 7) -> float:
+def _best(machine: Machine, step: Step, repeats: int) -> float:
     times = []
     step()
     for _ in range(repeats):
@@ -117,24 +118,33 @@ def _best(machine: Machine, step: Step, repeats: int = 7) -> float:
     return min(times)
 
 
+PROBED = 1024  # rows and columns of the matrices
+
+
 @torch.no_grad()
-def probe(machine: Machine) -> Rates:
+def products_per_second(machine: Machine, repeats: int = 3) -> dict[str, float]:
+    """Float operations a second of products in float32: by torch.mm, and by the fastest library at hand."""
+    a_NN, b_NN = torch.rand(2, PROBED, PROBED, device=machine.device)
+    mm = 2 * PROBED**3 / _best(machine, lambda: torch.mm(a_NN, b_NN), repeats)
+    other = 2 * PROBED**3 / _best(machine, lambda: product(a_NN, b_NN), repeats)
+    return {"gemm_mm": mm, "gemm": max(mm, other)}
+
+
+@torch.no_grad()
+def probe(machine: Machine, repeats: int = 7) -> Rates:
     """Products of 1024 x 1024 matrices, copies of 64 MiB, exponentials that stay in the cache; in float32
     where the name of the rate says nothing else.
     """
-    size, count = 1024, 2**18
-    a_NN, b_NN = torch.rand(2, size, size, device=machine.device)
+    count = 2**18
     long_N, short_N = torch.rand(2**24, device=machine.device), torch.rand(count, device=machine.device)
     long_to_N, short_to_N = torch.empty_like(long_N), torch.empty_like(short_N)
-    mm = 2 * size**3 / _best(machine, lambda: torch.mm(a_NN, b_NN))
-    low_NN = a_NN.bfloat16()
-    copy = _best(machine, lambda: long_to_N.copy_(long_N))
-    exp = _best(machine, lambda: torch.exp(short_N, out=short_to_N))
-    exp2 = _best(machine, lambda: torch.exp2(short_N, out=short_to_N))
+    low_NN = torch.rand(PROBED, PROBED, device=machine.device).bfloat16()
+    copy = _best(machine, lambda: long_to_N.copy_(long_N), repeats)
+    exp = _best(machine, lambda: torch.exp(short_N, out=short_to_N), repeats)
+    exp2 = _best(machine, lambda: torch.exp2(short_N, out=short_to_N), repeats)
     return Rates(
-        gemm=max(mm, 2 * size**3 / _best(machine, lambda: product(a_NN, b_NN))),
-        gemm_mm=mm,
-        gemm_bf16=2 * size**3 / _best(machine, lambda: torch.mm(low_NN, low_NN)),
+        **products_per_second(machine, repeats),
+        gemm_bf16=2 * PROBED**3 / _best(machine, lambda: torch.mm(low_NN, low_NN), repeats),
         bandwidth=2 * long_N.nbytes / copy,
         exp=count / min(exp, exp2),
     )

@@ -337,6 +337,35 @@ def cost_table() -> pd.DataFrame:
     return minutes.round(1).reset_index().set_index("study")
 
 
+def scaling_table() -> pd.DataFrame:
+    """Exponents from results/bench/scaling.json, a size a column; empty where that is not there."""
+    path = store.results_dir() / "bench" / "scaling.json"
+    found = store.read(path)["exponents"] if path.exists() else []
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for entry in found:
+        for key in ("time", "memory"):
+            fit = (
+                entry[key]
+                and f"{entry[key]['exponent']:.2f} [{entry[key]['low']:.2f}, {entry[key]['high']:.2f}]"
+            )
+            rows.setdefault((entry["job"], key), {})[entry["size"]] = fit or "-"
+    if not rows:
+        return pd.DataFrame()
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("-").rename_axis(["step of", "grows"])
+
+
+def throughput_text() -> str:
+    """A clause for each number of processes measured."""
+    found = store.read(store.results_dir() / "bench" / "scaling.json")["throughput"]
+    clauses = [
+        f"{row['processes']} processes do {row['times_one']['median']:.2f} times as much "
+        f"(quartiles {row['times_one']['low']:.2f} to {row['times_one']['high']:.2f})"
+        for row in found
+        if row["processes"] > 1
+    ]
+    return ", ".join(clauses) or "more than one process were not measured"
+
+
 def readme_section() -> str:
     """The part of the README between its markers, from results/core."""
     profile = "core"
@@ -382,8 +411,17 @@ def readme_section() -> str:
     if not (costs := cost_table()).empty:
         sections += [
             "What a run takes, foretold from its configuration by rates fitted to the other studies and data "
-            "sets alone (`python -m moe_lib bench cost`; `make plan` uses the rates of all):",
+            "sets alone (`python -m moe_lib bench cost`). `make plan` uses the rates of all, the speed of "
+            "the machine it runs on and what processes do at the same time, and says what memory they need.",
             markdown(costs),
+        ]
+    if not (powers := scaling_table()).empty:
+        sections += [
+            "Time and memory of a step of ours grow as powers of each size alone: exponents, 95 % intervals "
+            "(`python -m moe_lib bench scaling`; drawn in `results/bench/scaling.png`):",
+            markdown(powers),
+            "Ten seeds take ten times one: they are runs of their own. Of the work that one process does in "
+            f"some time (steps of the CNN with SNNL), {throughput_text()}.",
         ]
     return "\n\n".join([BEGIN, *sections]) + f"\n{END}"
 

@@ -149,11 +149,12 @@ def provenance() -> dict[str, Any]:
             "python": platform.python_version(),
             **{m.__name__: m.__version__.split("+")[0] for m in (torch, torchvision, numpy, scipy, sklearn)},
         },
-        "machine": _processor(),
+        "machine": processor(),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name that the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -82,7 +82,7 @@ def test_ours_is_right_in_every_hard_case_and_each_eps_form_wrong_in_one():
 
 def test_work_of_a_row():
     """3 N^2 D operations: half of N^2 pairs times D multiplications and additions, and once N^2 D of them."""
-    row = bench_snnl._row(100, [8, 8, 8])
+    row = bench_snnl.row(100, [8, 8, 8])
     assert row.name == "N=100 3 layers of D=8"
     assert row.work == Work(gemm=3 * 100**2 * 24, exp=3 * 100**2 / 2)
 

@@ -173,7 +173,9 @@ def test_plan_says_what_is_to_come_and_starts_nothing(profile, folders, capsys):
     assert err == ""
     assert sum(left for _, left, _ in rows(out).values()) == len(study.runs(profile))
     assert {done for done, _, _ in rows(out).values()} == {0}
-    assert re.search(r"^time: \d+ core-minutes.* with 4 processes$", out, re.M)
+    assert re.search(
+        r"^time: \d+ core-minutes.* with 4 processes, which do [\d.]+ times the work of one$", out, re.M
+    )
     needed = {run.dataset for run in study.runs(profile)}
     megabytes = sum(data_mb for name, data_mb in cost.DOWNLOAD_MB.items() if name in needed)
     assert f"\ndownload: {megabytes} MB (" in out
@@ -188,17 +190,22 @@ def test_plan_does_not_ask_for_data_that_is_there(folders, capsys):
     assert "\ndownload: 0 MB (nothing), 0 MB unpacked" in capsys.readouterr().out
 
 
-def test_plan_counts_a_finished_run_and_believes_its_time(capsys):
+def test_plan_counts_a_finished_run_and_believes_its_time(monkeypatch, capsys):
+    monkeypatch.setattr(cost, "speed", lambda: 0.5)
+    monkeypatch.setattr(cost, "throughput", lambda workers: workers / 1.25)
     runs = study.runs("digits", "snnl", arm="base")
-    store.write(runs[0].path, {"wall_seconds": 600.0})
+    store.write(runs[0].path, {"wall_seconds": 600.0, "machine": store.processor()})
     assert main(["plan", "--profile", "digits", "--study", "snnl", "--workers", "2"]) == 0
     out = capsys.readouterr().out
     table = rows(out)
     assert table.pop(("snnl", "digits", "base")) == (1, 4, "40.0")
-    each = {arm: cost.expected_seconds(study.runs("digits", "snnl", arm=arm)[0]) for _, _, arm in table}
+    each = {arm: 2 * cost.expected_seconds(study.runs("digits", "snnl", arm=arm)[0]) for _, _, arm in table}
     assert table == {("snnl", "digits", arm): (0, 5, f"{5 * value / 60:.1f}") for arm, value in each.items()}
     total = 40 + 5 * sum(each.values()) / 60
-    assert f"\ntime: {total:.0f} core-minutes, about {total / 2:.0f} minutes with 2 processes\n" in out
+    assert (
+        f"\ntime: {total:.0f} core-minutes, about {total / 1.6:.0f} minutes with 2 processes, which do 1.60 "
+        in out
+    )
 
 
 def test_plan_does_not_invent_a_time(monkeypatch, capsys):

@@ -725,6 +725,21 @@ def test_readme_shows_the_benchmark(core):
     assert "| N=1024 | 3.1 | 7.0 | 0.40 |" in report.readme_section()
 
 
+def test_readme_shows_how_steps_grow(core):
+    fit = {"exponent": 1.93, "low": 1.871, "high": 1.99}
+    entry = {"job": "SNNL", "size": "N", "time": fit, "memory": None}
+    other = {"job": "AC router", "size": "K", "time": fit, "memory": fit}
+    times = {"median": 1.874, "low": 1.8, "high": 1.9}
+    rows = [{"processes": 1, "times_one": dict.fromkeys(times, 1.0)}, {"processes": 2, "times_one": times}]
+    content = {"exponents": [entry, other], "throughput": rows}
+    store.write(store.results_dir() / "bench" / "scaling.json", content)
+    section = report.readme_section()
+    assert "| step of | grows | N | K |" in section
+    assert "| SNNL | time | 1.93 [1.87, 1.99] | - |" in section
+    assert "| SNNL | memory | - | - |" in section
+    assert "2 processes do 1.87 times as much (quartiles 1.80 to 1.90)." in section
+
+
 def test_readme_check_sees_a_stale_table_and_changes_nothing(core, capsys):
     path = core / "README.md"
     path.write_text(README)

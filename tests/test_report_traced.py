@@ -619,6 +619,46 @@ def check_bench(header, rows):
             assert shows(number, np.array(known))[0].any(), f"{number} in {row} of {header}"
 
 
+POWER = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]")
+
+
+def check_scaling(header, rows):
+    """Each exponent and interval, fitted again to the rows that differ in one size alone."""
+    measured = json.loads((RESULTS / "bench" / "scaling.json").read_text())["rows"]
+    seen = 0
+    for name, grows, *cells in rows:
+        own = [row for row in measured if row["row"].startswith(f"{name} ")]
+        varied = [size for size, cell in zip(header[2:], cells, strict=True) if cell != "-"]
+        for size, cell in zip(header[2:], cells, strict=True):
+            if cell == "-":
+                continue
+            line = [row for row in own if all(row[o] == own[0][o] for o in varied if o != size)]
+            column = {"time": "milliseconds", "memory": "memory_mb"}[grows]
+            x = np.log([row[size] for row in line])
+            y = np.log([row["contestants"]["ours"][column] for row in line])
+            slope, constant = np.polyfit(x, y, 1)
+            error = ((y - slope * x - constant) ** 2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum()
+            margin = stats.t.ppf(0.975, len(x) - 2) * math.sqrt(error)
+            expected = slope, slope - margin, slope + margin
+            for number, value in zip(POWER.fullmatch(cell).groups(), expected, strict=True):
+                assert float(number) == pytest.approx(value, abs=0.0051), f"{size}: {cell} of {name}, {grows}"
+            seen += 1
+    assert seen > 12
+
+
+def check_throughput(section):
+    measured = json.loads((RESULTS / "bench" / "scaling.json").read_text())["throughput"]
+    shown = re.findall(
+        r"(\d+) processes do ([\d.]+) times as much \(quartiles ([\d.]+) to ([\d.]+)\)", section
+    )
+    expected = {
+        row["processes"]: [row["times_one"][key] for key in ("median", "low", "high")] for row in measured
+    }
+    assert {int(count) for count, *_ in shown} == set(expected) - {1}
+    for count, *numbers in shown:
+        assert [float(n) for n in numbers] == pytest.approx(expected[int(count)], abs=0.0051)
+
+
 def check(groups, header, rows, holm):
     named = [dict(zip(header, row, strict=True)) for row in rows]
     columns = set(header)
@@ -681,8 +721,11 @@ def test_every_table_of_the_readme(groups):
     for header, rows in tables:
         if {"data set", "arm", "measure", "contrast"} & set(header):
             check(groups, header, rows, holm)
+        elif header[:2] == ["step of", "grows"]:
+            check_scaling(header, rows)
         else:
             check_bench(header, rows)
+    check_throughput(section)
     finished, planned, time = re.search(
         r"(\d+) of (\d+) planned runs finished, (\d+) core-minutes", section
     ).groups()

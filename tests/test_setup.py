@@ -215,7 +215,7 @@ CORE = {
     *("data", "text", "rng", "snnl", "snnl_kernels", "products", "routing"),
     *("adaptive", "experts", "expert_kernels", "classifier"),
     *("transformer", "vision", "language", "metrics", "train", "robustness", "corruptions", "attacks"),
-    *("evaluate", "evaluate_transformer", "arms", "dose", "cost", "study", "store"),
+    *("evaluate", "evaluate_transformer", "arms", "dose", "cost", "measure", "study", "store"),
 }
 BARE = {"torch", "torchvision", "numpy", "scipy", "sklearn"}
 BARE |= {"filelock", "PIL"}  # what torch and torchvision bring along
