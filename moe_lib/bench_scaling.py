@@ -162,10 +162,12 @@ def throughput(machine: Machine, processes: Sequence[int] | None = None) -> list
 
 def figure(content: dict[str, Any]) -> Any:
     """Time (above) and memory (below) of a step against each size; exponents in the legends."""
+    from matplotlib.ticker import LogLocator
+
     from moe_lib import plots
 
     sizes = list(dict.fromkeys(entry["size"] for entry in content["exponents"]))
-    drawn, axes = plots.new_figure(3.2 * max(len(sizes), 1), 6.4, 2, max(len(sizes), 1), sharey="row")
+    drawn, axes = plots.new_figure(3.2 * max(len(sizes), 1), 6.4, 2, max(len(sizes), 1))
     for key, column, title, across in zip(
         ("time", "memory"), ("milliseconds", "memory_mb"), ("time (ms)", "memory (MB)"), axes, strict=True
     ):
@@ -186,6 +188,7 @@ def figure(content: dict[str, Any]) -> Any:
             axis.set(xscale="log", yscale="log", xlabel=size, title=f"{title} against {size}")
             axis.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)], fontsize=8)
             axis.minorticks_off()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.grid(alpha=0.3)
             axis.legend(title="exponent", fontsize=8, title_fontsize=8, handlelength=1)

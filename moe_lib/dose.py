@@ -246,7 +246,7 @@ _BATCHES = (
     _panel(
         "factor × images of one class in a row",
         ("factor", _shown((1.0, 10.0))),
-        ("in a row", _shown((1, 2, 4, 8))),
+        ("images of one class in a row", _shown((1, 2, 4, 8))),
         lambda f, m: SNNLDose(f, samples_per_class=m),
     ),
     _panel(
