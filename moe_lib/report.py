@@ -66,9 +66,10 @@ def each_dataset(
 
 
 def verdicts(profile: str) -> list[claims.Verdict]:
-    """Every claim of both papers on every data set with results, by the rule of `claims`."""
+    """Every claim of both papers on every data set with results, by the rule of `claims`; pilots last."""
     names = dict.fromkeys(claim.study for claim in claims.CLAIMS)
-    return claims.verdicts({name: finished_results(profile, name) for name in names}, profile)
+    found = claims.verdicts({name: finished_results(profile, name) for name in names}, profile)
+    return sorted(found, key=lambda verdict: verdict.outcome == "pilot")
 
 
 def verdict_table(found: Sequence[claims.Verdict]) -> pd.DataFrame:
