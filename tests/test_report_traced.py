@@ -26,7 +26,7 @@ from bs4 import BeautifulSoup
 from PIL import Image
 from scipy import optimize, stats
 
-from moe_lib import study
+from moe_lib import dose, study
 from moe_lib.claims import CLAIMS
 from moe_lib.data import ROOT
 from moe_lib.plots import DATASET_TITLES
@@ -315,7 +315,8 @@ def check_holm(tables):
         pilot = verdict["verdict"] == "pilot"
         assert pilot == (verdict["p (Holm)"] == "-")
         own = [float(p) for p in re.findall(r"(?<!Holm) p (?:< )?(\d\.\d+)", reason["reason"])]
-        family = "SNNL" if verdict["paper"].startswith("SNNL") else verdict["data set"]
+        text = verdict["data set"].startswith("WikiText")
+        family = "SNNL" if verdict["paper"].startswith("SNNL") else "AC text" if text else "AC images"
         families[family].append((1.0 if pilot else max(own), verdict["p (Holm)"]))
     for units in families.values():
         least = 0.0
@@ -573,7 +574,7 @@ def check_grid(groups, header, rows):
     """Doses against controls, whose arms are not named: one quantity, and some two arms a cell."""
     cells = [GRID.fullmatch(cell).groups() for row in rows for cell in row.values() if GRID.fullmatch(cell)]
     for (name, _), group in groups.items():
-        common = set(group.paths) if name.endswith("-dose") else set()
+        common = set(group.paths) if name in dose.PLANS else set()
         for difference, low, high, seeds in cells if common else ():
             common &= set().union(
                 *(explained(group, terms, difference, [low, high], int(seeds)) for terms in all_pairs(group))
@@ -585,23 +586,25 @@ def check_grid(groups, header, rows):
 
 def check_slopes(groups, header, rows):
     """Slopes on log10 of the factor, over arms that differ in it alone."""
-    group = next(group for (name, _), group in groups.items() if name == "snnl-dose")
     families = defaultdict(dict)
-    for result in group.results:
-        run = {k: v for k, v in result["run"].items() if k not in ("seed", "arm", "objective")}
-        objective = json.loads(json.dumps(result["run"]["objective"]))
-        if objective["snnl"]:
-            factor = objective["snnl"].pop("factor")
-            families[json.dumps([run, objective], sort_keys=True)][factor] = result["run"]["arm"]
+    for (name, dataset), group in groups.items():
+        for result in group.results if name in dose.PLANS else ():
+            run = {k: v for k, v in result["run"].items() if k not in ("seed", "arm", "objective")}
+            objective = json.loads(json.dumps(result["run"]["objective"]))
+            if objective.get("snnl"):
+                factor = objective["snnl"].pop("factor")
+                key = name, dataset, json.dumps([run, objective], sort_keys=True)
+                families[key][factor] = result["run"]["arm"]
     for row in rows:
         interval = re.findall(NUMBER, row["95 % interval"])
         found = False
-        for family in families.values():
+        for (name, dataset, _), family in families.items():
             for size in range(2, len(family) + 1):
                 for chosen in itertools.combinations(sorted(family), size):
                     x = np.log10(chosen) - np.mean(np.log10(chosen))
                     terms = {family[f]: w for f, w in zip(chosen, x / (x**2).sum(), strict=True)}
                     seeds = int(row["seeds"].split()[0])
+                    group = groups[name, dataset]
                     found |= bool(explained(group, terms, row["difference"], interval, seeds, row["p"]))
         assert found, row
 
