@@ -217,11 +217,11 @@ def throughput(workers: int) -> float:
     return float(np.interp(workers, counts, times)) * max(1.0, workers / counts[-1])
 
 
-def peak_memory_mb(studies: set[str]) -> float | None:
-    """Of the largest run known of these studies; of all, if one of them is not known."""
+def peak_memory_mb(wanted: list[Run]) -> float | None:
+    """Of the largest run known of the same studies and data sets; None where none is known."""
+    names = {(run.study, run.dataset) for run in wanted}
     groups = (fitted() or {}).get("groups", [])
-    known = studies <= {group["study"] for group in groups}
-    return max((g["memory_mb"] for g in groups if not known or g["study"] in studies), default=None)
+    return max((g["memory_mb"] for g in groups if (g["study"], g["dataset"]) in names), default=None)
 
 
 def plan(wanted: list[Run], workers: int | None = None) -> str:
@@ -269,8 +269,8 @@ def plan(wanted: list[Run], workers: int | None = None) -> str:
 
 
 def _memory(todo: list[Run], workers: int) -> list[str]:
-    peak, free = peak_memory_mb({run.study for run in todo}), available_memory() / 1e6
-    if not todo or peak is None:
+    peak, free = peak_memory_mb(todo), available_memory() / 1e6
+    if peak is None:
         return []
     lines = [f"memory: up to {workers * peak:.0f} MB with {workers} processes ({peak:.0f} MB each)"]
     if workers * peak > free:
