@@ -241,8 +241,9 @@ def plan(wanted: list[Run], workers: int | None = None) -> str:
         done = [store.read(run.path) for run in group if run.path.exists()]
         walls = sorted(result["wall_seconds"] for result in done if result.get("machine") == here)
         left = len(group) - len(done)
-        foretold = expected_seconds(group[0])
-        each = walls[len(walls) // 2] if walls else foretold and foretold / (found_speed or 1.0)
+        each = walls[len(walls) // 2] if walls else expected_seconds(group[0])
+        if each is not None and not walls:
+            each /= found_speed or 1.0
         unknown |= bool(left) and each is None
         total += left * (each or 0.0)
         minutes = "unknown" if left and each is None else f"{left * (each or 0.0) / 60:.1f}"
