@@ -3,18 +3,18 @@
 Source: Nielsen, Teo, Abdullaev, Nguyen, "Tight Clusters Make Specialized Experts", ICLR 2025 (arXiv
 2502.15315) and its public code. The router itself is in routing.py.
 
-Shapes: N tokens, R of a block or a cluster, D width, E experts, and so clusters: each holds the tokens that
+Shapes: N tokens, R of a block, D width, E experts, and so clusters: each holds the tokens that
 its expert was given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from moe_lib.products import add_product, blocks_of_rows, product
 
@@ -96,62 +96,30 @@ def cluster_dispersion(
     tokens_ND: Tensor, assignment_N: Tensor, num_experts: int, dispersion: Dispersion
 ) -> tuple[Tensor, Tensor]:
     """[E, D] dispersion of each cluster, 0 if empty, and [E] whether it has the 2 tokens that this takes."""
-    if tokens_ND.device.type != "cpu" or torch.compiler.is_compiling():
-        return _dispersion_by_products(tokens_ND, assignment_N, num_experts, dispersion)
-    count_E = torch.bincount(assignment_N, minlength=num_experts)
-    members = assignment_N.argsort(stable=True).split(count_E.tolist())
-    return _Dispersion.apply(tokens_ND, members, dispersion), count_E >= 2
+    if tokens_ND.device.type == "cpu" and not torch.compiler.is_compiling():
+        count_E = torch.bincount(assignment_N, minlength=num_experts)
+        order_N, starts_E = assignment_N.argsort(stable=True), count_E.cumsum(0) - count_E
 
+        def means(x_ND: Tensor) -> Tensor:
+            return F.embedding_bag(order_N, x_ND, starts_E, mode="mean")
 
-class _Dispersion(torch.autograd.Function):
-    """Cluster by cluster, whose tokens stay in the cache: of size [N, D] there is only the gradient."""
+        def spread(x_ED: Tensor) -> Tensor:
+            return x_ED.index_select(0, assignment_N)
+    else:
+        # Products with the one-hot assignment: shapes depend on no value, nothing waits for the device, and
+        # (unlike atomic adds) a GPU repeats them to the last digit.
+        clusters_E = torch.arange(num_experts, device=assignment_N.device)
+        member_NE = (assignment_N[:, None] == clusters_E).to(tokens_ND.dtype)
+        count_E = member_NE.sum(0)
 
-    @staticmethod
-    def forward(ctx: Any, tokens_ND: Tensor, members: Sequence[Tensor], dispersion: Dispersion) -> Tensor:
-        dispersion_ED = tokens_ND.new_zeros(len(members), tokens_ND.shape[1])
-        for members_R, dispersion_D in zip(members, dispersion_ED.unbind(), strict=True):
-            if len(members_R):
-                away_RD = _deviations(tokens_ND, members_R)
-                away_RD = away_RD.abs_() if dispersion == "mad" else away_RD.square_()
-                torch.mean(away_RD, 0, out=dispersion_D)
-        ctx.members, ctx.dispersion = members, dispersion
-        ctx.save_for_backward(tokens_ND)
-        return dispersion_ED
+        def means(x_ND: Tensor) -> Tensor:
+            return (member_NE / count_E.clamp(min=1)).T @ x_ND
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_ED: Tensor) -> tuple[Tensor | None, ...]:
-        (tokens_ND,) = ctx.saved_tensors
-        dtokens_ND = torch.empty_like(tokens_ND)
-        for members_R, grad_D in zip(ctx.members, grad_ED.unbind(), strict=True):
-            if len(members_R):
-                slope_RD = _deviations(tokens_ND, members_R)
-                slope_RD = slope_RD.sign_() if ctx.dispersion == "mad" else slope_RD.mul_(2)
-                slope_RD -= slope_RD.mean(0)  # what a token does to its cluster's mean
-                dtokens_ND.index_copy_(0, members_R, slope_RD.mul_(grad_D / len(members_R)))
-        return dtokens_ND, None, None
+        def spread(x_ED: Tensor) -> Tensor:
+            return member_NE @ x_ED
 
-
-def _deviations(tokens_ND: Tensor, members_R: Tensor) -> Tensor:
-    """[R, D]: of a cluster's tokens from their mean."""
-    members_RD = tokens_ND.index_select(0, members_R)
-    return members_RD.sub_(members_RD.mean(0))
-
-
-def _dispersion_by_products(
-    tokens_ND: Tensor, assignment_N: Tensor, num_experts: int, dispersion: Dispersion
-) -> tuple[Tensor, Tensor]:
-    """Cluster sums as products with the one-hot assignment, for a GPU or a compiler.
-
-    Shapes depend on no value, nothing waits for the device, and (unlike atomic adds) a GPU repeats them to
-    the last digit.
-    """
-    clusters_E = torch.arange(num_experts, device=assignment_N.device)
-    member_NE = (assignment_N[:, None] == clusters_E).to(tokens_ND.dtype)
-    count_E = member_NE.sum(0)
-    share_EN = (member_NE / count_E.clamp(min=1)).T
-    away_ND = tokens_ND - member_NE @ (share_EN @ tokens_ND)
-    return share_EN @ (away_ND.abs() if dispersion == "mad" else away_ND.square()), count_E >= 2
+    away_ND = tokens_ND - spread(means(tokens_ND))
+    return means(away_ND.abs_() if dispersion == "mad" else away_ND.square_()), count_E >= 2
 
 
 def scaled_scores(
@@ -170,7 +138,7 @@ class _ScaledScores(torch.autograd.Function):
     ) -> Tensor:
         tokens_ND, embeddings_ED = tokens_ND.contiguous(), embeddings_ED.contiguous()
         scores_NE = tokens_ND.new_empty(len(tokens_ND), len(embeddings_ED))
-        for rows in blocks_of_rows(tokens_ND, tokens_ND.shape[1]):
+        for rows in _blocks(tokens_ND):
             scaled_RD = scales_ED.index_select(0, assignment_N[rows]).mul_(tokens_ND[rows])
             scores_NE[rows] = product(scaled_RD, embeddings_ED.T)
         ctx.save_for_backward(tokens_ND, assignment_N, scales_ED, embeddings_ED)
@@ -183,7 +151,7 @@ class _ScaledScores(torch.autograd.Function):
         grad_NE = grad_NE.contiguous()
         dtokens_ND, dembeddings_ED = torch.empty_like(tokens_ND), torch.zeros_like(embeddings_ED)
         dscales_ED = torch.zeros_like(scales_ED) if ctx.needs_input_grad[2] else None
-        for rows in blocks_of_rows(tokens_ND, tokens_ND.shape[1]):
+        for rows in _blocks(tokens_ND):
             scales_RD = scales_ED.index_select(0, assignment_N[rows])
             dscaled_RD = product(grad_NE[rows], embeddings_ED)
             torch.mul(dscaled_RD, scales_RD, out=dtokens_ND[rows])
@@ -191,6 +159,11 @@ class _ScaledScores(torch.autograd.Function):
             if dscales_ED is not None:
                 dscales_ED.index_add_(0, assignment_N[rows], dscaled_RD.mul_(tokens_ND[rows]))
         return dtokens_ND, None, dscales_ED, dembeddings_ED
+
+
+def _blocks(tokens_ND: Tensor) -> list[slice]:
+    """Twice as large as elsewhere: E columns are few, and calls take a larger part."""
+    return blocks_of_rows(tokens_ND, max(1, tokens_ND.shape[1] // 2))
 
 
 def scales_of_dispersion(

@@ -65,7 +65,7 @@ def changed_by_scales(seen: Sequence[Seen]) -> dict[str, float] | None:
         return None
     actual = joined([one.routing for one in seen])
     plain = joined([one.layer.route(one.tokens_ND) for one in seen])
-    cluster_N = joined(previous).probs_NE.argmax(1)
+    cluster_N = joined(previous).first_choices()
     return {
         "best": (best_expert(actual) != best_expert(plain)).double().mean().item(),
         "chosen": different_choice(actual, plain).double().mean().item(),
@@ -75,7 +75,7 @@ def changed_by_scales(seen: Sequence[Seen]) -> dict[str, float] | None:
 
 
 def best_expert(routing: Routing) -> Tensor:
-    return routing.probs_NE.argmax(1)
+    return routing.first_choices()
 
 
 def agreement(a_N: Tensor, b_N: Tensor) -> float:

@@ -40,6 +40,12 @@ class Routing(NamedTuple):
         weights_NK = weights_NK / weights_NK.sum(1, keepdim=True)
         return self._replace(indices_NK=indices_NK, weights_NK=weights_NK)
 
+    def first_choices(self) -> Tensor:
+        """[N]: the most probable expert."""
+        if self.indices_NK.shape[1] < self.probs_NE.shape[1]:
+            return self.indices_NK[:, 0]
+        return self.probs_NE.max(1).indices  # faster than argmax
+
     def dense_weights(self) -> Tensor:
         """[N, E]: the weights, zero for experts that were not chosen."""
         return torch.zeros_like(self.probs_NE).scatter(1, self.indices_NK, self.weights_NK)
@@ -307,7 +313,7 @@ class AdaptiveClusteringRouter(CosineRouter):
             raise ValueError(
                 f"expected a previous decision [N, E] = {expected}, got {tuple(previous.probs_NE.shape)}"
             )
-        assignment_N = previous.probs_NE.max(1).indices  # faster than argmax
+        assignment_N = previous.first_choices()
         rows_ED = self._rows(tokens_ND, assignment_N) if self.frozen_ED is None else self.frozen_ED
         if self.keep_rows:
             self.frozen_ED = rows_ED.detach()
