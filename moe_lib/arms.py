@@ -126,7 +126,7 @@ SEED_COUNTS: dict[str, dict[str, list[tuple[Sequence[str], int]]]] = {
             ((*MAIN_ARMS, "snnl-shuffled", "dense", "dense-snnl"), 10),
             (("base-balance",), 5),
         ],
-        "cifar10": [((*MAIN_ARMS, "dense", "dense-snnl"), 5)],
+        "cifar10": [((*MAIN_ARMS, "dense", "dense-snnl"), 10)],
         "mnist": [(MAIN_ARMS, 3)],
     },
     "paper": {
@@ -281,8 +281,8 @@ ROUTED_SEED_COUNTS: dict[str, dict[str, dict[str, list[tuple[Sequence[str], int]
         "digits": {"digits": [((*ROUTED_MAIN_ARMS, *ROUTED_CONTROLS), 5)]},
         "core": {
             "cifar10": [(ROUTED_MAIN_ARMS, 10), (ROUTED_CONTROLS, 5)],
-            "fashion_mnist": [(ROUTED_MAIN_ARMS, 5)],
-            "cifar100": [(ROUTED_MAIN_ARMS, 5)],
+            "fashion_mnist": [(ROUTED_MAIN_ARMS, 10)],
+            "cifar100": [(ROUTED_MAIN_ARMS, 10)],
         },
         "paper": {
             name: [((*ROUTED_MAIN_ARMS, *ROUTED_CONTROLS), 10)]
