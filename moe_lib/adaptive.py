@@ -118,7 +118,7 @@ def cluster_dispersion(
         def spread(x_ED: Tensor) -> Tensor:
             return member_NE @ x_ED
 
-    away_ND = tokens_ND - spread(means(tokens_ND))
+    away_ND = spread(means(tokens_ND)).sub_(tokens_ND)  # in place, of any sign: one [N, D] is held
     return means(away_ND.abs_() if dispersion == "mad" else away_ND.square_()), count_E >= 2
 
 
