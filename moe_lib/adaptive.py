@@ -138,7 +138,8 @@ class _ScaledScores(torch.autograd.Function):
     ) -> Tensor:
         tokens_ND, embeddings_ED = tokens_ND.contiguous(), embeddings_ED.contiguous()
         scores_NE = tokens_ND.new_empty(len(tokens_ND), len(embeddings_ED))
-        for rows in _blocks(tokens_ND):
+        # Of twice as many rows as in backward, which holds two such matrices.
+        for rows in blocks_of_rows(tokens_ND, max(1, tokens_ND.shape[1] // 2)):
             scaled_RD = scales_ED.index_select(0, assignment_N[rows]).mul_(tokens_ND[rows])
             scores_NE[rows] = product(scaled_RD, embeddings_ED.T)
         ctx.save_for_backward(tokens_ND, assignment_N, scales_ED, embeddings_ED)
@@ -151,7 +152,7 @@ class _ScaledScores(torch.autograd.Function):
         grad_NE = grad_NE.contiguous()
         dtokens_ND, dembeddings_ED = torch.empty_like(tokens_ND), torch.zeros_like(embeddings_ED)
         dscales_ED = torch.zeros_like(scales_ED) if ctx.needs_input_grad[2] else None
-        for rows in _blocks(tokens_ND):
+        for rows in blocks_of_rows(tokens_ND, tokens_ND.shape[1]):
             scales_RD = scales_ED.index_select(0, assignment_N[rows])
             dscaled_RD = product(grad_NE[rows], embeddings_ED)
             torch.mul(dscaled_RD, scales_RD, out=dtokens_ND[rows])
@@ -159,11 +160,6 @@ class _ScaledScores(torch.autograd.Function):
             if dscales_ED is not None:
                 dscales_ED.index_add_(0, assignment_N[rows], dscaled_RD.mul_(tokens_ND[rows]))
         return dtokens_ND, None, dscales_ED, dembeddings_ED
-
-
-def _blocks(tokens_ND: Tensor) -> list[slice]:
-    """Twice as large as elsewhere: E columns are few, and calls take a larger part."""
-    return blocks_of_rows(tokens_ND, max(1, tokens_ND.shape[1] // 2))
 
 
 def scales_of_dispersion(
