@@ -4,7 +4,7 @@ A unit is one claim on one data set. Its parts are paired contrasts, each with a
 the claimed measure against every fair control (bound 0), and what a joint claim asks besides. In order:
 
 - *pilot*: fewer than 8 paired seeds in some part. Shown, never decided.
-- *not applicable*: there was nothing to resolve, or the measure says nothing here.
+- *not applicable*: there was nothing to resolve or to resist, or the measure says nothing here.
 - *supported*: in every part the 95 % t interval lies on the claimed side of its bound, and the unit's p is
   at most 0.05: the largest exact sign-flip p of the parts, Holm over all units of the study (a pilot counts
   with p = 1, so that the family does not shrink while runs are missing).
@@ -128,6 +128,7 @@ class Claim:
     published: Mapping[str, Published] = field(default_factory=dict)  # data set -> its difference
     resolves: Literal["routing", "representational"] | None = None  # the collapse that must be there first
     floor: bool = False  # the measure has a floor at which it says nothing
+    resists: bool = False  # the measure is what a disturbance costs: it must cost some arm something
 
 
 _SECOND_HAND = "second-hand"
@@ -169,7 +170,7 @@ def _degradation(study: str, partner: str, key: str, wording: str, measure: Meas
     return Claim(
         f"{study}-{key}", "AC router", study, wording, measure, "ac", ("linear", "cosine"), margin,
         "half a point of accuracy" if measure.unit == "points" else "half a per cent of perplexity",
-        _ac_attribution(partner),
+        _ac_attribution(partner), resists=True,
     )  # fmt: skip
 
 
@@ -256,6 +257,7 @@ class Verdict:
     reason: str
     contrasts: dict[str, stats.PairedComparison | None]  # by "measure: treatment - control"; None: no pairs
     deciding: str | None  # the contrast with the largest p; None where one is missing
+    refuting: str | None  # the contrast that refutes; None if the outcome is another
     measure: Measure  # of the deciding contrast
     p: float  # the largest of them; NaN where one is missing
     p_holm: float  # over the study's units; NaN for a pilot
@@ -455,6 +457,17 @@ def _collapse_reason(claim: Claim, results: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _harmless_reason(claim: Claim, results: Sequence[dict[str, Any]]) -> str:
+    """The disturbance costs neither the treatment nor a fair control anything."""
+    means = []
+    for arm in (claim.treatment, *claim.controls):
+        cost_S = [claim.measure.of(result) for result in results if result["run"]["arm"] == arm]
+        if _shown_above(cost_S, np.zeros(len(cost_S)).tolist()):
+            return ""
+        means.append(f"{arm} {claim.measure.shown(float(np.mean(cost_S)))}")
+    return f"nothing to resist: {claim.measure.name} is above 0 in no arm ({', '.join(means)})"
+
+
 def _attribution(claim: Claim, results: Sequence[dict[str, Any]]) -> str:
     """One sentence a contrast, for those that have pairs."""
     measure = claim.measure
@@ -476,15 +489,15 @@ def _attribution(claim: Claim, results: Sequence[dict[str, Any]]) -> str:
         if contrast is None:
             continue
         said = {
-            "as claimed": "does the work",
-            "opposite to the claim": "works against the claim",
-            "interval includes 0": "not told apart",
+            "as claimed": f"so it is {what}",
+            "opposite to the claim": f"the opposite of the claim, so it is not {what}",
+            "interval includes 0": f"whether it is {what} is open",
         }[tables.reading(contrast, measure.direction)]
         if contrast.seeds < tables.PILOT_BELOW:
-            said = "pilot"
+            said = f"a pilot on whether it is {what}"
         sentences.append(
             f"{name} {measure.shown(contrast.difference, contrast.low, contrast.high)}, "
-            f"{contrast.seeds} seeds ({what}: {said})."
+            f"{contrast.seeds} seeds: {said}."
         )
     return " ".join(sentences) or "No placebo or partner has paired runs."
 
@@ -498,6 +511,8 @@ def _weigh(claim: Claim, results: Sequence[dict[str, Any]]) -> _Evidence:
     reason = _floor_reason(claim, results) if claim.floor else ""
     if not reason and claim.resolves is not None:
         reason = _collapse_reason(claim, results)
+    if not reason and claim.resists:
+        reason = _harmless_reason(claim, results)
     return replace(evidence, nothing_to_decide=reason)
 
 
@@ -513,7 +528,11 @@ def _judge(evidence: _Evidence, p_holm: float) -> Verdict:
         detectable = stats.smallest_detectable_effect(sd, deciding.seeds)
         correlation = stats.pair_correlation(deciding.treatment_S, deciding.control_S)
     numbers = "; ".join(part.text() for part in parts)
-    refuting = next((part for part in parts if part.seeds >= 2 and part.refuted), None)
+    refuting = min(
+        (part for part in parts if part.seeds >= 2 and part.refuted),
+        key=lambda part: (not part.limits.claimed, part.signed_S.mean()),
+        default=None,
+    )
 
     outcome: Outcome
     if evidence.pilot:
@@ -547,6 +566,7 @@ def _judge(evidence: _Evidence, p_holm: float) -> Verdict:
         reason,
         {part.label: part.comparison for part in parts},
         None if deciding is None else deciding.label,
+        refuting.label if refuting is not None and outcome == "refuted" else None,
         claim.measure if deciding is None else deciding.measure,
         evidence.p,
         math.nan if evidence.pilot else p_holm,
@@ -609,15 +629,18 @@ def verdicts(results_by_study: Mapping[str, Sequence[dict[str, Any]]], profile: 
     return found
 
 
-def least_favourable(verdict: Verdict) -> str | None:
-    """The contrast of the claimed measure that lies furthest from the claim, counted in its own interval's
-    width; None where no control has pairs."""
+def telling_contrast(verdict: Verdict) -> str | None:
+    """The contrast of the claimed measure that refutes the claim; otherwise the one that lies furthest from
+    the claim, counted in its own interval's width; None where no control has pairs."""
     claim = verdict.claim
     known = {
         label: contrast
         for label, contrast in verdict.contrasts.items()
         if contrast is not None and label.startswith(f"{claim.measure.name}: ")
     }
+
+    if verdict.refuting in known:
+        return verdict.refuting
 
     def favour(label: str) -> float:
         contrast = known[label]
@@ -634,11 +657,15 @@ def tally(found: Sequence[Verdict]) -> str:
 
 
 def verdict_table(found: Sequence[Verdict]) -> pd.DataFrame:
-    """One row a unit: the least favourable contrast, the verdict and its reason."""
+    """One row a unit: its telling contrast, the verdict and its reason.
+
+    p is shown where it decides: a claim that is refuted or not applicable is so by intervals.
+    """
     rows = []
     for verdict in found:
         claim, published = verdict.claim, verdict.claim.published.get(verdict.dataset)
-        shown = least_favourable(verdict)
+        shown = telling_contrast(verdict)
+        tested = verdict.outcome in ("supported", "undecided")
         row = {
             "paper": claim.paper,
             "study": claim.study,
@@ -648,7 +675,7 @@ def verdict_table(found: Sequence[Verdict]) -> pd.DataFrame:
             "contrast": shown or "-",
             "difference": "-",
             "95 % interval": "-",
-            "p (Holm)": "-" if math.isnan(verdict.p_holm) else _p_text(verdict.p_holm),
+            "p (Holm)": _p_text(verdict.p_holm) if tested else "-",
             "seeds": "-",
             "published": "-",
             "smallest detectable": "-",

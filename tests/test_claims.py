@@ -204,11 +204,43 @@ def test_the_table_shows_the_contrast_least_in_the_claims_favour():
     )
     assert verdict.deciding == "accuracy: ac - linear"
     row = claims.verdict_table([verdict]).loc[0]
-    assert row["contrast"] == claims.least_favourable(verdict) == "accuracy: ac - cosine"
+    assert row["contrast"] == claims.telling_contrast(verdict) == "accuracy: ac - cosine"
     assert row["difference"].startswith("-2.0")
 
 
+def test_a_refuted_claim_shows_the_contrast_that_refutes_it():
+    """Refuted by a sure draw with one control, though a wide interval lies further from the claim."""
+    wide = np.linspace(-0.021, 0.02, 10)
+    results = vision_results({"ac": 0.0, "cosine": 0.0, "linear": 0.0})
+    for result in results:
+        accuracy = 0.6 + (wide[SEEDS.index(result["run"]["seed"])] if result["run"]["arm"] == "linear" else 0)
+        result["task"]["accuracy"] = accuracy + 1e-4 * (result["run"]["seed"] % 3)
+    for result in results:
+        if result["run"]["arm"] == "ac":
+            result["task"]["accuracy"] += 1e-5 * (result["run"]["seed"] % 2)
+    verdict = claims.decide(CLAIM["ac-vision-performance"], results)
+    assert verdict.outcome == "refuted"
+    assert verdict.refuting == claims.telling_contrast(verdict) == "accuracy: ac - cosine"
+    assert claims.verdict_table([verdict]).loc[0, "p (Holm)"] == "-"  # it is not by p that it is refuted
+
+
 # ------------------------------------------------------------------------- nothing to resolve, floor
+
+
+def test_a_disturbance_that_costs_nothing_is_nothing_to_resist():
+    results = vision_results({"ac": 0.0, "linear": 0.0, "cosine": 0.0})
+    cost = {"ac": -0.01, "linear": -0.02, "cosine": -0.02}
+
+    def disturb(cost):
+        for result, noise in zip(results, draws(0.0, 0.001, range(len(results)), 3), strict=True):
+            clean = result["corruption"]["clean"]
+            result["corruption"]["noise"] = [clean - cost[result["run"]["arm"]] - noise] * 5
+        return claims.decide(CLAIM["ac-vision-corruption"], results)
+
+    verdict = disturb(cost)
+    assert verdict.outcome == "not applicable"
+    assert "nothing to resist: accuracy lost to corruption is above 0 in no arm (ac -1.0" in verdict.reason
+    assert disturb(cost | {"linear": 0.02}).outcome == "refuted"  # one arm loses: there is something
 
 
 def test_no_collapse_nothing_to_resolve():
@@ -303,15 +335,15 @@ def test_placebos_attribute_and_never_decide():
     }
     verdict = claims.decide(CLAIM["ac-vision-performance"], vision_results(arms))
     assert verdict.outcome == "supported"
-    said = {s.split(" +")[0].split(" -0")[0].split(" -3")[0]: s for s in verdict.attribution.split("). ")}
-    assert "not told apart" in said["ac - ac-shuffled"]
-    assert "works against the claim" in said["ac - ac-pooled"]
-    assert "does the work" in said["ac - ac-matched"]
+    said = {s.split(" +")[0].split(" -0")[0].split(" -3")[0]: s for s in verdict.attribution.split(". ")}
+    assert "is open" in said["ac - ac-shuffled"]
+    assert "the opposite of the claim, so it is not" in said["ac - ac-pooled"]
+    assert said["ac - ac-matched"].removesuffix(".").endswith("10 seeds: so it is the gate's sharpness")
     assert "ac-causal" not in verdict.attribution
     few = vision_results(arms)
     few = [r for r in few if r["run"]["arm"] != "ac-matched" or r["run"]["seed"] < 3]
     verdict = claims.decide(CLAIM["ac-vision-performance"], few)
-    assert "3 seeds (the gate's sharpness: pilot)" in verdict.attribution
+    assert "3 seeds: a pilot on whether it is the gate's sharpness." in verdict.attribution
 
 
 def test_mechanism_is_the_difference_of_differences():
@@ -321,7 +353,7 @@ def test_mechanism_is_the_difference_of_differences():
             results.append(run("snnl", arm, seed, task={"accuracy": score}))
     verdict = claims.decide(CLAIM["snnl-accuracy"], results)
     assert "(snnl - base) - (dense-snnl - dense)" in verdict.attribution
-    assert "not better features alone: not told apart" in verdict.attribution
+    assert "whether it is SNNL in a mixture, not better features alone is open" in verdict.attribution
     assert verdict.outcome == "supported"
 
 
