@@ -130,6 +130,11 @@ class Claim:
     floor: bool = False  # the measure has a floor at which it says nothing
     resists: bool = False  # the measure is what a disturbance costs: it must cost some arm something
 
+    def worth(self, dataset: str) -> float:
+        """The difference that refutes when it is missed: the published one, or the margin where none is."""
+        published = self.published.get(dataset)
+        return self.measure.sign * self.margin if published is None else published.difference
+
 
 _SECOND_HAND = "second-hand"
 _SNNL_ATTRIBUTION = (
@@ -174,11 +179,11 @@ def _degradation(study: str, partner: str, key: str, wording: str, measure: Meas
     )  # fmt: skip
 
 
-_ACCURACY = Measure("accuracy", "task.accuracy", "higher", 2, "points", 100)
+ACCURACY = Measure("accuracy", "task.accuracy", "higher", 2, "points", 100)
 _FLEXIBLE_MARGIN = 0.07  # nats
 CLAIMS: tuple[Claim, ...] = (
     Claim(
-        "snnl-accuracy", "SNNL-MoE", "snnl", "more accurate", _ACCURACY, "snnl", ("base",),
+        "snnl-accuracy", "SNNL-MoE", "snnl", "more accurate", ACCURACY, "snnl", ("base",),
         margin=0.0028,
         margin_reason="the smaller of the two published gains",
         attribution=_SNNL_ATTRIBUTION,
@@ -217,7 +222,7 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         resolves="routing",
     ),
-    *_ac_claims("ac-vision", "ac", _ACCURACY, 0.005, "half a point; no number of the paper is known"),
+    *_ac_claims("ac-vision", "ac", ACCURACY, 0.005, "half a point; no number of the paper is known"),
     _degradation(
         "ac-vision", "ac", "corruption", "more robust to corruption",
         Measure("accuracy lost to corruption", tables.corruption_loss, "lower", 2, "points", 100), 0.005,
@@ -389,11 +394,12 @@ def _pairs(values: pd.DataFrame, treatment: str, control: str) -> tuple[np.ndarr
 
 def _parts(claim: Claim, dataset: str, results: Sequence[dict[str, Any]]) -> list[_Part]:
     published = claim.published.get(dataset)
-    if published is None:
-        below, by = claim.margin, f"the declared margin ({claim.margin_reason})"
-    else:
-        below = claim.measure.sign * published.difference
-        by = f"the published difference ({published.status})"
+    by = (
+        f"the declared margin ({claim.margin_reason})"
+        if published is None
+        else f"the published difference ({published.status})"
+    )
+    below = claim.measure.sign * claim.worth(dataset)
     asked = [(claim.measure, "controls", _Limits(0.0, below, by, True))]
     for c in claim.conditions:
         limits = _Limits(c.bound, c.margin, f'the margin of "{c.wording}"', False)
@@ -675,6 +681,7 @@ def verdict_table(found: Sequence[Verdict]) -> pd.DataFrame:
             "contrast": shown or "-",
             "difference": "-",
             "95 % interval": "-",
+            "would matter": claim.measure.shown(claim.worth(verdict.dataset)),
             "p (Holm)": _p_text(verdict.p_holm) if tested else "-",
             "seeds": "-",
             "published": "-",
@@ -693,5 +700,13 @@ def verdict_table(found: Sequence[Verdict]) -> pd.DataFrame:
             row["published"] = f"{claim.measure.shown(published.difference)} ({published.status})"
         rows.append(row)
     columns = ["paper", "study", "data set", "claim", "verdict", "contrast", "difference", "95 % interval"]
-    columns += ["p (Holm)", "seeds", "published", "smallest detectable", "reason", "attribution"]
+    columns += [
+        "would matter",
+        "p (Holm)",
+        "seeds",
+        "published",
+        "smallest detectable",
+        "reason",
+        "attribution",
+    ]
     return pd.DataFrame(rows, columns=columns)

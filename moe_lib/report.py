@@ -8,12 +8,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 from IPython.display import HTML
 
 from moe_lib import arms, claims, store, study, tables
+from moe_lib.language import LanguageConfig
 from moe_lib.plots import DATASET_TITLES
 
 # What the papers claim of SNNL, as paired differences snnl - base: measure, claimed direction, wording.
@@ -25,6 +26,7 @@ SNNL_CLAIMS = (
 )
 # Second-hand; see the README. Accuracy in %, MoE and MoE + SNNL.
 PUBLISHED = {"fashion_mnist": (91.33, 91.61), "cifar100": (35.75, 36.74)}
+COS_OUTPUTS = claims.Measure("cos outputs", "similarity.outputs", "lower", 3)
 # Columns of the README's tables of the other studies.
 VISION_SCORES = (
     "accuracy",
@@ -73,11 +75,68 @@ def verdicts(profile: str) -> list[claims.Verdict]:
 
 
 def verdict_table(found: Sequence[claims.Verdict]) -> pd.DataFrame:
-    """A verdict a row, with the contrast that is least in the claim's favour."""
+    """A verdict a row, with its telling contrast and the difference that would matter."""
     table = claims.verdict_table(found)
     table["data set"] = table["data set"].map(DATASET_TITLES)
-    columns = ["claim", "verdict", "contrast", "difference", "95 % interval", "p (Holm)", "seeds"]
-    return table.set_index(["paper", "data set"])[columns]
+    columns = ["claim", "verdict", "difference", "95 % interval", "would matter", "contrast", "p (Holm)"]
+    return table.set_index(["paper", "data set"])[[*columns, "seeds"]]
+
+
+def findings(profile: str, found: Sequence[claims.Verdict]) -> str:
+    """What was found, as a Markdown list: the verdicts paper by paper, then what no claim asks. Pilots are
+    left out."""
+    lines = []
+    for paper in dict.fromkeys(verdict.claim.paper for verdict in found):
+        own = [verdict for verdict in found if verdict.claim.paper == paper]
+        said = []
+        for outcome in get_args(claims.Outcome):
+            datasets: dict[str, list[str]] = {}
+            for verdict in own:
+                if verdict.outcome == outcome != "pilot":
+                    datasets.setdefault(verdict.claim.wording, []).append(_where(verdict))
+            if datasets:
+                units = "; ".join(f"{wording} on {_and(where)}" for wording, where in datasets.items())
+                said.append(f"*{outcome.capitalize()}*: {units}.")
+        said += [v.attribution for v in own if v.outcome == "supported"]
+        lines.append(f"- **{paper}.** {' '.join(said)}")
+    questions = (
+        (
+            "Does the mixture pay? Accuracy beside a dense network of its size",
+            claims.ACCURACY,
+            [("base", "dense"), ("snnl", "dense-snnl")],
+        ),
+        (
+            "Does SNNL make experts differ? Cosine of two experts' outputs, higher: more alike",
+            COS_OUTPUTS,
+            [("snnl", "base")],
+        ),
+    )
+    for question, measure, pairs in questions:
+        answers = []
+        for dataset, runs in finished_runs(profile, "snnl").items():
+            frame = tables.frame(study.results(runs))
+            for pair in pairs:
+                contrast = tables.contrast(frame, *pair, measure.name)
+                if contrast is not None and contrast.seeds >= tables.PILOT_BELOW:
+                    numbers = measure.shown(contrast.difference, contrast.low, contrast.high)
+                    answers.append(f"{' - '.join(pair)} {numbers} on {DATASET_TITLES[dataset]}")
+        if answers:
+            asked, rest = question.split("? ")
+            lines.append(f"- **{asked}?** {rest}: {'; '.join(answers)}.")
+    return "\n".join(lines)
+
+
+def _where(verdict: claims.Verdict) -> str:
+    """The data set; of a supported claim also the telling contrast's difference and interval."""
+    title = DATASET_TITLES[verdict.dataset]
+    contrast = verdict.contrasts.get(claims.telling_contrast(verdict) or "")
+    if verdict.outcome != "supported" or contrast is None:
+        return title
+    return f"{title} ({verdict.claim.measure.shown(contrast.difference, contrast.low, contrast.high)})"
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def reasons(found: Sequence[claims.Verdict]) -> pd.DataFrame:
@@ -154,9 +213,9 @@ def published_table(profile: str) -> pd.DataFrame:
                 {
                     "data set": DATASET_TITLES[dataset],
                     "published MoE": f"{before:.2f}",
-                    "our base": f"{arms_S['base'].mean() * 100:.2f}",
+                    "our base": f"{tables.rounded(arms_S['base'].mean() * 100, 2):.2f}",
                     "published MoE + SNNL": f"{after:.2f}",
-                    "our snnl": f"{arms_S['snnl'].mean() * 100:.2f}",
+                    "our snnl": f"{tables.rounded(arms_S['snnl'].mean() * 100, 2):.2f}",
                     "published gain": f"{after - before:+.2f}",
                     "our gain": f"{found.difference * 100:+.2f}",
                     "95 % interval": f"[{found.low * 100:+.2f}, {found.high * 100:+.2f}]",
@@ -208,18 +267,20 @@ def tuning_table(profile: str) -> pd.DataFrame:
                 rows.append(
                     {
                         "study": name.removesuffix("-tuning"),
-                        "data set": run["dataset"],
+                        "data set": DATASET_TITLES[run["dataset"]],
                         "arm": run["arm"],
+                        "training images": run["train_images"] or "all",
                         "epochs": run["train"]["epochs"],
                         "learning rate": run["train"]["learning_rate"],
-                        "weight": weight,
+                        "weight of the extra loss": weight,
                         "cross-entropy": result["history"]["best_cross_entropy"],
                     }
                 )
     if not rows:
         return pd.DataFrame()
-    keys = ["study", "data set", "arm", "epochs", "learning rate", "weight"]
-    table = pd.DataFrame(rows).groupby(keys, sort=True)["cross-entropy"].agg(["mean", "count"])
+    keys = ["study", "data set", "arm", "training images", "epochs", "learning rate"]
+    by_setting = pd.DataFrame(rows).groupby([*keys, "weight of the extra loss"])["cross-entropy"]
+    table = by_setting.agg(["mean", "count"]).round({"mean": 4})
     return table.rename(columns={"mean": "validation cross-entropy", "count": "seeds"})
 
 
@@ -272,18 +333,22 @@ def budget_table(profile: str) -> pd.DataFrame:
                 found = {tables.look_up(result, path) for result in results}
                 return ", ".join(f"{value:g}" for value in sorted(v for v in found if v is not None)) or "all"
 
+            text = isinstance(runs[0].model, LanguageConfig)
+            sizes = sorted(r["num_parameters"] / 1e6 for r in results if "num_parameters" in r)
             rows.append(
                 {
                     "study": name,
                     "data set": DATASET_TITLES[dataset],
                     "arms": str(len({run.arm for run in runs})),
                     "runs": str(len(runs)),
-                    "training images": "-" if "language" in name else each("run.train_images"),
-                    "tokens an epoch": each("run.epoch_tokens") if "language" in name else "-",
+                    "training images": "-" if text else each("run.train_images"),
+                    "tokens an epoch": each("run.epoch_tokens") if text else "-",
                     "epochs": each("run.train.epochs"),
                     "batch": each("run.train.batch_size"),
                     "learning rates": each("run.train.learning_rate"),
-                    "weights (millions)": f"{max(r.get('num_parameters', 0) for r in results) / 1e6:.2f}",
+                    "weights (millions)": ", ".join(
+                        dict.fromkeys(f"{size:.2f}" for size in (*sizes[:1], *sizes[-1:]))
+                    ),
                 }
             )
     return pd.DataFrame(rows).set_index(["study", "data set"]) if rows else pd.DataFrame()
@@ -318,10 +383,10 @@ def bench_table(name: str) -> pd.DataFrame:
 
 
 BENCH_TITLES = {
-    "snnl": "The SNNL",
+    "snnl": "SNNL",
     "moe": "Mixtures of experts",
     "router": "The AC router (statistics and decision)",
-    "train": "Training steps (our CNN in bfloat16, limit and peers in float32)",
+    "train": "Training steps (our CNN in bfloat16, which may pass the limit; peers in float32)",
 }
 
 
@@ -370,21 +435,23 @@ def throughput_text() -> str:
 def readme_section() -> str:
     """The part of the README between its markers, from results/core."""
     profile = "core"
-    studies = [name for name in study.STUDIES if not name.endswith("-tuning")]
-    results = [result for name in studies for result in finished_results(profile, name)]
+    results = [result for name in study.STUDIES for result in finished_results(profile, name)]
     if not results:
         return f"{BEGIN}\nNo finished runs yet.\n{END}"
-    planned = sum(len(study.runs(profile, name)) for name in studies)
     machines = ", ".join(sorted({r["machine"] for r in results}))
     found = verdicts(profile)
     supported = reasons(found).query("verdict == 'supported'")
     sections = [
-        f"Profile `core`: {len(results)} of {planned} planned runs finished, "
-        f"{core_minutes(results):.0f} core-minutes on {machines}. "
+        f"{claims.tally(found)} What was found, at this scale (small networks, short training):",
+        findings(profile, found),
+        f"Profile `core`: {len(results)} of {len(study.runs(profile))} planned runs finished, tuning "
+        f"included, {core_minutes(results):.0f} core-minutes on {machines}. "
         "Regenerate with `make report PROFILE=core`.",
-        "Verdicts. A claim must hold against every fair control; the contrast shown is the one least in its "
-        "favour, paired by seed (95 % t interval; exact sign-flip p, Holm over a study). Fewer than eight "
-        f"seeds are a pilot: shown, never decided on. {claims.tally(found)}",
+        "Verdicts. A claim must hold against every fair control. Shown is the contrast that refutes it (by "
+        "its 90 % interval), or else the one least in its favour, paired by seed with its 95 % t interval; "
+        "p is the largest of the claim's contrasts (exact sign-flip, Holm over a study), where it decides. "
+        "*Would matter*: the published difference, or a margin declared beforehand. Fewer than eight seeds "
+        "are a pilot: shown, never decided on.",
         markdown(verdict_table(found)),
         *(
             ["Why, and whose doing it is, where a claim is supported:", markdown(supported)]
@@ -398,17 +465,33 @@ def readme_section() -> str:
         "SNNL: published accuracies (second-hand) beside ours, in %:",
         markdown(published_table(profile)),
     ]
-    for name, title in (("ac-vision", "images"), ("ac-language", "text"), ("crossed", "SNNL x AC")):
+    for name, title in (
+        ("ac-vision", "AC router, images"),
+        ("ac-language", "AC router, text"),
+        ("crossed", "Both remedies crossed, images (`base`: cosine router, no SNNL)"),
+    ):
         table = scores_table(profile, name)
         if not table.empty:
-            sections += [f"AC router, {title}: mean ± standard deviation over seeds:", markdown(table)]
-    for name, title in BENCH_TITLES.items():
-        if not (speed := bench_table(name)).empty:
-            sections += [
-                f"{title} with gradients, against the fastest peer in the same run (one thread, float32 "
-                "where nothing else is said; `make bench`):",
-                markdown(speed),
-            ]
+            sections += [f"{title}: mean ± standard deviation over seeds:", markdown(table)]
+    return "\n\n".join([BEGIN, *sections, *_fold("Speed, memory and cost", speed_sections())]) + f"\n{END}"
+
+
+def _fold(title: str, sections: Sequence[str]) -> list[str]:
+    """Markdown that is shown on a click."""
+    return [f"<details>\n<summary>{title}</summary>", *sections, "</details>"] if sections else []
+
+
+def speed_sections() -> list[str]:
+    """The README's tables of what was measured into results/bench."""
+    speeds = {title: bench_table(name) for name, title in BENCH_TITLES.items()}
+    sections = [text for title, t in speeds.items() if not t.empty for text in (f"{title}:", markdown(t))]
+    if sections:
+        sections.insert(
+            0,
+            "Value and gradient, ours against the fastest peer in the same run (one thread, float32 where "
+            "nothing else is said; `make bench`). The limit is what the processor's products and memory "
+            "could do; where *memory, times less* is below 1, the peer takes less.",
+        )
     if not (costs := cost_table()).empty:
         sections += [
             "What a run takes, foretold from its configuration by rates fitted to the other studies and data "
@@ -421,10 +504,10 @@ def readme_section() -> str:
             "Time and memory of a step of ours grow as powers of each size alone: exponents, 95 % intervals "
             "(`python -m moe_lib bench scaling`; drawn in `results/bench/scaling.png`):",
             markdown(powers),
-            "Ten seeds take ten times one: they are runs of their own. Of the work that one process does in "
+            "Seeds are runs of their own, so ten cost ten times one. Of the work that one process does in "
             f"some time (steps of the CNN with SNNL), {throughput_text()}.",
         ]
-    return "\n\n".join([BEGIN, *sections]) + f"\n{END}"
+    return sections
 
 
 def update_readme(path: Path, check: bool = False) -> int:

@@ -588,7 +588,7 @@ def test_tuning_table(folders):
         store.write(run.path, {"run": asdict(run), "history": {"best_cross_entropy": value}})
     table = report.tuning_table("core").reset_index()
     assert table["learning rate"].tolist() == [1e-3, 1e-3]
-    assert table["weight"].tolist() == [1.0, 10.0]
+    assert table["weight of the extra loss"].tolist() == [1.0, 10.0]
     assert table["validation cross-entropy"].tolist() == [2.5, 11.5]
     assert table["seeds"].tolist() == [2, 2]
 
@@ -618,7 +618,7 @@ def test_tuning_table_has_every_study(folders):
         store.write(run.path, {"run": asdict(run), "history": {"best_cross_entropy": 2.0}})
     table = report.tuning_table("core").reset_index()
     assert sorted(table["study"]) == sorted(name.removesuffix("-tuning") for name in names)
-    weights = dict(zip(table["study"], table["weight"], strict=True))
+    weights = dict(zip(table["study"], table["weight of the extra loss"], strict=True))
     assert weights["ac-vision"] == weights["ac-language"] == 0
     assert weights["crossed"] == arms.CROSSED_FACTORS[0]
 
@@ -706,17 +706,35 @@ def test_readme_is_rewritten_between_its_markers(core):
     assert first.startswith(f"# Title\n\nBefore.\n\n{report.BEGIN}\n")
     assert first.endswith(f"{report.END}\n\nAfter.\n")
     assert "\nold\n" not in first
-    names = [name for name in study.STUDIES if not name.endswith("-tuning")]
-    total = sum(len(study.runs("core", name)) for name in names)
-    assert f"Profile `core`: 12 of {total} planned runs finished, 18 core-minutes on Some CPU." in first
-    verdict = "| SNNL-MoE | FashionMNIST | more accurate | pilot | accuracy: snnl - base | +1.67 points |"
-    assert f"{verdict} [+0.23, +3.10] points | - | 3 (pilot) |" in first
+    total = len(study.runs("core"))
+    assert f"12 of {total} planned runs finished, tuning included, 18 core-minutes on Some CPU." in first
+    verdict = "| SNNL-MoE | FashionMNIST | more accurate | pilot | +1.67 points | [+0.23, +3.10] points |"
+    assert f"{verdict} +0.28 points | accuracy: snnl - base | - | 3 (pilot) |" in first
     assert "| snnl | 92.67 ± 1.15 (3) |" in first
     assert "| FashionMNIST | 91.33 | 91.00 | 91.61 | 92.67 | +0.28 | +1.67 |" in first
 
     assert report.update_readme(path) == 0
     assert path.read_text() == first
     assert report.update_readme(path, check=True) == 0
+
+
+def test_findings_name_what_is_decided_and_leave_pilots_out(folders):
+    """Ten pairs one point apart decide; three do not."""
+    for arm, accuracy in (("base", 0.80), ("snnl", 0.82), ("dense", 0.85), ("dense-snnl", 0.86)):
+        for place, run in enumerate(study.runs("core", "snnl", "cifar100", arm)):
+            value = accuracy + 0.001 * (place % 2) * (arm == "snnl")
+            store.write(run.path, made_up(run, value, num_classes=100))
+    for arm in ("base", "snnl"):
+        for run in study.runs("core", "snnl", "fashion_mnist", arm)[:3]:
+            store.write(run.path, made_up(run))
+    text = report.findings("core", report.verdicts("core"))
+    assert "*Supported*: more accurate on CIFAR-100 (+2.05 [+2.01, +2.09] points)" in text
+    assert "FashionMNIST" not in text
+    assert "(snnl - base) - (dense-snnl - dense) +1.05" in text
+    assert (
+        "- **Does the mixture pay?** Accuracy beside a dense network of its size: base - dense -5.00" in text
+    )
+    assert report.findings("core", []).startswith("- **Does the mixture pay?**")
 
 
 def test_readme_shows_the_benchmark(core):
