@@ -75,13 +75,13 @@ class Measure:
             )
         return float(value)
 
-    def shown(self, *values: float) -> str:
+    def shown(self, *values: float, unit: bool = True) -> str:
         """One value, or "value [low, high]", or "[low, high]", with sign and unit."""
         texts = [f"{value * self.scale:+.{self.decimals}f}" for value in values]
         text = texts[0] if len(texts) % 2 else ""
         if len(texts) > 1:
             text = f"{text} [{texts[-2]}, {texts[-1]}]".strip()
-        return f"{text} {self.unit}".strip()
+        return f"{text} {self.unit}".strip() if unit else text
 
 
 # ---------------------------------------------------------------------------------------- claims
@@ -164,7 +164,7 @@ def _ac_claims(
             margin, margin_reason, _ac_attribution(partner),
         )  # fmt: skip
 
-    area = Measure("mean validation cross-entropy over epochs", tables.validation_area, "lower", 4, "nats")
+    area = Measure("validation area", tables.validation_area, "lower", 4, "nats")
     return (
         claim("convergence", "converges faster", area, 0.01, "one per cent of perplexity"),
         claim("performance", "performs better", performance, margin, margin_reason),
@@ -266,7 +266,7 @@ class Verdict:
     measure: Measure  # of the deciding contrast
     p: float  # the largest of them; NaN where one is missing
     p_holm: float  # over the study's units; NaN for a pilot
-    attribution: str
+    attribution: tuple[str, ...]  # one sentence a contrast
     detectable: float  # smallest effect of the deciding contrast, 80 % power at 5 %, in the measure's unit
     correlation: float  # of the pairs of the deciding contrast
 
@@ -337,7 +337,7 @@ class _Evidence:
     dataset: str
     parts: list[_Part]
     nothing_to_decide: str  # why the claim is not applicable; "" where it is
-    attribution: str
+    attribution: tuple[str, ...]
 
     @property
     def pilot(self) -> bool:
@@ -474,7 +474,7 @@ def _harmless_reason(claim: Claim, results: Sequence[dict[str, Any]]) -> str:
     return f"nothing to resist: {claim.measure.name} is above 0 in no arm ({', '.join(means)})"
 
 
-def _attribution(claim: Claim, results: Sequence[dict[str, Any]]) -> str:
+def _attribution(claim: Claim, results: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """One sentence a contrast, for those that have pairs."""
     measure = claim.measure
     arms = {arm for contrast in claim.attribution for arm in (contrast.treatment, contrast.control)}
@@ -505,7 +505,7 @@ def _attribution(claim: Claim, results: Sequence[dict[str, Any]]) -> str:
             f"{name} {measure.shown(contrast.difference, contrast.low, contrast.high)}, "
             f"{contrast.seeds} seeds: {said}."
         )
-    return " ".join(sentences) or "No placebo or partner has paired runs."
+    return tuple(sentences)
 
 
 def _weigh(claim: Claim, results: Sequence[dict[str, Any]]) -> _Evidence:
@@ -681,18 +681,18 @@ def verdict_table(found: Sequence[Verdict]) -> pd.DataFrame:
             "contrast": shown or "-",
             "difference": "-",
             "95 % interval": "-",
-            "would matter": claim.measure.shown(claim.worth(verdict.dataset)),
+            "would matter": claim.measure.shown(claim.worth(verdict.dataset), unit=False),
             "p (Holm)": _p_text(verdict.p_holm) if tested else "-",
             "seeds": "-",
             "published": "-",
             "smallest detectable": "-",
             "reason": verdict.reason,
-            "attribution": verdict.attribution,
+            "attribution": " ".join(verdict.attribution) or "No placebo or partner has paired runs.",
         }
         contrast = None if shown is None else verdict.contrasts[shown]
         if contrast is not None:
             row["difference"] = claim.measure.shown(contrast.difference)
-            row["95 % interval"] = claim.measure.shown(contrast.low, contrast.high)
+            row["95 % interval"] = claim.measure.shown(contrast.low, contrast.high, unit=False)
             row["seeds"] = tables.show(contrast)["seeds"]
         if verdict.deciding is not None:
             row["smallest detectable"] = verdict.measure.shown(verdict.detectable).lstrip("+")

@@ -97,8 +97,8 @@ def findings(profile: str, found: Sequence[claims.Verdict]) -> str:
             if datasets:
                 units = "; ".join(f"{wording} on {_and(where)}" for wording, where in datasets.items())
                 said.append(f"*{outcome.capitalize()}*: {units}.")
-        said += [v.attribution for v in own if v.outcome == "supported"]
         lines.append(f"- **{paper}.** {' '.join(said)}")
+        lines += [f"    - {why}" for v in own if v.outcome == "supported" for why in v.attribution]
     questions = (
         (
             "Does the mixture pay? Accuracy beside a dense network of its size",
@@ -450,8 +450,8 @@ def readme_section() -> str:
         "Verdicts. A claim must hold against every fair control. Shown is the contrast that refutes it (by "
         "its 90 % interval), or else the one least in its favour, paired by seed with its 95 % t interval; "
         "p is the largest of the claim's contrasts (exact sign-flip, Holm over a study), where it decides. "
-        "*Would matter*: the published difference, or a margin declared beforehand. Fewer than eight seeds "
-        "are a pilot: shown, never decided on.",
+        "*Would matter*: the published difference, or a margin declared beforehand. *Validation area*: mean "
+        "validation cross-entropy over epochs. Fewer than eight seeds are a pilot: shown, never decided on.",
         markdown(verdict_table(found)),
         *(
             ["Why, and whose doing it is, where a claim is supported:", markdown(supported)]
