@@ -70,6 +70,9 @@ def adaptive_scales(
             f"expected tokens [N, D] and assignment [N], got {tuple(tokens_ND.shape)} "
             f"and {tuple(assignment_N.shape)}"
         )
+    if assignment_N.is_floating_point() or assignment_N.dtype == torch.bool:
+        raise ValueError(f"assignment must hold integers, got {assignment_N.dtype}")
+    assignment_N = assignment_N.long()
     if assignment_N.device.type == "cpu":
         outside = assignment_N[(assignment_N < 0) | (assignment_N >= num_experts)]
         if len(outside):

@@ -199,7 +199,7 @@ def routed_arms(study: str, settings: RoutedSettings) -> dict[str, RoutedArm]:
 
 
 ROUTED_ARM_DESCRIPTIONS = {
-    "linear": "linear router with bias, tokens as they are: the published baseline",
+    "linear": "linear router with bias, sharper at the start than cosine: the published baseline",
     "cosine": "unit-norm expert embeddings, no bias: AC with M = I, the fair control",
     "ac": "the Adaptive Clustering router in the paper's form",
     "ac-shuffled": "placebo: clusters use each other's rows of M",

@@ -68,7 +68,7 @@ def load(
         DataError: the name is unknown, or the files are missing or damaged and cannot be fetched.
     """
     if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
+        raise DataError(_unknown(name))
     if name == "digits":
         (images, labels), test = _digits()
     else:
@@ -126,8 +126,14 @@ def _torchvision(name: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
     return images, labels.long()
 
 
+def _unknown(name: str) -> str:
+    return f"unknown data set {name!r}; known: {', '.join(DATASETS)}"
+
+
 def present(name: str, root: str | Path | None = None) -> bool:
     """Whether a data set's files seem to be there already (they are checked when loaded)."""
+    if name not in DATASETS:
+        raise DataError(_unknown(name))
     if name == "digits":
         return True
     folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}.get(name, DATASETS[name])

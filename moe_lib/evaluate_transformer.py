@@ -67,15 +67,11 @@ def changed_by_scales(seen: Sequence[Seen]) -> dict[str, float] | None:
     plain = joined([one.layer.route(one.tokens_ND) for one in seen])
     cluster_N = joined(previous).first_choices()
     return {
-        "best": (best_expert(actual) != best_expert(plain)).double().mean().item(),
+        "best": (actual.first_choices() != plain.first_choices()).double().mean().item(),
         "chosen": different_choice(actual, plain).double().mean().item(),
-        "follows": agreement(cluster_N, best_expert(actual)),
-        "follows_plain": agreement(cluster_N, best_expert(plain)),
+        "follows": agreement(cluster_N, actual.first_choices()),
+        "follows_plain": agreement(cluster_N, plain.first_choices()),
     }
-
-
-def best_expert(routing: Routing) -> Tensor:
-    return routing.first_choices()
 
 
 def agreement(a_N: Tensor, b_N: Tensor) -> float:
@@ -109,7 +105,7 @@ def routing_measures(
             ]
         )
         layers.append(layer_measures(passes, labels_N, num_classes))
-        best.append(torch.cat([best_expert(one.routing) for one in passes]))
+        best.append(torch.cat([one.routing.first_choices() for one in passes]))
     stability = [agreement(a, b) if len(a) == len(b) else None for a, b in itertools.pairwise(best)]
     return {"layers": layers, "stability": stability}
 
@@ -449,7 +445,8 @@ class LanguageExperiment:
         losses_M, right_M = self.task.score(text.tokens_N)
         mean = losses_M.mean().item()
         bits = losses_M.sum().item() / math.log(2)
-        return LanguageScore(mean, math.exp(mean), bits / text.num_bytes, right_M.double().mean().item())
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        return LanguageScore(mean, perplexity, bits / text.num_bytes, right_M.double().mean().item())
 
     def _sequences(self, tokens_M: Tensor, count: int) -> Tensor:
         """[count, T + 1] windows of a text, side by side; fewer if it is shorter."""

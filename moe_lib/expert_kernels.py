@@ -126,7 +126,8 @@ def _by_expert(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
     num_experts, hidden_dim, out_dim = experts.w2_EHO.shape
     expert_M = routing.indices_NK.flatten()  # row by row
     counts = torch.bincount(expert_M, minlength=num_experts).tolist()
-    spares = [_spare(count, hidden_dim * max(x_ND.shape[1], out_dim)) for count in counts]
+    on_cpu = x_ND.device.type == "cpu"
+    spares = [_spare(count, hidden_dim * max(x_ND.shape[1], out_dim)) if on_cpu else 0 for count in counts]
     by_expert = expert_M.argsort(stable=True).split(counts)
     # Spare places are filled with a choice that does not exist, M, of weight 0.
     choice_M = torch.cat(

@@ -97,7 +97,11 @@ class MoE(nn.Module):
                 f"the router routes to {routing.probs_NE.shape[1]} experts, the layer has {num_experts}"
             )
         chosen = routing.indices_NK.shape[1]
-        return routing if self.top_k in (None, chosen) else routing.top(self.top_k)
+        if self.top_k is None or self.top_k == chosen:
+            return routing
+        if self.top_k > chosen:
+            raise ValueError(f"top_k = {self.top_k} experts are asked for, the router chooses {chosen}")
+        return routing.top(self.top_k)
 
     def forward(self, x_ND: Tensor, previous: Routing | None = None) -> tuple[Tensor, Routing]:
         """Weighted sum of the chosen experts' outputs, [N, O], and the decision behind it."""

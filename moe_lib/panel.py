@@ -343,7 +343,7 @@ def interventions(
         kept_NE = weights_NE.clone()
         kept_NE[:, e] = 0
         total_N1 = kept_NE.sum(1, keepdim=True)
-        # Where the dropped expert had everything, the others share alike.
+        # Where the dropped expert had all but a millionth, the others share alike.
         others_NE = torch.full_like(kept_NE, 1 / (num_experts - 1))
         others_NE[:, e] = 0
         yield "dropped", torch.where(total_N1 > 1e-6, kept_NE / total_N1.clamp(min=1e-6), others_NE)

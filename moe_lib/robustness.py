@@ -17,7 +17,9 @@ from moe_lib.classifier import Mixture, mix
 class Ablations(NamedTuple):
     """Accuracy lost (clean minus ablated; a negative value is a gain)."""
 
-    dropped: list[float]  # one per expert: its weight set to 0, the others' renormalised
+    dropped: list[
+        float
+    ]  # one per expert: its weight set to 0, the others' renormalised (alike if below 1e-6 together)
     swapped: float  # mean over pairs: each gets the other's weight
     merged: float  # mean over pairs: both replaced by the mean of their logits
     permuted: float  # routing weights exchanged between samples at random, mean of 5 draws
@@ -51,7 +53,7 @@ def expert_ablations(
         kept_NE = weights_NE.clone()
         kept_NE[:, e] = 0
         total_N1 = kept_NE.sum(1, keepdim=True)
-        # Where the dropped expert had everything, the others share alike.
+        # Where the dropped expert had all but a millionth, the others share alike.
         others_NE = torch.full_like(kept_NE, 1 / max(num_experts - 1, 1))
         others_NE[:, e] = 0
         kept_NE = torch.where(total_N1 > 1e-6, kept_NE / total_N1.clamp(min=1e-6), others_NE)

@@ -42,8 +42,6 @@ class Routing(NamedTuple):
 
     def first_choices(self) -> Tensor:
         """[N]: the most probable expert."""
-        if self.indices_NK.shape[1] < self.probs_NE.shape[1]:
-            return self.indices_NK[:, 0]
         return self.probs_NE.max(1).indices  # faster than argmax
 
     def dense_weights(self) -> Tensor:
@@ -57,6 +55,7 @@ class Routing(NamedTuple):
 
 def route(logits_NE: Tensor, top_k: int | None = None) -> Routing:
     """Softmax over the experts, in float32 or better; `top_k=None` keeps them all."""
+    check_experts(logits_NE.shape[1], top_k)
     probs_NE = at_least_float32(logits_NE).softmax(1)
     experts_NE = torch.arange(probs_NE.shape[1], device=probs_NE.device).expand_as(probs_NE)
     routing = Routing(logits_NE, probs_NE, experts_NE, probs_NE)
@@ -350,9 +349,12 @@ class AdaptiveClusteringRouter(CosineRouter):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keeps the running averages in float32 or better, whatever the weights are cast to."""
+        if not self.config.causal:
+            return super()._apply(fn, recurse)
+        before_ED = self.running_ED
         super()._apply(fn, recurse)
-        if self.config.causal:
-            self.running_ED = at_least_float32(self.running_ED)
+        if self.running_ED.dtype.itemsize < 4:
+            self.running_ED = before_ED.to(at_least_float32(self.running_ED))
         return self
 
 

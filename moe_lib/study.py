@@ -6,6 +6,7 @@ decides what is done: notebooks, `python -m moe_lib run` and Snakemake all call 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import sys
@@ -13,13 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from moe_lib import data, store, text
 from moe_lib.arms import (
@@ -277,6 +279,7 @@ def with_text(wanted: Sequence[Run], path: str) -> list[Run]:
     Raises:
         DataError: the file cannot be read, is not UTF-8, or too short.
     """
+    text.load(path)
     return [replace(run, dataset=path, text_digest=text.file_digest(path)) for run in wanted]
 
 
@@ -297,6 +300,8 @@ def shard(wanted: list[Run], part: str) -> list[Run]:
 def prepare(run: Run, device: str) -> Experiment:
     """Data, model and measures of a run, before the first step."""
     dtype = torch.float64 if run.train.precision == "float64" else torch.float32
+    if run.train.precision == "bfloat16" and not isinstance(run.model, ClassifierConfig):
+        raise StudyError(f"{run.label}: bfloat16 is for the convolutional extractor alone; use float32")
     if isinstance(run.model, LanguageConfig):
         assert isinstance(run.objective, RoutedObjective)
         corpus = text.load(
@@ -352,6 +357,7 @@ def execute(
 ) -> dict[str, Any]:
     """Train one run (or resume it from its checkpoint) and return the content of its result file."""
     started = time.perf_counter()
+    store.reset_peak_memory()
     torch.use_deterministic_algorithms(run.train.precision == "float64")
     experiment = prepare(run, device)
     task = experiment.task
@@ -378,7 +384,8 @@ def execute(
         task.eval()
         result |= experiment.final() | {"initial": initial}
     result["num_parameters"] = sum(p.numel() for p in task.model.parameters())
-    result["wall_seconds"] = time.perf_counter() - started
+    # At least the training of all sessions, of a run that was resumed.
+    result["wall_seconds"] = max(time.perf_counter() - started, history.seconds)
     result["peak_memory_mb"] = store.peak_memory_mb()
     return result
 
@@ -386,11 +393,12 @@ def execute(
 def twin(run: Run) -> Run | None:
     """A finished run of another study that is the same in all but name, so that its numbers are this one's.
 
-    Seeds are drawn from a run's seed and the names of layers, never from study or arm.
+    Seeds are drawn from a run's seed and the names of layers, never from study or arm. Versions must agree:
+    where one study's was raised, the other's numbers are not taken.
     """
 
     def nameless(other: Run) -> Run:
-        return replace(other, study="", arm="", version=0)
+        return replace(other, study="", arm="")
 
     for name, planned in STUDIES.items():
         if name != run.study and not name.endswith("-tuning"):
@@ -407,42 +415,48 @@ def _work(run: Run, device: str, deadline: float) -> str:
     if time.time() > deadline:
         return "out of time"
     run.workspace.mkdir(parents=True, exist_ok=True)
-    with FileLock(run.workspace / "lock"):  # another notebook or shard may be at it: wait, then look
-        if run.path.exists():
-            return "done"
+    left = -1 if math.isinf(deadline) else max(0.0, deadline - time.time())
+    try:
+        with FileLock(run.workspace / "lock", timeout=left):  # another notebook or shard may be at it
+            return "done" if run.path.exists() else _train(run, device, deadline)
+    except Timeout:
+        return "out of time"
 
-        if not run.study.endswith("-tuning") and (same := twin(run)) is not None:
-            content = store.read(same.path)
-            store.write(run.path, content | {"id": run.id, "run": asdict(run), "same_as": same.label})
-            return "done"
 
-        def report(epoch: int, history: History) -> None:
-            losses = history.validation
-            _progress.put(
-                (
-                    run.label,
-                    f"epoch {epoch}/{run.train.epochs}: "
-                    f"validation cross-entropy {losses['cross_entropy'][-1]:.4f}, "
-                    f"accuracy {losses['accuracy'][-1]:.2%}, {history.seconds:.0f} s",
-                )
+def _train(run: Run, device: str, deadline: float) -> str:
+    """The same, with the run's lock held."""
+    if not run.study.endswith("-tuning") and (same := twin(run)) is not None:
+        content = store.read(same.path)
+        store.write(run.path, content | {"id": run.id, "run": asdict(run), "same_as": same.label})
+        return "done"
+
+    def report(epoch: int, history: History) -> None:
+        losses = history.validation
+        _progress.put(
+            (
+                run.label,
+                f"epoch {epoch}/{run.train.epochs}: "
+                f"validation cross-entropy {losses['cross_entropy'][-1]:.4f}, "
+                f"accuracy {losses['accuracy'][-1]:.2%}, {history.seconds:.0f} s",
             )
-
-        try:
-            result = execute(run, device, time.monotonic() + (deadline - time.time()), report)
-        except OutOfTime:
-            return "out of time"
-        store.write(
-            run.path,
-            {
-                "id": run.id,
-                "run": asdict(run),
-                **store.provenance(),
-                "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-                "threads": torch.get_num_threads(),
-                **result,
-            },
         )
-        (run.workspace / "checkpoint.pt").unlink(missing_ok=True)
+
+    try:
+        result = execute(run, device, time.monotonic() + (deadline - time.time()), report)
+    except OutOfTime:
+        return "out of time"
+    store.write(
+        run.path,
+        {
+            "id": run.id,
+            "run": asdict(run),
+            **store.provenance(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            **result,
+        },
+    )
+    (run.workspace / "checkpoint.pt").unlink(missing_ok=True)
     return "done"
 
 
@@ -453,6 +467,7 @@ def _start_worker(queue: Any) -> None:
     global _progress
     _progress = queue
     torch.set_num_threads(1)
+    store.provenance()  # now: the commit may move while runs go on, this process's code does not
     parent = multiprocessing.parent_process()
 
     def follow_parent() -> None:  # a killed batch must not leave workers behind
@@ -505,30 +520,44 @@ def _train_all(
     todo: list[Run], workers: int | None, device: str, time_limit: float | None, quiet: bool
 ) -> None:
     store.check_writable(store.results_dir())
-    if device == "cpu":
+
+    def device_of(run: Run) -> str:
+        return "cpu" if run.train.precision == "float64" else device
+
+    on_cpu = all(device_of(run) == "cpu" for run in todo)
+    if on_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the workers when they import torch
-    else:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    workers = min(workers or (1 if device == "cuda" else os.cpu_count() or 1), len(todo))
+    workers = min(workers or (os.cpu_count() or 1 if on_cpu else 1), len(todo))
     deadline = time.time() + (float("inf") if time_limit is None else time_limit)
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     failed, unfinished = [], 0
     with _Reporter(queue, len(todo), quiet) as reporter:
-        pool = ProcessPoolExecutor(workers, context, _start_worker, (queue,))
-        try:
-            jobs = {
-                pool.submit(_work, run, "cpu" if run.train.precision == "float64" else device, deadline): run
-                for run in todo
-            }
-            for job in as_completed(jobs):
-                try:
-                    unfinished += job.result() == "out of time"
-                except Exception as error:
-                    failed.append(f"{jobs[job].label}: {type(error).__name__}: {error}")
-                reporter.finished(jobs[job].label)
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+        def attempt(runs: Sequence[Run], workers: int) -> list[Run]:
+            """Those that were lost because a worker was killed, which takes the whole pool with it."""
+            nonlocal unfinished
+            lost = []
+            pool = ProcessPoolExecutor(workers, context, _start_worker, (queue,))
+            try:
+                jobs = {pool.submit(_work, run, device_of(run), deadline): run for run in runs}
+                for job in as_completed(jobs):
+                    try:
+                        unfinished += job.result() == "out of time"
+                    except BrokenProcessPool:
+                        lost.append(jobs[job])
+                        continue
+                    except Exception as error:
+                        failed.append(f"{jobs[job].label}: {type(error).__name__}: {error}")
+                    reporter.finished()
+            finally:
+                pool.shutdown(cancel_futures=True)
+            return lost
+
+        for run in attempt(todo, workers):  # one at a time: it takes less memory, and shows which it was
+            for lost in attempt([run], 1):
+                failed.append(f"{lost.label}: its process was killed twice (out of memory?)")
+                reporter.finished()
     if unfinished and not quiet:
         print(f"time limit: {unfinished} runs are left; the same command goes on from here", flush=True)
     if failed:
@@ -565,7 +594,7 @@ class _Reporter:
             elif not self.quiet:
                 print(f"{label}: {text}", flush=True)
 
-    def finished(self, label: str) -> None:
+    def finished(self) -> None:
         if self.bar is not None:
             self.bar.update()
 

@@ -138,7 +138,7 @@ def test_a_run_without_its_data_fails_with_the_remedy(folders, capsys):
     """In a worker process, where torchvision itself fails to reach the network."""
     wanted = ["--profile", "core", "--study", "snnl", "--dataset", "cifar10", "--arm", "base"]
     done = folders / "DONE.json"
-    assert main(["run", *wanted, "--shard", "1/5", "--device", "cpu", "--done", str(done)]) == 1
+    assert main(["run", *wanted, "--shard", "1/10", "--device", "cpu", "--done", str(done)]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: 1 of 1 runs failed")
     assert "Traceback" not in err

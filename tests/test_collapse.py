@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_lib import metrics
+from moe_lib import metrics, store
 from moe_lib.collapse import (
     collapse,
     functional_collapse,
@@ -141,6 +141,9 @@ def test_what_a_measure_cannot_say_is_nan_and_what_cannot_be_is_refused():
     assert math.isnan(routing_collapse(0.0, 1))
     assert math.isnan(representational_collapse(math.nan))
     assert all(math.isnan(value) for value in redundancy({}, 0.9, 1, 10))
+    for experts in range(2, 33):  # result files keep six digits
+        entropy = store.compact(math.log(experts))
+        assert routing_collapse(entropy, experts) == pytest.approx(0, abs=1e-4)
     with pytest.raises(ValueError, match=r"got 1\.5"):
         routing_collapse(1.5, 4)
     with pytest.raises(ValueError, match=r"got 1\.2"):

@@ -250,6 +250,12 @@ def test_impossible_numbers_are_named(num_experts, top_k, message):
         MoE(4, num_experts, 6, top_k=top_k)
 
 
+def test_a_router_that_chooses_fewer_is_refused():
+    layer = MoE(4, 3, 6, top_k=2, router=LinearRouter(4, 3, top_k=1))
+    with pytest.raises(ValueError, match=r"top_k = 2.*chooses 1"):
+        layer(tokens(dtype=torch.float32))
+
+
 def test_no_experts_at_all():
     with pytest.raises(ValueError, match="num_experts"):
         Experts(4, 0, 6, 3)

@@ -166,6 +166,9 @@ def test_impossible_numbers_are_named(num_experts, top_k, message):
     if top_k is None:
         with pytest.raises(ValueError, match=message):
             UniformRouter(num_experts)
+    else:
+        with pytest.raises(ValueError, match=message):
+            route(torch.zeros(2, num_experts), top_k)
 
 
 # --------------------------------------------------------------------------- load-balancing loss

@@ -2,10 +2,12 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import small_runs
 import torch
+from filelock import FileLock
 
 from moe_lib import arms, store, study
 from moe_lib.data import ROOT
@@ -216,6 +219,37 @@ def test_a_killed_run_resumes_with_the_same_numbers(folders, monkeypatch):
     monkeypatch.setenv("MOE_RESULTS_DIR", str(folders / "whole"))
     whole = study.ensure([run], workers=1, quiet=True)[0]
     assert small_runs.numbers(resumed) == small_runs.numbers(whole)
+
+
+def test_a_killed_worker_loses_no_other_run(folders):
+    """SIGKILL to the only worker of three runs: all three are there in the end."""
+    runs = [replace(small_runs.run(epochs=40), seed=seed) for seed in (1, 2, 3)]
+
+    def kill() -> None:
+        while not (runs[0].workspace / "checkpoint.pt").exists():
+            time.sleep(0.01)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    assert len(study.ensure(runs, workers=1, quiet=True)) == 3
+    assert not killer.is_alive()
+
+
+def test_waiting_for_another_process_ends_with_the_time_limit(folders):
+    run = small_runs.run(epochs=1)
+    run.workspace.mkdir(parents=True)
+    with FileLock(run.workspace / "lock"):
+        assert study._work(run, "cpu", time.time() + 0.2) == "out of time"
+    assert not run.path.exists()
+
+
+def test_a_raised_version_takes_no_older_numbers(folders):
+    first = study.runs("digits", "ac-vision", "digits", "cosine")[0]
+    second = study.runs("digits", "crossed", "digits", "base")[0]
+    store.write(first.path, {"id": first.id, "run": asdict(first)})
+    assert study.twin(second) == first
+    assert study.twin(replace(second, version=second.version + 1)) is None
 
 
 def test_a_run_that_another_study_has_is_not_trained_again(folders, monkeypatch):
