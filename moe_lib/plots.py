@@ -16,6 +16,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -72,6 +73,20 @@ DATASET_TITLES = {
     "docs": "scikit-learn's descriptions (bytes)",
     "wikitext2": "WikiText-2 (bytes)",
 }
+CLASS_NAMES = {  # in torchvision's order
+    "fashion_mnist": (
+        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+        "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    ),
+    "cifar10": (
+        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+    ),
+}  # fmt: skip
+UNITS = {  # of a column of `tables`: shown is the value times this, in this unit; others as they are
+    **dict.fromkeys(("accuracy", "lost to corruption", "lost to attack"), (100.0, "points")),
+    **dict.fromkeys(("cross-entropy", "validation area", "lost to swap"), (1.0, "nats")),
+    **dict.fromkeys(("H(E|x)", "H(E|c)", "I(x;E)"), (1.0, "nats")),
+}
 
 
 def new_figure(
@@ -80,6 +95,14 @@ def new_figure(
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _note(text: str) -> Figure:
+    """In place of a figure that has nothing to show."""
+    figure, axes = new_figure(6, 1)
+    axes[0, 0].text(0.5, 0.5, text, ha="center", va="center")
+    axes[0, 0].set_axis_off()
+    return figure
 
 
 def _arms(results: Sequence[Result], wanted: Sequence[str] | None = None) -> dict[str, list[dict]]:
@@ -143,44 +166,59 @@ def accuracy_by_arm(results: Sequence[Result]) -> Figure:
 
 
 def tsne_panels(results: Sequence[Result]) -> Figure:
-    """Test codes before and after training, arm by arm, coloured by class (ten classes at most)."""
-    shown = {a: g[0] for a, g in _arms([r for r in results if "tsne" in r]).items()}
-    figure, axes = new_figure(4.2 * 2, 3.9 * len(shown), len(shown), 2)
+    """Test codes before and after training, arm by arm, coloured by class (ten classes at most). Before
+    training they are drawn once where all arms start from the same."""
+    shown = {a: g[0]["tsne"] for a, g in _arms([r for r in results if "tsne" in r]).items()}
+    panels = [
+        (f"{arm}, {moment} training", points[moment], np.array(points["labels"]))
+        for arm, points in shown.items()
+        for moment in ("before", "after")
+    ]
+    wide = 2
+    if all(start == panels[0][1] for _, start, _ in panels[::2]):
+        panels = [("before training", *panels[0][1:]), *panels[1::2]]
+        wide = min(len(panels), 3)
+    rows = -(-len(panels) // wide)
+    figure, axes = new_figure(4.2 * wide, 3.9 * rows + 0.4, rows, wide)
     colours = sns.color_palette("colorblind", 10)
-    for row, (arm, result) in zip(axes, shown.items(), strict=True):
-        labels = np.array(result["tsne"]["labels"])
-        for axis, moment in zip(row, ("before", "after"), strict=True):
-            points = np.array(result["tsne"][moment])
-            others = labels >= 10
-            axis.plot(*points[others].T, ".", color="#cccccc", markersize=3, zorder=0)
-            for c in range(min(10, labels.max() + 1)):
-                own = points[labels == c]
-                axis.plot(*own.T, ".", color=colours[c], markersize=5)
-                for x, y in own[:: max(len(own) // 3, 1)][:3]:
-                    axis.text(x, y, str(c), fontsize=7, color="black", ha="center", va="center")
-            axis.set(title=f"{arm}, {moment} training", xticks=[], yticks=[])
-            axis.set_aspect("equal", adjustable="datalim")
+    for axis, (title, coordinates, labels) in zip(axes.flat, panels, strict=False):
+        points = np.array(coordinates)
+        others = labels >= 10
+        axis.plot(*points[others].T, ".", color="#cccccc", markersize=3, zorder=0)
+        for c in range(min(10, labels.max() + 1)):
+            own = points[labels == c]
+            axis.plot(*own.T, ".", color=colours[c], markersize=5)
+            for x, y in own[:: max(len(own) // 3, 1)][:3]:
+                axis.text(x, y, str(c), fontsize=7, color="black", ha="center", va="center")
+        axis.set(title=title, xticks=[], yticks=[])
+        axis.set_aspect("equal", adjustable="datalim")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
     note = "numbers and colours: classes" + ("; classes 10 and above in grey" if others.any() else "")
     figure.supxlabel(f"t-SNE of {len(labels)} test codes, same seed; axes have no unit\n{note}", fontsize=9)
     return figure
 
 
 def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
-    """Mean gate of each class, for the first seed of each arm; classes ordered by their preferred expert."""
+    """Mean gate of each class, for the first seed of each arm; a row is the same class in every arm, ordered
+    by the first arm's preferred expert."""
     shown = {arm: group[0] for arm, group in _arms(results, arms).items()}
-    num_classes = len(next(iter(shown.values()))["routing"]["class_expert"])
-    figure, axes = new_figure(3.4 * len(shown) + 0.8, 4.6 if num_classes <= 20 else 6.5, 1, len(shown))
+    first, result = next(iter(shown.items()))
+    gates_CE = np.array(result["routing"]["class_expert"], dtype=float)
+    order = np.lexsort((-gates_CE.max(1), gates_CE.argmax(1)))
+    few = len(order) <= 20
+    size = 3.4 * len(shown) + 1.4, 4.6 if few else 6.5
+    figure, axes = new_figure(*size, 1, len(shown), sharey=True)
     for axis, (arm, result) in zip(axes[0], shown.items(), strict=True):
         gates_CE = np.array(result["routing"]["class_expert"], dtype=float)
-        order = np.lexsort((-gates_CE.max(1), gates_CE.argmax(1)))
         picture = axis.imshow(gates_CE[order], cmap="viridis", vmin=0, vmax=1, aspect="auto")
         axis.set(title=f"{arm}, seed {result['run']['seed']}", xlabel="expert")
         axis.set_xticks(range(gates_CE.shape[1]))
-        if num_classes <= 20:
-            axis.set_yticks(range(num_classes), [str(c) for c in order])
-        else:
-            axis.set_yticks([])
-    axes[0, 0].set_ylabel("class" if num_classes <= 20 else f"{num_classes} classes, by preferred expert")
+    names = CLASS_NAMES.get(result["run"]["dataset"], [""] * len(order))
+    labels = [f"{c} {names[c]}".strip() for c in order] if few else []
+    axes[0, 0].set_yticks(range(len(labels)), labels)
+    whole = "class" if few else f"{len(order)} classes"
+    axes[0, 0].set_ylabel(f"{whole}, by {first}'s preferred expert")
     figure.colorbar(picture, ax=axes, label="mean gate probability", shrink=0.8)
     return figure
 
@@ -349,20 +387,25 @@ def paired_differences(
 ) -> Figure:
     """For each claimed measure, treatment minus control: every seed a dot, the mean and its 95 % t interval.
 
-    The side of zero that the claim asks for is shaded.
+    The side of zero that the claim asks for is shaded. Pairs that no two seeds have are left out.
     """
     runs = tables.frame(results, columns)
     measures = [(claim, *one) for claim, ones in claims.items() for one in ones]
+    found = {(pair, column): tables.paired(runs, pair, column) for pair in pairs for _, column, _ in measures}
+    pairs = [pair for pair in pairs if any(found[pair, column] is not None for _, column, _ in measures)]
+    if not pairs:
+        return _note("no two seeds yet that have treatment and control")
     wide = -(-len(measures) // (2 if len(measures) > 3 else 1))
     rows = -(-len(measures) // wide)
-    figure, axes = new_figure(3.3 * wide + 1.4, rows * (0.36 * len(pairs) + 1.3), rows, wide, sharey=True)
+    figure, axes = new_figure(3.3 * wide + 1.4, rows * (0.36 * len(pairs) + 1.5), rows, wide, sharey=True)
     for axis, (claim, column, direction) in zip(axes.flat, measures, strict=False):
+        scale, unit = UNITS.get(column, (1.0, ""))
         reach = 0.0
         for row, (treatment, control) in enumerate(pairs):
-            both = tables.paired(runs, [treatment, control], column)
+            both = found[(treatment, control), column]
             if both is None:
                 continue
-            differences = (both[treatment] - both[control]).to_numpy()
+            differences = scale * (both[treatment] - both[control]).to_numpy()
             low, high = stats.t_interval(differences)
             colour, marker = ARM_STYLE[control]
             axis.plot(differences, np.full(len(differences), row), "o", color=colour, alpha=0.4, ms=4, mew=0)
@@ -372,7 +415,9 @@ def paired_differences(
         reach = 1.08 * reach or 1.0
         axis.axvspan(*((0, reach) if direction == "higher" else (-reach, 0)), color="#f0f0f0", lw=0, zorder=0)
         axis.axvline(0, color="#333333", lw=1)
-        axis.set(title=f"{claim}:\n{column}", xlim=(-reach, reach), ylim=(len(pairs) - 0.4, -0.6))
+        axis.set(
+            title=f"{claim}:\n{column}", xlabel=unit, xlim=(-reach, reach), ylim=(len(pairs) - 0.4, -0.6)
+        )
         axis.locator_params(axis="x", nbins=5)
     for axis in axes.flat[len(measures) :]:
         axis.set_visible(False)
@@ -455,44 +500,88 @@ def crossed_lines(results: Sequence[Result], names: Sequence[str] = tables.CROSS
     return figure
 
 
+BETTER = {"accuracy": 1, "cross-entropy": -1, "validation area": -1}  # of the others neither way is
+FURTHEST = 3  # half-widths of an interval: where the colours of `dose_heatmaps` end
+DOSE_COLOURS = {  # has a better way: colours (pale enough for black text), least value, meaning
+    True: (
+        ListedColormap(mpl.colormaps["PuOr_r"](np.linspace(0.19, 0.81, 255))),
+        -FURTHEST,
+        "orange better, purple worse",
+    ),
+    False: (
+        ListedColormap(mpl.colormaps["Greys"](np.linspace(0, 0.5, 255))),
+        0,
+        "grey: neither way is better",
+    ),
+}
+
+
 def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Figure:
     """Each measure's difference from the control over a grid of doses, with its 95 % t interval below it;
-    framed where that excludes 0. Accuracy in points."""
+    framed where that excludes 0.
+
+    Colour is the difference in half-widths of its interval, so that 1 is just told apart from 0. Rows and
+    columns without any number are left out.
+    """
     (down, rows), (across, heads) = panel.labels
+    effects = {name: tables.dose_effects(runs, panel, name) for name in names}
+    filled = [at for found in effects.values() for at, one in found.items() if one is not None]
+    if not filled:
+        return _note("no dose yet that two seeds share with its control")
+    lines = sorted({row for row, _ in filled})
+    columns = sorted({at for _, at in filled}, key=lambda at: (not _is_number(heads[at]), at))
     wide = 2 if len(names) > 1 else 1
     tall = -(-len(names) // wide)
-    size = wide * (1.15 * len(heads) + 1.6), tall * (0.48 * len(rows) + 0.8) + 0.5
+    schemes: dict[bool, Any] = {}  # of those in use, a picture
+    bars = len({name in BETTER for name in names})
+    size = (
+        wide * (max(1.25 * len(columns), 1.9) + 0.9) + 0.9,
+        tall * (0.48 * len(lines) + 0.6) + 0.8 * bars + 0.3,
+    )
     figure, axes = new_figure(*size, tall, wide, sharex=True, sharey=True)
     for axis, name in zip(axes.flat, names, strict=False):
-        unit, decimals = (100.0, 2) if name == "accuracy" else (1.0, 3)
-        effects = tables.dose_effects(runs, panel, name)
-        values = np.full((len(rows), len(heads)), np.nan)
-        for at, found in effects.items():
-            values[at] = np.nan if found is None else unit * found.difference
-        reach = 1.6 * np.nanmax(np.abs(values), initial=1e-12)  # pale enough for black text
-        axis.imshow(values, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto")
-        for (row, column), found in effects.items():
+        scale, unit = UNITS.get(name, (1.0, ""))
+        decimals = 2 if unit == "points" else 3
+        colours = np.full((len(lines), len(columns)), np.nan)
+        for y, x in np.ndindex(colours.shape):
+            found = effects[name][lines[y], columns[x]]
             if found is None:
-                axis.text(column, row, "-", ha="center", va="center")
+                axis.text(x, y, "-", ha="center", va="center")
                 continue
-            low, high = unit * found.low, unit * found.high
-            text = f"{values[row, column]:+.{decimals}f}"
-            axis.text(column, row - 0.16, text, ha="center", va="center")
-            text = f"[{low:+.{decimals}f}, {high:+.{decimals}f}]"
-            axis.text(column, row + 0.22, text, ha="center", va="center", fontsize=7)
-            if low > 0 or high < 0:
-                axis.add_patch(
-                    Rectangle((column - 0.48, row - 0.47), 0.96, 0.94, fill=False, ec="black", lw=1.5)
-                )
-        axis.set(title=f"{name} (points)" if name == "accuracy" else name)
-        axis.set_xticks(range(len(heads)), heads)
-        axis.set_yticks(range(len(rows)), rows)
+            half = max((found.high - found.low) / 2, np.finfo(float).tiny)
+            colours[y, x] = np.clip(found.difference / half, -FURTHEST, FURTHEST)
+            difference, low, high = (
+                f"{tables.rounded(scale * value, decimals):+.{decimals}f}"
+                for value in (found.difference, found.low, found.high)
+            )
+            axis.text(x, y - 0.16, difference, ha="center", va="center")
+            axis.text(x, y + 0.22, f"[{low}, {high}]", ha="center", va="center", fontsize=8)
+            if found.low > 0 or found.high < 0:
+                axis.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, fill=False, ec="black", lw=1.5))
+        colours = BETTER[name] * colours if name in BETTER else np.abs(colours)
+        cmap, least, _ = DOSE_COLOURS[name in BETTER]
+        schemes[name in BETTER] = axis.imshow(colours, cmap=cmap, vmin=least, vmax=FURTHEST, aspect="auto")
+        axis.set(title=f"{name} ({unit})" if unit else name)
+        axis.set_xticks(range(len(columns)), [heads[at] for at in columns])
+        axis.set_yticks(range(len(lines)), [rows[at] for at in lines])
         axis.spines[:].set_visible(False)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
-    figure.supxlabel(across)
+    for axis in axes[-1]:
+        axis.set_xlabel(across)
     figure.supylabel(down)
+    for directed, picture in sorted(schemes.items()):  # stacked upwards
+        bar = figure.colorbar(
+            picture, ax=axes, location="bottom", aspect=50, shrink=0.7,
+            ticks=range(-FURTHEST, FURTHEST + 1), extend="both" if directed else "max",
+        )  # fmt: skip
+        unit = "difference in half-widths of its 95 % interval (1: just told apart from 0)"
+        bar.set_label(f"{DOSE_COLOURS[directed][2]}\n{unit}", fontsize=9)
     return figure
+
+
+def _is_number(label: str) -> bool:
+    return label.replace(".", "").isdigit()
 
 
 # ------------------------------------------------------------------------- collapse, planted and found

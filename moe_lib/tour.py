@@ -22,7 +22,7 @@ from moe_lib.classifier import ClassifierConfig, ClassifierTask, Objective
 from moe_lib.data import Dataset, Split
 from moe_lib.evaluate import validation_measures
 from moe_lib.planted import ClusterConfig, feature_clusters
-from moe_lib.plots import PALETTE, new_figure
+from moe_lib.plots import FAULT_TITLES, PALETTE, new_figure
 from moe_lib.rng import generator
 from moe_lib.snnl import SNNLConfig, soft_nearest_neighbor_loss
 from moe_lib.train import TrainConfig, fit
@@ -288,20 +288,13 @@ MEASURE_STYLE = {  # colour, marker, line
     "effective experts": (PALETTE[5], "X", "-"),
     trust.TRUTH: ("#7f7f7f", "", "--"),
 }
-LADDER_TITLES = {
-    "noise": "noise: gates exchanged",
-    "collapse": "collapse: sent to expert 0",
-    "blind": "blind: mixed with uniform",
-    "split": "split: two experts for one",
-    "overlap": "overlap (right gate)",
-    "noise, crossed": "noise, classes unrelated",
-}
 
 
 def trust_figure(climbed: pd.DataFrame) -> Figure:
     """Every routing measure along every ladder away from the right router; mean over seeds."""
     figure, axes = new_figure(11, 6.8, 2, 3, sharey=True)
-    for axis, (ladder, title) in zip(axes.flat, LADDER_TITLES.items(), strict=True):
+    ladders = [ladder for ladder in FAULT_TITLES if ladder != "alike"]  # leaves all routing as it is
+    for axis, ladder in zip(axes.flat, ladders, strict=True):
         means = climbed[climbed["ladder"] == ladder].groupby("level").mean(numeric_only=True)
         for measure, (colour, marker, line) in MEASURE_STYLE.items():
             hollow = marker in "o^"  # these two often lie on another
@@ -309,7 +302,8 @@ def trust_figure(climbed: pd.DataFrame) -> Figure:
                 means.index, means[measure], line, marker=marker, ms=8 if hollow else 5,
                 mfc="none" if hollow else None, color=colour, label=measure,
             )  # fmt: skip
-        axis.set(title=title, xlabel="deviation / distance" if ladder == "overlap" else "level of the fault")
+        axis.set(title=f"{ladder}:\n{FAULT_TITLES[ladder]}")
+        axis.set(xlabel="deviation / distance" if ladder == "overlap" else "level of the fault")
     for axis in axes[:, 0]:
         axis.set_ylabel("share of the measure's maximum")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)

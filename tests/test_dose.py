@@ -129,21 +129,65 @@ def test_a_panel_without_a_factor_has_no_trend():
     assert tables.dose_trends(planted((0.01, 0.0)), [panel], ["accuracy"]).empty
 
 
-@pytest.mark.parametrize("seeds", [4, 1])
-def test_heatmap_frames_what_excludes_zero(seeds):
-    frame = planted((0.01, 0.0))
-    figure = plots.dose_heatmaps(frame[frame["seed"] < seeds], PANEL, ["accuracy"])
-    axis = figure.axes[0]
+def colours(axis):
+    return np.asarray(axis.images[0].get_array(), dtype=float)
+
+
+def test_heatmap_frames_what_excludes_zero():
+    axis = plots.dose_heatmaps(planted((0.01, 0.0)), PANEL, ["accuracy"]).axes[0]
     framed = [patch.get_xy() for patch in axis.patches]
-    values = axis.images[0].get_array()
-    if seeds == 1:
-        assert framed == []
-        assert np.isnan(np.asarray(values, dtype=float)).all()
-        return
     assert {round(x + 0.48) for x, _ in framed} == {0}  # the effect is in the first column alone
-    assert float(values[2, 0]) == pytest.approx(1.05)  # points
-    written = [text.get_text() for text in axis.texts]
-    assert "+1.05" in written
+    assert axis.get_title() == "accuracy (points)"
+    assert "+1.05" in [text.get_text() for text in axis.texts]
+
+
+def test_heatmap_colours_are_half_widths_and_one_colour_is_better():
+    """A wobble of 0, 0.001, 0, 0.001 has the half-width t(0.975, 3) s / 2, s its standard deviation."""
+    frame = planted((0.002, -0.03))
+    names = ["accuracy", "cross-entropy", "H(E|c)"]
+    for name in names[1:]:
+        frame[name] = frame["accuracy"]
+    up, down, neither = plots.dose_heatmaps(frame, PANEL, names).axes[:3]
+    half = 3.182446 * np.std([0, 0.001, 0, 0.001], ddof=1) / 2
+    expected = np.clip(np.array([[-0.0015, 0.0305], [0.0005, 0.0005], [0.0025, -0.0295]]) / half, -3, 3)
+    np.testing.assert_allclose(colours(up), expected, rtol=1e-6)
+    np.testing.assert_allclose(colours(down), -expected, rtol=1e-6)
+    np.testing.assert_allclose(colours(neither), np.abs(expected), rtol=1e-6)
+    assert up.images[0].get_clim() == down.images[0].get_clim() == (-3, 3)
+    assert neither.images[0].get_clim() == (0, 3)
+
+
+def test_heatmap_leaves_out_rows_and_columns_without_a_number():
+    frame = planted((0.01, 0.0))
+    gone = {line[1].name for line in PANEL.doses} | {PANEL.doses[0][0].name}
+    axis = plots.dose_heatmaps(frame[~frame["arm"].isin(gone)], PANEL, ["accuracy"]).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(FACTORS[1:])
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["4"]
+    assert colours(axis).shape == (2, 1)
+
+
+def test_heatmap_without_a_number_says_so():
+    frame = planted((0.01, 0.0))
+    (axis,) = plots.dose_heatmaps(frame[frame["seed"] < 1], PANEL, ["accuracy"]).axes
+    assert not axis.images
+    assert "no dose" in axis.texts[0].get_text()
+
+
+def test_temperatures_are_drawn_in_order():
+    panel = PLANS["snnl-dose"]["core"].panels[0]
+    arms_ = sorted(panel.arms())
+    rows = [
+        {"arm": arm, "seed": seed, "accuracy": 0.8 + at / 99}
+        for at, arm in enumerate(arms_)
+        for seed in (1, 2)
+    ]
+    axis = plots.dose_heatmaps(tables.pd.DataFrame(rows), panel, ["accuracy"]).axes[0]
+    labels = [label.get_text() for label in axis.get_xticklabels()]
+    assert labels == ["0.1", "1", "10", "annealed from 1"]
+    effects = tables.dose_effects(tables.pd.DataFrame(rows), panel, "accuracy")
+    annealed = panel.labels[1][1].index("annealed from 1")
+    written = [text.get_text() for text in axis.texts if text.get_position() == (3, -0.16)]
+    assert written == [f"{100 * effects[0, annealed].difference:+.2f}"]
 
 
 @EVERY_PLAN
@@ -159,4 +203,5 @@ def test_every_panel_can_be_drawn(name, profile):
     frame = tables.pd.DataFrame(rows)
     for panel in PLANS[name][profile].panels:
         figure = plots.dose_heatmaps(frame, panel, measures)
-        assert [axis.get_title().split(" (")[0] for axis in figure.axes] == list(measures)
+        titles = [axis.get_title().split(" (")[0] for axis in figure.axes]
+        assert titles == [*measures, "", ""]  # and two colour bars

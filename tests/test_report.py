@@ -964,6 +964,7 @@ FIGURES = {
     name: function
     for name, function in inspect.getmembers(plots, inspect.isfunction)
     if function.__module__ == plots.__name__
+    and not name.startswith("_")
     and inspect.signature(function).return_annotation in (Figure, "Figure")
 }
 SITUATIONS = {
@@ -1077,7 +1078,7 @@ def test_every_routed_figure_can_be_drawn(name, study_name, more, situation, fol
 def check_drawn(figure: Figure, name: str) -> None:
     """Drawn and saved for real: a warning of the layout would be an error."""
     assert isinstance(figure, Figure)
-    assert any(axis.has_data() for axis in figure.axes)
+    assert any(axis.has_data() or axis.texts for axis in figure.axes)
     plots.save(figure, name, [])
     assert plots.target(name).stat().st_size > 3000
 
@@ -1132,10 +1133,30 @@ def test_heatmap_shows_every_class_by_preferred_expert(num_classes):
     assert sorted(map(tuple, shown)) == sorted(map(tuple, gates))
     assert all(a <= b for a, b in pairwise(shown.argmax(1)))
     labels = [tick.get_text() for tick in axis.get_yticklabels()]
-    if num_classes == 10:  # every row has the number of its class
-        np.testing.assert_array_equal(gates[[int(label) for label in labels]], shown)
+    if num_classes == 10:  # every row has the number of its class, and its name
+        assert "0 T-shirt/top" in labels
+        np.testing.assert_array_equal(gates[[int(label.split()[0]) for label in labels]], shown)
     else:
         assert labels == []
+
+
+def test_heatmaps_of_all_arms_have_the_same_class_in_a_row():
+    results = some_results()
+    base, snnl = plots.routing_heatmap(results).axes[:2]
+    order = [int(label.get_text().split()[0]) for label in base.get_yticklabels()]
+    (first, *_) = [r["routing"]["class_expert"] for r in results if r["run"]["arm"] == "snnl"]
+    np.testing.assert_array_equal(np.asarray(snnl.images[0].get_array()), np.array(first)[order])
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_codes_before_training_are_drawn_once_if_they_are_the_same(same):
+    results = some_results({"base": (0.9,), "snnl": (0.9,)})
+    start = results[0]["tsne"]["before"]
+    results[1]["tsne"]["before"] = start if same else [[-x, y] for x, y in start]
+    titles = [axis.get_title() for axis in plots.tsne_panels(results).axes]
+    after = ["base, after training", "snnl, after training"]
+    before = ["base, before training", "snnl, before training"]
+    assert titles == (["before training", *after] if same else [before[0], after[0], before[1], after[1]])
 
 
 def test_similarity_floor_is_drawn():
@@ -1156,20 +1177,27 @@ def test_arms_of_a_study_are_told_apart(names):
 
 
 def test_differences_are_drawn_pair_by_pair():
-    """ac - cosine in accuracy: 0.04, 0.02, 0.04."""
+    """ac - cosine in accuracy: 4, 2, 4 points."""
     figure = plots.paired_differences(routed_results("ac-vision"), *VISION)
     (axis,) = [axis for axis in figure.axes if axis.get_title() == "better:\naccuracy"]
     labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
     assert labels == [f"ac - {control}" for _, control in tables.VISION_PAIRS]
     dots, interval, mean = axis.lines[3:6]  # of the second pair
-    np.testing.assert_allclose(sorted(dots.get_xdata()), [0.02, 0.04, 0.04])
+    np.testing.assert_allclose(sorted(dots.get_xdata()), [2, 4, 4])
     np.testing.assert_allclose(dots.get_ydata(), 1)
-    np.testing.assert_allclose(mean.get_xdata(), 0.1 / 3)
-    half = 4.302653 * np.std([0.04, 0.02, 0.04], ddof=1) / 3**0.5
-    np.testing.assert_allclose(interval.get_xdata(), [0.1 / 3 - half, 0.1 / 3 + half], rtol=1e-6)
+    np.testing.assert_allclose(mean.get_xdata(), 10 / 3)
+    half = 4.302653 * np.std([4, 2, 4], ddof=1) / 3**0.5
+    np.testing.assert_allclose(interval.get_xdata(), [10 / 3 - half, 10 / 3 + half], rtol=1e-6)
+    assert axis.get_xlabel() == "points"
     shaded = axis.patches[0].get_extents().transformed(axis.transData.inverted())
     assert shaded.x0 == pytest.approx(0, abs=1e-9)
-    assert shaded.x1 > 0.04
+    assert shaded.x1 > 4
+
+
+def test_pairs_that_no_two_seeds_have_are_left_out():
+    results = routed_results("ac-vision", {"ac": (0.9, 0.8), "cosine": (0.8, 0.8), "linear": (0.7,)})
+    figure = plots.paired_differences(results, *VISION)
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["ac - cosine"]
 
 
 def test_swap_curve_counts_from_the_clean_text():
