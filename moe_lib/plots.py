@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from moe_lib import metrics, stats, store, tables
-from moe_lib.claims import Verdict
+from moe_lib.claims import Verdict, telling_contrast
 from moe_lib.collapse import collapse, trajectory
 from moe_lib.data import ROOT
 from moe_lib.dose import Panel
@@ -461,19 +461,22 @@ def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
         published = claim.published.get(verdict.dataset)
         unit = claim.measure.sign * (claim.margin if published is None else abs(published.difference))
         low, high = sorted((found.low / unit, found.high / unit))
-        axis.plot(np.clip([low, high], -REACH, REACH), [row] * 2, color=colour, lw=2, solid_capstyle="butt")
+        pale = 1.0 if label == telling_contrast(verdict) else 0.4
+        ends = np.clip([low, high], -REACH, REACH)
+        axis.plot(ends, [row] * 2, color=colour, alpha=pale, lw=2, solid_capstyle="butt")
         for end, edge, arrow in ((low, -REACH, "<"), (high, REACH, ">")):
             if abs(end) > REACH and (end < 0) == (edge < 0):
-                axis.plot(edge, row, arrow, color=colour, markersize=7)
+                axis.plot(edge, row, arrow, color=colour, alpha=pale, markersize=7)
         if abs(found.difference / unit) <= REACH:
             filled = colour if verdict.outcome != "pilot" else "white"
-            axis.plot(found.difference / unit, row, "o", color=colour, mfc=filled, markersize=6)
+            axis.plot(found.difference / unit, row, "o", color=colour, alpha=pale, mfc=filled, markersize=6)
     axis.set_yticks(range(len(rows)), names)
     axis.set(xlim=(-REACH - 0.1, REACH + 0.1), ylim=(len(rows) - 0.4, -0.6))
     axis.grid(axis="x", alpha=0.3)
     figure.supxlabel(
         "difference in the claimed direction and its 95 % t interval\n"
-        "0: none; 1: the published difference, or the margin declared beforehand; hollow: pilot",
+        "0: none; 1: the published difference, or the margin declared beforehand; hollow: pilot\n"
+        "full: the contrast shown in the table; pale: the other",
         fontsize=9,
     )
     return figure
