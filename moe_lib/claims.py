@@ -6,11 +6,15 @@ the claimed measure against every fair control (bound 0), and what a joint claim
 - *pilot*: fewer than 8 paired seeds in some part. Shown, never decided.
 - *not applicable*: there was nothing to resolve or to resist, or the measure says nothing here.
 - *supported*: in every part the 95 % t interval lies on the claimed side of its bound, and the unit's p is
-  at most 0.05: the largest exact sign-flip p of the parts, Holm over all units of the study (a pilot counts
-  with p = 1, so that the family does not shrink while runs are missing).
+  at most 0.05: the largest exact sign-flip p of the parts, Holm over all units of the study. A unit counts
+  with p = 1 if it is a pilot (so that the family does not shrink while runs are missing), if it is not
+  applicable, or if a part lies on the wrong side of its bound (or a clear contradiction would ease the rest).
 - *refuted*: in some part the 90 % interval lies wholly below the published difference, or, where none is
-  known, below the margin declared here.
-- *undecided* otherwise, with the smallest effect that the seeds could have seen.
+  known, below the margin declared here. Holm guards *supported* alone: each such interval stands for itself.
+- *undecided* otherwise, with the effect that a single paired t test at 5 % would have found.
+
+That there must be a collapse to resolve is asked of the claims on experts and routing, not of accuracy: the
+report says beside a supported one whether there was.
 
 Fair controls decide; placebos, partners and the mechanism contrast say only whose doing it is.
 `base` is SNNL's one fair control, for the claim is made of the same mixture with and without the loss:
@@ -337,7 +341,7 @@ class _Evidence:
     dataset: str
     parts: list[_Part]
     nothing_to_decide: str  # why the claim is not applicable; "" where it is
-    attribution: tuple[str, ...]
+    results: Sequence[dict[str, Any]]
 
     @property
     def pilot(self) -> bool:
@@ -346,6 +350,12 @@ class _Evidence:
     @property
     def p(self) -> float:
         return float(np.max([part.p for part in self.parts]))  # NaN if one is
+
+    @property
+    def p_in_family(self) -> float:
+        """What Holm is given."""
+        wrong = any(part.seeds >= 2 and part.signed_S.mean() <= part.limits.bound for part in self.parts)
+        return 1.0 if self.pilot or self.nothing_to_decide or wrong else self.p
 
 
 def _p_text(p: float) -> str:
@@ -439,7 +449,7 @@ def _floor_reason(claim: Claim, results: Sequence[dict[str, Any]]) -> str:
             return ""
         beside = ", ".join(f"{name} {np.mean(null_S):.4f}" for name, null_S in known.items())
         texts.append(f"{arm} {np.mean(value_S):.4f} ({beside})")
-    return f"uninformative: both arms' {claim.measure.name} are at their floor: {'; '.join(texts)}"
+    return f"uninformative: both arms' {claim.measure.name} are no higher than a null: {'; '.join(texts)}"
 
 
 def _collapse_reason(claim: Claim, results: Sequence[dict[str, Any]]) -> str:
@@ -474,8 +484,8 @@ def _harmless_reason(claim: Claim, results: Sequence[dict[str, Any]]) -> str:
     return f"nothing to resist: {claim.measure.name} is above 0 in no arm ({', '.join(means)})"
 
 
-def _attribution(claim: Claim, results: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """One sentence a contrast, for those that have pairs."""
+def _attribution(claim: Claim, results: Sequence[dict[str, Any]], said: bool) -> tuple[str, ...]:
+    """One sentence a contrast, for those that have pairs; what it says of the cause if there is an effect."""
     measure = claim.measure
     arms = {arm for contrast in claim.attribution for arm in (contrast.treatment, contrast.control)}
     if claim.mechanism:
@@ -494,16 +504,16 @@ def _attribution(claim: Claim, results: Sequence[dict[str, Any]]) -> tuple[str, 
     for name, what, contrast in found:
         if contrast is None:
             continue
-        said = {
+        cause = {
             "as claimed": f"so it is {what}",
             "opposite to the claim": f"the opposite of the claim, so it is not {what}",
             "interval includes 0": f"whether it is {what} is open",
         }[tables.reading(contrast, measure.direction)]
         if contrast.seeds < tables.PILOT_BELOW:
-            said = f"a pilot on whether it is {what}"
+            cause = f"a pilot on whether it is {what}"
         sentences.append(
             f"{name} {measure.shown(contrast.difference, contrast.low, contrast.high)}, "
-            f"{contrast.seeds} seeds: {said}."
+            f"{contrast.seeds} seeds{f': {cause}' if said else ''}."
         )
     return tuple(sentences)
 
@@ -511,7 +521,7 @@ def _attribution(claim: Claim, results: Sequence[dict[str, Any]]) -> tuple[str, 
 def _weigh(claim: Claim, results: Sequence[dict[str, Any]]) -> _Evidence:
     profile, dataset = _check_alike(claim, results)
     parts = _parts(claim, dataset, results)
-    evidence = _Evidence(claim, profile, dataset, parts, "", _attribution(claim, results))
+    evidence = _Evidence(claim, profile, dataset, parts, "", results)
     if evidence.pilot:
         return evidence
     reason = _floor_reason(claim, results) if claim.floor else ""
@@ -553,16 +563,15 @@ def _judge(evidence: _Evidence, p_holm: float) -> Verdict:
             reason += f"; yet {_limit(refuting)}"
     elif refuting is not None:
         outcome = "refuted"
-        reason = f"{_limit(refuting)}; {numbers}"
         margin = abs(refuting.limits.refuted_below)
-        if stats.equivalence_test(refuting.treatment_S, refuting.control_S, margin).equivalent:
-            reason += "; equivalent to within it"
+        alike = stats.equivalence_test(refuting.treatment_S, refuting.control_S, margin).equivalent
+        reason = f"{_limit(refuting)}{' (equivalent to within it)' if alike else ''}; {numbers}"
     else:
         assert deciding is not None
         outcome = "undecided"
         reason = (
-            f"{numbers}; Holm p {_p_text(p_holm)}; {deciding.seeds} seeds could have seen "
-            f"{deciding.measure.shown(detectable).lstrip('+')} in {deciding.label}"
+            f"{numbers}; Holm p {_p_text(p_holm)}; a single paired t test of {deciding.seeds} seeds would "
+            f"have found {deciding.measure.shown(detectable).lstrip('+')} in {deciding.label}"
         )
     return Verdict(
         claim,
@@ -576,7 +585,7 @@ def _judge(evidence: _Evidence, p_holm: float) -> Verdict:
         claim.measure if deciding is None else deciding.measure,
         evidence.p,
         math.nan if evidence.pilot else p_holm,
-        evidence.attribution,
+        _attribution(claim, evidence.results, said=outcome == "supported"),
         detectable,
         correlation,
     )
@@ -595,7 +604,7 @@ def _limit(part: _Part) -> str:
 
 def _family(units: Sequence[_Evidence]) -> list[Verdict]:
     """Verdicts of the units of one study, Holm over all of them."""
-    adjusted = stats.holm([1.0 if unit.pilot else unit.p for unit in units])
+    adjusted = stats.holm([unit.p_in_family for unit in units])
     return [_judge(unit, float(p)) for unit, p in zip(units, adjusted, strict=True)]
 
 
@@ -662,51 +671,47 @@ def tally(found: Sequence[Verdict]) -> str:
     return f"Of {len(found)} verdicts: {', '.join(kinds)}."
 
 
+VERDICT_COLUMNS = (
+    "paper", "study", "data set", "claim", "verdict", "contrast", "difference", "95 % interval",
+    "would matter", "p (Holm)", "seeds", "published", "smallest detectable", "BCa 95 %",
+    "correlation of pairs", "reason", "attribution",
+)  # fmt: skip
+
+
 def verdict_table(found: Sequence[Verdict]) -> pd.DataFrame:
-    """One row a unit: its telling contrast, the verdict and its reason.
+    """One row a unit: its telling contrast, the verdict and its reason; "-" where there is nothing to say.
 
     p is shown where it decides: a claim that is refuted or not applicable is so by intervals.
     """
     rows = []
     for verdict in found:
         claim, published = verdict.claim, verdict.claim.published.get(verdict.dataset)
-        shown = telling_contrast(verdict)
-        tested = verdict.outcome in ("supported", "undecided")
-        row = {
+        row = dict.fromkeys(VERDICT_COLUMNS, "-") | {
             "paper": claim.paper,
             "study": claim.study,
             "data set": verdict.dataset,
             "claim": claim.wording,
             "verdict": verdict.outcome,
-            "contrast": shown or "-",
-            "difference": "-",
-            "95 % interval": "-",
-            "would matter": claim.measure.shown(claim.worth(verdict.dataset), unit=False),
-            "p (Holm)": _p_text(verdict.p_holm) if tested else "-",
-            "seeds": "-",
-            "published": "-",
-            "smallest detectable": "-",
             "reason": verdict.reason,
             "attribution": " ".join(verdict.attribution) or "No placebo or partner has paired runs.",
         }
-        contrast = None if shown is None else verdict.contrasts[shown]
+        if not claim.floor:
+            row["would matter"] = claim.measure.shown(claim.worth(verdict.dataset), unit=False)
+        if verdict.outcome in ("supported", "undecided"):
+            row["p (Holm)"] = _p_text(verdict.p_holm)
+        label = telling_contrast(verdict)
+        contrast = None if label is None else verdict.contrasts[label]
+        if label is not None:
+            row["contrast"] = label
         if contrast is not None:
             row["difference"] = claim.measure.shown(contrast.difference)
             row["95 % interval"] = claim.measure.shown(contrast.low, contrast.high, unit=False)
+            row["BCa 95 %"] = claim.measure.shown(contrast.bca_low, contrast.bca_high, unit=False)
             row["seeds"] = tables.show(contrast)["seeds"]
         if verdict.deciding is not None:
             row["smallest detectable"] = verdict.measure.shown(verdict.detectable).lstrip("+")
+            row["correlation of pairs"] = f"{verdict.correlation:+.2f}"
         if published is not None:
             row["published"] = f"{claim.measure.shown(published.difference)} ({published.status})"
         rows.append(row)
-    columns = ["paper", "study", "data set", "claim", "verdict", "contrast", "difference", "95 % interval"]
-    columns += [
-        "would matter",
-        "p (Holm)",
-        "seeds",
-        "published",
-        "smallest detectable",
-        "reason",
-        "attribution",
-    ]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=list(VERDICT_COLUMNS))

@@ -458,8 +458,7 @@ def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
         axis.text(REACH + 0.2, row, verdict.outcome, color=colour, va="center", fontsize=9, clip_on=False)
         if found is None:
             continue
-        published = claim.published.get(verdict.dataset)
-        unit = claim.measure.sign * (claim.margin if published is None else abs(published.difference))
+        unit = claim.worth(verdict.dataset)
         low, high = sorted((found.low / unit, found.high / unit))
         pale = 1.0 if label == telling_contrast(verdict) else 0.4
         ends = np.clip([low, high], -REACH, REACH)
@@ -475,7 +474,7 @@ def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
     axis.grid(axis="x", alpha=0.3)
     figure.supxlabel(
         "difference in the claimed direction and its 95 % t interval\n"
-        "0: none; 1: the published difference, or the margin declared beforehand; hollow: pilot\n"
+        "0: none; 1: the published difference, or the declared margin; hollow: pilot\n"
         "full: the contrast shown in the table; pale: the other",
         fontsize=9,
     )

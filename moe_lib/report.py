@@ -101,9 +101,9 @@ def findings(profile: str, found: Sequence[claims.Verdict]) -> str:
         lines += [f"    - {why}" for v in own if v.outcome == "supported" for why in v.attribution]
     questions = (
         (
-            "Does the mixture pay? Accuracy beside a dense network of its size",
+            "Does the mixture pay? Accuracy, with a dense network of its size, and SNNL in that",
             claims.ACCURACY,
-            [("base", "dense"), ("snnl", "dense-snnl")],
+            [("base", "dense"), ("snnl", "dense-snnl"), ("dense-snnl", "dense")],
         ),
         (
             "Does SNNL make experts differ? Cosine of two experts' outputs, higher: more alike",
@@ -143,7 +143,9 @@ def reasons(found: Sequence[claims.Verdict]) -> pd.DataFrame:
     """Why each verdict is what it is, and whose doing the difference is."""
     table = claims.verdict_table(found)
     table["data set"] = table["data set"].map(DATASET_TITLES)
-    return table.set_index(["data set", "claim"])[["verdict", "reason", "attribution", "smallest detectable"]]
+    return table.set_index(["data set", "claim"])[
+        ["verdict", "reason", "attribution", "smallest detectable", "BCa 95 %", "correlation of pairs"]
+    ]
 
 
 def claims_table(profile: str) -> pd.DataFrame:
@@ -397,10 +399,14 @@ def cost_table() -> pd.DataFrame:
     if found.empty:
         return found
     table = found.groupby(["study", "dataset"], sort=False)
+    found["error"] = (found["without_study"] / found["seconds"] - 1).abs()
     minutes = table[["seconds", "without_study"]].median() / 60
     minutes.columns = ["actual minutes", "predicted minutes"]
     minutes.insert(0, "runs", table["runs"].sum())
-    return minutes.round(1).reset_index().set_index("study")
+    minutes = minutes.round(1)
+    minutes["median error of an arm"] = found.groupby(["study", "dataset"], sort=False)["error"].median()
+    minutes["median error of an arm"] = minutes["median error of an arm"].map("{:.0%}".format)
+    return minutes.reset_index().set_index("study")
 
 
 def scaling_table() -> pd.DataFrame:
@@ -450,7 +456,7 @@ def readme_section() -> str:
         "Verdicts. A claim must hold against every fair control. Shown is the contrast that refutes it (by "
         "its 90 % interval), or else the one least in its favour, paired by seed with its 95 % t interval; "
         "p is the largest of the claim's contrasts (exact sign-flip, Holm over a study), where it decides. "
-        "*Would matter*: the published difference, or a margin declared beforehand. *Validation area*: mean "
+        "*Would matter*: the published difference, or a declared margin. *Validation area*: mean "
         "validation cross-entropy over epochs. Fewer than eight seeds are a pilot: shown, never decided on.",
         markdown(verdict_table(found)),
         *(
@@ -494,9 +500,10 @@ def speed_sections() -> list[str]:
         )
     if not (costs := cost_table()).empty:
         sections += [
-            "What a run takes, foretold from its configuration by rates fitted to the other studies and data "
-            "sets alone (`python -m moe_lib bench cost`). `make plan` uses the rates of all, the speed of "
-            "the machine it runs on and what processes do at the same time, and says what memory they need.",
+            "What a run takes, foretold from its configuration by rates fitted without the runs of its own "
+            "study on that data set (`python -m moe_lib bench cost`). `make plan` uses the rates of all, the "
+            "speed of the machine it runs on and what processes do at the same time, and says what memory "
+            "they need.",
             markdown(costs),
         ]
     if not (powers := scaling_table()).empty:

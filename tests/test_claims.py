@@ -157,7 +157,7 @@ def test_undecided_names_what_could_have_been_seen():
     contrast = verdict.contrasts["accuracy: snnl - base"]
     sd = contrast.difference / contrast.effect
     assert verdict.detectable == pytest.approx(stats.smallest_detectable_effect(sd, 10))
-    assert f"10 seeds could have seen {verdict.detectable * 100:.2f} points" in verdict.reason
+    assert f"test of 10 seeds would have found {verdict.detectable * 100:.2f} points" in verdict.reason
 
 
 @pytest.mark.parametrize("seeds", [2, 5, 7])
@@ -206,6 +206,25 @@ def test_the_table_shows_the_contrast_least_in_the_claims_favour():
     row = claims.verdict_table([verdict]).loc[0]
     assert row["contrast"] == claims.telling_contrast(verdict) == "accuracy: ac - cosine"
     assert row["difference"].startswith("-2.0")
+
+
+def test_a_contradiction_does_not_ease_the_other_units():
+    """A sure difference in the wrong direction takes no step of Holm's from a unit beside it."""
+    good, bad = (snnl_results(gain=g, dataset=d) for g, d in ((0.01, "cifar100"), (-0.01, "fashion_mnist")))
+    found = [v for v in claims.verdicts({"snnl": good + bad}, "core") if v.claim.key == "snnl-accuracy"]
+    by_dataset = {verdict.dataset: verdict for verdict in found}
+    assert by_dataset["fashion_mnist"].p == by_dataset["cifar100"].p == 2 / 2**10
+    assert by_dataset["fashion_mnist"].p_holm == 1
+    units = sum(claim.study == "snnl" for claim in claims.CLAIMS) * 2
+    assert by_dataset["cifar100"].p_holm == pytest.approx(units * 2 / 2**10)
+
+
+def test_causes_are_named_where_there_is_an_effect():
+    arms = {"linear": 0.0, "cosine": 0.0, "ac": 0.0, "ac-matched": -0.02}
+    verdict = claims.decide(CLAIM["ac-vision-performance"], vision_results(arms))
+    assert verdict.outcome == "refuted"
+    assert all(sentence.endswith("10 seeds.") for sentence in verdict.attribution)
+    assert len(verdict.attribution) == 1
 
 
 def test_a_refuted_claim_shows_the_contrast_that_refutes_it():
@@ -257,7 +276,7 @@ def test_no_collapse_nothing_to_resolve():
 def test_weights_at_the_floor_say_nothing():
     verdict = claims.decide(CLAIM["snnl-orthogonal"], snnl_results(weights=(0.003, 0.003), sd=0.0005))
     assert verdict.outcome == "not applicable"
-    assert verdict.reason.startswith("uninformative: both arms' |cos| weights are at their floor")
+    assert verdict.reason.startswith("uninformative: both arms' |cos| weights are no higher than a null")
     assert "trained alone 0.0030" in verdict.reason
     above = snnl_results(weights=(0.05, 0.003), sd=0.0005)  # one arm above: the measure can tell them apart
     assert outcome("snnl-orthogonal", above) == "supported"

@@ -305,19 +305,31 @@ def check_contrasts(groups, header, rows):
 
 
 def check_holm(tables):
-    """p (Holm) of every unit that it decides, from the p values in its reason; a pilot counts with 1."""
+    """p (Holm) of every unit that it decides, from the p values in its reason.
+
+    With 1 counts a pilot, what is not applicable, and what has a part on the wrong side of its bound.
+    """
+    direction = {m.name: m.sign for c in CLAIMS for m in (c.measure, *(d.measure for d in c.conditions))}
+    part = re.compile(
+        rf"(?:^|; )({'|'.join(map(re.escape, direction))}): [\w-]+(?: - [\w-]+)? ({NUMBER}) \[[^]]*\]"
+        rf"(?: points| nats)?, p (?:< )?(\d\.\d+)(?: against ({NUMBER}))?"
+    )
     named = [[dict(zip(header, row, strict=True)) for row in rows] for header, rows in tables]
     verdicts = next(rows for rows in named if rows and "p (Holm)" in rows[0])
     reasons = next(rows for rows in named if rows and "reason" in rows[0])
     families = defaultdict(list)
     for verdict, reason in zip(verdicts, reasons, strict=True):
         assert verdict["verdict"] == reason["verdict"]
-        pilot = verdict["verdict"] == "pilot"
         assert (verdict["verdict"] in ("supported", "undecided")) == (verdict["p (Holm)"] != "-")
-        own = [float(p) for p in re.findall(r"(?<!Holm) p (?:< )?(\d\.\d+)", reason["reason"])]
+        parts = part.findall(reason["reason"].removeprefix("fewer than 8 paired seeds: "))
+        assert parts, reason
+        own = max(float(p) for _, _, p, _ in parts)
+        wrong = any(direction[name] * (float(d) - float(bound or 0)) <= 0 for name, d, _, bound in parts)
+        if wrong or verdict["verdict"] in ("pilot", "not applicable"):
+            own = 1.0
         text = verdict["data set"].startswith("WikiText")
         family = "SNNL" if verdict["paper"].startswith("SNNL") else "AC text" if text else "AC images"
-        families[family].append((1.0 if pilot else max(own), verdict["p (Holm)"]))
+        families[family].append((own, verdict["p (Holm)"]))
     for units in families.values():
         least = 0.0
         for rank, (p, shown) in enumerate(sorted(units)):
