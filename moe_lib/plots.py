@@ -441,7 +441,7 @@ REACH = 6.0  # of the axis of `verdict_forest`, in margins
 def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
     """Every claim against each of its fair controls, in units of what the claim would have to be worth.
 
-    That unit is the published difference, or the margin declared beforehand where none is known: 0 is no
+    That unit is the published difference, or the declared margin where none is known: 0 is no
     difference, 1 the claimed one. An interval that leaves the axis ends in an arrow.
     """
     rows = [(v, label) for v in verdicts for label in v.contrasts if label.startswith(v.claim.measure.name)]

@@ -372,16 +372,25 @@ def markdown(table: pd.DataFrame) -> str:
 def bench_table(name: str) -> pd.DataFrame:
     """Ours against its fastest peer, from results/bench/<name>.json; empty where that is not there."""
     path = store.results_dir() / "bench" / f"{name}.json"
-    rows = [
-        {
-            "batch": row["row"],
-            "times as fast": f"{row['faster_than_fastest_peer']:.1f}",
-            "memory, times less": f"{row['memory_saving']:.1f}",
-            "share of the physical limit": f"{row['share_of_limit']:.2f}",
-        }
-        for row in (store.read(path)["rows"] if path.exists() else [])
-    ]
-    return pd.DataFrame(rows).set_index("batch") if rows else pd.DataFrame()
+    rows = []
+    for row in store.read(path)["rows"] if path.exists() else []:
+        milliseconds = {who: found["milliseconds"] for who, found in row.get("contestants", {}).items()}
+        plain = milliseconds.pop("ours, float32", None)
+        peers = [value for who, value in milliseconds.items() if who != "ours"]
+        goal = row.get("goals", {}).get("faster")
+        rows.append(
+            {
+                "batch": row["row"],
+                "times as fast": f"{row['faster_than_fastest_peer']:.1f}",
+                "goal": f"{goal:g}" if goal else "-",
+                "in float32 like the peer": f"{min(peers) / plain:.1f}" if plain else "-",
+                "memory, times less": f"{row['memory_saving']:.1f}",
+                "share of the physical limit": f"{row['share_of_limit']:.2f}",
+            }
+        )
+    table = pd.DataFrame(rows)
+    unused = [name for name in table if (table[name] == "-").all()]
+    return table.drop(columns=unused).set_index("batch") if rows else table
 
 
 BENCH_TITLES = {
@@ -496,7 +505,8 @@ def speed_sections() -> list[str]:
             0,
             "Value and gradient, ours against the fastest peer in the same run (one thread, float32 where "
             "nothing else is said; `make bench`). The limit is what the processor's products and memory "
-            "could do; where *memory, times less* is below 1, the peer takes less.",
+            "could do; *goal* is the speed-up that was aimed at; where *memory, times less* is below 1, the "
+            "peer takes less.",
         )
     if not (costs := cost_table()).empty:
         sections += [

@@ -30,6 +30,7 @@ from moe_lib import dose, study
 from moe_lib.claims import CLAIMS
 from moe_lib.data import ROOT
 from moe_lib.plots import DATASET_TITLES
+from moe_lib.report import BENCH_TITLES
 
 PROFILE = "core"
 RESULTS = ROOT / "results"
@@ -636,6 +637,10 @@ def check_bench(header, rows):
         for path in (RESULTS / "bench").glob("*.json")
         for _, value in leaves(json.loads(path.read_text()))
     ]
+    for name in BENCH_TITLES:
+        for row in json.loads((RESULTS / "bench" / f"{name}.json").read_text())["rows"]:
+            times = [contestant["milliseconds"] for contestant in row["contestants"].values()]
+            known += [a / b for a, b in itertools.permutations(times, 2)]
     for row in rows:
         for number in re.findall(NUMBER, " ".join(row[1:])):
             assert shows(number, np.array(known))[0].any(), f"{number} in {row} of {header}"
