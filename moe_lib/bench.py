@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moe_lib import bench_cost, bench_moe, bench_scaling, bench_snnl, bench_train, store
+from moe_lib import bench_cost, bench_moe, bench_profile, bench_scaling, bench_snnl, bench_train, store
 from moe_lib.data import ROOT
 from moe_lib.measure import Machine, Row, available_memory, compare, memory_of_a_step, probe, ratio
 
@@ -44,6 +44,7 @@ def benches() -> dict[str, Bench]:
             bench_scaling.figure,
             {"exponents": bench_scaling.exponents},
         ),
+        "profile": Bench(lambda quick: [], {"profiles": bench_profile.missed}, bench_profile.figure),
         "cost": Bench(lambda quick: [], {"fit": bench_cost.check}, bench_cost.figure),
     }
 

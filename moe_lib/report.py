@@ -435,6 +435,28 @@ def scaling_table() -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").fillna("-").rename_axis(["step of", "grows"])
 
 
+def profile_table() -> pd.DataFrame:
+    """Where time goes in the rows that miss their goal, from results/bench/profile.json; empty without it."""
+    path = store.results_dir() / "bench" / "profile.json"
+    entries = store.read(path)["profiles"] if path.exists() else []
+    rows = [
+        {"batch": entry["row"], "contestant": entry["contestant"], "ms": f"{entry['milliseconds']:.1f}"}
+        | {kind: f"{share:.2f}" for kind, share in entry["shares"].items()}
+        for entry in entries
+    ]
+    return pd.DataFrame(rows).set_index("batch") if rows else pd.DataFrame()
+
+
+# Why the rows that miss their goal do: read off the profiles below.
+MISSED = (
+    "Where a goal is missed, a step's processor time goes (shares; `python -m moe_lib bench profile`) mostly "
+    "into work that the peer does as well: in bfloat16 the experts' products, in training the convolutions "
+    "(without matrix units bfloat16 does not quite halve them), in ten stacked models the products of small "
+    "matrices and the gathering of their batches. The AC router has no such part: its products have few "
+    "columns, and the rest are passes over the tokens."
+)
+
+
 def throughput_text() -> str:
     """A clause for each number of processes measured."""
     found = store.read(store.results_dir() / "bench" / "scaling.json")["throughput"]
@@ -508,6 +530,8 @@ def speed_sections() -> list[str]:
             "could do; *goal* is the speed-up that was aimed at; where *memory, times less* is below 1, the "
             "peer takes less.",
         )
+    if not (profiles := profile_table()).empty:
+        sections += [MISSED, markdown(profiles)]
     if not (costs := cost_table()).empty:
         sections += [
             "What a run takes, foretold from its configuration by rates fitted without the runs of its own "

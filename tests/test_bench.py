@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 
-from moe_lib import bench, bench_moe, bench_snnl, measure
+from moe_lib import bench, bench_moe, bench_profile, bench_snnl, bench_train, measure, store
 from moe_lib.measure import Contestant, Machine, Rates, Row, Work
 from moe_lib.routing import AdaptiveClusteringRouter, route
 
@@ -248,3 +248,49 @@ def test_unusable_arguments(capsys):
     assert "snnl" in capsys.readouterr().err
     assert bench.main(["snnl", "--threads", "0"]) == 1
     assert "--threads" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- profiles
+
+
+def test_operations_are_told_apart_by_kind():
+    kinds = {
+        "aten::mm": "products",
+        "aten::addmm_": "products",
+        "aten::add_": "element by element",
+        "mkldnn::_linear_pointwise": "products",
+        "aten::convolution_backward": "convolutions",
+        "aten::index_select": "rows moved",
+        "aten::_fused_adam_": "optimizer",
+        "_ChosenBackward": bench_profile.REST,
+    }
+    assert {name: bench_profile.kind_of(name) for name in kinds} == kinds
+
+
+def test_shares_find_the_products_of_a_step_of_products():
+    x_ND = torch.ones(256, 256)
+    found = bench_profile.shares(lambda: [x_ND @ x_ND for _ in range(4)], steps=3)
+    assert sum(found.values()) == pytest.approx(1)
+    assert max(found, key=found.get) == "products"
+
+
+def test_only_rows_below_their_goal_are_profiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path))
+    small = bench_moe.Size(40, 16, 16, 16, 4, 2)
+    rows = [bench_moe.row(small, goal_time=1.0), bench_moe.row(small._replace(N=48), goal_time=1.0)]
+    times = {"ours": 2.0, "loop": 3.0, "Hugging Face": 1.5, "einsum": 4.0}
+    contestants = {who: {"milliseconds": time} for who, time in times.items()}
+    content = [
+        {"row": row.name, "faster_than_fastest_peer": faster, "contestants": contestants}
+        for row, faster in zip(rows, (0.75, 1.5), strict=True)
+    ]
+    store.write(tmp_path / "bench" / "moe.json", {"rows": content})
+    monkeypatch.setattr(bench_moe, "rows", lambda: rows)
+    monkeypatch.setattr(bench_moe, "router_rows", list)
+    monkeypatch.setattr(bench_train, "rows", list)
+    found = bench_profile.missed(Machine())
+    assert [(one["row"], one["contestant"]) for one in found] == [
+        (rows[0].name, "ours"),
+        (rows[0].name, "Hugging Face"),
+    ]
+    assert [one["milliseconds"] for one in found] == [2.0, 1.5]
