@@ -448,7 +448,12 @@ def check_tuning(groups, header, rows):
     tried = defaultdict(list)
     for (name, _), group in groups.items():
         for result in group.results if name.endswith("-tuning") else ():
-            run = {k: v for k, v in result["run"].items() if k != "seed"}
+            # Not the whole run: older files lack the options that came later, with their defaults.
+            run = {key: result["run"][key] for key in ("study", "dataset", "arm", "train_images")}
+            run["train"] = {key: result["run"]["train"][key] for key in ("epochs", "learning_rate")}
+            weights = result["run"]["objective"]
+            run["objective"] = {key: weights.get(key) for key in ("snnl", "balance", "auxiliary")}
+            run["objective"]["snnl"] = (weights.get("snnl") or {}).get("factor")
             tried[json.dumps(run, sort_keys=True)].append(result["history"]["best_cross_entropy"])
     settings = [(json.loads(run), values) for run, values in tried.items()]
     assert len(rows) == len(settings)
