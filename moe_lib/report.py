@@ -114,12 +114,14 @@ def findings(profile: str, found: Sequence[claims.Verdict]) -> str:
     for question, measure, pairs in questions:
         answers = []
         for dataset, runs in finished_runs(profile, "snnl").items():
-            frame = tables.frame(study.results(runs))
+            frame, said = tables.frame(study.results(runs)), []
             for pair in pairs:
                 contrast = tables.contrast(frame, *pair, measure.name)
                 if contrast is not None and contrast.seeds >= tables.PILOT_BELOW:
                     numbers = measure.shown(contrast.difference, contrast.low, contrast.high)
-                    answers.append(f"{' - '.join(pair)} {numbers} on {DATASET_TITLES[dataset]}")
+                    said.append(f"{' - '.join(pair)} {numbers}")
+            if said:
+                answers.append(f"on {DATASET_TITLES[dataset]} {_and(said)}")
         if answers:
             asked, rest = question.split("? ")
             lines.append(f"- **{asked}?** {rest}: {'; '.join(answers)}.")
