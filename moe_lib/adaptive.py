@@ -114,9 +114,10 @@ def cluster_dispersion(
         clusters_E = torch.arange(num_experts, device=assignment_N.device)
         member_NE = (assignment_N[:, None] == clusters_E).to(tokens_ND.dtype)
         count_E = member_NE.sum(0)
+        share_EN = (member_NE / count_E.clamp(min=1)).T
 
         def means(x_ND: Tensor) -> Tensor:
-            return (member_NE / count_E.clamp(min=1)).T @ x_ND
+            return share_EN @ x_ND
 
         def spread(x_ED: Tensor) -> Tensor:
             return member_NE @ x_ED

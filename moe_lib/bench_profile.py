@@ -61,15 +61,14 @@ def missed(machine: Machine) -> list[dict[str, Any]]:
             if last is None or not row.goal_time or last["faster_than_fastest_peer"] >= row.goal_time:
                 continue
             times = {who: figures["milliseconds"] for who, figures in last["contestants"].items()}
-            peers = [contestant.name for contestant in row.contestants if contestant.peer]
-            for who in (row.contestants[0].name, min(peers, key=times.__getitem__)):
-                (contestant,) = (one for one in row.contestants if one.name == who)
-                print(f"{row.name}: {who}", flush=True)
+            peers = [contestant for contestant in row.contestants if contestant.peer]
+            for contestant in (row.contestants[0], min(peers, key=lambda peer: times[peer.name])):
+                print(f"{row.name}: {contestant.name}", flush=True)
                 found.append(
                     {
                         "row": row.name,
-                        "contestant": who,
-                        "milliseconds": times[who],
+                        "contestant": contestant.name,
+                        "milliseconds": times[contestant.name],
                         "shares": shares(contestant.build(machine.device)),
                     }
                 )
@@ -77,7 +76,7 @@ def missed(machine: Machine) -> list[dict[str, Any]]:
 
 
 def figure(content: dict[str, Any]) -> Any:
-    """A bar a contestant, its length the milliseconds of a step, cut by kind."""
+    """A bar a contestant, cut by kind; the milliseconds of a step stand beside its name."""
     from moe_lib import plots
 
     entries = content["profiles"]

@@ -14,7 +14,7 @@ the claimed measure against every fair control (bound 0), and what a joint claim
 - *undecided* otherwise, with the effect that a single paired t test at 5 % would have found.
 
 That there must be a collapse to resolve is asked of the claims on experts and routing, not of accuracy: the
-report says beside a supported one whether there was.
+report has a section of its own on where there was one.
 
 Fair controls decide; placebos, partners and the mechanism contrast say only whose doing it is.
 `base` is SNNL's one fair control, for the claim is made of the same mixture with and without the loss:
@@ -478,7 +478,7 @@ def _harmless_reason(claim: Claim, results: Sequence[dict[str, Any]]) -> str:
     means = []
     for arm in (claim.treatment, *claim.controls):
         cost_S = [claim.measure.of(result) for result in results if result["run"]["arm"] == arm]
-        if _shown_above(cost_S, np.zeros(len(cost_S)).tolist()):
+        if _shown_above(cost_S, [0.0] * len(cost_S)):
             return ""
         means.append(f"{arm} {claim.measure.shown(float(np.mean(cost_S)))}")
     return f"nothing to resist: {claim.measure.name} is above 0 in no arm ({', '.join(means)})"

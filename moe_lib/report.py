@@ -101,17 +101,19 @@ def findings(profile: str, found: Sequence[claims.Verdict]) -> str:
         lines += [f"    - {why}" for v in own if v.outcome == "supported" for why in v.attribution]
     questions = (
         (
-            "Does the mixture pay? Accuracy, with a dense network of its size, and SNNL in that",
+            "Does the mixture pay?",
+            "Accuracy, with a dense network of its size, and SNNL in that",
             claims.ACCURACY,
             [("base", "dense"), ("snnl", "dense-snnl"), ("dense-snnl", "dense")],
         ),
         (
-            "Does SNNL make experts differ? Cosine of two experts' outputs, higher: more alike",
+            "Does SNNL make experts differ?",
+            "Cosine of two experts' outputs, higher: more alike",
             COS_OUTPUTS,
             [("snnl", "base")],
         ),
     )
-    for question, measure, pairs in questions:
+    for question, what, measure, pairs in questions:
         answers = []
         for dataset, runs in finished_runs(profile, "snnl").items():
             frame, said = tables.frame(study.results(runs)), []
@@ -123,8 +125,7 @@ def findings(profile: str, found: Sequence[claims.Verdict]) -> str:
             if said:
                 answers.append(f"on {DATASET_TITLES[dataset]} {_and(said)}")
         if answers:
-            asked, rest = question.split("? ")
-            lines.append(f"- **{asked}?** {rest}: {'; '.join(answers)}.")
+            lines.append(f"- **{question}** {what}: {'; '.join(answers)}.")
     return "\n".join(lines)
 
 
@@ -409,14 +410,13 @@ def cost_table() -> pd.DataFrame:
     found = pd.DataFrame(store.read(path)["fit"]["groups"] if path.exists() else [])
     if found.empty:
         return found
-    table = found.groupby(["study", "dataset"], sort=False)
     found["error"] = (found["without_study"] / found["seconds"] - 1).abs()
+    table = found.groupby(["study", "dataset"], sort=False)
     minutes = table[["seconds", "without_study"]].median() / 60
     minutes.columns = ["actual minutes", "predicted minutes"]
     minutes.insert(0, "runs", table["runs"].sum())
     minutes = minutes.round(1)
-    minutes["median error of an arm"] = found.groupby(["study", "dataset"], sort=False)["error"].median()
-    minutes["median error of an arm"] = minutes["median error of an arm"].map("{:.0%}".format)
+    minutes["median error of an arm"] = table["error"].median().map("{:.0%}".format)
     return minutes.reset_index().set_index("study")
 
 

@@ -17,9 +17,7 @@ from moe_lib.classifier import Mixture, mix
 class Ablations(NamedTuple):
     """Accuracy lost (clean minus ablated; a negative value is a gain)."""
 
-    dropped: list[
-        float
-    ]  # one per expert: its weight set to 0, the others' renormalised (alike if below 1e-6 together)
+    dropped: list[float]  # one per expert: its weight set to 0, the others' renormalised (alike if tiny)
     swapped: float  # mean over pairs: each gets the other's weight
     merged: float  # mean over pairs: both replaced by the mean of their logits
     permuted: float  # routing weights exchanged between samples at random, mean of 5 draws
