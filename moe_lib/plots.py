@@ -20,6 +20,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from moe_lib import metrics, stats, store, tables
 from moe_lib.claims import Verdict, telling_contrast
@@ -671,10 +673,13 @@ def save(figure: Figure, path: str | Path, sources: Sequence[Path]) -> str:
     """Write `path` (below the figures folder, without suffix) as PNG; returns the line that names it and the
     files it came from, which the picture holds too, as its PNG text "Source"."""
     listing = name_sources(sources)
-    buffer = io.BytesIO()
+    drawn, packed, text = io.BytesIO(), io.BytesIO(), PngInfo()
     with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="png", metadata={"Source": listing, "Software": None})
-    store.write_bytes(target(path), buffer.getvalue())
+        figure.savefig(drawn, format="png")
+    text.add_text("Source", listing)
+    picture = Image.open(drawn)  # opaque: without its alpha channel it takes an eighth less
+    picture.convert("RGB").save(packed, "PNG", optimize=True, pnginfo=text, dpi=picture.info["dpi"])
+    store.write_bytes(target(path), packed.getvalue())
     return f"figures/{path}.png <- {listing}"
 
 
