@@ -5,14 +5,14 @@ Shapes: N samples, D code width, E experts, C classes.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lib import metrics
-from moe_lib.classifier import ClassifierTask
+from moe_lib import metrics, store
+from moe_lib.classifier import ClassifierTask, Output
 from moe_lib.data import Split, pixels
 from moe_lib.experts import Experts
 from moe_lib.rng import generator, initialise
@@ -42,21 +42,30 @@ def validation_measures(task: ClassifierTask) -> dict[str, float]:
     }
 
 
-def similarity(experts: Experts, expert_logits_NEC: Tensor) -> dict[str, float]:
-    """The four similarities of experts: two of their weights, two of what they compute."""
-    return {
+def similarity(
+    experts: Experts, expert_logits_NEC: Tensor, usage_E: Tensor | None = None
+) -> dict[str, float]:
+    """Similarities of experts: two of their weights, two of what they compute, plain and weighted by use.
+
+    Args:
+        usage_E: the experts' mean weight in the mixture; None leaves the weighted forms out.
+    """
+    found = {
         "weights": metrics.pairwise_similarity(experts.flat_weights(), absolute=True),
         "weights_aligned": metrics.aligned_similarity(experts),
         "outputs": metrics.output_similarity(expert_logits_NEC),
         "cka": metrics.expert_cka(expert_logits_NEC, EMBEDDING_SAMPLES),
     }
+    if usage_E is not None:
+        found["outputs_weighted"] = metrics.output_similarity(expert_logits_NEC, usage_E)
+        found["cka_weighted"] = metrics.expert_cka(expert_logits_NEC, EMBEDDING_SAMPLES, usage_E)
+    return found
 
 
-def routing_measures(task: ClassifierTask, split: Split, *names: object) -> dict[str, Any]:
+def routing_measures(task: ClassifierTask, probs_NE: Tensor, labels_N: Tensor) -> dict[str, Any]:
     """Entropies, their null, load and the class x expert matrix on one split."""
     num_classes = task.dataset.num_classes
-    probs_NE, labels_N = task.predict(split)[0].routing.probs_NE, split.labels_N
-    draw = generator(task.seed, "label permutation", *names)
+    draw = generator(task.seed, "label permutation")
     return {
         "entropy": metrics.routing_entropy(probs_NE, labels_N, num_classes),
         "information_class_null": metrics.information_class_null(probs_NE, labels_N, num_classes, draw),
@@ -94,8 +103,20 @@ def tsne_coordinates(task: ClassifierTask) -> list[list[int]]:
     return ((flat_N2 - low) / (high - low).max() * 999).round().astype(int).tolist()
 
 
+def endpoint_measures(task: ClassifierTask, output: Output) -> dict[str, Any]:
+    """What is measured at each endpoint, from the model's output on the test set."""
+    labels_N = task.dataset.test.labels_N
+    usage_E = output.routing.dense_weights().double().mean(0)
+    return {
+        "task": metrics.task_score(output.log_probs_NC, labels_N),
+        "correct": store.pack_bits(output.log_probs_NC.argmax(1) == labels_N),
+        "routing": routing_measures(task, output.routing.probs_NE, labels_N),
+        "similarity": similarity(task.model.moe.experts, output.expert_logits_NEC, usage_E),
+    }
+
+
 def final_measures(task: ClassifierTask) -> dict[str, Any]:
-    """Everything that is measured once, on the test set, at the selected weights."""
+    """Everything that is measured on the test set at the primary endpoint."""
     test = task.dataset.test
     output, _ = task.predict(test)
     ablations = expert_ablations(
@@ -105,13 +126,7 @@ def final_measures(task: ClassifierTask) -> dict[str, Any]:
         task.model.mixture,
         generator(task.seed, "permuted routing"),
     )
-    return {
-        "task": metrics.task_score(output.log_probs_NC, test.labels_N),
-        "routing": routing_measures(task, test),
-        "similarity": similarity(task.model.moe.experts, output.expert_logits_NEC),
-        "embedding": embedding_measures(task),
-        "ablation": ablations,
-    }
+    return endpoint_measures(task, output) | {"embedding": embedding_measures(task), "ablation": ablations}
 
 
 def independent_expert_null(task: ClassifierTask, config: TrainConfig) -> dict[str, float]:
@@ -154,11 +169,11 @@ class Experiment(Protocol):
     def initial(self) -> dict[str, Any]:
         """Before training, on the test set."""
 
-    def score(self) -> NamedTuple:
-        """Of the task, on the test set, at the present weights."""
-
     def final(self) -> dict[str, Any]:
-        """After training, on the test set, at the selected weights."""
+        """Every measure on the test set, at the last epoch's weights."""
+
+    def endpoint(self) -> dict[str, Any]:
+        """Fewer measures on the test set, at the weights of another endpoint."""
 
 
 class ClassifierExperiment:
@@ -182,7 +197,7 @@ class ClassifierExperiment:
     def initial(self) -> dict[str, Any]:
         test = self.task.dataset.test
         output, _ = self.task.predict(test)
-        routing = routing_measures(self.task, test)
+        routing = routing_measures(self.task, output.routing.probs_NE, test.labels_N)
         routing.pop("class_expert")
         if self.tsne is not None:
             self.tsne["before"] = tsne_coordinates(self.task)
@@ -191,9 +206,10 @@ class ClassifierExperiment:
             "routing": routing,
         }
 
-    def score(self) -> metrics.TaskScore:
-        test = self.task.dataset.test
-        return metrics.task_score(self.task.predict(test)[0].log_probs_NC, test.labels_N)
+    def endpoint(self) -> dict[str, Any]:
+        measures = endpoint_measures(self.task, self.task.predict(self.task.dataset.test)[0])
+        measures["routing"].pop("class_expert")
+        return measures
 
     def final(self) -> dict[str, Any]:
         measures = final_measures(self.task)

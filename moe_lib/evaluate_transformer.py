@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_lib import metrics
+from moe_lib import metrics, store
 from moe_lib.attacks import fgsm, pgd, spsa
 from moe_lib.corruptions import CORRUPTIONS, corrupt
 from moe_lib.data import Split, pixels
@@ -235,15 +235,19 @@ class VisionExperiment:
         self.task.eval()  # a causal router would count the test set among its steps
         return {"routing": self._routing()}
 
-    def score(self) -> metrics.TaskScore:
-        return self._score(self.task.dataset.test)
+    def endpoint(self) -> dict[str, Any]:
+        test = self.task.dataset.test
+        log_probs_NC = self.task.predict(test).log_probs_NC
+        return {
+            "task": metrics.task_score(log_probs_NC, test.labels_N),
+            "correct": store.pack_bits(log_probs_NC.argmax(1) == test.labels_N),
+            "routing": self._routing(),
+        }
 
     def final(self) -> dict[str, Any]:
         with without_weight_gradients(self.task.model):
             attack = self._attack()
-        return {
-            "task": self.score(),
-            "routing": self._routing(),
+        return self.endpoint() | {
             "company": self._company(),
             "ablation": self._ablation(),
             "corruption": self._corruption(),
@@ -429,13 +433,11 @@ class LanguageExperiment:
         self.task.eval()  # a causal router would count the test set among its steps
         return {"routing": self._routing()}
 
-    def score(self) -> LanguageScore:
-        return self._score(self.test)
+    def endpoint(self) -> dict[str, Any]:
+        return {"task": self._score(self.test), "routing": self._routing()}
 
     def final(self) -> dict[str, Any]:
-        return {
-            "task": self.score(),
-            "routing": self._routing(),
+        return self.endpoint() | {
             "company": {"other sequences": self._alone(), "later tokens": self._later()},
             "ablation": self._ablation(),
             "swap": self._swap(),

@@ -7,7 +7,9 @@ Shapes: N samples, D width, E experts, C classes, P parameters or features of on
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -191,13 +193,29 @@ def aligned_similarity(experts: Experts) -> float:
     return float(np.mean(cosines)) if cosines else math.nan
 
 
-def output_similarity(expert_logits_NEC: Tensor) -> float:
+def output_similarity(expert_logits_NEC: Tensor, usage_E: Tensor | None = None) -> float:
     """Mean cosine of the experts' logits on the same inputs, each input's logits centred over classes
-    (softmax ignores a constant) and each expert's mean over inputs removed."""
+    (softmax ignores a constant) and each expert's mean over inputs removed.
+
+    Args:
+        usage_E: how much each expert is used, such as its mean gate. A pair counts by the product of its two
+            experts' usage: an expert that is never used is not a different one. None: all pairs alike.
+    """
     logits = expert_logits_NEC.double()
     logits = logits - logits.mean(2, keepdim=True)
     logits = logits - logits.mean(0, keepdim=True)
-    return pairwise_similarity(logits.transpose(0, 1).flatten(1))
+    unit_EP = torch.nn.functional.normalize(logits.transpose(0, 1).flatten(1), dim=1)
+    return _mean_of_pairs((unit_EP @ unit_EP.T).tolist(), usage_E)
+
+
+def _mean_of_pairs(values_EE: Sequence[Sequence[float]], usage_E: Tensor | None) -> float:
+    """Mean of a symmetric matrix over its pairs e < f, weighted by usage_e usage_f; NaN without a pair."""
+    usage = [1.0] * len(values_EE) if usage_E is None else usage_E.double().tolist()
+    pairs = list(itertools.combinations(range(len(values_EE)), 2))
+    weights = [usage[a] * usage[b] for a, b in pairs]
+    if not sum(weights) > 0:
+        return math.nan
+    return sum(w * values_EE[a][b] for w, (a, b) in zip(weights, pairs, strict=True)) / sum(weights)
 
 
 def linear_cka(x_NA: Tensor, y_NB: Tensor) -> float:
@@ -226,12 +244,18 @@ def linear_cka(x_NA: Tensor, y_NB: Tensor) -> float:
     return hsic(k, m) / math.sqrt(scale) if scale > 0 else math.nan
 
 
-def expert_cka(expert_logits_NEC: Tensor, max_samples: int = 2000) -> float:
-    """Mean unbiased linear CKA over all pairs of experts' logits, on at most `max_samples` samples."""
+def expert_cka(
+    expert_logits_NEC: Tensor, max_samples: int = 2000, usage_E: Tensor | None = None
+) -> float:
+    """Mean unbiased linear CKA over all pairs of experts' logits, on at most `max_samples` samples.
+
+    Args:
+        usage_E: as in `output_similarity`.
+    """
     logits = expert_logits_NEC[:max_samples]
     experts = range(logits.shape[1])
-    values = [linear_cka(logits[:, a], logits[:, b]) for a in experts for b in experts if a < b]
-    return float(np.mean(values)) if values else math.nan
+    values = [[linear_cka(logits[:, a], logits[:, b]) if a < b else 0.0 for b in experts] for a in experts]
+    return _mean_of_pairs(values, usage_E)
 
 
 # -------------------------------------------------------------------------------------- embedding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import functools
@@ -16,13 +17,56 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from moe_lib.data import ROOT
 
 
 class StoreError(RuntimeError):
     """Results cannot be written or read; the message says where and what to do."""
+
+
+# The epoch whose weights a result's measures describe. A result file that names none was written before the
+# rule changed: its measures are those of the lowest validation cross-entropy.
+PRIMARY_ENDPOINT = "last_epoch"
+ENDPOINTS = (PRIMARY_ENDPOINT, "best_accuracy", "best_cross_entropy")
+
+
+def at_endpoint(result: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a result file holds of one endpoint: every measure of its own primary one, fewer of the others.
+
+    Empty where the file says nothing of it: older files have the task measures of the last epoch and
+    everything of the lowest validation cross-entropy.
+
+    Raises:
+        ValueError: the endpoint is unknown.
+    """
+    if name not in ENDPOINTS:
+        raise ValueError(f"unknown endpoint {name!r}; known: {', '.join(ENDPOINTS)}")
+    if name == result.get("primary_endpoint", "best_cross_entropy"):
+        return result
+    if name == "last_epoch" and "last_epoch" in result:
+        return {"task": result["last_epoch"]}
+    return (result.get("endpoints") or {}).get(name, {})
+
+
+def pack_bits(values_N: Tensor) -> str:
+    """Truth values, eight to a byte, as base64 text."""
+    return base64.b64encode(np.packbits(values_N.cpu().numpy().astype(bool))).decode()
+
+
+def unpack_bits(text: str, count: int) -> np.ndarray:
+    """The first `count` truth values of `pack_bits`.
+
+    Raises:
+        ValueError: the text holds fewer, or others than padding behind them.
+    """
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8))
+    if not count <= len(bits) < count + 8 or bits[count:].any():
+        raise ValueError(f"expected {count} packed truth values, got {len(bits)}")
+    return bits[:count].astype(bool)
 
 
 def results_dir() -> Path:

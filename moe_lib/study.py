@@ -27,6 +27,8 @@ from moe_lib import data, store, text
 from moe_lib.arms import (
     AUXILIARY_WEIGHTS,
     BALANCE_WEIGHTS,
+    CONFIRMATORY_SEED_COUNTS,
+    CONFIRMATORY_SEEDS,
     CROSSED_FACTORS,
     FACTORS,
     LEARNING_RATES,
@@ -103,21 +105,24 @@ class Run:
         return store.results_dir() / self.profile / ".work" / self.id
 
 
-def snnl_runs(profile: str) -> Iterator[Run]:
-    """The SNNL study, seed by seed, so that an unfinished profile still has pairs."""
-    for dataset, groups in SEED_COUNTS[profile].items():
+def snnl_runs(study: str, profile: str) -> Iterator[Run]:
+    """The SNNL study or its confirmation, seed by seed, so that an unfinished profile still has pairs."""
+    confirm = study == "snnl-confirm"
+    seeds = CONFIRMATORY_SEEDS if confirm else SEEDS
+    counts = CONFIRMATORY_SEED_COUNTS.get(profile, {}) if confirm else SEED_COUNTS[profile]
+    for dataset, groups in counts.items():
         settings = SETTINGS[profile][dataset]
         arms = snnl_arms(settings)
-        for position, seed in enumerate(SEEDS):
+        for position, seed in enumerate(seeds):
             for names, count in groups:
                 for arm in names if position < count else ():
                     model, objective = arms[arm]
                     rate = dict(settings.learning_rates).get(arm, settings.train.learning_rate)
                     yield Run(
-                        profile, "snnl", dataset, arm, seed, VERSIONS["snnl"], model, objective,
+                        profile, study, dataset, arm, seed, VERSIONS[study], model, objective,
                         replace(settings.train, learning_rate=rate),
                         independent_experts=arm in MAIN_ARMS,
-                        tsne=arm in MAIN_ARMS and seed == SEEDS[0],
+                        tsne=arm in MAIN_ARMS and seed == seeds[0],
                     )  # fmt: skip
 
 
@@ -234,7 +239,8 @@ def dose_study(profile: str, dataset: str) -> str:
 
 
 STUDIES: dict[str, Callable[[str], Iterator[Run]]] = {
-    "snnl": snnl_runs,
+    "snnl": partial(snnl_runs, "snnl"),
+    "snnl-confirm": partial(snnl_runs, "snnl-confirm"),
     "ac-vision": partial(routed_runs, "ac-vision"),
     "ac-language": partial(routed_runs, "ac-language"),
     "crossed": partial(routed_runs, "crossed"),
@@ -365,7 +371,7 @@ def execute(
     initial = experiment.initial() if full else {}
     try:
         run.workspace.mkdir(parents=True, exist_ok=True)
-        history, best = fit(
+        history, selected = fit(
             task,
             run.train,
             experiment.validation,
@@ -379,10 +385,12 @@ def execute(
 
     result: dict[str, Any] = {"history": vars(history), "best_epoch": history.best_epoch}
     if full:
-        result["last_epoch"] = experiment.score()
-        task.load_state_dict(best)
-        task.eval()
-        result |= experiment.final() | {"initial": initial}
+        result |= {"primary_endpoint": store.PRIMARY_ENDPOINT, **experiment.final(), "initial": initial}
+        epochs = {"best_accuracy": history.best_accuracy_epoch, "best_cross_entropy": history.best_epoch}
+        result["endpoints"] = {}
+        for name, weights in sorted(selected.items()):
+            task.load_state_dict(weights)
+            result["endpoints"][name] = {"epoch": epochs[name], **experiment.endpoint()}
     result["num_parameters"] = sum(p.numel() for p in task.model.parameters())
     # At least the training of all sessions, of a run that was resumed.
     result["wall_seconds"] = max(time.perf_counter() - started, history.seconds)

@@ -137,8 +137,7 @@ def train(points_N2: Tensor, labels_N: Tensor, arm: str, seed: int) -> Trained:
         dtype=torch.float64,
     )
 
-    _, best = fit(task, config, lambda: validation_measures(task), label=f"tour/{arm} seed {seed}")
-    task.load_state_dict(best)
+    fit(task, config, lambda: validation_measures(task), label=f"tour/{arm} seed {seed}")
     output, codes_ND = task.predict(dataset.test)
     entropy = metrics.routing_entropy(output.routing.probs_NE, dataset.test.labels_N, dataset.num_classes)
     return Trained(

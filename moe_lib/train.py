@@ -72,8 +72,10 @@ class History:
 
     train: dict[str, list[float | None]] = field(default_factory=dict)
     validation: dict[str, list[float | None]] = field(default_factory=dict)
-    best_epoch: int = -1
+    best_epoch: int = -1  # lowest validation cross-entropy
     best_cross_entropy: float = math.inf
+    best_accuracy_epoch: int = -1  # highest validation accuracy, the first of equals
+    best_accuracy: float = -math.inf
     seconds: float = 0.0  # of training and evaluation, over all sessions of a resumed run
 
 
@@ -86,11 +88,11 @@ def fit(
     checkpoint: Path | None = None,
     on_epoch: Callable[[int, History], None] | None = None,
     deadline: float = math.inf,
-) -> tuple[History, dict[str, Tensor]]:
+) -> tuple[History, dict[str, dict[str, Tensor]]]:
     """Train `task` and leave it with its last weights.
 
     Args:
-        evaluate: measures on validation data; "cross_entropy" among them selects the best epoch.
+        evaluate: measures on validation data, "cross_entropy" and "accuracy" among them.
         label: names the run (arm and seed) in errors.
         checkpoint: written after every epoch and read if it exists; a resumed run ends with the same
             numbers as one that was never stopped, since batch order depends on (seed, epoch) alone.
@@ -98,7 +100,8 @@ def fit(
         deadline: `time.monotonic()` value after which no further epoch is started.
 
     Returns:
-        The history, and the weights of the best epoch as a state dict.
+        The history, and the weights (state dicts) of the two selected epochs: "best_cross_entropy" and
+        "best_accuracy", both on validation data.
 
     Raises:
         TrainingError: a loss is not finite.
@@ -106,13 +109,14 @@ def fit(
     """
     device = next(task.parameters()).device
     optimizer = torch.optim.Adam(task.parameters(), lr=config.learning_rate, fused=True)
-    history, best = History(), {}
+    history = History()
+    selected: dict[str, dict[str, Tensor]] = {}
     epoch = 0
     if checkpoint is not None and checkpoint.exists():
         state = _load(checkpoint, device)
         task.load_state_dict(state["task"])
         optimizer.load_state_dict(state["optimizer"])
-        history, best, epoch = History(**state["history"]), state["best"], state["epoch"]
+        history, selected, epoch = History(**state["history"]), state["selected"], state["epoch"]
 
     while epoch < config.epochs:
         if time.monotonic() > deadline:
@@ -131,9 +135,15 @@ def fit(
             raise TrainingError(f"{label}, epoch {epoch}: validation cross-entropy is not finite")
         for column in history.train.values():  # a loss that this phase of training does not have
             column.extend([None] * (epoch + 1 - len(column)))
+        improved = []
         if measures["cross_entropy"] < history.best_cross_entropy:
             history.best_cross_entropy, history.best_epoch = measures["cross_entropy"], epoch
-            best = deepcopy(task.state_dict())
+            improved.append("best_cross_entropy")
+        if measures["accuracy"] > history.best_accuracy:
+            history.best_accuracy, history.best_accuracy_epoch = measures["accuracy"], epoch
+            improved.append("best_accuracy")
+        if improved:
+            selected |= dict.fromkeys(improved, deepcopy(task.state_dict()))
         epoch += 1
         history.seconds += time.perf_counter() - start
         if checkpoint is not None:
@@ -141,13 +151,13 @@ def fit(
                 "task": task.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "history": vars(history),
-                "best": best,
+                "selected": selected,
                 "epoch": epoch,
             }
             _save(state, checkpoint)
         if on_epoch is not None:
             on_epoch(epoch, history)
-    return history, best
+    return history, selected
 
 
 def _save(state: dict[str, Any], checkpoint: Path) -> None:
