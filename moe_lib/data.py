@@ -5,6 +5,7 @@ Shapes: N samples, C channels, H height, W width.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,12 +27,18 @@ class DataError(RuntimeError):
 class Split:
     images_NCHW: Tensor  # uint8, 0..255
     labels_N: Tensor  # int64
+    domains_N: Tensor | None = None  # int64: which of several sources; None where there is one
 
     def __len__(self) -> int:
         return len(self.labels_N)
 
     def take(self, index: Tensor | slice) -> Split:
-        return Split(self.images_NCHW[index], self.labels_N[index])
+        domains_N = None if self.domains_N is None else self.domains_N[index]
+        return Split(self.images_NCHW[index], self.labels_N[index], domains_N)
+
+    def to(self, device: str | torch.device) -> Split:
+        domains_N = None if self.domains_N is None else self.domains_N.to(device)
+        return Split(self.images_NCHW.to(device), self.labels_N.to(device), domains_N)
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ def load(
     """Load a data set whole, with a 90/10 train/validation split drawn from `seed`.
 
     Args:
-        name: "digits" (scikit-learn's, embedded), "mnist", "fashion_mnist", "cifar10" or "cifar100".
+        name: "digits" (scikit-learn's, embedded), "mnist", "fashion_mnist", "cifar10" or "cifar100"; "domains"
+            (three of them under the same ten labels) or "digit_domains" (the embedded digits in three forms).
         root: data folder in torchvision's layout; see `data_dir`. Missing sets are downloaded into it.
         device: where the tensors live.
         seed: of the split. The test set never depends on it.
@@ -69,21 +77,65 @@ def load(
     """
     if name not in DATASETS:
         raise DataError(_unknown(name))
-    if name == "digits":
-        (images, labels), test = _digits()
-    else:
-        images, labels = _torchvision(name, data_dir(root), train=True)
-        test = _torchvision(name, data_dir(root), train=False)
-    order_N = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    whole = Split(images.to(device), labels.to(device))
-    num_validation = len(labels) // 10
+    whole, test = (part.to(device) for part in _splits(name, data_dir(root)))
+    order_N = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).to(device)
+    num_validation = len(whole) // 10
     return Dataset(
         name,
-        train=whole.take(order_N[num_validation:].to(device)),
-        validation=whole.take(order_N[:num_validation].to(device)),
-        test=Split(test[0].to(device), test[1].to(device)),
-        num_classes=int(labels.max()) + 1,
+        train=whole.take(order_N[num_validation:]),
+        validation=whole.take(order_N[:num_validation]),
+        test=test,
+        num_classes=int(whole.labels_N.max()) + 1,
     )
+
+
+@functools.lru_cache(maxsize=1)  # a worker trains one run after the other, mostly on one data set
+def _splits(name: str, root: Path) -> tuple[Split, Split]:
+    """All training images, and the test set."""
+    if name == "digits":
+        train, test = _digits()
+        return Split(*train), Split(*test)
+    if name == "digit_domains":
+        train, test = _digits()
+        return _digit_domains(*train), _digit_domains(*test)
+    if name == "domains":
+        return _domains(root, True, DOMAIN_IMAGES), _domains(root, False, None)
+    return Split(*_torchvision(name, root, train=True)), Split(*_torchvision(name, root, train=False))
+
+
+DOMAINS = ("mnist", "fashion_mnist", "cifar10")
+DOMAIN_IMAGES = 15_000  # of each, for training and validation
+
+
+def _domains(root: Path, train: bool, count: int | None) -> Split:
+    """MNIST, FashionMNIST and CIFAR-10 (grey, its middle 28 x 28 pixels) under the same ten labels, so that one
+    label means three things. The first `count` images of each, all if None."""
+    parts = []
+    for name in DOMAINS:
+        images_NCHW, labels_N = _torchvision(name, root, train)
+        if images_NCHW.shape[1] == 3:  # luma of ITU-R BT.601, as in Pillow's mode "L"
+            weights_C = torch.tensor([0.299, 0.587, 0.114])
+            grey_NHW = (images_NCHW[:, :, 2:-2, 2:-2] * weights_C[:, None, None]).sum(1)
+            images_NCHW = grey_NHW.round().to(torch.uint8)[:, None]
+        parts.append((images_NCHW[:count], labels_N[:count]))
+    return _interleaved(parts)
+
+
+def _digit_domains(images_NCHW: Tensor, labels_N: Tensor) -> Split:
+    """The digits upright, turned by 90 degrees and upside down in grey: each form has its own labels."""
+    return _interleaved(
+        [
+            (images_NCHW, labels_N),
+            (images_NCHW.rot90(1, (2, 3)), (labels_N + 3) % 10),
+            (255 - images_NCHW, (labels_N + 7) % 10),
+        ]
+    )
+
+
+def _interleaved(parts: list[tuple[Tensor, Tensor]]) -> Split:
+    """One sample of each domain, then the next of each: any stretch holds all domains alike."""
+    images, labels = (torch.stack(tensors, 1).flatten(0, 1) for tensors in zip(*parts, strict=True))
+    return Split(images, labels, torch.arange(len(labels)) % len(parts))
 
 
 def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -134,8 +186,10 @@ def present(name: str, root: str | Path | None = None) -> bool:
     """Whether a data set's files seem to be there already (they are checked when loaded)."""
     if name not in DATASETS:
         raise DataError(_unknown(name))
-    if name == "digits":
+    if name in ("digits", "digit_domains"):
         return True
+    if name == "domains":
+        return all(present(part, root) for part in DOMAINS)
     folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}.get(name, DATASETS[name])
     return (data_dir(root) / folder).is_dir()
 
@@ -143,6 +197,8 @@ def present(name: str, root: str | Path | None = None) -> bool:
 # Name here -> class in torchvision.datasets.
 DATASETS = {
     "digits": "",
+    "digit_domains": "",
+    "domains": "",
     "mnist": "MNIST",
     "fashion_mnist": "FashionMNIST",
     "cifar10": "CIFAR10",

@@ -105,13 +105,26 @@ def tsne_coordinates(task: ClassifierTask) -> list[list[int]]:
 
 def endpoint_measures(task: ClassifierTask, output: Output) -> dict[str, Any]:
     """What is measured at each endpoint, from the model's output on the test set."""
-    labels_N = task.dataset.test.labels_N
+    test = task.dataset.test
+    labels_N, correct_N = test.labels_N, output.log_probs_NC.argmax(1) == test.labels_N
     usage_E = output.routing.dense_weights().double().mean(0)
     return {
         "task": metrics.task_score(output.log_probs_NC, labels_N),
-        "correct": store.pack_bits(output.log_probs_NC.argmax(1) == labels_N),
+        "correct": store.pack_bits(correct_N),
         "routing": routing_measures(task, output.routing.probs_NE, labels_N),
         "similarity": similarity(task.model.moe.experts, output.expert_logits_NEC, usage_E),
+        "domains": None if test.domains_N is None else domain_measures(output, correct_N, test.domains_N),
+    }
+
+
+def domain_measures(output: Output, correct_N: Tensor, domains_N: Tensor) -> dict[str, Any]:
+    """Accuracy of each domain, each domain's mean gate, and what the gate knows of the domain (nats)."""
+    count, probs_NE = int(domains_N.max()) + 1, output.routing.probs_NE
+    accuracy = [correct_N[domains_N == domain].double().mean().item() for domain in range(count)]
+    return {
+        "accuracy": accuracy,
+        "information": metrics.routing_entropy(probs_NE, domains_N, count).information_class,
+        "domain_expert": metrics.class_expert_matrix(probs_NE, domains_N, count).tolist(),
     }
 
 
@@ -209,6 +222,7 @@ class ClassifierExperiment:
     def endpoint(self) -> dict[str, Any]:
         measures = endpoint_measures(self.task, self.task.predict(self.task.dataset.test)[0])
         measures["routing"].pop("class_expert")
+        measures.pop("correct")
         return measures
 
     def final(self) -> dict[str, Any]:

@@ -86,9 +86,12 @@ class MoE(nn.Module):
         self.router = LinearRouter(dim, num_experts) if router is None else router
         self.experts = Experts(dim, num_experts, hidden_dim, dim if out_dim is None else out_dim)
 
-    def route(self, x_ND: Tensor, previous: Routing | None = None) -> Routing:
-        """The decision alone, restricted to `top_k` experts; `previous` is that of the MoE layer before."""
-        return self._restrict(self.router(x_ND, previous))
+    def route(
+        self, x_ND: Tensor, previous: Routing | None = None, keys_N: Tensor | None = None
+    ) -> Routing:
+        """The decision alone, restricted to `top_k` experts; arguments as for `forward`."""
+        keys = () if keys_N is None else (keys_N,)
+        return self._restrict(self.router(x_ND, previous, *keys))
 
     def _restrict(self, routing: Routing) -> Routing:
         num_experts = self.experts.num_experts
@@ -103,11 +106,18 @@ class MoE(nn.Module):
             raise ValueError(f"top_k = {self.top_k} experts are asked for, the router chooses {chosen}")
         return routing.top(self.top_k)
 
-    def forward(self, x_ND: Tensor, previous: Routing | None = None) -> tuple[Tensor, Routing]:
-        """Weighted sum of the chosen experts' outputs, [N, O], and the decision behind it."""
+    def forward(
+        self, x_ND: Tensor, previous: Routing | None = None, keys_N: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """Weighted sum of the chosen experts' outputs, [N, O], and the decision behind it.
+
+        Args:
+            previous: the decision of the MoE layer before.
+            keys_N: for a `HashRouter` alone: each token's position or id.
+        """
         if isinstance(self.router, AdaptiveClusteringRouter) and self.router.config.scale_experts:
             routing, scaled_ND = self.router.route_and_scale(x_ND, previous)
             routing, x_ND = self._restrict(routing), scaled_ND.to(x_ND.dtype)
         else:
-            routing = self.route(x_ND, previous)
+            routing = self.route(x_ND, previous, keys_N)
         return mixture(x_ND, routing, self.experts.stacked()), routing

@@ -54,8 +54,10 @@ class LanguageModel(nn.Module):
         trunk = config.trunk
         self.token = Embedding(num_tokens, trunk.dim)
         self.position = Embedding(config.context, trunk.dim)
+        self.hashes_ids = trunk.router == "hash-token"
+        num_keys = num_tokens if self.hashes_ids else config.context
         self.blocks = nn.ModuleList(
-            Block(trunk.dim, trunk, index in trunk.moe_blocks, causal=True) for index in range(trunk.depth)
+            Block(trunk.dim, trunk, index, num_keys, causal=True) for index in range(trunk.depth)
         )
         self.norm = nn.LayerNorm(trunk.dim)
         self.head = Projection(trunk.dim, num_tokens)
@@ -68,7 +70,7 @@ class LanguageModel(nn.Module):
         x_BTD = self.token(tokens_BT) + self.position.weight[:length]
         previous, routings = None, []
         for block in self.blocks:
-            x_BTD, routing = block(x_BTD, previous)
+            x_BTD, routing = block(x_BTD, previous, tokens_BT if self.hashes_ids else None)
             if routing is not None:
                 previous = routing
                 routings.append(routing)

@@ -231,17 +231,18 @@ def linear_cka(x_NA: Tensor, y_NB: Tensor) -> float:
     if n < 4:
         raise ValueError(f"the unbiased estimate needs at least 4 samples, got {n}")
 
-    def gram(z: Tensor) -> Tensor:
-        z = z.double() - z.double().mean(0)
-        return (z @ z.T).fill_diagonal_(0)
+    x_NA, y_NB = (z.double() - z.double().mean(0) for z in (x_NA, y_NB))
 
-    def hsic(k: Tensor, m: Tensor) -> float:
-        cross = (k * m).sum() + k.sum() * m.sum() / ((n - 1) * (n - 2))
-        return ((cross - 2 * (k.sum(0) @ m.sum(0)) / (n - 2)) / (n * (n - 3))).item()
+    def hsic(x_NA: Tensor, y_NB: Tensor) -> float:
+        """Of the Gram matrices without their diagonals. Centred features: every row of x x^T sums to 0."""
+        few = n * n < x_NA.shape[1] * y_NB.shape[1]  # |x^T y|^2 = tr(x x^T y y^T), by the cheaper product
+        whole = ((x_NA @ x_NA.T) * (y_NB @ y_NB.T)).sum() if few else (x_NA.T @ y_NB).square().sum()
+        x_N, y_N = x_NA.square().sum(1), y_NB.square().sum(1)  # the diagonals; minus these are the row sums
+        cross = whole - x_N @ y_N + x_N.sum() * y_N.sum() / ((n - 1) * (n - 2))
+        return ((cross - 2 * (x_N @ y_N) / (n - 2)) / (n * (n - 3))).item()
 
-    k, m = gram(x_NA), gram(y_NB)
-    scale = hsic(k, k) * hsic(m, m)
-    return hsic(k, m) / math.sqrt(scale) if scale > 0 else math.nan
+    scale = hsic(x_NA, x_NA) * hsic(y_NB, y_NB)
+    return hsic(x_NA, y_NB) / math.sqrt(scale) if scale > 0 else math.nan
 
 
 def expert_cka(

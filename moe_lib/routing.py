@@ -144,6 +144,48 @@ class UniformRouter(nn.Module):
         return route(tokens_ND.new_zeros(len(tokens_ND), self.num_experts))
 
 
+class HashRouter(nn.Module):
+    """A fixed random set of experts for every key, with equal weights; it learns nothing.
+
+    A key is what the caller says of a token: its position, or its id. The control for whether learned routing
+    pays at all. Source: Roller, Sukhbaatar, Szlam, Weston, "Hash Layers for Large Sparse Models", NeurIPS 2021.
+
+    Args:
+        num_experts: E.
+        num_keys: keys are 0 .. num_keys - 1.
+        top_k: experts per key, drawn without replacement.
+    """
+
+    experts_RK: Tensor  # R = num_keys
+
+    def __init__(self, num_experts: int, num_keys: int, top_k: int = 1) -> None:
+        super().__init__()
+        check_experts(num_experts, top_k)
+        if num_keys < 1:
+            raise ValueError(f"num_keys must be at least 1, got {num_keys}")
+        self.num_experts, self.num_keys, self.top_k = num_experts, num_keys, top_k
+        self.register_buffer("experts_RK", torch.empty(num_keys, top_k, dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the experts anew, from torch's current seed."""
+        self.experts_RK.copy_(torch.rand(self.num_keys, self.num_experts).argsort(1)[:, : self.top_k])
+
+    def forward(
+        self, tokens_ND: Tensor, previous: Routing | None = None, keys_N: Tensor | None = None
+    ) -> Routing:
+        if keys_N is None or keys_N.shape != tokens_ND.shape[:1]:
+            found = "none" if keys_N is None else tuple(keys_N.shape)
+            raise ValueError(f"a HashRouter needs one key per token, keys_N [{len(tokens_ND)}]; got {found}")
+        indices_NK = self.experts_RK[keys_N]
+        dtype = at_least_float32(tokens_ND).dtype
+        # exp(-1e4) is exactly 0, so that the softmax is exactly 1 / K for each chosen expert.
+        logits_NE = tokens_ND.new_full((len(tokens_ND), self.num_experts), -1e4, dtype=dtype)
+        logits_NE = logits_NE.scatter(1, indices_NK, 0.0)
+        weights_NK = torch.full_like(indices_NK, 1 / self.top_k, dtype=dtype)
+        return Routing(logits_NE, logits_NE.softmax(1), indices_NK, weights_NK)
+
+
 class CosineRouter(nn.Module):
     """Scores are inner products of the token with unit-norm expert embeddings: AC with M = I.
 

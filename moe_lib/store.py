@@ -49,7 +49,8 @@ def at_endpoint(result: dict[str, Any], name: str) -> dict[str, Any]:
         return result
     if name == "last_epoch" and "last_epoch" in result:
         return {"task": result["last_epoch"]}
-    return (result.get("endpoints") or {}).get(name, {})
+    found = (result.get("endpoints") or {}).get(name, {})
+    return result if found.get("same_as") == result.get("primary_endpoint") and found else found
 
 
 def pack_bits(values_N: Tensor) -> str:

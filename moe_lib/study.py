@@ -27,6 +27,11 @@ from moe_lib import data, store, text
 from moe_lib.arms import (
     AUXILIARY_WEIGHTS,
     BALANCE_WEIGHTS,
+    COLLAPSE_BALANCE_WEIGHTS,
+    COLLAPSE_RATES,
+    COLLAPSE_SEED_COUNTS,
+    COLLAPSE_SEEDS,
+    COLLAPSE_SETTINGS,
     CONFIRMATORY_SEED_COUNTS,
     CONFIRMATORY_SEEDS,
     CROSSED_FACTORS,
@@ -46,6 +51,7 @@ from moe_lib.arms import (
     VERSIONS,
     RoutedSettings,
     Settings,
+    collapse_arms,
     routed_arms,
     snnl_arms,
 )
@@ -123,6 +129,39 @@ def snnl_runs(study: str, profile: str) -> Iterator[Run]:
                         replace(settings.train, learning_rate=rate),
                         independent_experts=arm in MAIN_ARMS,
                         tsne=arm in MAIN_ARMS and seed == seeds[0],
+                    )  # fmt: skip
+
+
+def collapse_runs(profile: str) -> Iterator[Run]:
+    """The collapse study, confirmatory from the start: all arms, seed by seed."""
+    for dataset, settings in COLLAPSE_SETTINGS.get(profile, {}).items():
+        for seed in COLLAPSE_SEEDS[: COLLAPSE_SEED_COUNTS[profile]]:
+            for arm, (model, objective) in collapse_arms(settings).items():
+                yield Run(
+                    profile, "collapse", dataset, arm, seed, VERSIONS["collapse"], model, objective,
+                    settings.train, independent_experts=arm in MAIN_ARMS,
+                )  # fmt: skip
+
+
+def collapse_tuning_runs(profile: str) -> Iterator[Run]:
+    """The grid behind `COLLAPSE_SETTINGS`, at the full budget, on two seeds outside the study.
+
+    The learning rate by `base`, beside it for the arms that could want another; then the factor of SNNL and
+    the weight of the balance loss, each at every rate.
+    """
+    for dataset, settings in COLLAPSE_SETTINGS.get(profile, {}).items() if profile == "core" else ():
+        grid: list[tuple[str, Settings]] = [(arm, settings) for arm in ("base", "dense", "uniform-gate")]
+        for factor in FACTORS:
+            tried = replace(settings, factor=factor, dense_factor=factor)
+            grid += [(arm, tried) for arm in ("snnl", "dense-snnl")]
+        grid += [("base-balance", replace(settings, balance=weight)) for weight in COLLAPSE_BALANCE_WEIGHTS]
+        for seed in TUNING_SEEDS:
+            for rate in COLLAPSE_RATES:
+                for arm, tried in grid:
+                    model, objective = collapse_arms(tried)[arm]
+                    yield Run(
+                        profile, "collapse-tuning", dataset, arm, seed, VERSIONS["collapse-tuning"], model,
+                        objective, replace(settings.train, learning_rate=rate),
                     )  # fmt: skip
 
 
@@ -244,10 +283,12 @@ STUDIES: dict[str, Callable[[str], Iterator[Run]]] = {
     "ac-vision": partial(routed_runs, "ac-vision"),
     "ac-language": partial(routed_runs, "ac-language"),
     "crossed": partial(routed_runs, "crossed"),
+    "collapse": collapse_runs,
     "snnl-dose": partial(dose_runs, "snnl-dose"),
     "snnl-batches": partial(dose_runs, "snnl-batches"),
     "ac-dose": partial(dose_runs, "ac-dose"),
     "snnl-tuning": tuning_runs,
+    "collapse-tuning": collapse_tuning_runs,
     "ac-vision-tuning": partial(routed_tuning_runs, "ac-vision"),
     "ac-language-tuning": partial(routed_tuning_runs, "ac-language"),
     "crossed-tuning": partial(routed_tuning_runs, "crossed"),
@@ -389,8 +430,13 @@ def execute(
         epochs = {"best_accuracy": history.best_accuracy_epoch, "best_cross_entropy": history.best_epoch}
         result["endpoints"] = {}
         for name, weights in sorted(selected.items()):
-            task.load_state_dict(weights)
-            result["endpoints"][name] = {"epoch": epochs[name], **experiment.endpoint()}
+            found: dict[str, Any] = {"epoch": epochs[name]}
+            if epochs[name] == run.train.epochs - 1:
+                found["same_as"] = store.PRIMARY_ENDPOINT
+            else:
+                task.load_state_dict(weights)
+                found |= experiment.endpoint()
+            result["endpoints"][name] = found
     result["num_parameters"] = sum(p.numel() for p in task.model.parameters())
     # At least the training of all sessions, of a run that was resumed.
     result["wall_seconds"] = max(time.perf_counter() - started, history.seconds)

@@ -173,12 +173,13 @@ class Swapped:
     """A text with some words replaced by "<unk>".
 
     Clean tokens_N[clean_positions_U] equals tokens_M[swapped_positions_U]: scored there, both texts are
-    asked to predict the same.
+    asked to predict the same. The byte right behind a swapped word is not among them: behind "<unk>" it is all
+    but certain to be white space, so that every swap would look harmless.
     """
 
     text: str
     tokens_M: Tensor  # int64
-    clean_positions_U: Tensor  # int64, of every token outside the swapped words, white space included
+    clean_positions_U: Tensor  # int64, of every token outside the swapped words but the one behind each
     swapped_positions_U: Tensor  # int64, of the same tokens in the swapped text
     num_swapped: int
 
@@ -231,10 +232,16 @@ def _swappable(word: str) -> bool:
 
 
 def _kept_positions(segments_S: list[str], level: str) -> Tensor:
-    """Positions (U,) of the tokens of every other segment, from the first on."""
+    """Positions (U,) of the tokens of every other segment, from the first on; at byte level without the first
+    byte of those that follow a swapped word."""
     length_S = torch.tensor([len(s.encode()) if level == "byte" else len(_words(s)) for s in segments_S])
     kept_S = torch.arange(len(segments_S)) % 2 == 0
-    return kept_S.repeat_interleave(length_S).nonzero().flatten()
+    kept_N = kept_S.repeat_interleave(length_S)
+    if level == "byte":
+        start_S = length_S.cumsum(0) - length_S
+        behind_S = start_S[(torch.arange(len(segments_S)) > 0) & kept_S & (length_S > 0)]
+        kept_N[behind_S] = False
+    return kept_N.nonzero().flatten()
 
 
 # ---------------------------------------------------------------------------------------------- tokens

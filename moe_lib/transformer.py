@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,17 @@ from torch.nn import functional as F
 
 from moe_lib.experts import MoE
 from moe_lib.products import product
-from moe_lib.routing import ACConfig, AdaptiveClusteringRouter, CosineRouter, LinearRouter, Routing
+from moe_lib.routing import (
+    ACConfig,
+    AdaptiveClusteringRouter,
+    CosineRouter,
+    HashRouter,
+    LinearRouter,
+    Routing,
+)
 from moe_lib.snnl import SNNLConfig
 
-Router = Literal["linear", "cosine", "ac"]
+Router = Literal["linear", "cosine", "ac", "hash", "hash-token"]  # by position, by token id
 
 
 @dataclass(frozen=True)
@@ -36,10 +43,17 @@ class TransformerConfig:
     top_k: int = 2
     router: Router = "cosine"
     ac: ACConfig = ACConfig()
+    # MoE blocks that have `router`; the others have a linear one. None: all. The authors' small language
+    # model has the AC router in its last block alone.
+    router_blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.router not in ("linear", "cosine", "ac"):
-            raise ValueError(f"unknown router {self.router!r}; use 'linear', 'cosine' or 'ac'")
+        if self.router not in get_args(Router):
+            raise ValueError(f"unknown router {self.router!r}; known: {', '.join(get_args(Router))}")
+        if self.router_blocks is not None and not set(self.router_blocks) <= set(self.moe_blocks):
+            raise ValueError(
+                f"router_blocks names some of moe_blocks = {self.moe_blocks}, got {self.router_blocks}"
+            )
         if self.router != "ac" and self.ac != ACConfig():
             raise ValueError(f"ac options have no effect with router={self.router!r}")
         if self.depth < 1 or self.num_heads < 1 or self.dim % self.num_heads:
@@ -107,12 +121,17 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
 
 
-def build_router(dim: int, config: TransformerConfig) -> nn.Module:
-    if config.router == "linear":
+def build_router(dim: int, config: TransformerConfig, block: int, num_keys: int) -> nn.Module:
+    """The router of one block; `num_keys` as in `HashRouter`."""
+    chosen = config.router_blocks is None or block in config.router_blocks
+    kind = config.router if chosen else "linear"
+    if kind == "linear":
         return LinearRouter(dim, config.num_experts, config.top_k)
-    if config.router == "cosine":
+    if kind == "cosine":
         return CosineRouter(dim, config.num_experts, config.top_k)
-    return AdaptiveClusteringRouter(dim, config.num_experts, config.top_k, config.ac)
+    if kind == "ac":
+        return AdaptiveClusteringRouter(dim, config.num_experts, config.top_k, config.ac)
+    return HashRouter(config.num_experts, num_keys, config.top_k)
 
 
 class Attention(nn.Module):
@@ -136,15 +155,19 @@ class Block(nn.Module):
     """x + attention(norm x), then x + feed-forward(norm x), the latter a `MoE` or a two-layer network.
 
     Returns the block's decision too; None if it has no experts.
+
+    Args:
+        index: of this block.
+        num_keys: positions, or token ids, of a router that hashes.
     """
 
-    def __init__(self, dim: int, config: TransformerConfig, with_experts: bool, causal: bool) -> None:
+    def __init__(self, dim: int, config: TransformerConfig, index: int, num_keys: int, causal: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = Attention(dim, config.num_heads, causal)
         self.feed_forward: nn.Module
-        if with_experts:
-            router = build_router(dim, config)
+        if index in config.moe_blocks:
+            router = build_router(dim, config, index, num_keys)
             self.feed_forward = MoE(
                 dim, config.num_experts, config.expert_hidden, top_k=config.top_k, router=router
             )
@@ -153,12 +176,20 @@ class Block(nn.Module):
                 Projection(dim, config.mlp_hidden), nn.ReLU(), Projection(config.mlp_hidden, dim)
             )
 
-    def forward(self, x_BTD: Tensor, previous: Routing | None) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x_BTD: Tensor, previous: Routing | None, ids_BT: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """`ids_BT`: the tokens' ids, for a router that hashes them; without, it hashes positions."""
         x_BTD = x_BTD + self.attention(self.norm1(x_BTD))
         tokens_ND = self.norm2(x_BTD).flatten(0, 1)
         routing = None
         if isinstance(self.feed_forward, MoE):
-            out_ND, routing = self.feed_forward(tokens_ND, previous)
+            keys_N = None
+            if isinstance(self.feed_forward.router, HashRouter):
+                batch, length = x_BTD.shape[:2]
+                positions_N = torch.arange(length, device=x_BTD.device).repeat(batch)
+                keys_N = positions_N if ids_BT is None else ids_BT.flatten()
+            out_ND, routing = self.feed_forward(tokens_ND, previous, keys_N)
         else:
             out_ND = self.feed_forward(tokens_ND)
         return x_BTD + out_ND.view_as(x_BTD), routing

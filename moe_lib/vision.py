@@ -36,6 +36,8 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         depth = self.trunk.depth
+        if self.trunk.router == "hash-token":
+            raise ValueError("router 'hash-token' is for text: an image's tokens have no ids; use 'hash'")
         if any(not 0 <= block < depth for block in self.merge_before):
             raise ValueError(f"merge_before names blocks 0 to {depth - 1}, got {self.merge_before}")
 
@@ -90,7 +92,7 @@ class VisionTransformer(nn.Module):
                 side = side[0] // 2, side[1] // 2
                 self.merges[str(index)] = PatchMerging(dim)
                 dim *= 2
-            self.blocks.append(Block(dim, trunk, index in trunk.moe_blocks, causal=False))
+            self.blocks.append(Block(dim, trunk, index, side[0] * side[1], causal=False))
         self.norm = nn.LayerNorm(dim)
         self.head = Projection(dim, num_classes)
         self.first_moe_block = min(trunk.moe_blocks)
