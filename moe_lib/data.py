@@ -66,8 +66,8 @@ def load(
     """Load a data set whole, with a 90/10 train/validation split drawn from `seed`.
 
     Args:
-        name: "digits" (scikit-learn's, embedded), "mnist", "fashion_mnist", "cifar10" or "cifar100"; "domains"
-            (three of them under the same ten labels) or "digit_domains" (the embedded digits in three forms).
+        name: "digits" (scikit-learn's, embedded), "mnist", "fashion_mnist", "cifar10", "cifar100", "domains"
+            (three of them under one set of labels) or "digit_domains" (the digits in three forms).
         root: data folder in torchvision's layout; see `data_dir`. Missing sets are downloaded into it.
         device: where the tensors live.
         seed: of the split. The test set never depends on it.
@@ -108,8 +108,8 @@ DOMAIN_IMAGES = 15_000  # of each, for training and validation
 
 
 def _domains(root: Path, train: bool, count: int | None) -> Split:
-    """MNIST, FashionMNIST and CIFAR-10 (grey, its middle 28 x 28 pixels) under the same ten labels, so that one
-    label means three things. The first `count` images of each, all if None."""
+    """MNIST, FashionMNIST and CIFAR-10 (grey, its middle 28 x 28 pixels) under the same ten labels, so that
+    one label means three things. The first `count` images of each, all if None."""
     parts = []
     for name in DOMAINS:
         images_NCHW, labels_N = _torchvision(name, root, train)

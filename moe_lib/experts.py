@@ -86,9 +86,7 @@ class MoE(nn.Module):
         self.router = LinearRouter(dim, num_experts) if router is None else router
         self.experts = Experts(dim, num_experts, hidden_dim, dim if out_dim is None else out_dim)
 
-    def route(
-        self, x_ND: Tensor, previous: Routing | None = None, keys_N: Tensor | None = None
-    ) -> Routing:
+    def route(self, x_ND: Tensor, previous: Routing | None = None, keys_N: Tensor | None = None) -> Routing:
         """The decision alone, restricted to `top_k` experts; arguments as for `forward`."""
         keys = () if keys_N is None else (keys_N,)
         return self._restrict(self.router(x_ND, previous, *keys))

@@ -245,9 +245,7 @@ def linear_cka(x_NA: Tensor, y_NB: Tensor) -> float:
     return hsic(x_NA, y_NB) / math.sqrt(scale) if scale > 0 else math.nan
 
 
-def expert_cka(
-    expert_logits_NEC: Tensor, max_samples: int = 2000, usage_E: Tensor | None = None
-) -> float:
+def expert_cka(expert_logits_NEC: Tensor, max_samples: int = 2000, usage_E: Tensor | None = None) -> float:
     """Mean unbiased linear CKA over all pairs of experts' logits, on at most `max_samples` samples.
 
     Args:

@@ -153,6 +153,60 @@ def smallest_detectable_effect(sd: float, seeds: int, power: float = 0.8, alpha:
     return float(special.nctdtrinc(freedom, 1 - power, critical) * sd / np.sqrt(seeds))
 
 
+def seeds_for_power(sd: float, effect: float, power: float = 0.8, alpha: float = 0.05) -> int:
+    """The fewest paired seeds with which a two-sided t test finds `effect` with the given power.
+
+    Args:
+        sd: standard deviation of the paired differences.
+        effect: positive.
+    """
+    if not effect > 0:
+        raise ValueError(f"effect must be positive, got {effect}")
+    seeds = 2
+    while smallest_detectable_effect(sd, seeds, power, alpha) > effect:
+        seeds = max(seeds + 1, int(seeds * 1.02))
+    return seeds
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+def crossed_interval(differences_SN: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Interval for the mean of a seeds x images table in which both are samples: other seeds, other images.
+
+    Two-way random effects without replication: the variance of the grand mean is
+    (MS_seeds + MS_images - MS_rest) / (S N), its degrees of freedom by Satterthwaite. Source: Brennan,
+    "Generalizability Theory", 2001, chapter 6. Where the sum is smaller than either part (the rest's estimate
+    exceeds it by chance) the larger of the two parts counts.
+
+    Args:
+        differences_SN: treatment minus control of each seed and test image.
+
+    Raises:
+        ValueError: fewer than two seeds or images, or a value that is not finite.
+    """
+    d = np.asarray(differences_SN, dtype=float)
+    if d.ndim != 2 or min(d.shape) < 2 or not np.isfinite(d).all():
+        raise ValueError(f"expected finite differences [S, N], at least 2 x 2, got shape {d.shape}")
+    s, n = d.shape
+    mean, by_seed, by_image = d.mean(), d.mean(1), d.mean(0)
+    squares = {
+        "seeds": (n * np.square(by_seed - mean).sum() / (s - 1), s - 1),
+        "images": (s * np.square(by_image - mean).sum() / (n - 1), n - 1),
+    }
+    rest = np.square(d - by_seed[:, None] - by_image + mean).sum() / ((s - 1) * (n - 1))
+    parts = [square for square, _ in squares.values()]
+    variance = max(sum(parts) - rest, *parts)
+    if variance == 0:
+        return Interval(float(mean), float(mean))
+    spread = sum(square**2 / freedom for square, freedom in squares.values())
+    freedom = variance**2 / (spread + rest**2 / ((s - 1) * (n - 1)))
+    half = stats.t.ppf((1 + confidence) / 2, max(freedom, 1)) * np.sqrt(variance / (s * n))
+    return Interval(float(mean - half), float(mean + half))
+
+
 def pair_correlation(
     treatment_S: Sequence[float] | np.ndarray, control_S: Sequence[float] | np.ndarray
 ) -> float:

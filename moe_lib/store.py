@@ -53,21 +53,22 @@ def at_endpoint(result: dict[str, Any], name: str) -> dict[str, Any]:
     return result if found.get("same_as") == result.get("primary_endpoint") and found else found
 
 
-def pack_bits(values_N: Tensor) -> str:
-    """Truth values, eight to a byte, as base64 text."""
-    return base64.b64encode(np.packbits(values_N.cpu().numpy().astype(bool))).decode()
+def pack_bits(values_N: Tensor) -> dict[str, Any]:
+    """Truth values, eight to a byte, as base64 text beside their number."""
+    packed = np.packbits(values_N.cpu().numpy().astype(bool))
+    return {"count": len(values_N), "bits": base64.b64encode(packed.tobytes()).decode()}
 
 
-def unpack_bits(text: str, count: int) -> np.ndarray:
-    """The first `count` truth values of `pack_bits`.
+def unpack_bits(packed: dict[str, Any]) -> np.ndarray:
+    """[N] truth values of `pack_bits`.
 
     Raises:
-        ValueError: the text holds fewer, or others than padding behind them.
+        ValueError: the text holds fewer or more than its count says.
     """
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8))
-    if not count <= len(bits) < count + 8 or bits[count:].any():
-        raise ValueError(f"expected {count} packed truth values, got {len(bits)}")
-    return bits[:count].astype(bool)
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(packed["bits"]), dtype=np.uint8))
+    if not packed["count"] <= len(bits) < packed["count"] + 8:
+        raise ValueError(f"expected {packed['count']} packed truth values, got {len(bits)}")
+    return bits[: packed["count"]].astype(bool)
 
 
 def results_dir() -> Path:

@@ -93,6 +93,18 @@ def corruption_loss(result: Result) -> float | None:
     return _difference(clean, _mean_of_all(v for kind in accuracy.values() for v in kind))
 
 
+def accuracy_corrupted(result: Result) -> float | None:
+    """Accuracy under corruption, mean over all kinds and severities."""
+    kinds = {name: row for name, row in (result.get("corruption") or {}).items() if name != "clean"}
+    return _mean_of_all(value for row in kinds.values() for value in row)
+
+
+def accuracy_attacked(attacks: Sequence[str], result: Result) -> float | None:
+    """Accuracy under attack, mean over some attacks; of each the stronger treatment of M counts."""
+    clean = (result.get("attack") or {}).get("clean")
+    return _difference(clean, attack_loss(attacks, result))
+
+
 def attack_losses(attack: str, result: Result) -> dict[str, float | None]:
     """Accuracy lost to an attack, such as "pgd-2", on the same images, by treatment of M."""
     accuracies = result.get("attack") or {}
@@ -123,6 +135,11 @@ def swap_loss(shares: Sequence[str], result: Result) -> float | None:
     on the same targets, those of the words left alone."""
     swaps = [(result.get("swap") or {}).get(share, {}) for share in shares]
     return _mean_of_all(_difference(swap.get("swapped"), swap.get("clean")) for swap in swaps)
+
+
+def swapped(shares: Sequence[str], result: Result) -> float | None:
+    """Nats a token under word swap, mean over some shares, on the targets that `swap_loss` scores."""
+    return _mean_of_all((result.get("swap") or {}).get(share, {}).get("swapped") for share in shares)
 
 
 def leak(path: str, result: Result) -> float | None:

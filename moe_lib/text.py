@@ -173,8 +173,8 @@ class Swapped:
     """A text with some words replaced by "<unk>".
 
     Clean tokens_N[clean_positions_U] equals tokens_M[swapped_positions_U]: scored there, both texts are
-    asked to predict the same. The byte right behind a swapped word is not among them: behind "<unk>" it is all
-    but certain to be white space, so that every swap would look harmless.
+    asked to predict the same. The byte right behind a swapped word is not among them: behind "<unk>" it is
+    all but certain to be white space, so that every swap would look harmless.
     """
 
     text: str
