@@ -148,7 +148,8 @@ class HashRouter(nn.Module):
     """A fixed random set of experts for every key, with equal weights; it learns nothing.
 
     A key is what the caller says of a token: its position, or its id. The control for whether learned
-    routing pays at all. Source: Roller, Sukhbaatar, Szlam, Weston, "Hash Layers for Large Sparse Models", NeurIPS 2021.
+    routing pays at all. Source: Roller, Sukhbaatar, Szlam, Weston, "Hash Layers for Large Sparse Models",
+    NeurIPS 2021.
 
     Args:
         num_experts: E.
