@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from moe_lib import cost, store, study
-from moe_lib.measure import Machine, probe
+from benchmarks.measure import Machine, probe
+from moe_study import cost, store, study
 
 ROUNDS = 50  # of reweighting
 
@@ -107,7 +107,7 @@ def check(machine: Machine) -> dict[str, Any]:
 
 def figure(content: dict[str, Any]) -> Any:
     """Predicted against actual time, each without its own arm and without its own study and data set."""
-    from moe_lib import plots
+    from moe_study.report import plots
 
     drawn, axes = plots.new_figure(9, 4.5, 1, 2)
     for axis, key, title in zip(

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lib.experts import MoE
-from moe_lib.measure import Contestant, Machine, Row, Step, Work, ratio
-from moe_lib.routing import AdaptiveClusteringRouter, LinearRouter, Routing, route
+from benchmarks.measure import Contestant, Machine, Row, Step, Work, ratio
+from moe_lib.moe.experts import MoE
+from moe_lib.moe.routing import AdaptiveClusteringRouter, LinearRouter, Routing, route
 
 BATCHES = 8
 

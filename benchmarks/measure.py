@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_lib import store
 from moe_lib.products import product
+from moe_study import store
 
 Step = Callable[[], object]
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from moe_lib import bench_moe, bench_train, store
-from moe_lib.measure import Machine, Row, Step
+from benchmarks import experts as bench_moe
+from benchmarks import training as bench_train
+from benchmarks.measure import Machine, Row, Step
+from moe_study import store
 
 KINDS = {  # kind -> how the names of its operations begin
     "products": ("mm", "addmm", "bmm", "baddbmm", "_linear_pointwise"),
@@ -77,7 +79,7 @@ def missed(machine: Machine) -> list[dict[str, Any]]:
 
 def figure(content: dict[str, Any]) -> Any:
     """A bar a contestant, cut by kind; the milliseconds of a step stand beside its name."""
-    from moe_lib import plots
+    from moe_study.report import plots
 
     entries = content["profiles"]
     drawn, axes = plots.new_figure(10, 1.5 + 0.4 * max(1, len(entries)))

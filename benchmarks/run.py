@@ -1,4 +1,4 @@
-"""Ours against its peers, on this machine: python -m moe_lib bench NAME... [--out DIR] [--quick].
+"""Ours against its peers, on this machine: python -m benchmarks NAME... [--out DIR] [--quick].
 
 Writes DIR/NAME.json (by default under results/bench) and, where matplotlib is installed, DIR/NAME.png.
 """
@@ -18,9 +18,15 @@ from typing import Any
 
 import torch
 
-from moe_lib import bench_cost, bench_moe, bench_profile, bench_scaling, bench_snnl, bench_train, store
-from moe_lib.data import ROOT
-from moe_lib.measure import Machine, Row, available_memory, compare, memory_of_a_step, probe, ratio
+from benchmarks import cost as bench_cost
+from benchmarks import experts as bench_moe
+from benchmarks import profile as bench_profile
+from benchmarks import scaling as bench_scaling
+from benchmarks import snnl as bench_snnl
+from benchmarks import training as bench_train
+from benchmarks.measure import Machine, Row, available_memory, compare, memory_of_a_step, probe, ratio
+from moe_study import store
+from moe_study.data import ROOT
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ def _memory_in_fresh_processes(
     bench: str, number: int, contestant: str, machine: Machine, quick: bool, processes: int = 1
 ) -> float | None:
     """Median: what an allocator holds back differs by a fifth from process to process."""
-    command = [sys.executable, "-m", "moe_lib.bench", bench, "--memory-of", str(number), contestant]
+    command = [sys.executable, "-m", "benchmarks", bench, "--memory-of", str(number), contestant]
     command += ["--device", machine.device, "--threads", str(machine.threads), *["--quick"] * quick]
     found = []
     for _ in range(1 if quick else processes):
@@ -193,7 +199,7 @@ CONTESTANT_STYLE = {  # colour (an index into plots.PALETTE), marker
 
 def scaling_figure(content: dict[str, Any]) -> Any:
     """Time and memory of a step against N, where the other sizes stay the same, with the physical limit."""
-    from moe_lib import plots
+    from moe_study.report import plots
 
     rows = [row for row in content["rows"] if row["layers"] == 1]
     figure, axes = plots.new_figure(10, 4, 1, 2)
@@ -226,7 +232,7 @@ def scaling_figure(content: dict[str, Any]) -> Any:
 
 def rows_figure(content: dict[str, Any]) -> Any:
     """Time and memory of a step of every contestant, a line a row, with the physical limit."""
-    from moe_lib import plots
+    from moe_study.report import plots
 
     rows = content["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["contestants"]))
@@ -259,7 +265,7 @@ def rows_figure(content: dict[str, Any]) -> Any:
 def save_figure(figure: Callable[[dict[str, Any]], Any], path: Path) -> None:
     """A picture beside the result file `path`; none where matplotlib is missing."""
     try:
-        from moe_lib import plots
+        from moe_study.report import plots
     except ModuleNotFoundError as error:
         print(f"no figure: {error.name} is not installed")
         return
@@ -273,14 +279,10 @@ def save_figure(figure: Callable[[dict[str, Any]], Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_lib bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add_arguments(parser)
     try:
         return run(parser.parse_args(argv))
     except (store.StoreError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from scipy import stats
 
-from moe_lib import bench_moe, bench_snnl, bench_train
-from moe_lib.bench_moe import Size
-from moe_lib.measure import Machine, Row, Step, ratio
+from benchmarks import experts as bench_moe
+from benchmarks import snnl as bench_snnl
+from benchmarks import training as bench_train
+from benchmarks.experts import Size
+from benchmarks.measure import Machine, Row, Step, ratio
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def figure(content: dict[str, Any]) -> Any:
     """Time (above) and memory (below) of a step against each size; exponents in the legends."""
     from matplotlib.ticker import LogLocator
 
-    from moe_lib import plots
+    from moe_study.report import plots
 
     sizes = list(dict.fromkeys(entry["size"] for entry in content["exponents"]))
     drawn, axes = plots.new_figure(3.2 * max(len(sizes), 1), 6.4, 2, max(len(sizes), 1))

@@ -21,14 +21,14 @@ from PIL import Image  # a dependency of torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lib import data
-from moe_lib.bench_snnl import authors as authors_snnl
-from moe_lib.classifier import ClassifierConfig, ClassifierTask, Objective
-from moe_lib.data import Dataset, Split
-from moe_lib.evaluate import validation_measures
-from moe_lib.measure import Contestant, Machine, Row, Step, Work
+from benchmarks.measure import Contestant, Machine, Row, Step, Work
+from benchmarks.snnl import authors as authors_snnl
+from moe_lib.models.classifier import ClassifierConfig, ClassifierTask, Objective
 from moe_lib.snnl import SNNLConfig
-from moe_lib.train import TrainConfig, fit
+from moe_study import data
+from moe_study.data import Dataset, Split
+from moe_study.evaluate import validation_measures
+from moe_study.train import TrainConfig, fit
 
 CIFAR, MNIST = (3, 32, 32), (1, 28, 28)
 CNN = ClassifierConfig(extractor="cnn", code_dim=128, num_experts=4, expert_hidden=512)

@@ -1,4 +1,4 @@
-"""The study without a notebook: python -m moe_lib run | plan | bench | where | data | readme | trust."""
+"""The study without a notebook: python -m moe_study run | plan | where | data | readme | trust."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from moe_lib import cost, data, store, study, text
-from moe_lib.train import TrainingError
+from moe_study import cost, data, store, study
+from moe_study.data import text
+from moe_study.train import TrainingError
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_lib", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m moe_study", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser("run", help="train what has no result file yet")
@@ -41,13 +42,6 @@ def main(argv: list[str] | None = None) -> int:
 
     commands.add_parser("trust", help="score every measure on planted data, into results/planted/trust.json")
 
-    commands.add_parser("bench", help="ours against its peers; `bench --help` has its own options")
-
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["bench"]:  # imported here: a bare machine need not have what it compares with
-        from moe_lib import bench
-
-        return bench.main(argv[1:])
     arguments = parser.parse_args(argv)
     try:
         return COMMANDS[arguments.command](arguments)
@@ -100,15 +94,15 @@ def _data(arguments: argparse.Namespace) -> int:
 
 
 def _readme(arguments: argparse.Namespace) -> int:
-    from moe_lib import report  # needs pandas, which a bare machine lacks
+    from moe_study.report import page  # needs pandas, which a bare machine lacks
 
-    return report.update_readme(data.ROOT / "README.md", check=arguments.check)
+    return page.update_readme(data.ROOT / "README.md", check=arguments.check)
 
 
 def _trust(arguments: argparse.Namespace) -> int:
     import torch
 
-    from moe_lib import trust  # needs pandas, which a bare machine lacks
+    from moe_study import trust  # needs pandas, which a bare machine lacks
 
     torch.set_num_threads(1)
     trust.write()

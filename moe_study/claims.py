@@ -36,8 +36,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import pandas as pd
 
-from moe_lib import metrics, stats, tables
-from moe_lib.collapse import collapse
+from moe_lib import metrics
+from moe_lib.metrics.collapse import collapse
+from moe_study import stats
+from moe_study.report import tables
 
 ALPHA = 0.05
 OUTSIDE = {  # data sets that are in no family of units

@@ -2,7 +2,7 @@
 
     seconds = convolutions / r1 + products / r2
 
-with operations counted here and rates fitted to finished runs by `python -m moe_lib bench cost`, which
+with operations counted here and rates fitted to finished runs by `python -m benchmarks cost`, which
 writes them to results/bench/cost.json with the speed of that machine, by which a plan made on another is
 scaled. (Attention on its own, calls per batch and a constant were tried: their fitted share was zero.)
 
@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_lib import data, store, text
-from moe_lib.classifier import Classifier, ClassifierConfig
-from moe_lib.data import ROOT
-from moe_lib.language import LanguageConfig
-from moe_lib.measure import Machine, available_memory, products_per_second
-from moe_lib.study import Run
-from moe_lib.transformer import TransformerConfig
-from moe_lib.vision import VisionConfig
+from benchmarks.measure import Machine, available_memory, products_per_second
+from moe_lib.models.classifier import Classifier, ClassifierConfig
+from moe_lib.models.language import LanguageConfig
+from moe_lib.models.transformer import TransformerConfig
+from moe_lib.models.vision import VisionConfig
+from moe_study import data, store
+from moe_study.data import ROOT, text
+from moe_study.study import Run
 
 # Shape of an image; images for training, validation and test.
 IMAGES = {

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_lib import metrics
-from moe_lib.classifier import ClassifierTask
-from moe_lib.data import Split, pixels
-from moe_lib.experts import Experts
+from moe_lib.metrics.interventions import expert_ablations
+from moe_lib.models.classifier import ClassifierTask
+from moe_lib.moe.experts import Experts
 from moe_lib.rng import generator, initialise
-from moe_lib.robustness import expert_ablations
 from moe_lib.snnl import soft_nearest_neighbor_loss
-from moe_lib.train import Task, TrainConfig, set_learning_rate
+from moe_study.data import Split, pixels
+from moe_study.train import Task, TrainConfig, set_learning_rate
 
 EMBEDDING_SAMPLES = 2000  # of the test set, for embedding measures, CKA and SNNL
 KNN_SAMPLES = 5000  # of the training set

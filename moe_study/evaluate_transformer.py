@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from moe_lib import metrics
-from moe_lib.attacks import fgsm, pgd, spsa
-from moe_lib.corruptions import CORRUPTIONS, corrupt
-from moe_lib.data import Split, pixels
-from moe_lib.evaluate import EMBEDDING_SAMPLES, KNN_SAMPLES, code_measures
-from moe_lib.experts import MoE
-from moe_lib.language import LanguageTask
+from moe_lib.models.language import LanguageTask
+from moe_lib.models.transformer import Seen, moe_layers, watching
+from moe_lib.models.vision import VisionTask
+from moe_lib.moe.experts import MoE
+from moe_lib.moe.routing import Routing, adaptive_routers, frozen_scales, gradient_through_scales, joined
 from moe_lib.rng import generator
-from moe_lib.routing import Routing, adaptive_routers, frozen_scales, gradient_through_scales, joined
-from moe_lib.text import Text, head, swap_words
-from moe_lib.transformer import Seen, moe_layers, watching
-from moe_lib.vision import VisionTask
+from moe_lib.robustness.attacks import fgsm, pgd, spsa
+from moe_lib.robustness.corruptions import CORRUPTIONS, corrupt
+from moe_study.data import Split, pixels
+from moe_study.data.text import Text, head, swap_words
+from moe_study.evaluate import EMBEDDING_SAMPLES, KNN_SAMPLES, code_measures
 
 # What is measured on how much of the test set: a whole pass for the task, less for the rest.
 ROUTING_BATCHES = 8  # of training size

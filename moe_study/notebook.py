@@ -8,7 +8,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from moe_lib import plots, study
+from moe_study import study
+from moe_study.report import plots
 
 
 def check_parameters(executed: Sequence[str], allowed: Iterable[str]) -> None:

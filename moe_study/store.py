@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from moe_lib.data import ROOT
+from moe_study.data import ROOT
+
+PACKAGES = ("moe_lib", "moe_study", "benchmarks")  # a change in one of them makes a result dirty
 
 
 class StoreError(RuntimeError):
@@ -142,7 +144,7 @@ def provenance() -> dict[str, Any]:
     import sklearn
     import torchvision
 
-    changes = git("status", "--porcelain", "--", "moe_lib")
+    changes = git("status", "--porcelain", "--", *PACKAGES)
     return {
         "commit": os.environ.get("MOE_COMMIT") or git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),

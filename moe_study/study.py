@@ -1,7 +1,7 @@
 """The runs of a profile, and the engine that trains what has no result file yet.
 
 A run is a frozen configuration; its digest names its result file. `ensure` is the one place that
-decides what is done: notebooks, `python -m moe_lib run` and Snakemake all call it.
+decides what is done: notebooks, `python -m moe_study run` and Snakemake all call it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from moe_lib import data, store, text
-from moe_lib.arms import (
+from moe_lib.models.classifier import ClassifierConfig, ClassifierTask, Objective
+from moe_lib.models.language import LanguageConfig, LanguageTask
+from moe_lib.models.transformer import RoutedObjective
+from moe_lib.models.vision import VisionConfig, VisionTask
+from moe_study import data, store
+from moe_study.configs.arms import (
     AUXILIARY_WEIGHTS,
     BALANCE_WEIGHTS,
     CROSSED_FACTORS,
@@ -47,14 +51,11 @@ from moe_lib.arms import (
     routed_arms,
     snnl_arms,
 )
-from moe_lib.classifier import ClassifierConfig, ClassifierTask, Objective
-from moe_lib.dose import PLANS
-from moe_lib.evaluate import ClassifierExperiment, Experiment
-from moe_lib.evaluate_transformer import LanguageExperiment, VisionExperiment
-from moe_lib.language import LanguageConfig, LanguageTask
-from moe_lib.train import History, OutOfTime, TrainConfig, fit
-from moe_lib.transformer import RoutedObjective
-from moe_lib.vision import VisionConfig, VisionTask
+from moe_study.configs.dose import PLANS
+from moe_study.data import text
+from moe_study.evaluate import ClassifierExperiment, Experiment
+from moe_study.evaluate_transformer import LanguageExperiment, VisionExperiment
+from moe_study.train import History, OutOfTime, TrainConfig, fit
 
 
 class StudyError(RuntimeError):

@@ -26,10 +26,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from moe_lib import stats
-from moe_lib.adaptive import Dispersion, adaptive_scales, scales_of_dispersion
-from moe_lib.planted import ClusterConfig, FeatureClusters, feature_clusters
+from moe_lib.moe.adaptive import Dispersion, adaptive_scales, scales_of_dispersion
 from moe_lib.rng import generator
+from moe_study import stats
+from moe_study.data.planted import ClusterConfig, FeatureClusters, feature_clusters
 
 Rule = Literal["nearest", "inner"]
 WRONG_SHARES = (0.0, 0.1, 0.3, 0.5)

@@ -17,15 +17,16 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from moe_lib import metrics, stats, theory, trust
-from moe_lib.classifier import ClassifierConfig, ClassifierTask, Objective
-from moe_lib.data import Dataset, Split
-from moe_lib.evaluate import validation_measures
-from moe_lib.planted import ClusterConfig, feature_clusters
-from moe_lib.plots import FAULT_TITLES, PALETTE, new_figure
+from moe_lib import metrics
+from moe_lib.models.classifier import ClassifierConfig, ClassifierTask, Objective
 from moe_lib.rng import generator
 from moe_lib.snnl import SNNLConfig, soft_nearest_neighbor_loss
-from moe_lib.train import TrainConfig, fit
+from moe_study import stats, theory, trust
+from moe_study.data import Dataset, Split
+from moe_study.data.planted import ClusterConfig, feature_clusters
+from moe_study.evaluate import validation_measures
+from moe_study.report.plots import FAULT_TITLES, PALETTE, new_figure
+from moe_study.train import TrainConfig, fit
 
 CLASS_COLOURS = PALETTE[1:5]
 CLASS_MARKERS = ("o", "s", "^", "D")

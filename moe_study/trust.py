@@ -1,6 +1,6 @@
 """Which measure to trust: each of them on planted routers and experts of known quality.
 
-`python -m moe_lib trust` writes what comes out to `results/planted/trust.json`.
+`python -m moe_study trust` writes what comes out to `results/planted/trust.json`.
 
 Shapes: N samples, E experts, C classes, L levels.
 """
@@ -17,10 +17,12 @@ import torch
 from scipy import stats
 from sklearn.metrics import adjusted_rand_score
 
-from moe_lib import collapse, metrics, store
-from moe_lib.classifier import mix
-from moe_lib.planted import PlantedRouting, planted_routing
+from moe_lib import metrics
+from moe_lib.metrics import collapse
+from moe_lib.models.classifier import mix
 from moe_lib.rng import generator
+from moe_study import store
+from moe_study.data.planted import PlantedRouting, planted_routing
 
 LADDERS: dict[str, Callable[[float, int], PlantedRouting]] = {  # of a level in [0, 1] and a seed
     "noise": lambda level, seed: planted_routing("noise", level, seed=seed),

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from moe_lib import metrics
-from moe_lib.collapse import (
+from moe_lib.metrics.collapse import (
     Collapse,
     Degree,
     Redundancy,
@@ -26,9 +26,9 @@ from moe_lib.collapse import (
     representational_collapse,
     routing_collapse,
 )
-from moe_lib.plots import PALETTE, new_figure
+from moe_lib.moe.routing import check_experts, route
 from moe_lib.rng import generator
-from moe_lib.routing import check_experts, route
+from moe_study.report.plots import PALETTE, new_figure
 
 Predict = Callable[[Tensor], Tensor]  # mixed answers [N, O] -> class logits [N, C]
 DRAWS = 20  # of each null by permutation

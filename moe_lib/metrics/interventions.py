@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_lib.classifier import Mixture, mix
+from moe_lib.models.classifier import Mixture, mix
 
 
 class Ablations(NamedTuple):

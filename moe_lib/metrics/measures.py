@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from moe_lib.experts import Experts
+from moe_lib.moe.experts import Experts
 
 # ---------------------------------------------------------------------------------------- routing
 

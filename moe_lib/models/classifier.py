@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lib.data import Dataset, Split, pixels
-from moe_lib.experts import MoE
+from moe_lib.moe.experts import MoE
+from moe_lib.moe.routing import MLPRouter, Routing, UniformRouter, joined, load_balancing_loss
 from moe_lib.rng import generator, initialise
-from moe_lib.routing import MLPRouter, Routing, UniformRouter, joined, load_balancing_loss
 from moe_lib.snnl import LayerwiseSNNL, SNNLConfig
+from moe_study.data import Dataset, Split, pixels
 
 Mixture = Literal["logits", "likelihood", "jacobs"]
 

@@ -13,10 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lib.rng import generator, initialise
-from moe_lib.routing import Routing
-from moe_lib.text import Corpus
-from moe_lib.transformer import (
+from moe_lib.models.transformer import (
     Block,
     Embedding,
     Projection,
@@ -25,6 +22,9 @@ from moe_lib.transformer import (
     routing_losses,
     weighted_total,
 )
+from moe_lib.moe.routing import Routing
+from moe_lib.rng import generator, initialise
+from moe_study.data.text import Corpus
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moe_lib.experts import MoE
+from moe_lib.moe.experts import MoE
+from moe_lib.moe.routing import ACConfig, AdaptiveClusteringRouter, CosineRouter, LinearRouter, Routing
 from moe_lib.products import product
-from moe_lib.routing import ACConfig, AdaptiveClusteringRouter, CosineRouter, LinearRouter, Routing
 from moe_lib.snnl import SNNLConfig
 
 Router = Literal["linear", "cosine", "ac"]

@@ -13,11 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lib.data import Dataset, Split, pixels
-from moe_lib.rng import generator, initialise
-from moe_lib.routing import Routing, joined
-from moe_lib.snnl import LayerwiseSNNL
-from moe_lib.transformer import (
+from moe_lib.models.transformer import (
     Block,
     Embedding,
     Projection,
@@ -26,6 +22,10 @@ from moe_lib.transformer import (
     routing_losses,
     weighted_total,
 )
+from moe_lib.moe.routing import Routing, joined
+from moe_lib.rng import generator, initialise
+from moe_lib.snnl import LayerwiseSNNL
+from moe_study.data import Dataset, Split, pixels
 
 
 @dataclass(frozen=True)

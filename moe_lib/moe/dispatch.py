@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moe_lib.adaptive import at_least_float32
+from moe_lib.moe.adaptive import at_least_float32
+from moe_lib.moe.routing import Routing
 from moe_lib.products import BLOCK, ONEDNN_FROM, add_product, blocks_of_rows, product, relu_product
-from moe_lib.routing import Routing
 
 
 class Stacked(NamedTuple):

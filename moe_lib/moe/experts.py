@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_lib.expert_kernels import Stacked, mixture
-from moe_lib.routing import AdaptiveClusteringRouter, LinearRouter, Routing, check_experts
+from moe_lib.moe.dispatch import Stacked, mixture
+from moe_lib.moe.routing import AdaptiveClusteringRouter, LinearRouter, Routing, check_experts
 
 
 class Experts(nn.Module):

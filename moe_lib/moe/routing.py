@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from moe_lib.adaptive import (
+from moe_lib.moe.adaptive import (
     Dispersion,
     Normalize,
     at_least_float32,
@@ -22,7 +22,7 @@ from moe_lib.adaptive import (
     scaled_scores,
     scales_of_dispersion,
 )
-from moe_lib.adaptive import adaptive_scales as adaptive_scales  # part of this module's interface
+from moe_lib.moe.adaptive import adaptive_scales as adaptive_scales  # part of this module's interface
 
 
 class Routing(NamedTuple):

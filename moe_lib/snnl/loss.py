@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moe_lib.snnl_kernels import Distance, Reduction, Route, losses
+from moe_lib.snnl.kernels import Distance, Reduction, Route, losses
 
 Combine = Literal["min", "sum", "mean"]
 

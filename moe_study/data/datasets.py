@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock  # a dependency of torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class DataError(RuntimeError):

@@ -26,7 +26,7 @@ import torch
 from filelock import FileLock  # a dependency of torch
 from torch import Tensor
 
-from moe_lib.data import ROOT, DataError, data_dir
+from moe_study.data import ROOT, DataError, data_dir
 
 LEVELS = ("byte", "word")
 UNKNOWN = "<unk>"  # token 0 at word level

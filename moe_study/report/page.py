@@ -13,9 +13,11 @@ from typing import Any, get_args
 import pandas as pd
 from IPython.display import HTML
 
-from moe_lib import arms, claims, store, study, tables
-from moe_lib.language import LanguageConfig
-from moe_lib.plots import DATASET_TITLES
+from moe_lib.models.language import LanguageConfig
+from moe_study import claims, store, study
+from moe_study.configs import arms
+from moe_study.report import tables
+from moe_study.report.plots import DATASET_TITLES
 
 # What the papers claim of SNNL, as paired differences snnl - base: measure, claimed direction, wording.
 SNNL_CLAIMS = (
@@ -451,7 +453,7 @@ def profile_table() -> pd.DataFrame:
 
 # Why the rows that miss their goal do: read off the profiles below.
 MISSED = (
-    "Where a goal is missed, a step's processor time goes (shares; `python -m moe_lib bench profile`) mostly "
+    "Where a goal is missed, a step's processor time goes (shares; `python -m benchmarks profile`) mostly "
     "into work that the peer does as well: in bfloat16 the experts' products, in training the convolutions "
     "(without matrix units bfloat16 does not quite halve them), in ten stacked models the products of small "
     "matrices and the gathering of their batches. The AC router has no such part: its products have few "
@@ -537,7 +539,7 @@ def speed_sections() -> list[str]:
     if not (costs := cost_table()).empty:
         sections += [
             "What a run takes, foretold from its configuration by rates fitted without the runs of its own "
-            "study on that data set (`python -m moe_lib bench cost`). `make plan` uses the rates of all, the "
+            "study on that data set (`python -m benchmarks cost`). `make plan` uses the rates of all, the "
             "speed of the machine it runs on and what processes do at the same time, and says what memory "
             "they need.",
             markdown(costs),
@@ -545,7 +547,7 @@ def speed_sections() -> list[str]:
     if not (powers := scaling_table()).empty:
         sections += [
             "Time and memory of a step of ours grow as powers of each size alone: exponents, 95 % intervals "
-            "(`python -m moe_lib bench scaling`; drawn in `results/bench/scaling.png`):",
+            "(`python -m benchmarks scaling`; drawn in `results/bench/scaling.png`):",
             markdown(powers),
             "Seeds are runs of their own, so ten cost ten times one. Of the work that one process does in "
             f"some time (steps of the CNN with SNNL), {throughput_text()}.",
@@ -651,8 +653,8 @@ def made_by(sources: str) -> list[str]:
         return []
     profile, name, dataset = found.groups()
     if profile == "planted":
-        return ["python -m moe_lib trust"]
-    command = f"python -m moe_lib run --profile {profile}"
+        return ["python -m moe_study trust"]
+    command = f"python -m moe_study run --profile {profile}"
     command += f" --study {name}" if name else ""
     command += f" --dataset {dataset}" if dataset else ""
     return [command, f"make render PROFILE={profile}"]

@@ -23,13 +23,15 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from moe_lib import metrics, stats, store, tables
-from moe_lib.claims import Verdict, telling_contrast
-from moe_lib.collapse import collapse, trajectory
-from moe_lib.data import ROOT
-from moe_lib.dose import Panel
-from moe_lib.tables import Result, look_up
-from moe_lib.trust import TRUTH
+from moe_lib import metrics
+from moe_lib.metrics.collapse import collapse, trajectory
+from moe_study import stats, store
+from moe_study.claims import Verdict, telling_contrast
+from moe_study.configs.dose import Panel
+from moe_study.data import ROOT
+from moe_study.report import tables
+from moe_study.report.tables import Result, look_up
+from moe_study.trust import TRUTH
 
 PALETTE = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999933")
 ARM_STYLE = {  # colour, marker

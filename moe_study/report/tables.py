@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moe_lib import metrics, stats
-from moe_lib.dose import Panel
+from moe_lib import metrics
+from moe_study import stats
+from moe_study.configs.dose import Panel
 
 PILOT_BELOW = 8  # paired seeds; fewer are shown, never decided on
 

@@ -11,9 +11,15 @@ import pytest
 import reference
 import torch
 
-from moe_lib import bench, bench_moe, bench_profile, bench_snnl, bench_train, measure, store
-from moe_lib.measure import Contestant, Machine, Rates, Row, Work
-from moe_lib.routing import AdaptiveClusteringRouter, route
+from benchmarks import experts as bench_moe
+from benchmarks import measure
+from benchmarks import profile as bench_profile
+from benchmarks import run as bench
+from benchmarks import snnl as bench_snnl
+from benchmarks import training as bench_train
+from benchmarks.measure import Contestant, Machine, Rates, Row, Work
+from moe_lib.moe.routing import AdaptiveClusteringRouter, route
+from moe_study import store
 
 
 def sample(num_samples=12, dim=4, num_classes=3, dtype=torch.float64):
@@ -294,3 +300,10 @@ def test_only_rows_below_their_goal_are_profiled(tmp_path, monkeypatch):
         (rows[0].name, "Hugging Face"),
     ]
     assert [one["milliseconds"] for one in found] == [2.0, 1.5]
+
+
+def test_unknown_benchmark_is_refused_by_the_command_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["nothing"])
+    assert stop.value.code == 2
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err

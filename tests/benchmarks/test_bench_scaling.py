@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from moe_lib import bench, bench_scaling
-from moe_lib.measure import Machine, Rates
+from benchmarks import run as bench
+from benchmarks import scaling as bench_scaling
+from benchmarks.measure import Machine, Rates
 
 
 def planted(exponents, rows):

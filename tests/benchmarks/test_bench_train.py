@@ -8,11 +8,12 @@ import json
 import pytest
 import torch
 
-from moe_lib import bench, bench_train
-from moe_lib.bench_train import CIFAR, CNN, MLP, MNIST, SNNL, PublicClassifier, StackedClassifiers
-from moe_lib.classifier import Objective
-from moe_lib.data import pixels
-from moe_lib.measure import Machine, Rates
+from benchmarks import run as bench
+from benchmarks import training as bench_train
+from benchmarks.measure import Machine, Rates
+from benchmarks.training import CIFAR, CNN, MLP, MNIST, SNNL, PublicClassifier, StackedClassifiers
+from moe_lib.models.classifier import Objective
+from moe_study.data import pixels
 
 
 def with_weights_of(task):

@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from moe_lib.experts import MoE
-from moe_lib.rng import initialise
-from moe_lib.routing import (
+from moe_lib.moe.experts import MoE
+from moe_lib.moe.routing import (
     ACConfig,
     AdaptiveClusteringRouter,
     CosineRouter,
@@ -29,6 +28,7 @@ from moe_lib.routing import (
     route,
     router_z_loss,
 )
+from moe_lib.rng import initialise
 
 E, D = 4, 6
 NORMALIZE = ["feature", "row", "global", "none"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moe_lib.attacks import fgsm, pgd, spsa
+from moe_lib.robustness.attacks import fgsm, pgd, spsa
 
 SHAPE = (6, 3, 2, 2)
 EPS = 0.05

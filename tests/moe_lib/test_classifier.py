@@ -13,7 +13,7 @@ import reference
 import torch
 from torch import nn
 
-from moe_lib.classifier import (
+from moe_lib.models.classifier import (
     Classifier,
     ClassifierConfig,
     ClassifierTask,
@@ -22,10 +22,10 @@ from moe_lib.classifier import (
     jacobs_loss,
     mix,
 )
-from moe_lib.data import Dataset, Split, pixels
+from moe_lib.moe.routing import route
 from moe_lib.rng import generator, initialise, seed_of
-from moe_lib.routing import route
 from moe_lib.snnl import SNNLConfig
+from moe_study.data import Dataset, Split, pixels
 
 RULES = ("logits", "likelihood", "jacobs")
 SMALL = ClassifierConfig(

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_lib import metrics, store
-from moe_lib.collapse import (
+from moe_lib import metrics
+from moe_lib.metrics.collapse import (
     collapse,
     functional_collapse,
     redundancy,
@@ -20,10 +20,11 @@ from moe_lib.collapse import (
     routing_collapse,
     trajectory,
 )
-from moe_lib.robustness import expert_ablations
+from moe_lib.metrics.interventions import expert_ablations
+from moe_study import store
 
 E, C, N = 4, 8, 4000
-RESULTS = sorted((Path(__file__).parents[1] / "results/core/snnl").glob("*/*.json"))
+RESULTS = sorted((Path(__file__).parents[2] / "results/core/snnl").glob("*/*.json"))
 
 
 def generator(seed=0):

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.fft import dctn, idctn
 from scipy.ndimage import gaussian_filter
 
-from moe_lib.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from moe_lib.robustness.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 
 # Table K.1 of ITU-T T.81 (the JPEG standard).
 LUMINANCE = [

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from moe_lib import expert_kernels, products
-from moe_lib.experts import Experts, MoE
-from moe_lib.routing import (
+from moe_lib import products
+from moe_lib.moe import dispatch as expert_kernels
+from moe_lib.moe.experts import Experts, MoE
+from moe_lib.moe.routing import (
     ACConfig,
     AdaptiveClusteringRouter,
     CosineRouter,

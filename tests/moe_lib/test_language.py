@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import reference_transformer
 import torch
-from test_transformer import SMALL, language_model, read, shaken
+from small_models import SMALL, corpus_of, language_model, read, shaken, text_of
+from small_models import language_task as task_of
 
-from moe_lib.language import LanguageConfig, LanguageTask, Output
-from moe_lib.routing import ACConfig, adaptive_routers
+from moe_lib.models.language import LanguageConfig, Output
+from moe_lib.models.transformer import RoutedObjective, watching
+from moe_lib.moe.routing import ACConfig, adaptive_routers
 from moe_lib.snnl import SNNLConfig
-from moe_lib.text import Corpus, Text
-from moe_lib.train import TrainConfig, fit
-from moe_lib.transformer import RoutedObjective, watching
+from moe_study.data.text import Corpus
+from moe_study.train import TrainConfig, fit
 
 CAUSAL_ROUTERS = {
     "linear": {"router": "linear"},
@@ -25,28 +26,6 @@ CAUSAL_ROUTERS = {
     "ac-causal-mixed": {"router": "ac", "ac": ACConfig(causal=True, mixed=True, scale_experts=True)},
 }
 every_causal_router = pytest.mark.parametrize("options", CAUSAL_ROUTERS.values(), ids=CAUSAL_ROUTERS)
-
-
-def text_of(tokens):
-    """Of tokens below 128, which are characters."""
-    return Text(torch.tensor(tokens), "".join(map(chr, tokens)), len(tokens))
-
-
-def corpus_of(train=60, validation=40, test=40, num_tokens=9):
-    """Parts of so many random tokens."""
-    draw = torch.Generator().manual_seed(0)
-    parts = [
-        text_of(torch.randint(num_tokens, (n,), generator=draw).tolist()) for n in (train, validation, test)
-    ]
-    return Corpus("random", "byte", *parts, num_tokens, ())
-
-
-def task_of(corpus=None, context=4, batch_size=3, seed=5, objective=None, epoch_tokens=None, **options):
-    config = LanguageConfig(replace(SMALL, moe_blocks=(1, 2), **options), context=context)
-    return LanguageTask(
-        corpus or corpus_of(), config, objective or RoutedObjective(),
-        seed=seed, batch_size=batch_size, epoch_tokens=epoch_tokens, dtype=torch.float64,
-    )  # fmt: skip
 
 
 def trained(model, steps=2):

@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from moe_lib import metrics, study
-from moe_lib.collapse import collapse, routing_collapse
-from moe_lib.data import ROOT
-from moe_lib.panel import DRAWS, collect, interventions, panel
+from moe_lib import metrics
+from moe_lib.inspect.panel import DRAWS, collect, interventions, panel
+from moe_lib.metrics.collapse import collapse, routing_collapse
+from moe_lib.metrics.interventions import expert_ablations
 from moe_lib.rng import generator
-from moe_lib.robustness import expert_ablations
+from moe_study import study
+from moe_study.data import ROOT
 
 E, C, N = 4, 8, 400
 KINDS = ("routing", "representational", "functional")

@@ -10,8 +10,8 @@ import pytest
 import reference
 import torch
 
-from moe_lib.robustness import expert_ablations
-from moe_lib.routing import route
+from moe_lib.metrics.interventions import expert_ablations
+from moe_lib.moe.routing import route
 
 RULES = ("logits", "likelihood", "jacobs")
 

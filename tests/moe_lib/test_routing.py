@@ -9,7 +9,7 @@ import reference
 import reference_ac
 import torch
 
-from moe_lib.routing import (
+from moe_lib.moe.routing import (
     LinearRouter,
     MLPRouter,
     Routing,

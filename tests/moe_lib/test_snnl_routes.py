@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_lib import products, snnl_kernels
+from moe_lib import products
 from moe_lib.snnl import LayerwiseSNNL, SNNLConfig, soft_nearest_neighbor_loss
+from moe_lib.snnl import kernels as snnl_kernels
 
 DISTANCES = ("cosine", "sqeuclidean")
 REDUCTIONS = ("mean", "mean_all", "sum", "none")

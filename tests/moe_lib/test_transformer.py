@@ -12,9 +12,26 @@ import reference
 import reference_ac
 import reference_transformer
 import torch
-from torch import nn
+from small_models import SMALL, Dropped, language_model, random, read, shaken
 
-from moe_lib.arms import (
+from moe_lib.models.language import LanguageConfig, LanguageTask
+from moe_lib.models.transformer import (
+    Attention,
+    Block,
+    Embedding,
+    Projection,
+    RoutedObjective,
+    build_router,
+    moe_layers,
+    routing_losses,
+    watching,
+    weighted_total,
+)
+from moe_lib.models.vision import VisionConfig, VisionTask
+from moe_lib.moe.routing import ACConfig, AdaptiveClusteringRouter, CosineRouter, LinearRouter
+from moe_lib.rng import initialise
+from moe_lib.snnl import SNNLConfig
+from moe_study.configs.arms import (
     CROSSED_ARM_DESCRIPTIONS,
     ROUTED_ARM_DESCRIPTIONS,
     ROUTED_SEED_COUNTS,
@@ -22,63 +39,9 @@ from moe_lib.arms import (
     RoutedSettings,
     routed_arms,
 )
-from moe_lib.data import Dataset, Split
-from moe_lib.language import LanguageConfig, LanguageModel, LanguageTask
-from moe_lib.rng import initialise
-from moe_lib.routing import ACConfig, AdaptiveClusteringRouter, CosineRouter, LinearRouter, route
-from moe_lib.snnl import SNNLConfig
-from moe_lib.text import Corpus, Text
-from moe_lib.train import TrainConfig
-from moe_lib.transformer import (
-    Attention,
-    Block,
-    Embedding,
-    Projection,
-    RoutedObjective,
-    TransformerConfig,
-    build_router,
-    moe_layers,
-    routing_losses,
-    watching,
-    weighted_total,
-)
-from moe_lib.vision import VisionConfig, VisionTask
-
-SMALL = TransformerConfig(
-    dim=6, depth=3, num_heads=2, mlp_hidden=7, moe_blocks=(0, 1, 2), num_experts=4, expert_hidden=5
-)
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def shaken(model, seed=0):
-    """In float64, with weights that are nowhere at their initial value: norms and biases count too.
-
-    Embeddings are long enough for tokens to choose different experts.
-    """
-    model.double()
-    initialise(model, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(0.2 * noise)
-        for module in model.modules():
-            if isinstance(module, Embedding):
-                module.weight.mul_(4)
-    return model
-
-
-def language_model(seed=0, num_tokens=9, context=5, **options):
-    config = LanguageConfig(replace(SMALL, **options), context=context)
-    return shaken(LanguageModel(config, num_tokens), seed)
-
-
-def read(count=2, length=5, num_tokens=9, seed=0):
-    return torch.randint(num_tokens, (count, length), generator=torch.Generator().manual_seed(seed))
-
+from moe_study.data import Dataset, Split
+from moe_study.data.text import Corpus, Text
+from moe_study.train import TrainConfig
 
 # ----------------------------------------------------------------------------------------- layers
 
@@ -377,18 +340,6 @@ def test_every_planned_arm_exists_and_is_described(study):
 
 
 # -------------------------------------------------------------------------------- empty experts
-
-
-class Dropped(nn.Module):
-    """A router that never chooses the experts named."""
-
-    def __init__(self, router, experts):
-        super().__init__()
-        self.router, self.experts = router, experts
-
-    def forward(self, tokens_ND, previous=None):
-        routing = self.router(tokens_ND, previous)
-        return route(routing.logits_NE.index_fill(1, torch.tensor(self.experts), -1e3), self.router.top_k)
 
 
 def test_experts_without_tokens_do_not_touch_a_model():

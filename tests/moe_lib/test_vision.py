@@ -10,14 +10,14 @@ import pytest
 import reference
 import reference_transformer
 import torch
-from test_transformer import SMALL, shaken
+from small_models import SMALL, shaken, tiny_dataset
+from small_models import vision_task as task_of
 
-from moe_lib.data import Dataset, Split
-from moe_lib.routing import ACConfig, adaptive_routers
+from moe_lib.models.transformer import RoutedObjective, watching
+from moe_lib.models.vision import PatchMerging, VisionConfig, VisionTransformer
+from moe_lib.moe.routing import ACConfig, adaptive_routers
 from moe_lib.snnl import SNNLConfig
-from moe_lib.train import TrainConfig, fit
-from moe_lib.transformer import RoutedObjective, watching
-from moe_lib.vision import PatchMerging, VisionConfig, VisionTask, VisionTransformer
+from moe_study.train import TrainConfig, fit
 
 CAUSAL = {"router": "ac", "ac": ACConfig(causal=True)}
 INDEPENDENT = {"linear": {"router": "linear"}, "cosine": {"router": "cosine"}, "ac-causal": CAUSAL}
@@ -41,26 +41,6 @@ def trained(model, steps=2):
     for step in range(steps):
         model(images(6, seed=50 + step))
     return model.eval()
-
-
-def tiny_dataset(num_train=24, num_other=16):
-    """Random bytes of class and noise."""
-    draw = torch.Generator().manual_seed(0)
-
-    def split(n):
-        labels_N = torch.arange(n) % 3
-        noise_NCHW = torch.randint(160, (n, 1, 4, 4), generator=draw, dtype=torch.uint8)
-        return Split(noise_NCHW + 40 * labels_N[:, None, None, None].to(torch.uint8), labels_N)
-
-    return Dataset("tiny", split(num_train), split(num_other), split(num_other), 3)
-
-
-def task_of(objective=None, seed=3, batch_size=8, dataset=None, **options):
-    options = {"moe_blocks": (1, 2)} | options
-    return VisionTask(
-        dataset or tiny_dataset(), config_of(**options), objective or RoutedObjective(),
-        seed=seed, batch_size=batch_size, dtype=torch.float64,
-    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- forward

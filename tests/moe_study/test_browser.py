@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from moe_lib import report
-from moe_lib.data import ROOT
+from moe_study.data import ROOT
+from moe_study.report import page as report
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_lib import claims, stats, tables
+from moe_study import claims, stats
+from moe_study.report import tables
 
-FILES = sorted((Path(__file__).parents[1] / "results/core/snnl").glob("*/*.json"))
+FILES = sorted((Path(__file__).parents[2] / "results/core/snnl").glob("*/*.json"))
 CLAIM = {claim.key: claim for claim in claims.CLAIMS}
 SEEDS = range(10)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from moe_lib import cost, data, store, study, text
-from moe_lib.__main__ import main
-from moe_lib.data import ROOT
+from moe_study import cost, data, store, study
+from moe_study.__main__ import main
+from moe_study.data import ROOT, text
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,7 @@ def test_what_argparse_refuses(arguments, named, folders, capsys):
 
 
 def test_an_unknown_profile_from_another_folder(tmp_path):
-    process = python(["-m", "moe_lib", "run", "--profile", "nope"], cwd=tmp_path)
+    process = python(["-m", "moe_study", "run", "--profile", "nope"], cwd=tmp_path)
     assert process.returncode == 1
     assert process.stdout == ""
     known = ", ".join(study.PROFILES)
@@ -216,13 +216,6 @@ def test_plan_does_not_invent_a_time(monkeypatch, capsys):
     assert "\ntime: 0 core-minutes and more, " in out
 
 
-def test_bench_has_its_own_command_line(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", "nothing"])
-    assert stop.value.code == 2
-    assert "invalid choice: 'nothing'" in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------------- where and run
 
 
@@ -233,7 +226,7 @@ def test_where_is_below_the_results_folder(folders, capsys):
 
 
 def test_where_does_not_depend_on_the_working_folder(tmp_path):
-    process = python(["-m", "moe_lib", "where", "--profile", "digits"], cwd=tmp_path, MOE_RESULTS_DIR="")
+    process = python(["-m", "moe_study", "where", "--profile", "digits"], cwd=tmp_path, MOE_RESULTS_DIR="")
     assert process.stdout == f"{ROOT / 'results' / 'digits' / 'report.html'}\n"
     assert process.returncode == 0
 
@@ -322,14 +315,14 @@ def test_run_needs_only_what_a_bare_machine_has(folders):
     hook = folders / "bare" / "sitecustomize.py"
     hook.parent.mkdir()
     hook.write_text(HOOK.format(blocked=sorted(blocked)))
-    bare = {"PYTHONPATH": str(hook.parent)}
+    bare = {"PYTHONPATH": f"{hook.parent}{os.pathsep}{ROOT}"}
 
     assert "No module named 'pandas'" in python(["-c", "import pandas"], folders, **bare).stderr
 
     out, done = folders / "out", folders / "DONE.json"  # the arm and seed that measure the most
     wanted = ["--profile", "digits", "--study", "snnl", "--arm", "snnl", "--shard", "1/5", "--workers", "1"]
     process = python(
-        ["-m", "moe_lib", "run", *wanted, "--out", str(out), "--done", str(done)], folders, **bare
+        ["-m", "moe_study", "run", *wanted, "--out", str(out), "--done", str(done)], folders, **bare
     )
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""

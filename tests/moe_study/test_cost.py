@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_lib import bench_cost, cost, measure, store, study
-from moe_lib.bench_cost import Group
-from moe_lib.classifier import Classifier
-from moe_lib.cost import Amount
+from benchmarks import cost as bench_cost
+from benchmarks import measure
+from benchmarks.cost import Group
+from moe_lib.models.classifier import Classifier
+from moe_study import cost, store, study
+from moe_study.cost import Amount
 
 
 def test_operations_of_a_classifier_are_those_that_torch_counts():

@@ -5,9 +5,11 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from moe_lib import arms, plots, study, tables
-from moe_lib.dose import PLANS, ACDose, Panel, SNNLDose
-from moe_lib.routing import ACConfig
+from moe_lib.moe.routing import ACConfig
+from moe_study import study
+from moe_study.configs import arms
+from moe_study.configs.dose import PLANS, ACDose, Panel, SNNLDose
+from moe_study.report import plots, tables
 
 EVERY_PLAN = pytest.mark.parametrize(
     ("name", "profile"), [(name, profile) for name, profiles in PLANS.items() for profile in profiles]

@@ -11,12 +11,12 @@ import pytest
 import reference
 import torch
 
-from moe_lib import evaluate
-from moe_lib.classifier import ClassifierConfig, ClassifierTask, Objective
-from moe_lib.data import Dataset, Split, pixels
-from moe_lib.experts import Experts
+from moe_lib.models.classifier import ClassifierConfig, ClassifierTask, Objective
+from moe_lib.moe.experts import Experts
 from moe_lib.rng import generator, initialise
-from moe_lib.train import TrainConfig
+from moe_study import evaluate
+from moe_study.data import Dataset, Split, pixels
+from moe_study.train import TrainConfig
 
 CONFIG = ClassifierConfig(
     "mlp", extractor_hidden=10, code_dim=5, num_experts=3, expert_hidden=6, gate_hidden=6

@@ -14,16 +14,30 @@ import reference
 import reference_transformer
 import torch
 from sklearn.metrics import adjusted_mutual_info_score
-from test_language import corpus_of, text_of
-from test_language import task_of as language_task_of
-from test_transformer import SMALL, Dropped, language_model, random, read, shaken
-from test_vision import task_of as vision_task_of
-from test_vision import tiny_dataset
+from small_models import (
+    SMALL,
+    Dropped,
+    corpus_of,
+    language_model,
+    random,
+    read,
+    shaken,
+    text_of,
+    tiny_dataset,
+)
+from small_models import language_task as language_task_of
+from small_models import vision_task as vision_task_of
 from torch import nn
 from torch.nn import functional as F
 
-from moe_lib import evaluate_transformer
-from moe_lib.evaluate_transformer import (
+from moe_lib.models.language import Output
+from moe_lib.models.transformer import Seen, moe_layers, watching
+from moe_lib.moe.experts import MoE
+from moe_lib.moe.routing import ACConfig, AdaptiveClusteringRouter, adaptive_routers, route
+from moe_lib.rng import generator
+from moe_study import evaluate_transformer
+from moe_study.data.text import Corpus, head, load, swap_words
+from moe_study.evaluate_transformer import (
     LanguageExperiment,
     VisionExperiment,
     ablation_measures,
@@ -38,12 +52,6 @@ from moe_lib.evaluate_transformer import (
     without,
     without_weight_gradients,
 )
-from moe_lib.experts import MoE
-from moe_lib.language import Output
-from moe_lib.rng import generator
-from moe_lib.routing import ACConfig, AdaptiveClusteringRouter, adaptive_routers, route
-from moe_lib.text import Corpus, head, load, swap_words
-from moe_lib.transformer import Seen, moe_layers, watching
 
 CAUSAL = {"router": "ac", "ac": ACConfig(causal=True)}
 INDEPENDENT = {"linear": {"router": "linear"}, "cosine": {"router": "cosine"}, "ac-causal": CAUSAL}

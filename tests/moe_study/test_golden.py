@@ -1,7 +1,7 @@
 """The digits study is a fixed point: its numbers neither drift with the code nor tremble with the CPU.
 
 `golden.json` holds the losses of one seed of every arm. A change that is not meant to move results leaves
-it alone; one that is raises the study's version and rewrites it: python tests/test_golden.py
+it alone; one that is raises the study's version and rewrites it: python tests/moe_study/test_golden.py
 """
 
 import json
@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_lib import arms, classifier, store, study, tables
+from moe_lib.models import classifier
+from moe_study import store, study
+from moe_study.configs import arms
+from moe_study.report import tables
 
 GOLDEN = Path(__file__).with_name("golden.json")
 RUNS = study.runs("digits", "snnl")

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import small_runs
 
-from moe_lib import arms, store, study
-from moe_lib.data import ROOT
+from moe_study import store, study
+from moe_study.configs import arms
+from moe_study.data import ROOT
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def grid(folders):
     """A working folder of its own, since Snakemake locks the one it runs in."""
     where = folders / "work"
     where.mkdir()
-    for name in ("Snakefile", "moe_lib", "notebooks"):
+    for name in ("Snakefile", *store.PACKAGES, "notebooks"):
         (where / name).symlink_to(ROOT / name)
     return where
 

@@ -14,8 +14,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from moe_lib import notebook, plots, store, study
-from moe_lib.data import ROOT
+from moe_study import notebook, store, study
+from moe_study.data import ROOT
+from moe_study.report import plots
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHOWING = {"notebook.show", "display"}  # calls that put something below a cell
@@ -80,7 +81,7 @@ def test_there_are_notebooks():
 
 
 def test_every_notebook_is_run_by_make_and_by_the_check():
-    """In order: the report last. 40 needs transformers: tests/test_panel.py runs it where they are."""
+    """In order: the report last. 40 needs transformers: tests/moe_lib/test_panel.py runs it."""
     names = [path.stem for path in PATHS if path.stem != "40_your_model"]
     for name in ("Makefile", "tests/notebooks.sh"):
         found = re.findall(r"\b\d\d_\w+", (ROOT / name).read_text().split("for name in ")[-1])

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from moe_lib import planted, tour
-from moe_lib.planted import ClusterConfig, feature_clusters, planted_routing
+from moe_study import tour
+from moe_study.data import planted
+from moe_study.data.planted import ClusterConfig, feature_clusters, planted_routing
 
 
 def test_ring_clusters_lie_where_they_should():

@@ -15,9 +15,12 @@ import small_runs
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from moe_lib import arms, plots, report, store, study, tables, trust
-from moe_lib.data import ROOT
-from moe_lib.stats import PairedComparison
+from moe_study import store, study, trust
+from moe_study.configs import arms
+from moe_study.data import ROOT
+from moe_study.report import page as report
+from moe_study.report import plots, tables
+from moe_study.stats import PairedComparison
 
 # ------------------------------------------------------------------------------------ made-up results
 
@@ -877,10 +880,10 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path, core):
     [
         (
             "results/core/snnl/cifar10/{base,snnl}-s*.json (4 files)",
-            ["python -m moe_lib run --profile core --study snnl --dataset cifar10"],
+            ["python -m moe_study run --profile core --study snnl --dataset cifar10"],
         ),
-        ("results/core/snnl/**/*.json (9 files)", ["python -m moe_lib run --profile core --study snnl"]),
-        ("results/core/**/*.json (104 files)", ["python -m moe_lib run --profile core"]),
+        ("results/core/snnl/**/*.json (9 files)", ["python -m moe_study run --profile core --study snnl"]),
+        ("results/core/**/*.json (104 files)", ["python -m moe_study run --profile core"]),
     ],
 )
 def test_commands_that_made_a_figure(sources, commands):
@@ -888,7 +891,7 @@ def test_commands_that_made_a_figure(sources, commands):
 
 
 def test_commands_of_figures_that_show_no_runs():
-    assert report.made_by("results/planted/trust.json") == ["python -m moe_lib trust"]
+    assert report.made_by("results/planted/trust.json") == ["python -m moe_study trust"]
     assert report.made_by("computed in this notebook") == []
 
 

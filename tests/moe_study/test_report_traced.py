@@ -26,11 +26,12 @@ from bs4 import BeautifulSoup
 from PIL import Image
 from scipy import optimize, stats
 
-from moe_lib import dose, study
-from moe_lib.claims import CLAIMS
-from moe_lib.data import ROOT
-from moe_lib.plots import DATASET_TITLES
-from moe_lib.report import BENCH_TITLES
+from moe_study import study
+from moe_study.claims import CLAIMS
+from moe_study.configs import dose
+from moe_study.data import ROOT
+from moe_study.report.page import BENCH_TITLES
+from moe_study.report.plots import DATASET_TITLES
 
 PROFILE = "core"
 RESULTS = ROOT / "results"
@@ -800,7 +801,7 @@ def test_every_figure_names_files_that_are_there(page):
             source = picture.text["Source"]
         caption = figure.figcaption.get_text()
         assert f"from {source}" in caption
-        assert "python -m moe_lib" in caption
+        assert "python -m moe_study" in caption
         pattern, number = re.fullmatch(r"results/(.*?)(?: \((\d+) files\))?", source).groups()
         arms = re.search(r"\{(.*)\}", pattern)
         patterns = [pattern.replace(arms[0], arm) for arm in arms[1].split(",")] if arms else [pattern]

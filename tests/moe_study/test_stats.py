@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from moe_lib import stats
+from moe_study import stats
 
 
 def test_interval_and_effect_are_those_of_the_paired_t_test():

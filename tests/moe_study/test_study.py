@@ -18,8 +18,9 @@ import small_runs
 import torch
 from filelock import FileLock
 
-from moe_lib import arms, store, study
-from moe_lib.data import ROOT
+from moe_study import store, study
+from moe_study.configs import arms
+from moe_study.data import ROOT
 
 TESTS = Path(__file__).parent
 

@@ -19,9 +19,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lib import text
-from moe_lib.data import ROOT, DataError
-from moe_lib.text import CORPORA, STOPWORDS, Text, head, load, swap_words
+from moe_study.data import ROOT, DataError, text
+from moe_study.data.text import CORPORA, STOPWORDS, Text, head, load, swap_words
 
 PROSE = """The quick brown fox jumps over the lazy dog , and 42 dogs <unk> .
  = Senjō no Valkyria =\x20
@@ -109,7 +108,7 @@ def test_the_embedded_corpus_is_the_known_one_for_the_locked_version(monkeypatch
 
 def test_the_embedded_corpus_is_the_same_in_another_process_and_imports_nothing():
     program = (
-        "import hashlib, sys; from moe_lib import text; raw = text._docs(); "
+        "import hashlib, sys; from moe_study.data import text; raw = text._docs(); "
         "print('sklearn' in sys.modules, hashlib.sha256(raw.encode()).hexdigest())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

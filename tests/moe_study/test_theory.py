@@ -9,10 +9,10 @@ import reference_ac
 import torch
 from scipy.stats import norm
 
-from moe_lib import theory
-from moe_lib.planted import ClusterConfig, feature_clusters
-from moe_lib.routing import AdaptiveClusteringRouter, Routing, adaptive_scales
-from moe_lib.theory import Space
+from moe_lib.moe.routing import AdaptiveClusteringRouter, Routing, adaptive_scales
+from moe_study import theory
+from moe_study.data.planted import ClusterConfig, feature_clusters
+from moe_study.theory import Space
 
 
 def test_two_gaussians_have_their_closed_form():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_lib.train import History, OutOfTime, TrainConfig, TrainingError, fit, set_learning_rate
+from moe_study.train import History, OutOfTime, TrainConfig, TrainingError, fit, set_learning_rate
 
 
 class Line(nn.Module):
@@ -88,7 +88,7 @@ def test_time_limit_keeps_the_checkpoint(tmp_path):
 
 
 def test_cosine_schedule_ends_near_zero(monkeypatch):
-    from moe_lib import train
+    from moe_study import train
 
     rates, original = [], train.set_learning_rate
 
@@ -134,7 +134,7 @@ def test_warmup_rises_to_the_schedule(schedule, warmup):
 
 
 def test_warmup_counts_steps_of_the_whole_training(monkeypatch):
-    from moe_lib import train
+    from moe_study import train
 
     rates = []
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy.stats import kendalltau
 
-from moe_lib import store, trust
-from moe_lib.__main__ import main
-from moe_lib.data import ROOT
-from moe_lib.planted import PlantedRouting, planted_routing
+from moe_study import store, trust
+from moe_study.__main__ import main
+from moe_study.data import ROOT
+from moe_study.data.planted import PlantedRouting, planted_routing
 
 
 def test_measures_of_hand_made_routers():

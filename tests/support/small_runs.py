@@ -6,7 +6,7 @@ As a script: python small_runs.py EPOCHS trains `run(EPOCHS)` with the engine, a
 import sys
 from dataclasses import replace
 
-from moe_lib import study
+from moe_study import study
 
 
 def run(epochs: int, arm: str = "snnl", **train: object) -> study.Run:
