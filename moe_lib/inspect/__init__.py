@@ -1,0 +1,1 @@
+"""The collapse panel for any mixture-of-experts model."""
