@@ -147,11 +147,12 @@ def collapse_runs(profile: str) -> Iterator[Run]:
 def collapse_tuning_runs(profile: str) -> Iterator[Run]:
     """The grid behind `COLLAPSE_SETTINGS`, at the full budget, on two seeds outside the study.
 
-    The learning rate by `base`, beside it for the arms that could want another; then the factor of SNNL and
-    the weight of the balance loss, each at every rate.
+    Every arm at every learning rate, for arms differ in the one they want; the factor of SNNL and the weight of
+    the balance loss at each.
     """
     for dataset, settings in COLLAPSE_SETTINGS.get(profile, {}).items() if profile == "core" else ():
-        grid: list[tuple[str, Settings]] = [(arm, settings) for arm in ("base", "dense", "uniform-gate")]
+        plain = ("base", "dense", "uniform-gate", "uniform-snnl")
+        grid: list[tuple[str, Settings]] = [(arm, settings) for arm in plain]
         for factor in FACTORS:
             tried = replace(settings, factor=factor, dense_factor=factor)
             grid += [(arm, tried) for arm in ("snnl", "dense-snnl")]

@@ -201,7 +201,7 @@ COLLAPSE_ARMS = (
 )  # fmt: skip
 COLLAPSE_SEEDS = tuple(range(201, 241))  # confirmatory: see CONFIRMATORY_SEEDS
 COLLAPSE_SEED_COUNTS = {"digits": 3, "core": 40}
-COLLAPSE_RATES = (1e-3, 3e-3, 1e-2)
+COLLAPSE_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 COLLAPSE_BALANCE_WEIGHTS = (0.01, 0.1, 1.0)
 
 # ------------------------------------------------------------------------- AC and crossed studies
