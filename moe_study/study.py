@@ -147,8 +147,8 @@ def collapse_runs(profile: str) -> Iterator[Run]:
 def collapse_tuning_runs(profile: str) -> Iterator[Run]:
     """The grid behind `COLLAPSE_SETTINGS`, at the full budget, on two seeds outside the study.
 
-    Every arm at every learning rate, for arms differ in the one they want; the factor of SNNL and the weight of
-    the balance loss at each.
+    Every arm at every learning rate, for arms differ in the one they want; the factor of SNNL and the weight
+    of the balance loss at each.
     """
     for dataset, settings in COLLAPSE_SETTINGS.get(profile, {}).items() if profile == "core" else ():
         plain = ("base", "dense", "uniform-gate", "uniform-snnl")
