@@ -87,7 +87,8 @@ class Run:
     independent_experts: bool = False  # train the null of expert similarity as well
     tsne: bool = False  # keep t-SNE coordinates of some test codes, for the eye
     epoch_tokens: int | None = None  # of a text: what an epoch covers; all of it if None
-    attack_images: int = 512  # of the test set are attacked, twice as many corrupted
+    attack_images: int = 512  # of the test set are attacked
+    corrupted_images: int = 1024  # of the test set are corrupted
     test_tokens: int = 2**18  # of a test text are scored; half of them with words swapped
     text_digest: str = ""  # of a text that was given by its path: another text, another run
 
@@ -216,7 +217,8 @@ def routed_runs(study: str, profile: str) -> Iterator[Run]:
                         profile, study, dataset, arm, seed, VERSIONS[study], model, objective,
                         replace(settings.train, learning_rate=rate),
                         train_images=settings.train_images, epoch_tokens=settings.epoch_tokens,
-                        attack_images=settings.attack_images, test_tokens=settings.test_tokens,
+                        attack_images=settings.attack_images, corrupted_images=settings.corrupted_images,
+                        test_tokens=settings.test_tokens,
                     )  # fmt: skip
 
 
@@ -383,6 +385,7 @@ def prepare(run: Run, device: str) -> Experiment:
                 dtype=dtype,
             ),
             run.attack_images,
+            run.corrupted_images,
         )
     assert isinstance(run.objective, Objective)
     task = ClassifierTask(

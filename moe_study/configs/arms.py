@@ -219,6 +219,7 @@ class RoutedSettings:
     train_images: int | None = None
     epoch_tokens: int | None = None
     attack_images: int = 512
+    corrupted_images: int = 1024
     test_tokens: int = 2**18
     learning_rates: tuple[tuple[str, float], ...] = ()  # arms that differ from train.learning_rate
 
@@ -290,6 +291,7 @@ _DIGITS_VISION = RoutedSettings(
     _SWIN_FORM,
     TrainConfig(epochs=5, batch_size=64, learning_rate=3e-3, precision="float64", warmup=0.1),
     attack_images=32,
+    corrupted_images=64,
 )
 _CORE_VISION = RoutedSettings(
     VisionConfig(TransformerConfig(), patch=8),
