@@ -139,9 +139,10 @@ def collapse_runs(profile: str) -> Iterator[Run]:
     for dataset, settings in COLLAPSE_SETTINGS.get(profile, {}).items():
         for seed in COLLAPSE_SEEDS[: COLLAPSE_SEED_COUNTS[profile]]:
             for arm, (model, objective) in collapse_arms(settings).items():
+                rate = dict(settings.learning_rates).get(arm, settings.train.learning_rate)
                 yield Run(
                     profile, "collapse", dataset, arm, seed, VERSIONS["collapse"], model, objective,
-                    settings.train, independent_experts=arm in MAIN_ARMS,
+                    replace(settings.train, learning_rate=rate), independent_experts=arm in MAIN_ARMS,
                 )  # fmt: skip
 
 

@@ -82,10 +82,11 @@ ARM_DESCRIPTIONS = {
     "dense": "one expert of width E x H: no routing",
     "dense-snnl": "dense + SNNL: what SNNL does without a mixture",
     "base-balance": "base + load-balancing loss, the standard remedy",
-    "snnl-shuffled": "placebo: SNNL of labels permuted in each batch, same gradient norm",
+    "snnl-shuffled": "shuffled-label control: SNNL of labels permuted in each batch, same gradient norm",
     "base-aux": "base + auxiliary cross-entropy at the code: is it SNNL, or any supervision?",
     "uniform-gate": "base with a constant gate: does routing matter?",
     "uniform-snnl": "snnl with a constant gate: does routing matter beside SNNL?",
+    "snnl-weaker": "snnl at a tenth of its factor",
     "raw": "MoE on pixels, without an extractor",
     "snnl-pretrained": "extractor trained with SNNL alone, then frozen (half the epochs each)",
     "ce-pretrained": "extractor trained with cross-entropy, then frozen (half the epochs each)",
@@ -254,7 +255,10 @@ def routed_arms(study: str, settings: RoutedSettings) -> dict[str, RoutedArm]:
         "ac-pooled": with_router("ac", replace(partner, pooled=True)),
         "ac-matched": with_router("ac", replace(form, matched=True)),
         "ac-causal": with_router("ac", replace(form, causal=True)),
+        "hash": with_router("hash"),
     }
+    if study == "ac-language":
+        arms["hash-token"] = with_router("hash-token")
     if partner == form:
         del arms["ac-row"]
     return arms
@@ -264,11 +268,13 @@ ROUTED_ARM_DESCRIPTIONS = {
     "linear": "linear router with bias, sharper at the start than cosine: the published baseline",
     "cosine": "unit-norm expert embeddings, no bias: AC with M = I, the fair control",
     "ac": "the Adaptive Clustering router in the paper's form",
-    "ac-shuffled": "placebo: clusters use each other's rows of M",
+    "ac-shuffled": "shuffled control: clusters use each other's rows of M",
     "ac-row": "ac with each row of M normalised by its own mean: the partner of ac-pooled",
     "ac-pooled": "one M from all tokens, for all clusters: whitening without clustering",
     "ac-matched": "|M h| rescaled to |h|: the direction without the gate's sharpness",
     "ac-causal": "M from running averages of earlier steps: no leak between tokens or sequences",
+    "hash": "two fixed random experts per position, which learn no routing: does learned routing pay?",
+    "hash-token": "two fixed random experts per byte",
 }
 CROSSED_ARM_DESCRIPTIONS = {
     "base": "cosine router, no SNNL",
