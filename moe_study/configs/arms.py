@@ -180,8 +180,8 @@ COLLAPSE_SETTINGS: dict[str, dict[str, Settings]] = {
     "core": {
         "domains": Settings(
             _NARROW,
-            # Chosen by "collapse-tuning", and held against its files by a test: for each arm the rate, and for
-            # each extra loss the weight, of the lowest validation cross-entropy at the last epoch.
+            # Chosen by "collapse-tuning", and held against its files by a test: for each arm the rate, and
+            # for each extra loss the weight, of the lowest validation cross-entropy at the last epoch.
             # "snnl-shuffled" takes over from "snnl".
             TrainConfig(epochs=10, batch_size=256, learning_rate=3e-3),
             factor=10.0,
