@@ -432,8 +432,8 @@ def results_page() -> str:
     found = current(find_verdicts(profile))
     sections = [
         "# Results",
-        "Written by `make readme` from the files under `results/`; figures and the reasons behind each verdict "
-        "are in the rendered report, `results/core/report.html`.",
+        "Written by `make readme` from the files under `results/`. Figures, and the reasons behind each "
+        "verdict, are in the rendered report, `results/core/report.html`.",
         f"Profile `core`: {len(results)} of {len(study.runs(profile))} planned runs finished, tuning "
         f"included, {core_minutes(results):.0f} core-minutes on {machines}. "
         "Regenerate with `make report PROFILE=core`.",
@@ -452,7 +452,7 @@ def results_page() -> str:
         *_scores(
             profile, "Test accuracy in %, last epoch, mean ± standard deviation (seeds)", accuracy_table
         ),
-        "Is there collapse? Of four experts, mean ± standard deviation over seeds; these older files measured "
+        "Is there collapse? Of four experts, mean ± standard deviation over seeds; older files measured "
         "it at the epoch of the lowest validation cross-entropy:",
         markdown(collapse_table(profile)),
     ]
