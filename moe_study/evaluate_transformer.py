@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lib import metrics
-from moe_lib.models.language import LanguageTask
 from moe_lib.models.transformer import Seen, moe_layers, watching
-from moe_lib.models.vision import VisionTask
 from moe_lib.moe.experts import MoE
 from moe_lib.moe.routing import Routing, adaptive_routers, frozen_scales, gradient_through_scales, joined
 from moe_lib.rng import generator
@@ -27,6 +25,7 @@ from moe_study import store
 from moe_study.data import Split, pixels
 from moe_study.data.text import Text, head, swap_words
 from moe_study.evaluate import EMBEDDING_SAMPLES, KNN_SAMPLES, code_measures
+from moe_study.tasks import LanguageTask, VisionTask
 
 # What is measured on how much of the test set: a whole pass for the task, less for the rest.
 ROUTING_BATCHES = 8  # of training size

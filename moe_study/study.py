@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from moe_lib.models.classifier import ClassifierConfig, ClassifierTask, Objective
-from moe_lib.models.language import LanguageConfig, LanguageTask
-from moe_lib.models.transformer import RoutedObjective
-from moe_lib.models.vision import VisionConfig, VisionTask
+from moe_lib.models.classifier import ClassifierConfig
+from moe_lib.models.language import LanguageConfig
+from moe_lib.models.vision import VisionConfig
 from moe_study import data, store
 from moe_study.configs.arms import (
     AUXILIARY_WEIGHTS,
@@ -63,6 +62,7 @@ from moe_study.configs.dose import PLANS
 from moe_study.data import text
 from moe_study.evaluate import ClassifierExperiment, Experiment
 from moe_study.evaluate_transformer import LanguageExperiment, VisionExperiment
+from moe_study.tasks import ClassifierTask, LanguageTask, Objective, RoutedObjective, VisionTask
 from moe_study.train import History, OutOfTime, TrainConfig, fit
 
 
