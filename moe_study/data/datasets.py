@@ -197,14 +197,12 @@ def _published(name: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
     for path, expected in zip(paths, files.values(), strict=True):
         try:
             found = path.stat()
-            official = S_ISREG(found.st_mode) and _is_official(
-                path, expected, found.st_size, found.st_mtime_ns
-            )
+            known = S_ISREG(found.st_mode) and _is_published(path, expected, found.st_size, found.st_mtime_ns)
         except OSError as error:
             raise DataError(
                 f"data set {name!r}: {path} cannot be read ({error.strerror}). {REMEDY}"
             ) from error
-        if not official:
+        if not known:
             raise DataError(
                 f"data set {name!r}: {path} is damaged: it is not the published file (SHA-256 {expected}). "
                 "Delete it, then `make data` fetches it again, or put the original there."

@@ -263,6 +263,7 @@ def test_a_files_hash_is_computed_once(fashion, tmp_path, monkeypatch):
         ("train-images-idx3-ubyte", idx((40, 14, 56), bytes(40 * 784)), r"\[40, 1, 14, 56\]"),
         ("train-labels-idx1-ubyte", idx((39,), bytes(39)), "39 labels instead"),
     ],
+    ids=["label of 200", "one class", "shape", "number"],
 )
 def test_shapes_and_labels_are_checked_even_of_a_file_that_is_known(name, content, said, fashion, tmp_path):
     fashion.content[name] = content
