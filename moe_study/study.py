@@ -103,7 +103,7 @@ class Run:
     @property
     def path(self) -> Path:
         """Its result file, under the results folder of the moment."""
-        name = self.dataset if not self.text_digest else Path(self.dataset).stem
+        name = text.folder_name(self.dataset, self.text_digest) if self.text_digest else self.dataset
         folder = store.results_dir() / self.profile / self.study / name
         return folder / f"{self.arm}-s{self.seed}-{self.id}.json"
 
