@@ -189,7 +189,9 @@ class StackedAdapter(Adapter):
 
     @staticmethod
     def _names(block: nn.Module) -> tuple[str, str, str]:
-        names = [name for name in inspect.signature(block.forward).parameters if name not in ("args", "kwargs")]
+        names = [
+            name for name in inspect.signature(block.forward).parameters if name not in ("args", "kwargs")
+        ]
         index = [name for name in names if name in INDEX_NAMES]
         weight = [name for name in names if name in WEIGHT_NAMES]
         return names[0] if names else "", index[0] if index else "", weight[-1] if weight else ""
@@ -214,8 +216,9 @@ class StackedAdapter(Adapter):
         self.inputs = call.inputs
         indices_NK = indices.reshape(-1, indices.shape[-1])
         weights_NK = weights.reshape(len(indices_NK), -1)
-        self.dense = weights_NK.shape != indices_NK.shape or type(self.block).__name__ == "GptOssExperts" and (
-            weights_NK.shape[1] == self.num_experts and weights_NK.shape[1] != indices_NK.shape[1]
+        self.dense = weights_NK.shape != indices_NK.shape or (
+            type(self.block).__name__ == "GptOssExperts"
+            and (weights_NK.shape[1] == self.num_experts and weights_NK.shape[1] != indices_NK.shape[1])
         )
         valid_NK = (indices_NK >= 0) & (indices_NK < self.num_experts)
         if self.dense:  # weights of all experts [N, E]

@@ -193,17 +193,23 @@ class ListAdapter(Adapter):
         """
         given_ND = rows(call.tokens)
         read = {e: torch.cat([rows(part) for part in parts]) for e, parts in self.ran.items()}
-        chosen = {e: [(indices_NK == e).any(1).nonzero().flatten(), torch.where(indices_NK.T == e)[1]] for e in read}
+        chosen = {
+            e: [(indices_NK == e).any(1).nonzero().flatten(), torch.where(e == indices_NK.T)[1]] for e in read
+        }
+        whole = {e: slice(None) if len(part) == len(indices_NK) else chosen[e][0] for e, part in read.items()}
+        fits = given_ND.shape == (len(indices_NK), next(iter(read.values())).shape[1])
+        checks = [_same_rows(part, given_ND[whole[e]]) for e, part in read.items()] if fits else [False]
+        if all(check is not False for check in checks) and True in checks:
+            return given_ND
         for part in read.values():
             if len(part) == len(indices_NK):
                 return part
-        fits = given_ND.shape == (len(indices_NK), next(iter(read.values())).shape[1])
-        if fits and all(_same_rows(part, given_ND[chosen[e][0]]) for e, part in read.items()):
-            return given_ND
         best, least = given_ND, float("inf")
         for order in (0, 1):
-            tokens_ND = given_ND.clone() if fits else given_ND.new_zeros(
-                len(indices_NK), next(iter(read.values())).shape[1]
+            tokens_ND = (
+                given_ND.clone()
+                if fits
+                else given_ND.new_zeros(len(indices_NK), next(iter(read.values())).shape[1])
             )
             for e, part in read.items():
                 if len(part) == len(chosen[e][order]):
@@ -217,8 +223,8 @@ class ListAdapter(Adapter):
         return best
 
 
-def _same_rows(one_RD: Tensor, other_RD: Tensor) -> bool:
-    """Equal up to the order of their rows, judged by their sum."""
+def _same_rows(one_RD: Tensor, other_RD: Tensor) -> bool | None:
+    """Equal up to the order of their rows, judged by their sum; None if they differ in number."""
     if one_RD.shape != other_RD.shape:
-        return False
+        return None
     return torch.allclose(one_RD.float().sum(0), other_RD.float().sum(0), rtol=1e-3, atol=1e-3)

@@ -5,7 +5,8 @@ Shapes: N tokens of one call, B sequences, T positions, M tokens examined, D wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class Recorder:
         self.num_tokens: dict[int, int] = {}  # by length of a call: where its stream stands
         self.places: dict[int, tuple[Tensor, Tensor]] = {}
         self.reasons: dict[str, str] | None = None  # why lists are no experts; while they are tried
-        self.tamper: Callable[[Block, Dispatch], Tensor | None] | None = None
+        self.tamper: Callable[[Block, Dispatch, Tensor | None], Tensor | None] | None = None
 
     # ------------------------------------------------------------------------------------- hooks
 
@@ -122,11 +123,11 @@ class Recorder:
         module, adapter = block.adapter.block, block.adapter
         self.handles.append(module.register_forward_pre_hook(self._starts(block), with_kwargs=True))
         # always_call: a dual level that is left open would break every later one.
-        self.handles.append(module.register_forward_hook(self._ends(block), with_kwargs=True, always_call=True))
+        self.handles.append(
+            module.register_forward_hook(self._ends(block), with_kwargs=True, always_call=True)
+        )
         for name in adapter.watch:
-            self.handles.append(
-                module.get_submodule(name).register_forward_hook(self._child(block, name))
-            )
+            self.handles.append(module.get_submodule(name).register_forward_hook(self._child(block, name)))
         if isinstance(adapter, ListAdapter):
             for e, member in enumerate(adapter.members):
                 self.handles.append(member.register_forward_hook(self._expert(adapter, e)))
@@ -233,10 +234,10 @@ class Recorder:
             block.scores_NE = None
         seen = Dispatch(*(t if t is None else t.detach() for t in seen))
         block.calls += 1
-        if self.tamper is not None:
-            change_NO = self.tamper(block, seen)
-            return None if change_NO is None else _add(call.output, change_NO)
         place = self._place(block, call, len(seen.indices_NK))
+        if self.tamper is not None:
+            change_NO = self.tamper(block, seen, place.valid_N)
+            return None if change_NO is None else _add(call.output, change_NO)
         if self.examine and block.sample_MD is None:
             self._examine(block, seen, place, rows(call.tokens))
         block.state.update(seen, place)
@@ -255,7 +256,9 @@ class Recorder:
         if seen.output_NO is None:
             block.explanation = "not checked: the adapter gives no output"
             return
-        mixed_MO = block.adapter.mix(block.sample_MD, seen.indices_NK[some_M], seen.weights_NK[some_M]).float()
+        mixed_MO = block.adapter.mix(
+            block.sample_MD, seen.indices_NK[some_M], seen.weights_NK[some_M]
+        ).float()
         actual_MO = seen.output_NO[some_M].float()
         rest_MO = actual_MO - mixed_MO
         scale = actual_MO.norm().clamp(min=1e-30)
@@ -374,6 +377,23 @@ def _add(output: Any, change_NO: Tensor) -> Any:
 def confirm(recorder: Recorder, run: Callable[[], Any]) -> None:
     """Try lists of like modules on one batch: those that are no experts are left out, with the reason."""
     lists = [block for block in recorder.blocks if isinstance(block.adapter, ListAdapter)]
+    if lists:
+        with unchanged(recorder.model):
+            _confirm(recorder, lists, run)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Buffers and random states are afterwards what they were."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng():
+        yield
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+def _confirm(recorder: Recorder, lists: list[Block], run: Callable[[], Any]) -> None:
     reasons = _try_lists(recorder, lists, run)
     if reasons is None:  # some block cannot be tagged: find out which
         reasons = {}

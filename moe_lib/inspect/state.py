@@ -121,7 +121,9 @@ class BlockState:
         if len(scores_NE) != len(inside_NE):
             return
         total_N = scores_NE.sum(1)
-        already = bool((scores_NE >= 0).all()) and torch.allclose(total_N, torch.ones_like(total_N), atol=1e-2)
+        already = bool((scores_NE >= 0).all()) and torch.allclose(
+            total_N, torch.ones_like(total_N), atol=1e-2
+        )
         probs_NE = scores_NE if already else scores_NE.softmax(1)
         best_NK = scores_NE.topk(chosen_NK.shape[1], 1).indices
         wanted_NK = inside_NE.gather(1, best_NK).bool() & valid_N[:, None]
@@ -145,7 +147,9 @@ class BlockState:
         self._add("read_E", _sum(expert_M, torch.ones_like(expert_M), self.num_experts))
         self._add("squares", some_MD.square().sum().double())
 
-    def _keep(self, priority_N: Tensor, position_N: Tensor, labels_N: Tensor | None, indices_NK: Tensor) -> None:
+    def _keep(
+        self, priority_N: Tensor, position_N: Tensor, labels_N: Tensor | None, indices_NK: Tensor
+    ) -> None:
         if len(self.kept_M) >= KEPT:
             small = priority_N < self.kept_M.max()
             priority_N, position_N = priority_N[small], position_N[small]
@@ -159,7 +163,9 @@ class BlockState:
 
     def _keep_best(self, priority: Tensor, position: Tensor, label: Tensor, chosen: Tensor) -> None:
         width = max(chosen.shape[1], self.kept_MK.shape[1])
-        padded = [torch.nn.functional.pad(t, (0, width - t.shape[1]), value=-1) for t in (self.kept_MK, chosen)]
+        padded = [
+            torch.nn.functional.pad(t, (0, width - t.shape[1]), value=-1) for t in (self.kept_MK, chosen)
+        ]
         joined = [
             torch.cat([self.kept_M, priority]),
             torch.cat([self.kept_position_M, position]),
