@@ -33,9 +33,8 @@ class Dispatch(NamedTuple):
 class Call:
     """A block's call: its arguments by name, its output, and the outputs of the children in `watch`."""
 
-    def __init__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        parameters = inspect.signature(block.forward).parameters
-        self.inputs = dict(zip(parameters, args, strict=False)) | kwargs
+    def __init__(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.inputs = dict(zip(names, args, strict=False)) | kwargs
         self.output: Any = None
         self.seen: dict[str, Any] = {}
 
@@ -68,6 +67,7 @@ class Adapter:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
+        self.names = [*inspect.signature(block.forward).parameters]
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
@@ -216,10 +216,7 @@ class StackedAdapter(Adapter):
         self.inputs = call.inputs
         indices_NK = indices.reshape(-1, indices.shape[-1])
         weights_NK = weights.reshape(len(indices_NK), -1)
-        self.dense = weights_NK.shape != indices_NK.shape or (
-            type(self.block).__name__ == "GptOssExperts"
-            and (weights_NK.shape[1] == self.num_experts and weights_NK.shape[1] != indices_NK.shape[1])
-        )
+        self.dense = weights_NK.shape != indices_NK.shape
         valid_NK = (indices_NK >= 0) & (indices_NK < self.num_experts)
         if self.dense:  # weights of all experts [N, E]
             weights_NK = weights_NK.gather(1, indices_NK.where(valid_NK, 0))
@@ -236,7 +233,7 @@ class StackedAdapter(Adapter):
         tokens = tokens_MD[None] if self.sequences else tokens_MD
         named = {self.tokens_name: tokens, self.index_name: index_M1, self.weight_name: weights}
         values = {**self.inputs, **named}
-        in_order = [name for name in inspect.signature(self.block.forward).parameters if name in values]
+        in_order = [name for name in self.names if name in values]
         return rows(self.block(*(values[name] for name in in_order)))  # some implementations rename them
 
     def expert_weights(self) -> list[Tensor]:

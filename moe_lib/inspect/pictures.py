@@ -27,6 +27,12 @@ STRIP = (
 )  # fmt: skip
 
 
+AT_LEAST = {  # top of the axis, so that nothing looks like something
+    "never chosen": 1.0, "dropped": 0.05, "answers alike, by use": 1.0, "input separation": 0.1,
+    "I(c;E)": 0.1, "I(x;E)": 0.1, "cost of permuting": 0.01, "follows scores": 1.0, "switching": 1.0,
+}  # fmt: skip
+
+
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 

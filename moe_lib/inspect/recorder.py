@@ -171,7 +171,7 @@ class Recorder:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if self._idle():
                 return
-            self.calls[block.name] = Call(module, args, kwargs)
+            self.calls[block.name] = Call(block.adapter.names, args, kwargs)
             if isinstance(block.adapter, ListAdapter):
                 block.adapter.begin(args, kwargs)
 
