@@ -1,4 +1,4 @@
-"""`python -m moe_lib.inspect MODEL --text FILE --out collapse.html`: a local Hugging Face checkpoint on a text."""
+"""A local checkpoint on a text: `python -m moe_lib.inspect MODEL --text FILE --out collapse.html`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--before", type=Path, help="the .json of an earlier page, to compare with")
     options = parser.parse_args(argv)
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # type: ignore[import-not-found]
     except ImportError:
         print("this needs transformers: pip install moe-collapse[inspect,hf]", file=sys.stderr)
         return 2

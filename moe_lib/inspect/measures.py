@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_lib.inspect.state import BlockState
 
 if TYPE_CHECKING:
-    from moe_lib.inspect.recorder import Block
+    from moe_lib.inspect.block import Block
 
 NULL_DRAWS = 5
 MANY_TOKENS = 200_000  # above it one draw is enough
@@ -42,13 +42,16 @@ ABOUT: dict[str, About] = {
     ),
     "largest load": About("max of load", "1 / E", "low"),
     "dropped": About("share of tokens that no expert served", "0", "0 is best"),
-    "unfilled": About("share of the N K slots that no expert filled, dropped tokens included", "0", "0 is best"),
+    "unfilled": About("share of the N K slots that no expert filled", "0", "0 is best"),
     "H(E)": About("entropy of the mean weight, nats", "log E: balanced", "low: experts idle"),
-    "H(E|x)": About("mean entropy of a token's weights, nats", "log K: equal weights", "low: sure of its choice"),
-    "I(x;E)": About("H(E) - H(E|x), nats", "0: a gate that ignores its input", "high: the choice depends on the token"),
+    "H(E|x)": About("mean entropy of a token's weights, nats", "log K: equal weights", "low: sure choice"),
+    "I(x;E)": About(
+        "H(E) - H(E|x), nats", "0: a gate that ignores its input", "high: the choice depends on the token",
+    ),
     "I(c;E)": About(
         "information between label and expert over slots, nats; plug-in",
-        "the same with labels permuted among tokens: the plug-in bias", "above its null: experts know the classes",
+        "the same with labels permuted among tokens: the plug-in bias",
+        "above its null: experts know the classes",
     ),
     "input separation": About(
         "share of the variance of the experts' inputs that lies between first-choice experts",

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAUSAL = {
-    "cost of permuting": "loss when every token gets another token's routing in this block, minus the loss, nats",
+    "cost of permuting": "loss with another token's routing for every token, minus the loss, nats",
     "cost of swapping": "loss when the two most used experts serve each other's tokens, minus the loss, nats",
-    "cost of dropping": "loss without the most used expert, its weight given to the token's others, minus the loss",
+    "cost of dropping": "loss without the most used expert, its weight given to others, minus the loss, nats",
 }
 
 
@@ -139,7 +139,8 @@ class Panel:
 
         layers = [
             Layer(
-                *(entry[key] for key in ("name", "family", "num_experts", "top_k", "num_tokens", "load", "weight")),
+                entry["name"], entry["family"], entry["num_experts"], entry["top_k"], entry["num_tokens"],
+                entry["load"], entry["weight"],
                 {name: Value(number(v["value"]), number(v["null"])) for name, v in entry["measures"].items()},
                 entry["mixture"], entry["notes"], entry["class_expert"], entry["dropped"],
             )
@@ -164,7 +165,7 @@ class Panel:
             rows[layer.name] = row
         frame = pd.DataFrame.from_dict(rows, orient="index").dropna(axis=1, how="all")
         if nulls and len(frame.columns):
-            frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+            frame.columns = pd.MultiIndex.from_tuples([*frame.columns])
         return frame
 
     def numbers(self) -> dict[str, float]:

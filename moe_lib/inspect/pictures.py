@@ -22,8 +22,8 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7
 STRIP = (
     ("effective experts", "experts in use"), ("never chosen", "never chosen"), ("dropped", "dropped tokens"),
     ("I(x;E)", "I(x;E), nats"), ("I(c;E)", "I(c;E), nats"), ("input separation", "input separation"),
-    ("switching", "switching"), ("answers alike, by use", "answers alike"), ("follows scores", "follows scores"),
-    ("cost of permuting", "cost of permuting, nats"),
+    ("switching", "switching"), ("answers alike, by use", "answers alike"),
+    ("follows scores", "follows scores"), ("cost of permuting", "cost of permuting, nats"),
 )  # fmt: skip
 
 
@@ -31,6 +31,12 @@ AT_LEAST = {  # top of the axis, so that nothing looks like something
     "never chosen": 1.0, "dropped": 0.05, "answers alike, by use": 1.0, "input separation": 0.1,
     "I(c;E)": 0.1, "I(x;E)": 0.1, "cost of permuting": 0.01, "follows scores": 1.0, "switching": 1.0,
 }  # fmt: skip
+
+
+def _whole_numbers(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -61,7 +67,7 @@ def _load_matrix(layers: list[Layer]) -> np.ndarray:
 
 
 def panel_figure(panel: Panel) -> Figure:
-    """Above: the load of every expert of every block. Below: the measures of every block beside their nulls."""
+    """Above: the load of every expert of every block. Below: each block's measures beside their nulls."""
     layers = panel.layers
     if not layers:
         raise ValueError("the panel has no block: nothing was read")
@@ -91,7 +97,7 @@ def _draw_load(axis: Any, layer: Layer) -> None:
     axis.bar(experts + 0.2, layer.weight_E, 0.4, color=ORANGE, label="mean weight")
     axis.axhline(1 / layer.num_experts, color=GREY, ls=":", lw=1.3, label="balanced: 1 / E")
     axis.set(xlabel="expert", ylabel="share", title=f"{layer.name}: load of each expert")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axis)
     axis.legend(frameon=False, fontsize=9, ncols=3)
 
 
@@ -130,10 +136,9 @@ def _draw_strip(axis: Any, layers: list[Layer], name: str, title: str, legend: b
     values = np.array([la.measures[name].value if name in la.measures else math.nan for la in layers])
     nulls = np.array([la.measures[name].null if name in la.measures else math.nan for la in layers])
     line = "-" if len(layers) > 1 else ""
-    axis.plot(depth, nulls, ls=line or "", marker="D" if len(layers) < 13 else "", mfc="none", ms=5, color=GREY, lw=1.3,
-              label="null")  # fmt: skip
-    axis.plot(depth, values, ls=line, marker="o", ms=5 if len(layers) < 13 else 2.5, color=BLUE, lw=1.5,
-              label="this model")  # fmt: skip
+    few = len(layers) < 13
+    axis.plot(depth, nulls, ls=line, marker="D" if few else "", mfc="none", ms=5, color=GREY, label="null")
+    axis.plot(depth, values, ls=line, marker="o", ms=5 if few else 2.5, color=BLUE, label="this model")
     low = min(
         0.0, np.nanmin(np.append(values, nulls)) if not np.isnan(np.append(values, nulls)).all() else 0.0
     )
@@ -142,7 +147,7 @@ def _draw_strip(axis: Any, layers: list[Layer], name: str, title: str, legend: b
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("block", fontsize=9)
     axis.tick_params(labelsize=8)
-    axis.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+    _whole_numbers(axis)
     if len(layers) == 1:
         axis.set_xlim(-1, 1)
         axis.set_xticks([])
@@ -178,7 +183,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("block", fontsize=9)
         axis.tick_params(labelsize=8)
-        axis.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+        _whole_numbers(axis)
         axis.spines[["top", "right"]].set_visible(False)
         if i == 0:
             axis.legend(frameon=False, fontsize=8)
@@ -275,7 +280,8 @@ def _remarks(panel: Panel) -> str:
                 checks[text] = checks.get(text, 0) + 1
     shown += [(f"{count} of {len(panel.layers)} blocks: {text}", "") for text, count in checks.items()]
     if not math.isnan(panel.loss):
-        cost = f"loss {panel.loss:.4f}; with routing permuted in all blocks {panel.loss + panel.loss_permuted:.4f}"
+        permuted = panel.loss + panel.loss_permuted
+        cost = f"loss {panel.loss:.4f}; with routing permuted in all blocks {permuted:.4f}"
         shown.insert(0, (cost, ""))
     if not panel.alarms:
         shown.insert(0, ("no alarm", ""))
@@ -287,13 +293,13 @@ def body(panel: Panel) -> str:
     if not panel.layers:
         return f"<p>no block was read</p>{_remarks(panel)}"
     caption = (
-        "Load of every expert (above; a black mark: the experts right of it are never chosen), and each block's "
-        "measures beside their nulls, the values they take when nothing was learned."
+        "Load of every expert (above; a black mark: the experts right of it are never chosen), and each "
+        "block's measures beside their nulls, the values they take when nothing was learned."
     )
     tokens = ", ".join(sorted({str(layer.num_tokens) for layer in panel.layers}))
     return (
-        f"{STYLE}<h3>{escaped(panel.title)}: {len(panel.layers)} blocks, {tokens} tokens</h3>{_remarks(panel)}"
-        f"{_image(panel.figure(), caption)}{_table(panel)}"
+        f"{STYLE}<h3>{escaped(panel.title)}: {len(panel.layers)} blocks, {tokens} tokens</h3>"
+        f"{_remarks(panel)}{_image(panel.figure(), caption)}{_table(panel)}"
     )
 
 
@@ -325,6 +331,7 @@ def page(shown: Panel | Comparison) -> str:
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width"><title>{escaped(panel.title or "panel")}</title></head>'
         '<body style="font-family: sans-serif; max-width: 1200px; margin: 1rem auto; padding: 0 1rem">'
-        f"<h1>Mixture of experts: {escaped(panel.title)}</h1>{inner}<h2>What the numbers are</h2><dl>{listed}</dl>"
+        f"<h1>Mixture of experts: {escaped(panel.title)}</h1>{inner}<h2>What the numbers are</h2>"
+        f"<dl>{listed}</dl>"
         "</body></html>"
     )

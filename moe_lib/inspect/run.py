@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_lib.inspect.adapters import Adapter
+from moe_lib.inspect.find import REMEDY, confirm, recorder_of
 from moe_lib.inspect.measures import Value, expert_measures, routing_measures
 from moe_lib.inspect.panel import CAUSAL, Panel, layer_of
-from moe_lib.inspect.recorder import REMEDY, Recorder, batches_of, confirm
+from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.tamper import Loss, Tamper
 
 Labels = None | str | Callable[[Any], Tensor | None]
@@ -72,7 +73,7 @@ def inspect_moe(
         ValueError: no block was found, no batch was given, or labels or masks do not fit the tokens.
     """
     model = getattr(model, "_orig_mod", model)
-    recorder = Recorder(model, adapters, sequence_first, seed)
+    recorder = recorder_of(model, adapters, sequence_first, seed)
     takes = _parameters(model)
     call = run if run is not None else lambda inputs: _call(model, inputs, labels, takes)
     data = itertools.islice(batches_of(batches), max_batches)
@@ -88,7 +89,8 @@ def inspect_moe(
         recorder.attach()
         try:
             for inputs, given in itertools.chain([first], data):
-                recorder.labels = _labels(labels, inputs, given, ignore_index)
+                recorder.stream.labels = _labels(labels, inputs, given, ignore_index)
+                recorder.stream.decoder_labels = _decoder_labels(recorder.stream.labels, labels, inputs)
                 call(inputs)
                 if len(kept) < causal_batches:
                     kept.append((inputs, given))
@@ -98,8 +100,14 @@ def inspect_moe(
         return panel_of(recorder, names, costs, thresholds, title or type(model).__name__, seed)
 
 
-def panel_of(recorder: Recorder, names: Any = None, costs: dict[str, dict[str, Any]] | None = None,
-             thresholds: dict[str, float] | None = None, title: str = "", seed: int = 0) -> Panel:  # fmt: skip
+def panel_of(
+    recorder: Recorder,
+    names: Any = None,
+    costs: dict[str, dict[str, Any]] | None = None,
+    thresholds: dict[str, float] | None = None,
+    title: str = "",
+    seed: int = 0,
+) -> Panel:
     """The panel of what a recorder has seen so far, summed over ranks."""
     if names is not None and not isinstance(names, Mapping):
         names = dict(enumerate(names))
@@ -123,8 +131,8 @@ def panel_of(recorder: Recorder, names: Any = None, costs: dict[str, dict[str, A
     finally:
         recorder.busy = False
     everything = (costs or {}).get("", {})
-    return Panel(layers, unread, title, everything.get("loss", math.nan), everything.get("permuted", math.nan),
-                 dict(thresholds or {}))  # fmt: skip
+    loss, permuted = everything.get("loss", math.nan), everything.get("permuted", math.nan)
+    return Panel(layers, unread, title, loss, permuted, dict(thresholds or {}))
 
 
 def _over_ranks(states: list[Any]) -> list[Any]:
@@ -183,6 +191,22 @@ def _labels(labels: Labels, inputs: Any, given: Any, ignore_index: int) -> Tenso
             return None  # targets of a regression, say
         raise ValueError(f"labels must be integers, got {found.dtype}: give class, token or sequence ids")
     return found.long().where(found != ignore_index, -1)
+
+
+def batches_of(data: Iterable[Any]) -> Iterable[tuple[Any, Any]]:
+    """(inputs, labels or None) of each batch."""
+    for batch in data:
+        if isinstance(batch, tuple | list) and len(batch) == 2 and not isinstance(batch, Mapping):
+            yield batch[0], batch[1]
+        else:
+            yield batch, None
+
+
+def _decoder_labels(found: Tensor | None, labels: Labels, inputs: Any) -> Tensor | None:
+    """In an encoder-decoder, labels of sequences are for both halves; token ids are each half's own."""
+    if labels == "tokens":
+        return inputs.get("decoder_input_ids") if isinstance(inputs, Mapping) else None
+    return found if found is not None and found.ndim == 1 else None
 
 
 @contextmanager

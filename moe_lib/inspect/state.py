@@ -33,21 +33,49 @@ def _sum(index: Tensor, weight: Tensor, size: int) -> Tensor:
     return total.index_add_(0, index.flatten(), weight.flatten().to(torch.float64))
 
 
+SUMS = (  # over tokens, unless said otherwise
+    "tokens", "padding", "dropped", "slots", "entropy",
+    "pairs", "overlap", "first_same",  # over neighbouring tokens
+    "scored", "followed", "score_entropy",  # where the router's scores were seen
+    "squares",  # of the inputs sampled
+)  # fmt: skip
+BY_EXPERT = ("first_E", "weight_E", "score_E", "count_all_E", "score_all_E", "twice_E", "read_E")
+
+
 class BlockState:
     """Tables of one block; those of other ranks are added with `merge`."""
 
+    tokens: Tensor
+    padding: Tensor
+    dropped: Tensor
+    slots: Tensor  # filled
+    entropy: Tensor  # of a token's weights
+    pairs: Tensor
+    overlap: Tensor
+    first_same: Tensor
+    scored: Tensor  # filled slots of tokens with scores
+    followed: Tensor  # those among the K best scores
+    score_entropy: Tensor
+    squares: Tensor
+    first_E: Tensor  # tokens whose largest weight is this expert's
+    weight_E: Tensor  # weights, normalised token by token
+    score_E: Tensor  # softmax of the scores
+    count_all_E: Tensor  # slots, padding included
+    score_all_E: Tensor  # softmax of the scores, padding included
+    twice_E: Tensor  # softmax applied twice
+    read_E: Tensor  # tokens sampled by first choice
+    together_EE: Tensor  # tokens that both experts serve
+
     def __init__(self, num_experts: int) -> None:
-        size = (num_experts,)
         self.num_experts = num_experts
         self.num_slots = 0  # K, the most that a token had
-        for name in ("tokens", "padding", "dropped", "slots", "entropy", "pairs", "overlap", "first_pairs",
-                     "first_same", "scored", "followed", "score_entropy", "read", "squares"):  # fmt: skip
+        for name in SUMS:
             setattr(self, name, torch.zeros((), dtype=torch.float64))
-        for name in ("first_E", "weight_E", "score_E", "count_all_E", "score_all_E", "twice_E", "read_E"):
-            setattr(self, name, torch.zeros(size, dtype=torch.float64))
+        for name in BY_EXPERT:
+            setattr(self, name, torch.zeros(num_experts, dtype=torch.float64))
         self.together_EE = torch.zeros(num_experts, num_experts, dtype=torch.float64)
         self.inputs_ED: Tensor | None = None
-        self.class_key = torch.zeros(0, dtype=torch.long)
+        self.class_key = torch.zeros(0, dtype=torch.long)  # class * E + expert
         self.class_count = torch.zeros(0, dtype=torch.float64)
         self.pending: list[Tensor] = []
         self.kept_M = torch.zeros(0, dtype=torch.float64)  # priorities

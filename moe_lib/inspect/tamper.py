@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from moe_lib.inspect.adapters import Dispatch
-from moe_lib.inspect.recorder import Block, Recorder
+from moe_lib.inspect.block import Block
+from moe_lib.inspect.recorder import Recorder
 
 Loss = Callable[[Any, Any, Any], Tensor]  # (the model's output, its inputs, labels or None) -> mean loss
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # indices, weights [N, K] -> the same, tampered
@@ -114,7 +115,7 @@ class Tamper:
         clean = self.loss_with(batches, {})
         found: dict[str, dict[str, Any]] = {}
         for block in self.recorder.blocks:
-            if not block.calls:
+            if not block.calls or not block.adapter.mixes or block.adapter.num_experts < 2:
                 continue
             order = block.state.weight_E.argsort(descending=True).tolist()
             trials = {"permuted": permute(seed), "swapped": swap(*order[:2]), "dropped": drop(order[0])}
@@ -126,6 +127,6 @@ class Tamper:
                     self.loss_with(batches, {block.name: drop(e)}) - clean
                     for e in range(block.adapter.num_experts)
                 ]
-        everywhere = {block.name: permute(seed) for block in self.recorder.blocks}
+        everywhere = {name: permute(seed) for name in found}
         found[""] = {"loss": clean, "permuted": self.loss_with(batches, everywhere) - clean}
         return found

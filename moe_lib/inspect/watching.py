@@ -17,8 +17,9 @@ from torch import nn
 
 from moe_lib.inspect.adapters import Adapter
 from moe_lib.inspect.alarms import early_warning
+from moe_lib.inspect.find import REMEDY, confirm, recorder_of
 from moe_lib.inspect.panel import Panel
-from moe_lib.inspect.recorder import REMEDY, Recorder, confirm
+from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.run import _eager, panel_of
 
 
@@ -59,7 +60,7 @@ class Watch:
         self.steps += 1
         if (self.steps - 1) % self.every:
             return
-        recorder = self.recorder = Recorder(module, self.adapters)
+        recorder = self.recorder = recorder_of(module, self.adapters)
         if self.known is None:
             with torch.no_grad():
                 confirm(recorder, lambda: module(*args, **kwargs))
@@ -161,7 +162,7 @@ class CollapseCallback:
         self.seen = 0
 
     def __getattr__(self, name: str) -> Any:
-        """The trainer's other events: nothing to do. (Importing transformers for a base class takes seconds.)"""
+        """The trainer's other events: nothing to do. (A base class would import transformers: seconds.)"""
         if name.startswith("on_"):
             return lambda *args, **kwargs: None
         raise AttributeError(name)
