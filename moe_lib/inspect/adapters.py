@@ -65,7 +65,7 @@ class Adapter:
     classes: ClassVar[tuple[str, ...]] = ()
     watch: ClassVar[tuple[str, ...]] = ()
     mixes: ClassVar[bool] = (
-        True  # the output is, token by token, weights times `answer`: can be tampered with
+        True  # the output is weights times answers, token by token
     )
 
     def __init__(self, block: nn.Module) -> None:

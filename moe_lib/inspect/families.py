@@ -255,7 +255,7 @@ class TorchtitanAdapter(Adapter):
 
 
 class SoftMoEAdapter(ListAdapter):
-    """soft-moe-pytorch: experts serve slots, mixtures of all tokens; a token's weight is summed over slots."""
+    """soft-moe-pytorch: experts serve slots, which are mixtures of tokens; weights summed over slots."""
 
     classes = ("SoftMoE",)
     mixes = False
