@@ -34,14 +34,14 @@ endif
 report: .venv/ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) --keep-going --rerun-incomplete \
 	  --nolock --rerun-triggers mtime input --show-failed-logs --quiet rules host
-	@echo "The report: $$($(BIN)/python -m moe_lib where --profile $(PROFILE))"
+	@echo "The report: $$($(BIN)/python -m moe_study where --profile $(PROFILE))"
 
 render: .venv/ready # the report of what is finished; trains nothing
 	@mkdir -p build/$(PROFILE)
 	@$(BIN)/papermill --no-progress-bar notebooks/90_report.ipynb build/$(PROFILE)/90_report.ipynb \
 	  -p profile $(PROFILE) > build/$(PROFILE)/90_report.log 2>&1 || { cat build/$(PROFILE)/90_report.log; exit 1; }
-	@page=$$($(BIN)/python -m moe_lib where --profile $(PROFILE)) && \
-	  $(BIN)/python -m moe_lib.report build/$(PROFILE)/90_report.ipynb "$$page" && echo "The report: $$page"
+	@page=$$($(BIN)/python -m moe_study where --profile $(PROFILE)) && \
+	  $(BIN)/python -m moe_study.report.page build/$(PROFILE)/90_report.ipynb "$$page" && echo "The report: $$page"
 
 test: .venv/ready
 	@$(BIN)/ruff check
@@ -54,16 +54,16 @@ lab: .venv/ready
 	@$(BIN)/jupyter lab --notebook-dir=notebooks
 
 data: .venv/ready
-	@$(BIN)/python -m moe_lib data
+	@$(BIN)/python -m moe_study data
 
 plan: .venv/ready
-	@$(BIN)/python -m moe_lib plan --profile $(PROFILE) --workers $(CORES)
+	@$(BIN)/python -m moe_study plan --profile $(PROFILE) --workers $(CORES)
 
 bench: .venv/ready # ours against its peers: ratios within one run; some minutes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m moe_lib bench all
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks all
 
 readme: .venv/ready
-	@$(BIN)/python -m moe_lib readme
+	@$(BIN)/python -m moe_study readme
 
 # Execute the notebooks on the embedded data and store them with their outputs, as they are committed.
 notebooks: .venv/ready

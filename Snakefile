@@ -1,17 +1,18 @@
 # Orders the work: training shards, then the notebooks, then the report. `make report` calls it.
 #
-# The engine (moe_lib.study.ensure) decides what is trained: run files are never outputs here, because
+# The engine (moe_study.study.ensure) decides what is trained: run files are never outputs here, because
 # Snakemake deletes the outputs of a job that fails. A shard's only output is its DONE.json.
 import os
 from pathlib import Path
 
-from moe_lib import store, study
+from moe_study import store, study
 
 os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
 
 PROFILE = config.get("profile", "digits")
 STUDY = config.get("study")  # one study alone: --config study=ac-vision
 RUNS = study.runs(PROFILE, STUDY)
+CODE = [path for package in store.PACKAGES for path in sorted(Path(package).rglob("*.py"))]
 # As many shards as cores keep every core busy; a cluster executor may want more: --config shards=40
 SHARDS = int(config.get("shards", workflow.cores or 1))
 RESULTS = store.results_dir() / PROFILE
@@ -51,14 +52,14 @@ rule shard:
     params:
         study=f"--study {STUDY}" if STUDY else "",
     shell:
-        "python -m moe_lib run --profile {PROFILE} {params.study} --shard {wildcards.i}/{wildcards.n} --workers 1"
+        "python -m moe_study run --profile {PROFILE} {params.study} --shard {wildcards.i}/{wildcards.n} --workers 1"
         " --done {output:q}"
 
 
 rule tour:
     input:
         "notebooks/00_tour.ipynb",
-        Path("moe_lib").glob("*.py"),
+        CODE,
     output:
         BUILD / "00_tour.ipynb",
     log:
@@ -71,7 +72,7 @@ rule study:
     input:
         "notebooks/{notebook}.ipynb",
         expand(DONE / "{i}of{n}.json", i=range(1, SHARDS + 1), n=SHARDS),
-        Path("moe_lib").glob("*.py"),
+        CODE,
     output:
         BUILD / "{notebook}-{dataset}.ipynb",
     log:
@@ -94,4 +95,4 @@ rule report:
         page=RESULTS / "report.html",
     shell:
         "(papermill --no-progress-bar {input[0]:q} {output:q} -p profile {PROFILE}"
-        " && python -m moe_lib.report {output:q} {params.page:q}) > {log:q} 2>&1"
+        " && python -m moe_study.report.page {output:q} {params.page:q}) > {log:q} 2>&1"

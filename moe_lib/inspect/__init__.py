@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """Watch any mixture of experts, and see whether it has collapsed.
 
     from moe_lib.inspect import inspect_moe, watch
@@ -18,3 +19,6 @@ __all__ = [
     "ABOUT", "THRESHOLDS", "Adapter", "Alarm", "Call", "CollapseCallback", "Comparison", "Dispatch", "Layer",
     "Panel", "Watch", "early_warning", "inspect_moe", "rows", "watch",
 ]  # fmt: skip
+=======
+"""The collapse panel for any mixture-of-experts model."""
+>>>>>>> main

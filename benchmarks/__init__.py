@@ -1,0 +1,1 @@
+"""Time and memory of this library beside public implementations: python -m benchmarks."""

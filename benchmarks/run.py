@@ -1,0 +1,288 @@
+"""Ours against its peers, on this machine: python -m benchmarks NAME... [--out DIR] [--quick].
+
+Writes DIR/NAME.json (by default under results/bench) and, where matplotlib is installed, DIR/NAME.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import cost as bench_cost
+from benchmarks import experts as bench_moe
+from benchmarks import profile as bench_profile
+from benchmarks import scaling as bench_scaling
+from benchmarks import snnl as bench_snnl
+from benchmarks import training as bench_train
+from benchmarks.measure import Machine, Row, available_memory, compare, memory_of_a_step, probe, ratio
+from moe_study import store
+from moe_study.data import ROOT
+
+
+@dataclass(frozen=True)
+class Bench:
+    rows: Callable[[bool], list[Row]]  # from whether it is a quick look
+    checks: Mapping[str, Callable[[Machine], Any]]  # what else goes into the file, by its key
+    figure: Callable[[dict[str, Any]], Any]  # from the file's content
+    fits: Mapping[str, Callable[[list[dict[str, Any]]], Any]] = field(default_factory=dict)  # of the rows
+
+
+def benches() -> dict[str, Bench]:
+    checks = {"correctness": bench_snnl.correctness, "denormals": bench_snnl.denormals}
+    return {
+        "snnl": Bench(bench_snnl.rows, checks, scaling_figure),
+        "moe": Bench(bench_moe.rows, {"new_shapes": bench_moe.new_shapes}, rows_figure),
+        "router": Bench(bench_moe.router_rows, {}, rows_figure),
+        "train": Bench(bench_train.rows, {"bfloat16": bench_train.bfloat16}, rows_figure),
+        "scaling": Bench(
+            bench_scaling.rows,
+            {"throughput": bench_scaling.throughput},
+            bench_scaling.figure,
+            {"exponents": bench_scaling.exponents},
+        ),
+        "profile": Bench(lambda quick: [], {"profiles": bench_profile.missed}, bench_profile.figure),
+        "cost": Bench(lambda quick: [], {"fit": bench_cost.check}, bench_cost.figure),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "names", nargs="+", choices=(*benches(), "all"), metavar="NAME", help="what to compare"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: results/bench")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: no evidence")
+    parser.add_argument("--rows", type=int, nargs="+", metavar="I", help="only these rows, counted from 0")
+    parser.add_argument("--memory-of", nargs=2, metavar=("ROW", "CONTESTANT"), help=argparse.SUPPRESS)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here")
+    torch.set_num_threads(arguments.threads)
+    machine = Machine(arguments.device, arguments.threads, turn=0.002 if arguments.quick else 0.02)
+    if arguments.memory_of:
+        print(json.dumps(_memory(arguments.names[0], arguments.quick, machine, *arguments.memory_of)))
+        return 0
+    out = arguments.out or store.results_dir() / "bench"
+    for name in benches() if "all" in arguments.names else arguments.names:
+        content = measure(name, machine, arguments.quick, arguments.rows)
+        store.write(out / f"{name}.json", content)
+        print(f"wrote {out / name}.json")
+        save_figure(benches()[name].figure, out / f"{name}.json")
+    return 0
+
+
+def measure(name: str, machine: Machine, quick: bool, only: list[int] | None = None) -> dict[str, Any]:
+    bench = benches()[name]
+    rows = bench.rows(quick)
+    content: dict[str, Any] = {"bench": name, "quick": quick, "provenance": store.provenance()}
+    content["rows"] = [
+        _measured(name, row, number, machine, quick)
+        for number, row in enumerate(rows)
+        if only is None or number in only
+    ]
+    for key, check in bench.checks.items():
+        content[key] = check(machine)
+    return content | {key: fit(content["rows"]) for key, fit in bench.fits.items()}
+
+
+def _measured(bench: str, row: Row, number: int, machine: Machine, quick: bool) -> dict[str, Any]:
+    room = available_memory() / 2
+    present = [contestant for contestant in row.contestants if contestant.bytes <= room]
+    before = probe(machine)
+    seconds = compare(machine, present, row.rounds)
+    rates = type(before)(*map(max, before, probe(machine)))
+    limit = row.work.seconds(rates)
+    ours = next(contestant.name for contestant in present if not contestant.peer)
+    contestants: dict[str, Any] = {}
+    for contestant in present:
+        times = sorted(seconds[contestant.name])
+        contestants[contestant.name] = {
+            "peer": contestant.peer,
+            "milliseconds": 1e3 * times[len(times) // 2],
+            "fastest": 1e3 * times[0],
+            "share_of_limit": limit / times[len(times) // 2],
+            "times_ours": ratio(seconds[contestant.name], seconds[ours]),
+            "memory_mb": _memory_in_fresh_processes(
+                bench, number, contestant.name, machine, quick, row.processes
+            ),
+        }
+    peers = [figures for figures in contestants.values() if figures["peer"]]
+    memories = [figures["memory_mb"] for figures in peers]
+    memory = contestants[ours]["memory_mb"]
+    faster = min((figures["times_ours"]["median"] for figures in peers), default=None)
+    saving = min(memories) / memory if memory and memories and None not in memories else None
+    result = {
+        "row": row.name,
+        **row.sizes,
+        "dtype": row.dtype,
+        **machine.describe(),
+        "rounds": row.rounds,
+        "rates": rates._asdict(),
+        "limit_milliseconds": 1e3 * limit,
+        "contestants": contestants,
+        "left_out": [c.name for c in row.contestants if c not in present],  # too large for the memory
+        "faster_than_fastest_peer": faster,
+        "memory_saving": saving,
+        "share_of_limit": contestants[ours]["share_of_limit"],
+        "goals": {"faster": row.goal_time, "saving": row.goal_memory, "share": row.goal_share},
+    }
+    print(_line(result), flush=True)
+    return result
+
+
+def _line(result: dict[str, Any]) -> str:
+    def against(value: float | None, goal: float | None) -> str:
+        text = "-" if value is None else f"{value:.2f}"
+        return text if goal is None else f"{text} (goal {goal:g})"
+
+    goals = result["goals"]
+    if len(result["contestants"]) == 1:
+        ((name, alone),) = result["contestants"].items()
+        share = against(alone["share_of_limit"], goals["share"])
+        return f"{result['row']}: {name} {alone['milliseconds']:.2f} ms, {share} of the limit"
+    return (
+        f"{result['row']}: {against(result['faster_than_fastest_peer'], goals['faster'])} times as fast "
+        f"as the fastest peer, 1/{against(result['memory_saving'], goals['saving'])} of the memory, "
+        f"{against(result['share_of_limit'], goals['share'])} of the limit"
+    )
+
+
+def _memory_in_fresh_processes(
+    bench: str, number: int, contestant: str, machine: Machine, quick: bool, processes: int = 1
+) -> float | None:
+    """Median: what an allocator holds back differs by a fifth from process to process."""
+    command = [sys.executable, "-m", "benchmarks", bench, "--memory-of", str(number), contestant]
+    command += ["--device", machine.device, "--threads", str(machine.threads), *["--quick"] * quick]
+    found = []
+    for _ in range(1 if quick else processes):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        if done.returncode:
+            raise RuntimeError(
+                f"the memory of {contestant} could not be measured: {done.stderr.strip()[-500:]}"
+            )
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    return None if None in found else statistics.median(found)
+
+
+def _memory(bench: str, quick: bool, machine: Machine, number: str, name: str) -> float | None:
+    row = benches()[bench].rows(quick)[int(number)]
+    contestant = next(contestant for contestant in row.contestants if contestant.name == name)
+    return memory_of_a_step(contestant.build(machine.device), machine.device)
+
+
+# ---------------------------------------------------------------------------------------- figures
+
+CONTESTANT_STYLE = {  # colour (an index into plots.PALETTE), marker
+    "ours": (1, "s"),
+    "ours, panels": (3, "^"),
+    "ours, streaming": (5, "v"),
+    "authors": (2, "o"),
+    "cleverhans": (4, "D"),
+    "NCALoss": (6, "P"),
+}
+
+
+def scaling_figure(content: dict[str, Any]) -> Any:
+    """Time and memory of a step against N, where the other sizes stay the same, with the physical limit."""
+    from moe_study.report import plots
+
+    rows = [row for row in content["rows"] if row["layers"] == 1]
+    figure, axes = plots.new_figure(10, 4, 1, 2)
+    for axis, key, title in zip(
+        axes[0],
+        ("milliseconds", "memory_mb"),
+        ("time of value and gradient (ms)", "memory of a step (MB)"),
+        strict=True,
+    ):
+        for name, (colour, marker) in CONTESTANT_STYLE.items():
+            points = [
+                (row["N"], row["contestants"][name][key])
+                for row in rows
+                if name in row["contestants"] and row["contestants"][name][key]
+            ]
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), color=plots.PALETTE[colour], marker=marker, ms=4, label=name
+                )
+        axis.set(xscale="log", yscale="log", xlabel="N (samples)", title=title)
+        axis.set_xticks([row["N"] for row in rows], [str(row["N"]) for row in rows], fontsize=8)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0, 0].plot(
+        [row["N"] for row in rows], [row["limit_milliseconds"] for row in rows], "k:", label="physical limit"
+    )
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    return figure
+
+
+def rows_figure(content: dict[str, Any]) -> Any:
+    """Time and memory of a step of every contestant, a line a row, with the physical limit."""
+    from moe_study.report import plots
+
+    rows = content["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row["contestants"]))
+    figure, axes = plots.new_figure(10, 1.5 + 0.4 * len(rows), 1, 2)
+    for axis, key, title in zip(
+        axes[0],
+        ("milliseconds", "memory_mb"),
+        ("time of value and gradient (ms)", "memory of a step (MB)"),
+        strict=True,
+    ):
+        for number, name in enumerate(names):
+            points = [
+                (row["contestants"][name][key], index)
+                for index, row in enumerate(rows)
+                if name in row["contestants"] and row["contestants"][name][key]
+            ]
+            if points:
+                style = {"color": plots.PALETTE[number + 1], "marker": "soDPv^X"[number], "label": name}
+                axis.plot(*zip(*points, strict=True), ls="", ms=6, alpha=0.8, **style)
+        axis.set(xscale="log", title=title, ylim=(len(rows) - 0.5, -0.5))
+        axis.set_yticks(range(len(rows)), [row["row"] for row in rows] if key == "milliseconds" else [])
+        axis.xaxis.set_minor_formatter("")
+        axis.grid(alpha=0.3)
+    limits = [row["limit_milliseconds"] for row in rows]
+    axes[0, 0].plot(limits, range(len(rows)), "k|", ms=12, label="physical limit")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    return figure
+
+
+def save_figure(figure: Callable[[dict[str, Any]], Any], path: Path) -> None:
+    """A picture beside the result file `path`; none where matplotlib is missing."""
+    try:
+        from moe_study.report import plots
+    except ModuleNotFoundError as error:
+        print(f"no figure: {error.name} is not installed")
+        return
+    picture = path.with_suffix(".png")
+    buffer = io.BytesIO()
+    with plots.mpl.rc_context(plots.STYLE):
+        drawn = figure(store.read(path))
+        drawn.savefig(buffer, format="png", metadata={"Source": path.name, "Software": None})
+    store.write_bytes(picture, buffer.getvalue())
+    print(f"wrote {picture}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except (store.StoreError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

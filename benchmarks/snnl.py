@@ -1,0 +1,257 @@
+"""The soft nearest neighbor loss against its peers: what is compared, and where each is right.
+
+Peers are written down from their formulas (see `tests` for what each is compared with):
+    authors     Agarap and Azcarraga's public code: cosine distance, eps in both fractions
+    cleverhans  the same with squared Euclidean distance, as in the library of that name
+    NCALoss     pytorch-metric-learning's, squared Euclidean; the package itself, where it is installed
+
+Shapes: N samples, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.measure import Contestant, Machine, Row, Step, Work, compare, ratio
+from moe_lib.snnl import LayerwiseSNNL, SNNLConfig, soft_nearest_neighbor_loss
+from moe_lib.snnl.kernels import DENSE_UP_TO, Distance, Route
+
+Loss = Callable[[Sequence[Tensor], Tensor, float], Tensor]  # of layers: the sum of their losses
+EPS = 1e-5
+CLASSES = 10
+COSINE_TEMPERATURE = 0.5
+
+
+def ours(
+    layers: Sequence[Tensor], labels_N: Tensor, temperature: float, distance: Distance, route: Route = "auto"
+) -> Tensor:
+    if len(layers) == 1:
+        return soft_nearest_neighbor_loss(layers[0], labels_N, temperature, distance, route=route)
+    activations = {str(number): features_ND for number, features_ND in enumerate(layers)}
+    return _layerwise(temperature, distance, tuple(activations))(activations, labels_N, epoch=0)
+
+
+@functools.cache
+def _layerwise(temperature: float, distance: Distance, layers: tuple[str, ...]) -> LayerwiseSNNL:
+    return LayerwiseSNNL(
+        SNNLConfig(schedule="fixed", temperature=temperature, distance=distance, layers=layers, combine="sum")
+    )
+
+
+def authors(layers: Sequence[Tensor], labels_N: Tensor, temperature: float) -> Tensor:
+    losses = []
+    for features_ND in layers:
+        unit_ND = F.normalize(features_ND, dim=1)
+        losses.append(_with_eps(1 - unit_ND @ unit_ND.T, labels_N, temperature))
+    return sum(losses[1:], losses[0])
+
+
+def cleverhans(layers: Sequence[Tensor], labels_N: Tensor, temperature: float) -> Tensor:
+    losses = []
+    for features_ND in layers:
+        square_N = features_ND.square().sum(1)
+        distance_NN = square_N[:, None] + square_N - 2 * features_ND @ features_ND.T
+        losses.append(_with_eps(distance_NN, labels_N, temperature))
+    return sum(losses[1:], losses[0])
+
+
+def _with_eps(distance_NN: Tensor, labels_N: Tensor, temperature: float) -> Tensor:
+    """mean_i -log(eps + sum_j [y_i = y_j] F_ij / (eps + sum_j F_ij)), F = exp(-d / T) off the diagonal."""
+    mass_NN = torch.exp(-distance_NN / temperature) - torch.eye(
+        len(labels_N), dtype=distance_NN.dtype, device=distance_NN.device
+    )
+    pick_NN = mass_NN / (EPS + mass_NN.sum(1, keepdim=True))
+    same_NN = (labels_N[:, None] == labels_N).to(pick_NN.dtype)
+    return -torch.log(EPS + (pick_NN * same_NN).sum(1)).mean()
+
+
+def nca(layers: Sequence[Tensor], labels_N: Tensor, temperature: float) -> Tensor:
+    losses = [_nca(temperature)(features_ND, labels_N) for features_ND in layers]
+    return sum(losses[1:], losses[0])
+
+
+@functools.cache
+def _nca(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+    distances = importlib.import_module("pytorch_metric_learning.distances")  # an optional extra
+    losses = importlib.import_module("pytorch_metric_learning.losses")
+    squares = distances.LpDistance(normalize_embeddings=False, p=2, power=2)
+    return losses.NCALoss(softmax_scale=1 / temperature, distance=squares)
+
+
+def has_nca() -> bool:
+    return importlib.util.find_spec("pytorch_metric_learning") is not None
+
+
+# ----------------------------------------------------------------------------------------- rows
+
+
+def rows(quick: bool = False) -> list[Row]:
+    """Time and memory of value and gradient. `quick`: a few small sizes, for a look at the machinery."""
+    if quick:
+        return [row(64, [16], rounds=3), row(600, [16], rounds=3)]
+    return [
+        row(100, [128] * 4, goal_time=2),
+        row(256, [128]),
+        row(512, [128]),
+        row(512, [64 * 14 * 14, 128 * 6 * 6, 128], rounds=5),  # a CNN's activations on 32 x 32 pixels
+        row(1024, [128], goal_time=3, goal_memory=5),
+        row(2048, [128]),
+        row(4096, [128], goal_time=10, goal_memory=12, goal_share=0.5, rounds=9),
+        row(8192, [128], goal_time=10, goal_memory=25, goal_share=0.5, rounds=5),
+        row(16384, [128], rounds=3),
+    ]
+
+
+def row(num_samples: int, widths: Sequence[int], **options: Any) -> Row:
+    def contestant(name: str, loss: Loss, cosine: bool, peer: bool = False, matrices: int = 0) -> Contestant:
+        build = partial(_build, num_samples, tuple(widths), loss, cosine)
+        return Contestant(name, build, peer, bytes=4.0 * matrices * num_samples**2)
+
+    contestants = [
+        contestant("ours", partial(ours, distance="cosine"), cosine=True),
+        contestant("ours, squared Euclidean", partial(ours, distance="sqeuclidean"), cosine=False),
+    ]
+    if num_samples > DENSE_UP_TO:
+        for route in ("panels", "streaming"):
+            loss = partial(ours, distance="cosine", route=route)
+            contestants.append(contestant(f"ours, {route}", loss, cosine=True))
+    contestants.append(contestant("authors", authors, cosine=True, peer=True, matrices=7))
+    contestants.append(contestant("cleverhans", cleverhans, cosine=False, peer=True, matrices=7))
+    if has_nca():
+        contestants.append(contestant("NCALoss", nca, cosine=False, peer=True, matrices=6))
+    # Each pair once: its distance, its exponential; and the product of the coefficients with the features.
+    work = Work(gemm=sum(3.0 * num_samples**2 * dim for dim in widths), exp=len(widths) * num_samples**2 / 2)
+    shape = f"D={widths[0]}" if len(set(widths)) == 1 else "D=" + "+".join(map(str, widths))
+    if len(set(widths)) < len(widths):
+        shape = f"{len(widths)} layers of {shape}"
+    sizes = {"N": num_samples, "D": sum(widths) // len(widths), "layers": len(widths)}
+    return Row(f"N={num_samples} {shape}", sizes, work, tuple(contestants), **options)
+
+
+def _build(num_samples: int, widths: Sequence[int], loss: Loss, cosine: bool, device: str) -> Step:
+    """Value and gradient of the sum over layers of normal features; the temperature suits their distances."""
+    draw = torch.Generator().manual_seed(0)
+    labels_N = torch.randint(CLASSES, (num_samples,), generator=draw).to(device)
+    layers = [torch.randn(num_samples, dim, generator=draw).to(device).requires_grad_() for dim in widths]
+    temperature = COSINE_TEMPERATURE if cosine else 2.0 * max(widths)
+
+    def step() -> None:
+        loss(layers, labels_N, temperature).backward()
+        for features_ND in layers:
+            features_ND.grad = None
+
+    return step
+
+
+# ---------------------------------------------------------------------------------- correctness
+
+
+def correctness(machine: Machine) -> list[dict[str, Any]]:
+    """Every contestant in float32, where such losses go wrong; the exact value is summed pair by pair."""
+    found = []
+    for title, layers, labels_N, temperatures in _hard_cases():
+        for name, loss, cosine, mean_all in _contestants():
+            temperature = temperatures[0] if cosine else temperatures[1]
+            features_ND = layers.to(machine.device).requires_grad_()
+            value = loss([features_ND], labels_N.to(machine.device), temperature)
+            gradient_is_finite = False
+            if value.requires_grad:
+                (grad_ND,) = torch.autograd.grad(value, features_ND)
+                gradient_is_finite = bool(grad_ND.isfinite().all())
+            exact = exact_loss(layers, labels_N, temperature, cosine, mean_all)
+            found.append(
+                {
+                    "case": title,
+                    "contestant": name,
+                    "temperature": temperature,
+                    "value": value.item(),
+                    "exact": exact,
+                    "error": abs(value.item() - exact) / abs(exact) if exact else abs(value.item()),
+                    "gradient_is_finite": gradient_is_finite,
+                }
+            )
+    return found
+
+
+def denormals(machine: Machine, num_samples: int = 1024, rounds: int = 7) -> list[dict[str, Any]]:
+    """How much slower a step is where most masses are denormal numbers (T = 1/95 of the mean distance)."""
+    found = []
+    draw = torch.Generator().manual_seed(0)
+    features_ND = torch.randn(num_samples, 128, generator=draw)
+    labels_N = torch.randint(CLASSES, (num_samples,), generator=draw).to(machine.device)
+
+    def build(loss: Loss, temperature: float, device: str) -> Step:
+        x_ND = features_ND.to(device).requires_grad_()
+        return lambda: torch.autograd.grad(loss([x_ND], labels_N, temperature), x_ND)
+
+    for name, loss, cosine, _ in _contestants():
+        usual = COSINE_TEMPERATURE if cosine else 256.0
+        cold = (1.0 if cosine else 256.0) / 95
+        pair = [
+            Contestant("usual", partial(build, loss, usual)),
+            Contestant("denormal", partial(build, loss, cold)),
+        ]
+        seconds = compare(machine, pair, rounds)
+        slower = ratio(seconds["denormal"], seconds["usual"])
+        found.append({"contestant": name, "temperature": cold, "times_slower": slower})
+    return found
+
+
+def _contestants() -> list[tuple[str, Loss, bool, bool]]:
+    """Name, loss, whether the distance is cosine, whether its mean is over all samples."""
+    all_of_them: list[tuple[str, Loss, bool, bool]] = [
+        ("ours", partial(ours, distance="cosine"), True, False),
+        ("ours, squared Euclidean", partial(ours, distance="sqeuclidean"), False, False),
+        ("ours, streaming", partial(ours, distance="cosine", route="streaming"), True, False),
+        ("authors", authors, True, True),
+        ("cleverhans", cleverhans, False, True),
+    ]
+    return [*all_of_them, ("NCALoss", nca, False, False)] if has_nca() else all_of_them
+
+
+def _hard_cases() -> Iterator[tuple[str, Tensor, Tensor, tuple[float, float]]]:
+    """Title, features, labels, and the temperatures for cosine and for squared Euclidean distance."""
+    draw = torch.Generator().manual_seed(1)
+    features_ND = torch.randn(60, 16, generator=draw)
+    labels_N = torch.arange(60) % 5
+    yield "usual temperature", features_ND, labels_N, (0.5, 32.0)
+    yield "small temperature", features_ND, labels_N, (0.005, 0.1)
+    alone_N = labels_N.clone()
+    alone_N[0] = 5
+    yield "single-member class", features_ND, alone_N, (0.5, 32.0)
+    near_ND = F.one_hot(labels_N, 16) * 6 + 0.3 * features_ND
+    yield "well separated classes", near_ND, labels_N, (0.05, 4.0)
+
+
+def exact_loss(
+    features_ND: Tensor, labels_N: Tensor, temperature: float, cosine: bool, mean_all: bool
+) -> float:
+    """Pair by pair, in float64 and in logarithms; an anchor without positives counts 0."""
+    points = features_ND.double().tolist()
+    if cosine:
+        points = [[value / math.hypot(*point) for value in point] for point in points]
+    losses = []
+    for i, point in enumerate(points):
+        scores: dict[bool, list[float]] = {True: [], False: []}
+        for j, other in enumerate(points):
+            if i != j:
+                square = math.fsum((a - b) ** 2 for a, b in zip(point, other, strict=True))
+                scores[bool(labels_N[i] == labels_N[j])].append(-square / (2 if cosine else 1) / temperature)
+        if scores[True]:
+            losses.append(_log_sum_exp(scores[True] + scores[False]) - _log_sum_exp(scores[True]))
+    return math.fsum(losses) / (len(points) if mean_all else max(len(losses), 1))
+
+
+def _log_sum_exp(values: list[float]) -> float:
+    largest = max(values)
+    return largest + math.log(math.fsum(math.exp(value - largest) for value in values))

@@ -1,0 +1,366 @@
+"""Training against the usual script: what is compared, and whether bfloat16 changes what is learned.
+
+    authors         the CNN classifier as in Agarap and Azcarraga's public code: the extractor runs once for
+                    the classes and once more for the activations of every layer, whose losses are formed
+                    with eps; NCHW, float32, Adam without fused kernels
+    usual script    the same network on cross-entropy, fed by a DataLoader over a PIL data set with ToTensor
+    one by one      ten seeds trained in turn, with this project's own loop
+
+Shapes: S seeds, N samples, P pixels of an image, D width, H hidden width, E experts, F = E * H, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from PIL import Image  # a dependency of torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.measure import Contestant, Machine, Row, Step, Work
+from benchmarks.snnl import authors as authors_snnl
+from moe_lib.models.classifier import ClassifierConfig, ClassifierTask, Objective
+from moe_lib.snnl import SNNLConfig
+from moe_study import data
+from moe_study.data import Dataset, Split
+from moe_study.evaluate import validation_measures
+from moe_study.train import TrainConfig, fit
+
+CIFAR, MNIST = (3, 32, 32), (1, 28, 28)
+CNN = ClassifierConfig(extractor="cnn", code_dim=128, num_experts=4, expert_hidden=512)
+MLP = ClassifierConfig("mlp", 64, code_dim=16, num_experts=4, expert_hidden=32, gate_hidden=32)
+SNNL = Objective(snnl=SNNLConfig(factor=1.0, layers=("conv1", "conv2", "code")))
+Shape = tuple[int, int, int]
+Compute = Literal["float32", "bfloat16"]
+
+
+def random_dataset(shape: Shape, count: int, device: str = "cpu") -> Dataset:
+    draw = torch.Generator().manual_seed(0)
+    images_NCHW = torch.randint(0, 256, (count, *shape), generator=draw, dtype=torch.uint8).to(device)
+    split = Split(images_NCHW, torch.randint(10, (count,), generator=draw).to(device))
+    return Dataset("random", split, split, split, 10)
+
+
+def task_of(
+    dataset: Dataset,
+    config: ClassifierConfig,
+    objective: Objective,
+    batch: int,
+    compute: Compute,
+    seed: int = 0,
+) -> ClassifierTask:
+    bf16 = compute == "bfloat16"
+    return ClassifierTask(dataset, config, objective, seed=seed, epochs=1, batch_size=batch, bf16=bf16)
+
+
+def adam(model: nn.Module, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused, foreach=not fused)
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+# ----------------------------------------------------------------------------------------- peers
+
+
+class PublicClassifier(nn.Module):
+    """The network of `CNN`, written layer by layer."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        code_dim, hidden = 128, CNN.expert_hidden
+        height, width = (((side - 4) // 2 - 4) // 2 + 1 for side in shape[1:])
+        self.layers = nn.ModuleList(
+            [
+                nn.Sequential(nn.Conv2d(shape[0], 64, 8, stride=2, padding=1), nn.ReLU()),
+                nn.Sequential(nn.Conv2d(64, 128, 6, stride=2, padding=1), nn.ReLU()),
+                nn.Sequential(nn.Flatten(), nn.Linear(128 * height * width, code_dim)),
+            ]
+        )
+        self.gate = nn.Sequential(
+            nn.Linear(code_dim, CNN.gate_hidden), nn.ReLU(), nn.Linear(CNN.gate_hidden, CNN.num_experts)
+        )
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(code_dim, hidden), nn.ReLU(), nn.Linear(hidden, 10))
+            for _ in range(CNN.num_experts)
+        )
+
+    def activations(self, x: Tensor) -> list[Tensor]:
+        found = []
+        for layer in self.layers:
+            x = layer(x)
+            found.append(x.flatten(1))
+        return found
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        code_ND = images_NCHW
+        for layer in self.layers:
+            code_ND = layer(code_ND)
+        gate_NE = self.gate(code_ND).softmax(1)
+        logits_NEC = torch.stack([expert(code_ND) for expert in self.experts], 1)
+        return (gate_NE[..., None] * logits_NEC).sum(1)
+
+    def losses(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy, and the smallest SNNL of the layers at temperature 1."""
+        cross_entropy = F.cross_entropy(self(images_NCHW), labels_N)
+        by_layer = [authors_snnl([x_ND], labels_N, 1.0) for x_ND in self.activations(images_NCHW)]
+        return cross_entropy, torch.stack(by_layer).min()
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Image by image, through PIL and ToTensor, as torchvision's data sets go."""
+
+    def __init__(self, split: Split) -> None:
+        from torchvision.transforms import ToTensor
+
+        self.to_tensor = ToTensor()
+        self.arrays = [image_CHW.permute(1, 2, 0).squeeze(2).numpy() for image_CHW in split.images_NCHW]
+        self.labels = split.labels_N.tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.to_tensor(Image.fromarray(self.arrays[index])), self.labels[index]
+
+
+def usual_batches(split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """For ever; in this process, since a benchmark on one core gives its peers no more."""
+    while True:
+        yield from torch.utils.data.DataLoader(Pictures(split), batch, shuffle=True)
+
+
+# ---------------------------------------------------------------------------------- stacked seeds
+
+
+class StackedClassifiers(nn.Module):
+    """The MLP classifiers of S seeds as one, each layer one batched product."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        stacked, _ = torch.func.stack_module_state(list(models))
+        self.weights = nn.ParameterDict(
+            {name.replace(".", "/"): nn.Parameter(w) for name, w in stacked.items()}
+        )
+
+    def forward(self, images_SNP: Tensor) -> Tensor:
+        """Logits [S, N, C]."""
+
+        def linear(x_SND: Tensor, name: str) -> Tensor:
+            weight_SOD, bias_SO = self.weights[f"{name}/weight"], self.weights[f"{name}/bias"]
+            return torch.baddbmm(bias_SO[:, None], x_SND, weight_SOD.transpose(1, 2))
+
+        code_SND = linear(linear(images_SNP, "extractor/layers/hidden/1").relu(), "extractor/layers/code/1")
+        gate_SNE = linear(linear(code_SND, "moe/router/gate/0").relu(), "moe/router/gate/2").softmax(2)
+        w1_SEDH, b1_SEH, w2_SEHC, b2_SEC = (
+            self.weights[f"moe/experts/{name}"] for name in ("w1_EDH", "b1_EH", "w2_EHO", "b2_EO")
+        )
+        w1_SDF = w1_SEDH.transpose(1, 2).flatten(2)
+        hidden_SNF = torch.baddbmm(b1_SEH.flatten(1)[:, None], code_SND, w1_SDF).relu()
+        weighed_SNF = (hidden_SNF.unflatten(2, b1_SEH.shape[1:]) * gate_SNE[..., None]).flatten(2)
+        return torch.baddbmm(gate_SNE @ b2_SEC, weighed_SNF, w2_SEHC.flatten(1, 2))
+
+    def loss(self, images_SNP: Tensor, labels_SN: Tensor) -> Tensor:
+        """Sum over seeds of each one's mean: no seed feels another."""
+        logits_SNC = self(images_SNP)
+        return F.cross_entropy(logits_SNC.flatten(0, 1), labels_SN.flatten()) * len(labels_SN)
+
+
+# ------------------------------------------------------------------------------------------ rows
+
+
+def rows(quick: bool = False) -> list[Row]:
+    """Steps of training: data path, forward, backward, optimiser. `quick`: a look at the machinery."""
+    if quick:
+        return [
+            _snnl_step(8, rounds=3),
+            _pipeline(8, rounds=3),
+            _data_path(10, rounds=3),
+            _seeds(3, 8, rounds=3),
+        ]
+    return [
+        _snnl_step(256, goal_time=3.5, rounds=5),
+        _snnl_step(512, goal_time=3.5, rounds=5),
+        _pipeline(512, goal_time=3, rounds=5),
+        _data_path(100),
+        _seeds(10, 100, goal_time=2),
+    ]
+
+
+def _snnl_step(batch: int, **options: Any) -> Row:
+    widths = 64 * 14**2, 128 * 6**2, CNN.code_dim or 0
+    contestants = (
+        Contestant("ours", partial(our_snnl_step, batch, "bfloat16"), peer=False),
+        Contestant("ours, float32", partial(our_snnl_step, batch, "float32"), peer=False),
+        Contestant("authors", partial(_authors_step, batch)),
+    )
+    pairs = Work(gemm=_cnn_operations(batch) + 3.0 * batch**2 * sum(widths), exp=1.5 * batch**2)
+    return Row(
+        f"CNN step with SNNL, batch {batch}", {"N": batch}, pairs, contestants, dtype=_DTYPES, **options
+    )
+
+
+_DTYPES = "float32; ours: extractor in bfloat16, experts and losses in float32"
+
+
+def _cnn_operations(batch: int) -> float:
+    """In forward and backward passes; nothing asks for the gradient of the pixels."""
+    conv1, conv2 = 14**2 * 64 * 3 * 8**2, 6**2 * 128 * 64 * 6**2
+    linear = 128 * 6**2 * 128 + 128 * 512 + 512 * 4 + 4 * (128 * 512 + 512 * 10)
+    return 2.0 * batch * (2 * conv1 + 3 * conv2 + 3 * linear)
+
+
+def our_snnl_step(batch: int, compute: Compute, device: str) -> Step:
+    dataset = random_dataset(CIFAR, batch, device)
+    task = task_of(dataset, CNN, SNNL, batch, compute)
+    optimizer, ready = adam(task, fused=True), next(task.batches(0))
+    return lambda: descend(optimizer, task.losses(ready, 0)["total"])
+
+
+def _authors_step(batch: int, device: str) -> Step:
+    split = random_dataset(CIFAR, batch, device).train
+    model = PublicClassifier(CIFAR).to(device)
+    optimizer, images_NCHW = adam(model, fused=False), data.pixels(split.images_NCHW, torch.float32)
+    return lambda: descend(optimizer, sum(model.losses(images_NCHW, split.labels_N), torch.zeros(())))
+
+
+def _pipeline(batch: int, **options: Any) -> Row:
+    contestants = (
+        Contestant("ours", partial(_our_pipeline, batch, "bfloat16"), peer=False),
+        Contestant("ours, float32", partial(_our_pipeline, batch, "float32"), peer=False),
+        Contestant("usual script", partial(_usual_pipeline, batch)),
+    )
+    work = Work(gemm=_cnn_operations(batch))
+    return Row(
+        f"CNN from data to update, batch {batch}", {"N": batch}, work, contestants, dtype=_DTYPES, **options
+    )
+
+
+def _our_batches(task: ClassifierTask) -> Iterator[tuple[Tensor, Tensor]]:
+    epoch = 0
+    while True:
+        yield from task.batches(epoch)
+        epoch += 1
+
+
+def _our_pipeline(batch: int, compute: Compute, device: str) -> Step:
+    task = task_of(random_dataset(CIFAR, 8 * batch, device), CNN, Objective(), batch, compute)
+    optimizer, batches = adam(task, fused=True), _our_batches(task)
+    return lambda: descend(optimizer, task.losses(next(batches), 0)["total"])
+
+
+def _usual_pipeline(batch: int, device: str) -> Step:
+    batches = usual_batches(random_dataset(CIFAR, 8 * batch).train, batch)
+    model = PublicClassifier(CIFAR).to(device)
+    optimizer = adam(model, fused=False)
+
+    def step() -> None:
+        images_NCHW, labels_N = next(batches)
+        descend(optimizer, F.cross_entropy(model(images_NCHW.to(device)), labels_N.to(device)))
+
+    return step
+
+
+def _data_path(batch: int, **options: Any) -> Row:
+    def ours(device: str) -> Step:
+        batches = _our_batches(
+            task_of(random_dataset(MNIST, 600 * batch, device), MLP, Objective(), batch, "float32")
+        )
+        return lambda: next(batches)
+
+    def usual(device: str) -> Step:
+        batches = usual_batches(random_dataset(MNIST, 600 * batch).train, batch)
+        return lambda: [tensor.to(device) for tensor in next(batches)]
+
+    work = Work(bytes=batch * 28.0**2 * (1 + 4))
+    contestants = Contestant("ours", ours, peer=False), Contestant("usual script", usual)
+    return Row(f"data path alone, MNIST size, batch {batch}", {"N": batch}, work, contestants, **options)
+
+
+def _seeds(seeds: int, batch: int, **options: Any) -> Row:
+    """Not part of the engine, which gives each seed a process: on one core, what would stacking gain?"""
+
+    def tasks(device: str) -> list[ClassifierTask]:
+        dataset = random_dataset(MNIST, 60 * batch, device)
+        return [task_of(dataset, MLP, Objective(), batch, "float32", seed) for seed in range(seeds)]
+
+    def stacked(device: str) -> Step:
+        own = tasks(device)
+        model, batches = (
+            StackedClassifiers([task.model for task in own]),
+            [_our_batches(task) for task in own],
+        )
+        optimizer = adam(model, fused=True)
+
+        def step() -> None:
+            images, labels = zip(*map(next, batches), strict=True)
+            descend(optimizer, model.loss(torch.stack(images).flatten(2), torch.stack(labels)))
+
+        return step
+
+    def one_by_one(device: str) -> Step:
+        steps = []
+        for task in tasks(device):
+            steps.append(partial(_seed_step, task, adam(task, fused=True), _our_batches(task)))
+        return lambda: [step() for step in steps]
+
+    hidden, code, gate = MLP.extractor_hidden, MLP.code_dim or 0, MLP.gate_hidden
+    own = (
+        2 * 28**2 * hidden
+        + 3 * hidden * code
+        + 3 * gate * (code + 4)
+        + 3 * 4 * MLP.expert_hidden * (code + 10)
+    )
+    contestants = Contestant("stacked", stacked, peer=False), Contestant("one by one", one_by_one)
+    sizes = {"N": batch, "S": seeds}
+    return Row(
+        f"{seeds} seeds of an MLP, batch {batch}",
+        sizes,
+        Work(2.0 * seeds * batch * own),
+        contestants,
+        **options,
+    )
+
+
+def _seed_step(
+    task: ClassifierTask, optimizer: torch.optim.Optimizer, batches: Iterator[tuple[Tensor, Tensor]]
+) -> None:
+    descend(optimizer, task.losses(next(batches), 0)["total"])
+
+
+# ---------------------------------------------------------------------------------- correctness
+
+
+def bfloat16(
+    machine: Machine, dataset: Dataset | None = None, seeds: Sequence[int] = (1, 2, 3), epochs: int = 4
+) -> list[dict[str, Any]]:
+    """What the extractor's bfloat16 changes on validation data: arm `base`, FashionMNIST, 10,000 images."""
+    if dataset is None:
+        if not data.present("fashion_mnist"):
+            print("FashionMNIST is not there (make data): bfloat16 is not compared with float32")
+            return []
+        dataset = data.load("fashion_mnist", device=machine.device)
+        dataset = replace(dataset, train=dataset.train.take(slice(10_000)))
+    found: list[dict[str, Any]] = []
+    for seed in seeds:
+        own: dict[str, dict[str, float]] = {}
+        for compute in get_args(Compute):
+            start = machine.now()
+            task = task_of(dataset, CNN, Objective(), 256, compute, seed)
+            evaluate: Callable[[], dict[str, float]] = partial(validation_measures, task)
+            history, _ = fit(task, TrainConfig(epochs=epochs), evaluate, label=f"{compute}, seed {seed}")
+            best = history.best_epoch
+            own[compute] = {
+                "accuracy": history.validation["accuracy"][best] or 0.0,
+                "cross_entropy": history.best_cross_entropy,
+                "seconds": machine.now() - start,
+            }
+        found.append({"seed": seed, "epochs": epochs, **own})
+    return found

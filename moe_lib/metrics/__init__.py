@@ -1,0 +1,41 @@
+"""Measures of routing, of expert similarity and of embeddings, and of their collapse."""
+
+from moe_lib.metrics.measures import (
+    Embedding,
+    Load,
+    RoutingEntropy,
+    TaskScore,
+    aligned_similarity,
+    calibration_error,
+    class_expert_matrix,
+    embedding_quality,
+    expert_cka,
+    information_class_null,
+    linear_cka,
+    load,
+    output_similarity,
+    pairwise_similarity,
+    routing_entropy,
+    similarity_floor,
+    task_score,
+)
+
+__all__ = [
+    "Embedding",
+    "Load",
+    "RoutingEntropy",
+    "TaskScore",
+    "aligned_similarity",
+    "calibration_error",
+    "class_expert_matrix",
+    "embedding_quality",
+    "expert_cka",
+    "information_class_null",
+    "linear_cka",
+    "load",
+    "output_similarity",
+    "pairwise_similarity",
+    "routing_entropy",
+    "similarity_floor",
+    "task_score",
+]

@@ -1,0 +1,88 @@
+"""What breaks when experts, or the routing between them, are tampered with.
+
+Shapes: N samples, E experts, C classes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_lib.models.classifier import Mixture, mix
+
+
+class Ablations(NamedTuple):
+    """Accuracy lost (clean minus ablated; a negative value is a gain)."""
+
+    dropped: list[float]  # one per expert: its weight set to 0, the others' renormalised (alike if tiny)
+    swapped: float  # mean over pairs: each gets the other's weight
+    merged: float  # mean over pairs: both replaced by the mean of their logits
+    permuted: float  # routing weights exchanged between samples at random, mean of 5 draws
+    permuted_cross_entropy: float  # likewise, cross-entropy gained, nats
+    damage_CE: list[list[float]]  # per class and dropped expert
+
+
+def expert_ablations(
+    weights_NE: Tensor,
+    expert_logits_NEC: Tensor,
+    labels_N: Tensor,
+    mixture: Mixture,
+    generator: torch.Generator,
+) -> Ablations:
+    """Ablate a trained mixture on a data set, from its routing weights and expert logits alone.
+
+    With one expert nothing is left to drop or swap: the lists hold NaN and the means are NaN.
+    """
+    num_experts, num_classes = expert_logits_NEC.shape[1:]
+
+    def score(weights_NE: Tensor, logits_NEC: Tensor = expert_logits_NEC) -> tuple[Tensor, float]:
+        log_probs_NC = mix(weights_NE, logits_NEC, mixture)
+        cross_entropy = -log_probs_NC.gather(1, labels_N[:, None]).mean().item()
+        return (log_probs_NC.argmax(1) == labels_N).double(), cross_entropy
+
+    clean_N, clean_cross_entropy = score(weights_NE)
+    one_hot_NC = torch.nn.functional.one_hot(labels_N, num_classes).double()
+    counts_C = one_hot_NC.sum(0)
+    dropped, damage = [], []
+    for e in range(num_experts):
+        kept_NE = weights_NE.clone()
+        kept_NE[:, e] = 0
+        total_N1 = kept_NE.sum(1, keepdim=True)
+        # Where the dropped expert had all but a millionth, the others share alike.
+        others_NE = torch.full_like(kept_NE, 1 / max(num_experts - 1, 1))
+        others_NE[:, e] = 0
+        kept_NE = torch.where(total_N1 > 1e-6, kept_NE / total_N1.clamp(min=1e-6), others_NE)
+        lost_N = clean_N - score(kept_NE)[0]
+        alone = num_experts == 1
+        dropped.append(float("nan") if alone else lost_N.mean().item())
+        damage.append((lost_N @ one_hot_NC / counts_C) * (float("nan") if alone else 1))
+
+    swapped, merged = [], []
+    for a, b in itertools.combinations(range(num_experts), 2):
+        order = list(range(num_experts))
+        order[a], order[b] = b, a
+        swapped.append((clean_N - score(weights_NE[:, order])[0]).mean().item())
+        logits_NEC = expert_logits_NEC.clone()
+        logits_NEC[:, [a, b]] = logits_NEC[:, [a, b]].mean(1, keepdim=True)
+        merged.append((clean_N - score(weights_NE, logits_NEC)[0]).mean().item())
+
+    permuted = []
+    for _ in range(5):
+        order_N = torch.randperm(len(labels_N), generator=generator).to(labels_N.device)
+        correct_N, cross_entropy = score(weights_NE[order_N])
+        permuted.append(((clean_N - correct_N).mean().item(), cross_entropy - clean_cross_entropy))
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values) if values else float("nan")
+
+    return Ablations(
+        dropped,
+        mean(swapped),
+        mean(merged),
+        mean([accuracy for accuracy, _ in permuted]),
+        mean([cross_entropy for _, cross_entropy in permuted]),
+        torch.stack(damage, 1).tolist(),
+    )

@@ -1,0 +1,1 @@
+"""Routers, experts, and the layer made of them."""

@@ -1,0 +1,257 @@
+"""How a mixture of experts is computed: sum_e gate_e (relu(x W1_e + b1_e) W2_e + b2_e) and its gradient.
+
+    soft     all experts side by side are one network of width E * H whose hidden activations the gates
+             weigh: outputs of single experts are never formed. Large batches go through it in blocks, and
+             their hidden activations are formed again for the gradient, not kept: O(N (D + O)) of memory
+    top-k    expert by expert, each on the rows that chose it; gradients go straight into the stacked weights
+    grouped  top-k on a GPU that has one product for all experts
+
+Shapes: N rows, D width, H expert hidden width, O output width, E experts, K chosen; F = E * H; M = N * K
+choices; R rows of a block or a group of experts; S rows of one expert;
+I, J widths in and out of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from moe_lib.moe.adaptive import at_least_float32
+from moe_lib.moe.routing import Routing
+from moe_lib.products import BLOCK, ONEDNN_FROM, add_product, blocks_of_rows, product, relu_product
+
+
+class Stacked(NamedTuple):
+    """Weights of E two-layer networks."""
+
+    w1_EDH: Tensor
+    b1_EH: Tensor
+    w2_EHO: Tensor
+    b2_EO: Tensor
+
+
+def mixture(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
+    """Each row's experts, weighted as its decision says: [N, O]. There is no second derivative."""
+    device = x_ND.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x_ND, experts = x_ND.to(dtype), Stacked(*(weight.to(dtype) for weight in experts))
+    if routing.indices_NK.shape[1] == len(experts.b1_EH):
+        w1_DF = experts.w1_EDH.transpose(0, 1).flatten(1)
+        weights_NE = routing.dense_weights().to(x_ND.dtype)
+        return _Soft.apply(
+            x_ND, weights_NE, w1_DF, experts.b1_EH.flatten(), experts.w2_EHO.flatten(0, 1), experts.b2_EO
+        )
+    if _has_grouped_products(experts):
+        return _by_grouped_products(x_ND, routing, experts)
+    return _by_expert(x_ND, routing, experts)
+
+
+# ------------------------------------------------------------------------------------------- soft
+
+
+class _Soft(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, gate_NE: Tensor, w1_DF: Tensor, b1_F: Tensor, w2_FO: Tensor, b2_EO: Tensor
+    ) -> Tensor:
+        x_ND = x_ND.contiguous()
+        out_NO = gate_NE @ b2_EO
+        blocks = blocks_of_rows(x_ND, len(b1_F))
+        for rows in blocks:
+            hidden_RF = relu_product(x_ND[rows], w1_DF, b1_F)
+            out_NO[rows] += product(_weighed(hidden_RF, gate_NE[rows]), w2_FO)
+        kept = hidden_RF if len(blocks) == 1 else None
+        ctx.save_for_backward(x_ND, gate_NE, w1_DF, b1_F, w2_FO, b2_EO, kept)
+        return out_NO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, gate_NE, w1_DF, b1_F, w2_FO, b2_EO, kept = ctx.saved_tensors
+        grad_NO = grad_NO.contiguous()
+        dx_ND, dgate_NE = torch.empty_like(x_ND), grad_NO @ b2_EO.T
+        for_weights = any(ctx.needs_input_grad[2:])
+        sums: list[Tensor] = []
+        for rows in blocks_of_rows(x_ND, len(b1_F)):
+            x_RD, gate_RE, grad_RO = x_ND[rows], gate_NE[rows], grad_NO[rows]
+            hidden_RF = relu_product(x_RD, w1_DF, b1_F) if kept is None else kept
+            d_RF = product(grad_RO, w2_FO.T)
+            dgate_NE[rows] += _by_expert_of(d_RF * hidden_RF, gate_RE).sum(2)
+            _mask(d_RF, hidden_RF)
+            _by_expert_of(d_RF, gate_RE).mul_(gate_RE[:, :, None])
+            dx_ND[rows] = product(d_RF, w1_DF.T)
+            if for_weights:
+                dw2_OF = product(grad_RO.T, _weighed(hidden_RF, gate_RE))  # this way round, twice as fast
+                parts = [product(x_RD.T, d_RF), d_RF.sum(0), dw2_OF.T]
+                sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
+        if not for_weights:
+            return dx_ND, dgate_NE, None, None, None, None
+        return dx_ND, dgate_NE, *sums, gate_NE.T @ grad_NO
+
+
+def _by_expert_of(hidden_RF: Tensor, gate_RE: Tensor) -> Tensor:
+    """[R, E, H]"""
+    return hidden_RF.unflatten(1, (gate_RE.shape[1], -1))
+
+
+def _weighed(hidden_RF: Tensor, gate_RE: Tensor) -> Tensor:
+    return (_by_expert_of(hidden_RF, gate_RE) * gate_RE[:, :, None]).flatten(1)
+
+
+def _mask(d_RF: Tensor, hidden_RF: Tensor) -> None:
+    """The derivative of a ReLU with these outputs, in place."""
+    torch.ops.aten.threshold_backward.grad_input(d_RF, hidden_RF, 0, grad_input=d_RF)
+
+
+# ------------------------------------------------------------------------------------------ top-k
+
+
+class _Group(NamedTuple):
+    """Experts next to each other whose rows are gathered, weighed and added up together."""
+
+    experts: slice
+    places: slice  # in the list of all choices, expert by expert
+    row_R: Tensor
+    sizes: list[int]  # rows of each expert
+
+
+def _by_expert(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
+    num_rows, top_k = routing.indices_NK.shape
+    num_experts, hidden_dim, out_dim = experts.w2_EHO.shape
+    expert_M = routing.indices_NK.flatten()  # row by row
+    counts = torch.bincount(expert_M, minlength=num_experts).tolist()
+    on_cpu = x_ND.device.type == "cpu"
+    spares = [_spare(count, hidden_dim * max(x_ND.shape[1], out_dim)) if on_cpu else 0 for count in counts]
+    by_expert = expert_M.argsort(stable=True).split(counts)
+    # Spare places are filled with a choice that does not exist, M, of weight 0.
+    choice_M = torch.cat(
+        [
+            F.pad(own_R, (0, spare), value=len(expert_M)) if spare else own_R
+            for own_R, spare in zip(by_expert, spares, strict=True)
+        ]
+    )
+    gate_M = F.pad(routing.weights_NK.flatten(), (0, 1)).index_select(0, choice_M)
+    row_M = (choice_M // top_k).clamp_(max=num_rows - 1)
+    sizes = [count + spare for count, spare in zip(counts, spares, strict=True)]
+    groups = _groups(row_M, sizes, BLOCK // (2 * max(x_ND.shape[1], hidden_dim, out_dim)))
+    return _Chosen.apply(groups, torch.is_grad_enabled(), x_ND, gate_M, *experts)
+
+
+def _spare(count: int, multiplications: int) -> int:
+    """What is missing to a multiple of 16, or beyond 512 to a number of 5 binary digits and zeros.
+
+    oneDNN compiles a product anew for each shape, which takes about as long as the product itself, and the
+    number of rows that choose an expert changes step by step. Small products do without it.
+    """
+    return -count % 2 ** max(4, count.bit_length() - 5) if count * multiplications >= ONEDNN_FROM else 0
+
+
+def _groups(row_M: Tensor, sizes: list[int], most: int) -> list[_Group]:
+    """As many experts in a group as have `most` rows together, one at least."""
+    groups, first, start = [], 0, 0
+    for last in range(len(sizes)):
+        stop = start + sum(sizes[first : last + 1])
+        if last + 1 == len(sizes) or stop - start + sizes[last + 1] > most:
+            places = slice(start, stop)
+            groups.append(_Group(slice(first, last + 1), places, row_M[places], sizes[first : last + 1]))
+            first, start = last + 1, stop
+    return groups
+
+
+class _Chosen(torch.autograd.Function):
+    """`gate_M`: the weights of all choices, expert by expert."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        groups: Sequence[_Group],
+        keep: bool,
+        x_ND: Tensor,
+        gate_M: Tensor,
+        w1_EDH: Tensor,
+        b1_EH: Tensor,
+        w2_EHO: Tensor,
+        b2_EO: Tensor,
+    ) -> Tensor:
+        sum_NO = at_least_float32(x_ND.new_zeros(len(x_ND), b2_EO.shape[1]))
+        kept = []
+        for experts, places, row_R, sizes in groups:
+            x_RD = x_ND.index_select(0, row_R)
+            hidden_RH = _each(relu_product, x_RD.split(sizes), w1_EDH[experts], b1_EH[experts])
+            out_RO = _each(product, hidden_RH.split(sizes), w2_EHO[experts], b2_EO[experts])
+            sum_NO.index_add_(0, row_R, (gate_M[places, None] * out_RO).to(sum_NO.dtype))
+            if keep:
+                kept += [hidden_RH, out_RO]
+        ctx.groups = groups
+        ctx.save_for_backward(x_ND, gate_M, w1_EDH, b1_EH, w2_EHO, b2_EO, *kept)
+        return sum_NO.to(x_ND.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, gate_M, w1_EDH, b1_EH, w2_EHO, b2_EO, *kept = ctx.saved_tensors
+        dx_ND, dgate_M = torch.zeros_like(x_ND), torch.empty_like(gate_M)
+        for_weights = any(ctx.needs_input_grad[4:])
+        dw1_EDH, db1_EH, dw2_EHO, db2_EO = map(torch.zeros_like, (w1_EDH, b1_EH, w2_EHO, b2_EO))
+        for (experts, places, row_R, sizes), hidden_RH, out_RO in zip(
+            ctx.groups, kept[::2], kept[1::2], strict=True
+        ):
+            grad_RO = grad_NO.index_select(0, row_R)
+            dgate_M[places] = (grad_RO * out_RO).sum(1)
+            grad_RO.mul_(gate_M[places, None])
+            d_RH = _each(product, grad_RO.split(sizes), w2_EHO[experts].mT)
+            _mask(d_RH, hidden_RH)
+            dx_ND.index_add_(0, row_R, _each(product, d_RH.split(sizes), w1_EDH[experts].mT))
+            if for_weights:
+                x_RD = x_ND.index_select(0, row_R)
+                for in_RI, d_RJ, dw_EIJ, db_EJ in (
+                    (x_RD, d_RH, dw1_EDH, db1_EH),
+                    (hidden_RH, grad_RO, dw2_EHO, db2_EO),
+                ):
+                    rows_of_each = in_RI.split(sizes), d_RJ.split(sizes)
+                    for in_SI, d_SJ, dw_IJ, db_J in zip(
+                        *rows_of_each, dw_EIJ[experts], db_EJ[experts], strict=True
+                    ):
+                        add_product(dw_IJ, in_SI.T, d_SJ)
+                        torch.sum(d_SJ, 0, out=db_J)
+        dweights = (dw1_EDH, db1_EH, dw2_EHO, db2_EO) if for_weights else (None,) * 4
+        return None, None, dx_ND, dgate_M, *dweights
+
+
+def _each(function: Callable[..., Tensor], parts: Sequence[Tensor], *weights: Tensor) -> Tensor:
+    """Each expert's rows by its own weights, one below the other."""
+    found = [function(*one) for one in zip(parts, *weights, strict=True)]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+# ------------------------------------------------------------------------------- grouped products
+
+
+def _has_grouped_products(experts: Stacked) -> bool:
+    """On a Hopper GPU or later, in bfloat16, with rows of whole 16 bytes."""
+    w1_EDH, _, w2_EHO, _ = experts
+    whole = not any(size % 8 for size in (*w1_EDH.shape[1:], w2_EHO.shape[2]))
+    fits = whole and w1_EDH.is_cuda and w1_EDH.dtype == torch.bfloat16
+    return fits and torch.cuda.get_device_capability(w1_EDH.device) >= (9, 0)
+
+
+def _by_grouped_products(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
+    """One product for all experts; sizes stay on the device, so nothing waits for it."""
+    num_experts, top_k = len(experts.b1_EH), routing.indices_NK.shape[1]
+    expert_M, order_M = routing.indices_NK.flatten().sort(stable=True)
+    ends_E = torch.searchsorted(expert_M, torch.arange(num_experts, device=x_ND.device), right=True)
+    ends_E = ends_E.to(torch.int32)
+    row_M = order_M // top_k
+    hidden_MH = F.grouped_mm(x_ND.index_select(0, row_M), experts.w1_EDH, offs=ends_E)
+    hidden_MH = (hidden_MH + experts.b1_EH.index_select(0, expert_M)).relu()
+    out_MO = F.grouped_mm(hidden_MH, experts.w2_EHO, offs=ends_E)
+    out_MO = out_MO + experts.b2_EO.index_select(0, expert_M)
+    gate_M1 = routing.weights_NK.flatten().index_select(0, order_M)[:, None]
+    out_NO = gate_M1.new_zeros(len(x_ND), out_MO.shape[1])
+    return out_NO.index_add(0, row_M, gate_M1 * out_MO).to(x_ND.dtype)

@@ -1,0 +1,1 @@
+"""Disturbances of images: corruptions and attacks."""

@@ -1,0 +1,1 @@
+"""The study: configurations, data, training, evaluation, claims and report."""

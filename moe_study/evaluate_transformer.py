@@ -1,0 +1,547 @@
+"""From a trained transformer to the numbers in its result file.
+
+Shapes: N tokens, B sequences or images, T positions, D width, E experts, C classes, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_lib import metrics
+from moe_lib.models.language import LanguageTask
+from moe_lib.models.transformer import Seen, moe_layers, watching
+from moe_lib.models.vision import VisionTask
+from moe_lib.moe.experts import MoE
+from moe_lib.moe.routing import Routing, adaptive_routers, frozen_scales, gradient_through_scales, joined
+from moe_lib.rng import generator
+from moe_lib.robustness.attacks import fgsm, pgd, spsa
+from moe_lib.robustness.corruptions import CORRUPTIONS, corrupt
+from moe_study import store
+from moe_study.data import Split, pixels
+from moe_study.data.text import Text, head, swap_words
+from moe_study.evaluate import EMBEDDING_SAMPLES, KNN_SAMPLES, code_measures
+
+# What is measured on how much of the test set: a whole pass for the task, less for the rest.
+ROUTING_BATCHES = 8  # of training size
+ALONE_SAMPLES = 64  # scored one by one
+ABLATION_BATCHES = 2
+EVALUATION_TOKENS = 2**16  # of the validation text, after every epoch
+SWAP_SHARES = (0.0, 0.015, 0.025, 0.05, 0.1)
+ATTACK_STRENGTHS = (1, 2)  # of 255
+
+
+# ----------------------------------------------------------------------------------------- routing
+
+
+def layer_measures(seen: Sequence[Seen], labels_N: Tensor, num_classes: int) -> dict[str, Any]:
+    """One MoE layer over several batches: entropies, load, and how often M changes the choice.
+
+    `changed` compares with M = I in the same model on the same tokens; None for a layer without M:
+        best, chosen: the share of tokens whose best expert, or whose set of chosen experts, is another.
+        follows, follows_plain: adjusted mutual information of a token's best expert with its cluster k (its
+            best expert in the previous layer), with M and with M = I. M is told k, so a router can copy it.
+    """
+    probs_NE = torch.cat([one.routing.probs_NE for one in seen])
+    entropy = metrics.routing_entropy(probs_NE, labels_N, num_classes)
+    return {
+        "marginal": entropy.marginal,
+        "per_sample": entropy.per_sample,
+        "class_conditional": entropy.class_conditional,
+        "load": metrics.load(probs_NE, labels_N),
+        "changed": changed_by_scales(seen) if adaptive_routers(seen[0].layer) else None,
+    }
+
+
+def changed_by_scales(seen: Sequence[Seen]) -> dict[str, float] | None:
+    """See `layer_measures`."""
+    previous = [one.previous for one in seen if one.previous is not None]
+    if not previous:
+        return None
+    actual = joined([one.routing for one in seen])
+    plain = joined([one.layer.route(one.tokens_ND) for one in seen])
+    cluster_N = joined(previous).first_choices()
+    return {
+        "best": (actual.first_choices() != plain.first_choices()).double().mean().item(),
+        "chosen": different_choice(actual, plain).double().mean().item(),
+        "follows": agreement(cluster_N, actual.first_choices()),
+        "follows_plain": agreement(cluster_N, plain.first_choices()),
+    }
+
+
+def agreement(a_N: Tensor, b_N: Tensor) -> float:
+    """Adjusted mutual information of two partitions: 0 by chance, 1 if they agree up to names."""
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    return float(adjusted_mutual_info_score(a_N.cpu().numpy(), b_N.cpu().numpy()))
+
+
+def different_choice(a: Routing, b: Routing) -> Tensor:
+    """[N]: whether two decisions chose different sets of experts."""
+    return ((a.dense_weights() > 0) != (b.dense_weights() > 0)).any(1)
+
+
+def routing_measures(
+    seen: Sequence[Seen], num_layers: int, labels: Sequence[Tensor], num_classes: int
+) -> dict[str, Any]:
+    """All MoE layers, and how well a token's expert in one layer tells its expert in the next.
+
+    Args:
+        seen: of several forward passes of a model with `num_layers` MoE layers, in order.
+        labels: per pass, of its samples; a sample's label is that of all its tokens.
+    """
+    layers, best = [], []
+    for at in range(num_layers):
+        passes = seen[at::num_layers]
+        labels_N = torch.cat(
+            [
+                own.repeat_interleave(len(one.tokens_ND) // len(own))
+                for own, one in zip(labels, passes, strict=True)
+            ]
+        )
+        layers.append(layer_measures(passes, labels_N, num_classes))
+        best.append(torch.cat([one.routing.first_choices() for one in passes]))
+    stability = [agreement(a, b) if len(a) == len(b) else None for a, b in itertools.pairwise(best)]
+    return {"layers": layers, "stability": stability}
+
+
+class Company(NamedTuple):
+    """Does a sample's fate depend on what else is in the batch, or comes later?"""
+
+    cross_entropy_alone: float
+    cross_entropy_together: float
+    changed_choice: float  # share of tokens that are routed otherwise, last MoE layer
+    largest_change: float  # of a log-probability
+
+
+# ---------------------------------------------------------------------------------------- ablation
+
+
+def scale_experts(layers: Sequence[MoE]) -> bool:
+    return any(router.config.scale_experts for layer in layers for router in adaptive_routers(layer))
+
+
+@contextmanager
+def tampered(layers: Sequence[MoE], change: Callable[[Routing], Routing]) -> Iterator[None]:
+    """Replace the decisions of some MoE layers; later layers see the changed ones."""
+    if scale_experts(layers):
+        raise ValueError("scale_experts: the decision and the experts' input cannot be changed apart")
+    handles = [
+        layer.router.register_forward_hook(lambda module, inputs, routing: change(routing))
+        for layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def without(expert: int) -> Callable[[Routing], Routing]:
+    """The decision if `expert` did not exist: the next best takes its place."""
+
+    def change(routing: Routing) -> Routing:
+        logits_NE = routing.logits_NE.clone()
+        logits_NE[:, expert] = -math.inf
+        probs_NE = logits_NE.to(routing.probs_NE.dtype).softmax(1)
+        return Routing(logits_NE, probs_NE, routing.indices_NK, routing.weights_NK).top(
+            routing.indices_NK.shape[1]
+        )
+
+    return change
+
+
+def permuted(draw: torch.Generator) -> Callable[[Routing], Routing]:
+    """Decisions exchanged between tokens at random."""
+
+    def change(routing: Routing) -> Routing:
+        order_N = torch.randperm(len(routing.probs_NE), generator=draw).to(routing.probs_NE.device)
+        return Routing(*(field[order_N] for field in routing))
+
+    return change
+
+
+def ablation_measures(
+    layers: Sequence[MoE], cross_entropy: Callable[[], float], draw: torch.Generator
+) -> dict[str, Any]:
+    """Cross-entropy gained (nats) when one layer loses an expert, or has its decisions exchanged. Empty where
+    the experts see M h too, so that it can't be told what the decision alone is worth."""
+    if scale_experts(layers):
+        return {}
+    clean = cross_entropy()
+    dropped, exchanged = [], []
+    for layer in layers:
+        row = []
+        num_experts = layer.experts.num_experts
+        for expert in range(num_experts if layer.top_k is None or num_experts > layer.top_k else 0):
+            with tampered([layer], without(expert)):
+                row.append(cross_entropy() - clean)
+        dropped.append(row)
+        with tampered([layer], permuted(draw)):
+            exchanged.append(cross_entropy() - clean)
+    with tampered(layers, permuted(draw)):
+        together = cross_entropy() - clean
+    return {"dropped": dropped, "permuted": exchanged, "permuted_everywhere": together}
+
+
+# ------------------------------------------------------------------------------------------ vision
+
+
+@contextmanager
+def without_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """Only inputs are differentiated in this context, which saves a seventh of the time."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+def mean_effective_experts(routings: Sequence[Routing]) -> float:
+    """exp of the entropy of the mean gate, averaged over MoE layers."""
+    gates = torch.stack([routing.probs_NE.double().mean(0) for routing in routings])
+    return torch.special.entr(gates).sum(1).exp().mean().item()
+
+
+class VisionExperiment:
+    """What the engine asks of a vision run.
+
+    Args:
+        attack_images: of the test set are attacked, a quarter of them by SPSA, twice as many corrupted.
+    """
+
+    def __init__(self, task: VisionTask, attack_images: int) -> None:
+        self.task, self.attack_images = task, attack_images
+
+    def validation(self) -> dict[str, float]:
+        split = self.task.dataset.validation
+        output = self.task.predict(split)
+        score = metrics.task_score(output.log_probs_NC, split.labels_N)
+        return {
+            "cross_entropy": score.cross_entropy,
+            "accuracy": score.accuracy,
+            "effective_experts": mean_effective_experts(output.routings),
+        }
+
+    def initial(self) -> dict[str, Any]:
+        self.task.eval()  # a causal router would count the test set among its steps
+        return {"routing": self._routing()}
+
+    def endpoint(self) -> dict[str, Any]:
+        test = self.task.dataset.test
+        log_probs_NC = self.task.predict(test).log_probs_NC
+        return {
+            "task": metrics.task_score(log_probs_NC, test.labels_N),
+            "correct": store.pack_bits(log_probs_NC.argmax(1) == test.labels_N),
+            "routing": self._routing(),
+        }
+
+    def final(self) -> dict[str, Any]:
+        with without_weight_gradients(self.task.model):
+            attack = self._attack()
+        return self.endpoint() | {
+            "company": self._company(),
+            "ablation": self._ablation(),
+            "corruption": self._corruption(),
+            "attack": attack,
+            "embedding": self._embedding(),
+        }
+
+    def _score(self, split: Split) -> metrics.TaskScore:
+        return metrics.task_score(self.task.predict(split).log_probs_NC, split.labels_N)
+
+    def _part(self, batches: int) -> Split:
+        return self.task.dataset.test.take(slice(batches * self.task.batch_size))
+
+    def _routing(self) -> dict[str, Any]:
+        split = self._part(ROUTING_BATCHES)
+        with watching(self.task.model) as seen:
+            self.task.predict(split)
+        labels = split.labels_N.split(self.task.batch_size)
+        return routing_measures(seen, len(moe_layers(self.task.model)), labels, self.task.dataset.num_classes)
+
+    def _company(self) -> Company:
+        split = self._part(1).take(slice(ALONE_SAMPLES))
+        together = self.task.predict(self._part(1))
+        alone = [self.task.predict(split.take(slice(i, i + 1))) for i in range(len(split))]
+        log_probs_NC = torch.cat([output.log_probs_NC for output in alone])
+        choice = joined([output.routings[-1] for output in alone])
+        tokens = len(choice.probs_NE)
+        changed_N = different_choice(choice, Routing(*(field[:tokens] for field in together.routings[-1])))
+        return company(log_probs_NC, together.log_probs_NC[: len(split)], split.labels_N, changed_N)
+
+    def _ablation(self) -> dict[str, Any]:
+        split = self._part(ABLATION_BATCHES)
+        return ablation_measures(
+            moe_layers(self.task.model),
+            lambda: self._score(split).cross_entropy,
+            generator(self.task.seed, "permuted routing"),
+        )
+
+    def _corruption(self) -> dict[str, Any]:
+        """Accuracy at severities 1 to 5; "clean" is that of the same images."""
+        split = self.task.dataset.test.take(slice(2 * self.attack_images))
+        accuracy: dict[str, Any] = {"clean": self._score(split).accuracy}
+        for name in CORRUPTIONS:
+            accuracy[name] = [
+                self._score(
+                    Split(
+                        corrupt(split.images_NCHW, name, severity, generator(self.task.seed, name, severity)),
+                        split.labels_N,
+                    )
+                ).accuracy
+                for severity in range(1, 6)
+            ]
+        return accuracy
+
+    def _attack(self) -> dict[str, Any]:
+        """Accuracy under attack, by attack and strength (1/255 or 2/255), by what is known of M.
+
+        AC's M depends on the batch, so an attacker (and the score) can treat it in three ways: "detached",
+        a constant in the gradient, as the published code would have it; "through", differentiated;
+        "frozen" at its value on the clean images, for attack and score alike. Other routers have no M:
+        "detached" alone. SPSA uses no gradient at all: it takes less accuracy than PGD on the same images
+        ("spsa-2 pgd", M differentiated) unless gradients are masked.
+        """
+        model, dtype = self.task.model, self.task.dtype
+        routers = adaptive_routers(model)
+        batch_dependent = any(not router.config.causal for router in routers)
+        modes = ("detached", "through", "frozen") if batch_dependent else ("detached",)
+        test = self.task.dataset.test.take(slice(self.attack_images))
+
+        def predict(images_NCHW: Tensor) -> Tensor:
+            return model(images_NCHW).log_probs_NC
+
+        def mode_of(name: str, images_NCHW: Tensor) -> AbstractContextManager:
+            if name == "through":
+                return gradient_through_scales(model)
+            if name == "frozen":
+                return frozen_scales(model, lambda: predict(images_NCHW))
+            return nullcontext()
+
+        right: dict[str, dict[str, int]] = {}
+        counts: dict[str, int] = {}
+        clean = 0
+
+        def count(key: str, mode: str, attacked_NCHW: Tensor, labels_N: Tensor) -> None:
+            with torch.no_grad():
+                correct = int((predict(attacked_NCHW).argmax(1) == labels_N).sum())
+            own = right.setdefault(key, {})
+            own[mode] = own.get(mode, 0) + correct
+
+        for number, start in enumerate(range(0, len(test), self.task.batch_size)):
+            part = test.take(slice(start, start + self.task.batch_size))
+            images_NCHW, labels_N = pixels(part.images_NCHW, dtype), part.labels_N
+            with torch.no_grad():
+                clean += int((predict(images_NCHW).argmax(1) == labels_N).sum())
+            for strength in ATTACK_STRENGTHS:
+                eps = strength / 255
+                for mode in modes:
+                    with mode_of(mode, images_NCHW):
+                        draw = generator(self.task.seed, "pgd", number)
+                        count(f"fgsm-{strength}", mode, fgsm(predict, images_NCHW, labels_N, eps), labels_N)
+                        attacked_NCHW = pgd(predict, images_NCHW, labels_N, eps, draw)
+                        count(f"pgd-{strength}", mode, attacked_NCHW, labels_N)
+                for name in (f"fgsm-{strength}", f"pgd-{strength}"):
+                    counts[name] = counts.get(name, 0) + len(labels_N)
+            if number == 0:
+                few, known = images_NCHW[: self.attack_images // 4], labels_N[: self.attack_images // 4]
+                with gradient_through_scales(model):
+                    by_gradient = pgd(predict, few, known, 2 / 255, generator(self.task.seed, "pgd", number))
+                for key, attacked in (
+                    ("spsa-2", spsa(predict, few, known, 2 / 255, generator(self.task.seed, "spsa"))),
+                    ("spsa-2 pgd", by_gradient),
+                    ("spsa-2 clean", few),
+                ):
+                    count(key, "detached", attacked, known)
+                    counts[key] = len(known)
+        accuracy = {
+            key: {mode: value / counts[key] for mode, value in own.items()} for key, own in right.items()
+        }
+        return {"clean": clean / len(test), **accuracy}
+
+    def _embedding(self) -> dict[str, float]:
+        """Of the mean token in front of the first MoE layer."""
+        test = self.task.dataset.test.take(slice(EMBEDDING_SAMPLES))
+        train = self.task.dataset.train.take(slice(KNN_SAMPLES))
+        codes = [self.task.predict(split).activations["stem"] for split in (train, test)]
+        return code_measures(train, codes[0], test, codes[1])
+
+
+def company(alone_NC: Tensor, together_NC: Tensor, labels_N: Tensor, changed_N: Tensor) -> Company:
+    """Compare the log-probabilities of the same samples in two kinds of company."""
+
+    def cross_entropy(log_probs_NC: Tensor) -> float:
+        return -log_probs_NC.double().gather(1, labels_N[:, None]).mean().item()
+
+    return Company(
+        cross_entropy(alone_NC),
+        cross_entropy(together_NC),
+        changed_N.double().mean().item(),
+        (alone_NC - together_NC).abs().max().item(),
+    )
+
+
+# ---------------------------------------------------------------------------------------- language
+
+
+class LanguageScore(NamedTuple):
+    cross_entropy: float  # nats a token
+    perplexity: float  # its exponential
+    bits_per_byte: float
+    accuracy: float
+
+
+class LanguageExperiment:
+    """What the engine asks of a language run.
+
+    Args:
+        test_tokens: of the test text are scored; half of them with words swapped.
+    """
+
+    def __init__(self, task: LanguageTask, test_tokens: int) -> None:
+        self.task = task
+        corpus = task.corpus
+        self.test = head(corpus, corpus.test, test_tokens)
+        if len(self.test) < 4 * task.config.context:  # half of it is scored again, with shorter words
+            raise ValueError(
+                f"a context of {task.config.context} needs four times that many tokens of test text, but "
+                f"corpus {corpus.name!r} has {len(self.test)}: use a longer text or a shorter context"
+            )
+
+    def validation(self) -> dict[str, float]:
+        corpus = self.task.corpus
+        score = self._score(head(corpus, corpus.validation, EVALUATION_TOKENS))
+        with torch.no_grad():
+            batch = self._sequences(corpus.validation.tokens_N, self.task.batch_size)
+            routings = self.task.model(batch[:, :-1]).routings
+        return {
+            "cross_entropy": score.cross_entropy,
+            "accuracy": score.accuracy,
+            "effective_experts": mean_effective_experts(routings),
+        }
+
+    def initial(self) -> dict[str, Any]:
+        self.task.eval()  # a causal router would count the test set among its steps
+        return {"routing": self._routing()}
+
+    def endpoint(self) -> dict[str, Any]:
+        return {"task": self._score(self.test), "routing": self._routing()}
+
+    def final(self) -> dict[str, Any]:
+        return self.endpoint() | {
+            "company": {"other sequences": self._alone(), "later tokens": self._later()},
+            "ablation": self._ablation(),
+            "swap": self._swap(),
+        }
+
+    def _score(self, text: Text) -> LanguageScore:
+        losses_M, right_M = self.task.score(text.tokens_N)
+        mean = losses_M.mean().item()
+        bits = losses_M.sum().item() / math.log(2)
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        return LanguageScore(mean, perplexity, bits / text.num_bytes, right_M.double().mean().item())
+
+    def _sequences(self, tokens_M: Tensor, count: int) -> Tensor:
+        """[count, T + 1] windows of a text, side by side; fewer if it is shorter."""
+        context = self.task.config.context
+        count = min(count, (len(tokens_M) - 1) // context)
+        index_BW = torch.arange(count)[:, None] * context + torch.arange(context + 1)
+        return tokens_M[index_BW.to(tokens_M.device)]
+
+    @torch.no_grad()
+    def _routing(self) -> dict[str, Any]:
+        """Labels are the tokens that are read."""
+        parts = self._sequences(self.test.tokens_N, ROUTING_BATCHES * self.task.batch_size)[:, :-1].split(
+            self.task.batch_size
+        )
+        with watching(self.task.model) as seen:
+            for part in parts:
+                self.task.model(part)
+        labels = [part.flatten() for part in parts]
+        return routing_measures(seen, len(moe_layers(self.task.model)), labels, self.task.corpus.num_tokens)
+
+    def _compare(
+        self, alone: Sequence[tuple[Tensor, Routing]], together: tuple[Tensor, Routing], targets_N: Tensor
+    ) -> Company:
+        log_probs_NV = torch.cat([log_probs for log_probs, _ in alone])
+        choice = joined([own for _, own in alone])
+        return company(log_probs_NV, together[0], targets_N, different_choice(choice, together[1]))
+
+    @torch.no_grad()
+    def _alone(self) -> Company:
+        """Sequences one by one against the same ones in a batch of the training size."""
+        batch = self._sequences(self.test.tokens_N, self.task.batch_size)
+        few, context = min(ALONE_SAMPLES, len(batch)), self.task.config.context
+        output = self.task.model(batch[:, :-1])
+        together = (
+            output.log_probs_BTV[:few].flatten(0, 1),
+            Routing(*(field[: few * context] for field in output.routings[-1])),
+        )
+        alone = []
+        for sequence in batch[:few]:
+            own = self.task.model(sequence[None, :-1])
+            alone.append((own.log_probs_BTV[0], own.routings[-1]))
+        return self._compare(alone, together, batch[:few, 1:].flatten())
+
+    @torch.no_grad()
+    def _later(self) -> Company:
+        """First halves of sequences whose second halves are another's ("alone"), against the originals.
+
+        A causal model shows no change at all.
+        """
+        batch = self._sequences(self.test.tokens_N, self.task.batch_size)[:, :-1]
+        half = batch.shape[1] // 2
+        exchanged = torch.cat([batch[:, :half], batch[:, half:].roll(1, 0)], 1)
+
+        def first_half(tokens_BT: Tensor) -> tuple[Tensor, Routing]:
+            output = self.task.model(tokens_BT)
+            kept = [
+                field.unflatten(0, tokens_BT.shape)[:, :half].flatten(0, 1) for field in output.routings[-1]
+            ]
+            return output.log_probs_BTV[:, :half].flatten(0, 1), Routing(*kept)
+
+        targets_N = batch[:, 1 : half + 1].flatten()
+        return self._compare([first_half(exchanged)], first_half(batch), targets_N)
+
+    def _ablation(self) -> dict[str, Any]:
+        parts = self._sequences(self.test.tokens_N, ABLATION_BATCHES * self.task.batch_size).split(
+            self.task.batch_size
+        )
+
+        @torch.no_grad()
+        def cross_entropy() -> float:
+            losses = [self.task.losses(part, 0)["cross_entropy"].double() * len(part) for part in parts]
+            return torch.stack(losses).sum().item() / sum(len(part) for part in parts)
+
+        draw = generator(self.task.seed, "permuted routing")
+        return ablation_measures(moe_layers(self.task.model), cross_entropy, draw)
+
+    def _swap(self) -> dict[str, dict[str, float]]:
+        """Cross-entropy with a share of the words replaced by <unk>: on the targets that belong to words left
+        alone, in the clean and in the swapped text, and on all targets of the swapped text."""
+        corpus = self.task.corpus
+        clean = head(corpus, self.test, max(len(self.test) // 2, 1))
+        clean_M, _ = self.task.score(clean.tokens_N)
+        found = {}
+        for share in SWAP_SHARES:
+            swapped = swap_words(corpus, clean, share, generator(self.task.seed, "word swap"))
+            losses_M, _ = self.task.score(swapped.tokens_M)
+            scored = swapped.clean_positions_U > 0  # the first token of a text is no target
+            scored &= swapped.swapped_positions_U > 0
+            found[f"{share:g}"] = {
+                "clean": clean_M[swapped.clean_positions_U[scored] - 1].mean().item(),
+                "swapped": losses_M[swapped.swapped_positions_U[scored] - 1].mean().item(),
+                "all": losses_M.mean().item(),
+                "words": swapped.num_swapped,
+            }
+        return found

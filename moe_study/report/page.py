@@ -1,0 +1,660 @@
+"""The rendered report and the README's tables, both made from result files alone."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from IPython.display import HTML
+
+from moe_lib.models.language import LanguageConfig
+from moe_study import store, study, verdicts
+from moe_study.claims import BY_KEY, CLAIMS, CONFIRMATORY
+from moe_study.configs import arms
+from moe_study.report import tables
+from moe_study.report import verdicts as words
+from moe_study.report.plots import DATASET_TITLES
+from moe_study.verdicts import Verdict
+
+# Columns of the README's tables of the other studies.
+VISION_SCORES = (
+    "accuracy",
+    "validation area",
+    "lost to corruption",
+    "lost to attack",
+    "changed by M",
+    "leak",
+)
+LANGUAGE_SCORES = (
+    "cross-entropy", "bits per byte", "validation area", "lost to swap", "changed by M",
+    "leak, other sequences", "leak, later tokens",
+)  # fmt: skip
+
+
+def finished_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
+    """Runs with results, by data set, in the order of the profile; data sets without any are left out."""
+    grouped: dict[str, list[study.Run]] = {}
+    for run in study.runs(profile, study_name):
+        if run.path.exists():
+            grouped.setdefault(run.dataset, []).append(run)
+    return grouped
+
+
+def finished_results(profile: str, study_name: str) -> list[dict[str, Any]]:
+    """Of every data set of a study."""
+    return study.results(study.runs(profile, study_name))
+
+
+def each_dataset(
+    profile: str, study_name: str, columns: tables.Columns, table: Callable[[pd.DataFrame], pd.DataFrame]
+) -> pd.DataFrame:
+    """`table` of each data set's runs, one below the other; empty where nothing is finished."""
+    found = {
+        DATASET_TITLES[dataset]: table(tables.frame(study.results(runs), columns))
+        for dataset, runs in finished_runs(profile, study_name).items()
+    }
+    return pd.concat(found, names=["data set"]) if found else pd.DataFrame()
+
+
+def find_verdicts(profile: str) -> list[Verdict]:
+    """Every claim on every data set with results: confirmatory ones first, pilots last."""
+    studies = [*CONFIRMATORY, *dict.fromkeys(claim.study for claim in CLAIMS)]
+    found = [
+        verdict
+        for name in dict.fromkeys(studies)
+        for verdict in verdicts.verdicts(finished_results(profile, name), name)
+    ]
+    return sorted(found, key=lambda verdict: verdict.word == "pilot")
+
+
+def current(found: Sequence[Verdict]) -> list[Verdict]:
+    """Those that count: an exploratory verdict gives way where a confirmatory one is no pilot."""
+
+    def unit(verdict: Verdict) -> tuple[str, str, str]:
+        return verdict.claim.key, verdict.dataset, verdict.control
+
+    confirmed = {unit(v) for v in found if v.confirmatory and v.word != "pilot"}
+    return [v for v in found if v.confirmatory or unit(v) not in confirmed]
+
+
+def collapse_table(profile: str) -> pd.DataFrame:
+    """Is there collapse at all, with and without SNNL: idle experts, idle routing, and alike experts beside
+    their null (the same experts trained alone on the same frozen extractor)."""
+    rows = []
+    for dataset, runs in finished_runs(profile, "snnl").items():
+        results = study.results(runs)
+        frame = tables.frame(results)
+        for arm in ("base", "snnl"):
+            group = frame[frame["arm"] == arm]
+            if not group.empty:
+                null = [
+                    tables.look_up(r, "null.similarity.outputs") for r in results if r["run"]["arm"] == arm
+                ]
+                columns = ("effective experts", "dead experts", "cost of permuted routing", "cos outputs")
+                rows.append(
+                    {"data set": DATASET_TITLES[dataset], "arm": arm, "seeds": str(len(group))}
+                    | {name: tables.spread(group[name], tables.COLUMNS[name][1]) for name in columns}
+                    | {"cos outputs, trained alone": tables.spread(pd.Series(null, dtype=float), 3)}
+                )
+    return pd.DataFrame(rows).set_index(["data set", "arm"]) if rows else pd.DataFrame()
+
+
+def accuracy_table(profile: str, study_name: str = "snnl") -> pd.DataFrame:
+    """Test accuracy (%) of every arm on every data set, mean ± sd over seeds (their number in brackets)."""
+    columns = {}
+    for dataset, runs in finished_runs(profile, study_name).items():
+        frame = tables.frame(study.results(runs), {"accuracy": tables.COLUMNS["accuracy"]})
+        columns[DATASET_TITLES[dataset]] = {
+            str(arm): f"{tables.spread(group['accuracy'] * 100, 2)} ({len(group)})"
+            for arm, group in frame.groupby("arm", sort=False)
+        }
+    table = pd.DataFrame(columns)
+    known = {**arms.ARM_DESCRIPTIONS, **arms.ROUTED_ARM_DESCRIPTIONS, **arms.CROSSED_ARM_DESCRIPTIONS}
+    order = [arm for arm in known if arm in table.index]
+    return table.loc[order].fillna("-").rename_axis("arm")
+
+
+def published_table(profile: str) -> pd.DataFrame:
+    """The papers' accuracies (second-hand) beside ours, over the seeds that have both arms."""
+    rows = []
+    claim = BY_KEY["snnl-accuracy"]
+    for name in ("snnl-confirm", "snnl"):
+        for dataset, runs in finished_runs(profile, name).items():
+            frame = tables.frame(study.results(runs))
+            arms_S = tables.paired(frame, ["base", "snnl"], "accuracy")
+            found = tables.contrast(frame, "snnl", "base", "accuracy")
+            published = claim.published.get(dataset)
+            if published is not None and arms_S is not None and found is not None:
+                rows.append(
+                    {
+                        "study": name,
+                        "data set": DATASET_TITLES[dataset],
+                        "published MoE": f"{100 * published.control:.2f}",
+                        "our base": f"{tables.rounded(arms_S['base'].mean() * 100, 2):.2f}",
+                        "published MoE + SNNL": f"{100 * published.treatment:.2f}",
+                        "our snnl": f"{tables.rounded(arms_S['snnl'].mean() * 100, 2):.2f}",
+                        "published gain": f"{100 * published.difference:+.2f}",
+                        "our gain": f"{found.difference * 100:+.2f}",
+                        "95 % interval": f"[{found.low * 100:+.2f}, {found.high * 100:+.2f}]",
+                        "seeds": str(found.seeds),
+                    }
+                )
+    columns = ["study", "data set", "published MoE", "our base", "published MoE + SNNL", "our snnl"]
+    columns += ["published gain", "our gain", "95 % interval", "seeds"]
+    return pd.DataFrame(rows, columns=columns).set_index(["study", "data set"])
+
+
+def routed_claims_table(profile: str, study_name: str) -> pd.DataFrame:
+    """Each claim for the AC router on each data set of one of its studies, against each control."""
+    asked, pairs, columns = {
+        "ac-vision": (tables.VISION_CLAIMS, tables.VISION_PAIRS, tables.VISION_COLUMNS),
+        "ac-language": (tables.LANGUAGE_CLAIMS, tables.LANGUAGE_PAIRS, tables.LANGUAGE_COLUMNS),
+    }[study_name]
+    return each_dataset(
+        profile, study_name, columns, lambda frame: tables.claim_rows(frame, asked, pairs, columns)
+    )
+
+
+def scores_table(profile: str, study_name: str) -> pd.DataFrame:
+    """What every arm of an AC or the crossed study scores on every data set."""
+    columns, shown = {
+        "ac-language": (tables.LANGUAGE_COLUMNS, LANGUAGE_SCORES),
+    }.get(study_name, (tables.VISION_COLUMNS, VISION_SCORES))
+    return each_dataset(
+        profile, study_name, columns, lambda frame: tables.summary(frame, list(shown), columns)
+    )
+
+
+def crossed_table(profile: str) -> pd.DataFrame:
+    """Main effects and interaction of SNNL and AC on each data set."""
+    return each_dataset(profile, "crossed", tables.VISION_COLUMNS, tables.crossed_effects)
+
+
+def tuning_table(profile: str) -> pd.DataFrame:
+    """Best validation cross-entropy of every setting tried, mean over the tuning seeds."""
+    rows = []
+    for name in (name for name in study.STUDIES if name.endswith("-tuning")):
+        for runs in finished_runs(profile, name).values():
+            for result in study.results(runs):
+                run = result["run"]
+                objective = run["objective"]
+                weight = (objective["snnl"] or {}).get("factor", 0.0)
+                if name == "snnl-tuning":  # elsewhere the balance weight is not tuned
+                    weight = weight or objective["balance"] or objective["auxiliary"]
+                rows.append(
+                    {
+                        "study": name.removesuffix("-tuning"),
+                        "data set": DATASET_TITLES[run["dataset"]],
+                        "arm": run["arm"],
+                        "training images": run["train_images"] or "all",
+                        "epochs": run["train"]["epochs"],
+                        "learning rate": run["train"]["learning_rate"],
+                        "weight of the extra loss": weight,
+                        "cross-entropy": result["history"]["best_cross_entropy"],
+                    }
+                )
+    if not rows:
+        return pd.DataFrame()
+    keys = ["study", "data set", "arm", "training images", "epochs", "learning rate"]
+    by_setting = pd.DataFrame(rows).groupby([*keys, "weight of the extra loss"])["cross-entropy"]
+    table = by_setting.agg(["mean", "count"]).round({"mean": 4})
+    return table.rename(columns={"mean": "validation cross-entropy", "count": "seeds"})
+
+
+def provenance_table(profile: str) -> pd.DataFrame:
+    """Where the numbers come from: commits, versions, machines, time and memory, over all runs used."""
+    by_study = {name: finished_results(profile, name) for name in study.STUDIES}
+    results = [result for own in by_study.values() for result in own]
+    planned = len(study.runs(profile))
+
+    def distinct(values: Sequence[Any]) -> str:
+        return ", ".join(sorted({str(v) for v in values})) or "-"
+
+    versions = [f"{k} {v}" for r in results for k, v in r["versions"].items()]
+    rows = {
+        "runs finished / planned": f"{len(results)} / {planned}",
+        "commits": distinct([(r["commit"] or "unknown")[:10] for r in results]),
+        "code changed since the commit": distinct(
+            [{True: "yes", False: "no"}.get(r["dirty"], "?") for r in results]
+        ),
+        "versions": distinct(versions),
+        "machines": distinct([f"{r['machine']} ({r['device']})" for r in results]),
+        "time": f"{core_minutes(results):.0f} core-minutes",
+        "... by study": ", ".join(f"{name} {core_minutes(own):.0f}" for name, own in by_study.items() if own),
+        "longest run": f"{max((r['wall_seconds'] for r in results), default=0):.0f} s",
+        "highest memory of a run": f"{max((r['peak_memory_mb'] for r in results), default=0):.0f} MB",
+    }
+    return pd.DataFrame({"value": rows}).rename_axis("what")
+
+
+def core_minutes(results: Sequence[dict[str, Any]]) -> float:
+    """Time spent on runs; one that another study had trained already took none."""
+    return sum(r["wall_seconds"] for r in results if "same_as" not in r) / 60
+
+
+def as_html(table: pd.DataFrame) -> HTML:
+    """A table for the report: index as ordinary columns, no border; "none in this profile" if empty."""
+    if table.empty:
+        return HTML("<p>None in this profile.</p>")
+    return HTML(table.reset_index().to_html(index=False, border=0, justify="left"))
+
+
+def budget_table(profile: str) -> pd.DataFrame:
+    """What each study trained, data set by data set; the time is in `provenance_table`."""
+    rows = []
+    for name in study.STUDIES:
+        for dataset, runs in finished_runs(profile, name).items():
+            results = study.results(runs)
+
+            def each(path: str, results: Sequence[dict[str, Any]] = results) -> str:
+                found = {tables.look_up(result, path) for result in results}
+                return ", ".join(f"{value:g}" for value in sorted(v for v in found if v is not None)) or "all"
+
+            text = isinstance(runs[0].model, LanguageConfig)
+            sizes = sorted(r["num_parameters"] / 1e6 for r in results if "num_parameters" in r)
+            rows.append(
+                {
+                    "study": name,
+                    "data set": DATASET_TITLES[dataset],
+                    "arms": str(len({run.arm for run in runs})),
+                    "runs": str(len(runs)),
+                    "training images": "-" if text else each("run.train_images"),
+                    "tokens an epoch": each("run.epoch_tokens") if text else "-",
+                    "epochs": each("run.train.epochs"),
+                    "batch": each("run.train.batch_size"),
+                    "learning rates": each("run.train.learning_rate"),
+                    "weights (millions)": ", ".join(
+                        dict.fromkeys(f"{size:.2f}" for size in (*sizes[:1], *sizes[-1:]))
+                    ),
+                }
+            )
+    return pd.DataFrame(rows).set_index(["study", "data set"]) if rows else pd.DataFrame()
+
+
+# ----------------------------------------------------------------------------------------- README
+
+BEGIN, END = "<!-- results: begin, written by `make readme` -->", "<!-- results: end -->"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A data frame as a Markdown table."""
+    flat = table.reset_index()
+    cells = [[str(c) for c in flat.columns], ["---"] * len(flat.columns)]
+    cells += [[str(v) for v in row] for row in flat.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(v.replace("|", "\\|") for v in row) + " |" for row in cells)
+
+
+def bench_table(name: str) -> pd.DataFrame:
+    """Ours against its fastest peer, from results/bench/<name>.json; empty where that is not there."""
+    path = store.results_dir() / "bench" / f"{name}.json"
+    rows = []
+    for row in store.read(path)["rows"] if path.exists() else []:
+        milliseconds = {who: found["milliseconds"] for who, found in row.get("contestants", {}).items()}
+        plain = milliseconds.pop("ours, float32", None)
+        peers = [value for who, value in milliseconds.items() if who != "ours"]
+        goal = row.get("goals", {}).get("faster")
+        rows.append(
+            {
+                "batch": row["row"],
+                "times as fast": f"{row['faster_than_fastest_peer']:.1f}",
+                "goal": f"{goal:g}" if goal else "-",
+                "in float32 like the peer": f"{min(peers) / plain:.1f}" if plain else "-",
+                "memory, times less": f"{row['memory_saving']:.1f}",
+                "share of the physical limit": f"{row['share_of_limit']:.2f}",
+            }
+        )
+    table = pd.DataFrame(rows)
+    unused = [name for name in table if (table[name] == "-").all()]
+    return table.drop(columns=unused).set_index("batch") if rows else table
+
+
+BENCH_TITLES = {
+    "snnl": "SNNL",
+    "moe": "Mixtures of experts",
+    "router": "The AC router (statistics and decision)",
+    "train": "Training steps (our CNN in bfloat16, which may pass the limit; peers in float32)",
+}
+
+
+def cost_table() -> pd.DataFrame:
+    """Predicted and actual minutes of a run, from results/bench/cost.json; empty where that is not there."""
+    path = store.results_dir() / "bench" / "cost.json"
+    found = pd.DataFrame(store.read(path)["fit"]["groups"] if path.exists() else [])
+    if found.empty:
+        return found
+    found["error"] = (found["without_study"] / found["seconds"] - 1).abs()
+    table = found.groupby(["study", "dataset"], sort=False)
+    minutes = table[["seconds", "without_study"]].median() / 60
+    minutes.columns = ["actual minutes", "predicted minutes"]
+    minutes.insert(0, "runs", table["runs"].sum())
+    minutes = minutes.round(1)
+    minutes["median error of an arm"] = table["error"].median().map("{:.0%}".format)
+    return minutes.reset_index().set_index("study")
+
+
+def scaling_table() -> pd.DataFrame:
+    """Exponents from results/bench/scaling.json, a size a column; empty where that is not there."""
+    path = store.results_dir() / "bench" / "scaling.json"
+    found = store.read(path)["exponents"] if path.exists() else []
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for entry in found:
+        for key in ("time", "memory"):
+            fit = (
+                entry[key]
+                and f"{entry[key]['exponent']:.2f} [{entry[key]['low']:.2f}, {entry[key]['high']:.2f}]"
+            )
+            rows.setdefault((entry["job"], key), {})[entry["size"]] = fit or "-"
+    if not rows:
+        return pd.DataFrame()
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("-").rename_axis(["step of", "grows"])
+
+
+def profile_table() -> pd.DataFrame:
+    """Where time goes in the rows that miss their goal, from results/bench/profile.json; empty without it."""
+    path = store.results_dir() / "bench" / "profile.json"
+    entries = store.read(path)["profiles"] if path.exists() else []
+    rows = [
+        {"batch": entry["row"], "contestant": entry["contestant"], "ms": f"{entry['milliseconds']:.1f}"}
+        | {kind: f"{share:.2f}" for kind, share in entry["shares"].items()}
+        for entry in entries
+    ]
+    return pd.DataFrame(rows).set_index("batch") if rows else pd.DataFrame()
+
+
+# Why the rows that miss their goal do: read off the profiles below.
+MISSED = (
+    "Where a goal is missed, a step's processor time goes (shares; `python -m benchmarks profile`) mostly "
+    "into work that the peer does as well: in bfloat16 the experts' products, in training the convolutions "
+    "(without matrix units bfloat16 does not quite halve them), in ten stacked models the products of small "
+    "matrices and the gathering of their batches. The AC router has no such part: its products have few "
+    "columns, and the rest are passes over the tokens."
+)
+
+
+def throughput_text() -> str:
+    """A clause for each number of processes measured."""
+    found = store.read(store.results_dir() / "bench" / "scaling.json")["throughput"]
+    clauses = [
+        f"{row['processes']} processes do {row['times_one']['median']:.2f} times as much "
+        f"(quartiles {row['times_one']['low']:.2f} to {row['times_one']['high']:.2f})"
+        for row in found
+        if row["processes"] > 1
+    ]
+    return ", ".join(clauses) or "more than one process were not measured"
+
+
+def readme_section() -> str:
+    """The part of the README between its markers, from results/core."""
+    profile = "core"
+    results = [result for name in study.STUDIES for result in finished_results(profile, name)]
+    if not results:
+        return f"{BEGIN}\nNo finished runs yet.\n{END}"
+    machines = ", ".join(sorted({r["machine"] for r in results}))
+    found = current(find_verdicts(profile))
+    sections = [
+        words.tally(found),
+        words.answers(found),
+        f"Profile `core`: {len(results)} of {len(study.runs(profile))} planned runs finished, tuning "
+        f"included, {core_minutes(results):.0f} core-minutes on {machines}. "
+        "Regenerate with `make report PROFILE=core`.",
+        "One row a claim, data set and control, at the last epoch, paired by seed: mean difference, 95 % t "
+        "interval, exact sign-flip p (Holm over the units of a study). *Counts from*: the published "
+        "difference, or "
+        "a declared margin. Fewer than eight seeds are a pilot: shown, never decided.",
+        markdown(words.table(found)),
+        "SNNL: is there collapse? Of four experts, mean ± standard deviation over seeds:",
+        markdown(collapse_table(profile)),
+        "SNNL: test accuracy in %, mean ± standard deviation over seeds (number of seeds):",
+        markdown(accuracy_table(profile)),
+        "SNNL: published accuracies (second-hand) beside ours, in %:",
+        markdown(published_table(profile)),
+    ]
+    for name, title in (
+        ("ac-vision", "AC router, images"),
+        ("ac-language", "AC router, text"),
+        ("crossed", "Both remedies crossed, images (`base`: cosine router, no SNNL)"),
+    ):
+        table = scores_table(profile, name)
+        if not table.empty:
+            sections += [f"{title}: mean ± standard deviation over seeds:", markdown(table)]
+    return "\n\n".join([BEGIN, *sections, *_fold("Speed, memory and cost", speed_sections())]) + f"\n{END}"
+
+
+def _fold(title: str, sections: Sequence[str]) -> list[str]:
+    """Markdown that is shown on a click."""
+    return [f"<details>\n<summary>{title}</summary>", *sections, "</details>"] if sections else []
+
+
+def speed_sections() -> list[str]:
+    """The README's tables of what was measured into results/bench."""
+    speeds = {title: bench_table(name) for name, title in BENCH_TITLES.items()}
+    sections = [text for title, t in speeds.items() if not t.empty for text in (f"{title}:", markdown(t))]
+    if sections:
+        sections.insert(
+            0,
+            "Value and gradient, ours against the fastest peer in the same run (one thread, float32 where "
+            "nothing else is said; `make bench`). The limit is what the processor's products and memory "
+            "could do; *goal* is the speed-up that was aimed at; where *memory, times less* is below 1, the "
+            "peer takes less.",
+        )
+    if not (profiles := profile_table()).empty:
+        sections += [MISSED, markdown(profiles)]
+    if not (costs := cost_table()).empty:
+        sections += [
+            "What a run takes, foretold from its configuration by rates fitted without the runs of its own "
+            "study on that data set (`python -m benchmarks cost`). `make plan` uses the rates of all, the "
+            "speed of the machine it runs on and what processes do at the same time, and says what memory "
+            "they need.",
+            markdown(costs),
+        ]
+    if not (powers := scaling_table()).empty:
+        sections += [
+            "Time and memory of a step of ours grow as powers of each size alone: exponents, 95 % intervals "
+            "(`python -m benchmarks scaling`; drawn in `results/bench/scaling.png`):",
+            markdown(powers),
+            "Seeds are runs of their own, so ten cost ten times one. Of the work that one process does in "
+            f"some time (steps of the CNN with SNNL), {throughput_text()}.",
+        ]
+    return sections
+
+
+def update_readme(path: Path, check: bool = False) -> int:
+    """Write the results section of the README; with `check`, only say if it is out of date (exit code 1)."""
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise store.StoreError(f"{path} must hold the two lines {BEGIN!r} and {END!r} once each")
+    head, rest = text.split(BEGIN)
+    updated = head + readme_section() + rest.split(END)[1]
+    if check:
+        if updated != text:
+            print(f"{path} is out of date: run `make readme`", file=sys.stderr)
+        return int(updated != text)
+    store.write_bytes(path, updated.encode())
+    return 0
+
+
+# ------------------------------------------------------------------------------------------- HTML
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<style>
+:root {{ color-scheme: light; }}
+body {{ margin: 0; padding: 1rem; background: #fff; color: #1a1a1a;
+       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }}
+main {{ max-width: 62rem; margin: 0 auto; overflow-wrap: break-word; }}
+h1 {{ line-height: 1.2; font-size: 1.7rem; margin: .2rem 0 .6rem; }}
+h2 {{ margin-top: 2.5rem; padding-top: .8rem; border-top: 1px solid #ddd; font-size: 1.35rem; }}
+h2:first-of-type {{ margin-top: 1rem; }}
+h3 {{ margin-top: 1.6rem; font-size: 1.1rem; }}
+a {{ color: #005a94; }}
+nav {{ font-size: .85rem; }}
+nav ul {{ list-style: none; margin: 0; padding: 0; }}
+nav > ul > li {{ display: inline-block; margin-right: .9rem; }}
+nav ul ul {{ display: none; }}
+nav a {{ text-decoration: none; }}
+nav a:hover, nav a:focus {{ text-decoration: underline; }}
+@media screen and (min-width: 70rem) {{
+  body {{ padding-left: 14rem; }}
+  nav {{ position: fixed; left: 0; top: 0; bottom: 0; width: 11rem; padding: 1rem; overflow-y: auto;
+        border-right: 1px solid #ddd; }}
+  nav > ul > li {{ display: block; margin: 0 0 .5rem; }}
+  nav ul ul {{ display: block; padding-left: .8rem; }}
+}}
+figure {{ margin: 1rem 0 1.5rem; }}
+img {{ max-width: 100%; height: auto; }}
+@media screen and (max-width: 40rem) {{
+  figure img {{ width: max(100%, calc(var(--width) * .6)); max-width: none; }}
+}}
+figcaption {{ font-size: .75rem; line-height: 1.4; color: #555; overflow-wrap: anywhere; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; color: #555; }}
+code {{ font-size: .9em; background: #f3f3f3; padding: 0 .2em; overflow-wrap: anywhere; }}
+.scroll {{ overflow-x: auto; margin: .5rem 0 1rem; }}
+table {{ border-collapse: collapse; font-size: .75rem; line-height: 1.35;
+        font-variant-numeric: tabular-nums; }}
+table, th, td {{ border: 0; }}
+th, td {{ padding: .2rem .4rem; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4; }}
+td.long {{ min-width: 15rem; }}
+@media screen and (min-width: 40rem) {{ td:not(.wrap, .long) {{ white-space: nowrap; }} }}
+thead th {{ border-bottom: 2px solid #888; }}
+blockquote {{ margin: 1rem 0; padding: .2rem 1rem; border-left: 4px solid #E69F00; background: #fdf6e7; }}
+@page {{ size: A4; margin: 12mm; }}
+@media print {{
+  body {{ padding: 0; font-size: 9.5pt; }}
+  main {{ max-width: none; }}
+  nav {{ display: none; }}
+  h2, h3 {{ break-after: avoid; }}
+  .scroll {{ overflow: visible; }}
+  table {{ font-size: 6.8pt; width: 100%; }}
+  thead {{ display: table-header-group; }}
+  th, td {{ padding: .1rem .25rem; overflow-wrap: break-word; }}
+  td.long {{ min-width: 0; }}
+  tr, figure, blockquote {{ break-inside: avoid; }}
+  img {{ max-height: 230mm; object-fit: contain; object-position: left; }}
+}}
+</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+CAPTION = re.compile(r"figures/(?P<name>\S+)\.png <- (?P<sources>.+)")
+HEADING = re.compile(r"<h([234])[^>]*>(.*?)</h\1>", re.DOTALL)
+
+
+def made_by(sources: str) -> list[str]:
+    """The commands that make the result files named by `plots.name_sources`, and draw them."""
+    found = re.match(r"results/([^/]+)/(?:([^/*]+)/(?:([^/*]+)/)?)?", sources)
+    if found is None:
+        return []
+    profile, name, dataset = found.groups()
+    if profile == "planted":
+        return ["python -m moe_study trust"]
+    command = f"python -m moe_study run --profile {profile}"
+    command += f" --study {name}" if name else ""
+    command += f" --dataset {dataset}" if dataset else ""
+    return [command, f"make render PROFILE={profile}"]
+
+
+def _figure(png: str, caption: re.Match[str]) -> str:
+    """A picture with its caption: what it is called, the files it shows, the commands that make both."""
+    name, sources = caption["name"], caption["sources"]
+    commands = ", then ".join(f"<code>{command}</code>" for command in made_by(sources))
+    alt = html.escape(" ".join(reversed(name.split("/"))))
+    width = int.from_bytes(base64.b64decode(png[:32])[16:20])  # a PNG's header
+    return (
+        f'<figure><div class="scroll"><img alt="{alt}" style="--width: {width}px" '
+        f'src="data:image/png;base64,{png.strip()}"></div>\n'
+        f"<figcaption>figures/{html.escape(name)}.png, from {html.escape(sources)}"
+        f"{'; made by ' + commands if commands else ''}</figcaption></figure>"
+    )
+
+
+def _with_figures(outputs: Sequence[Any]) -> list[Any]:
+    """A cell's outputs, each picture joined with the line below it that `notebook.show` printed."""
+    from nbformat.v4 import new_output
+
+    joined: list[Any] = []
+    for output in outputs:
+        caption = CAPTION.fullmatch(output.get("text", "").strip())
+        png = joined[-1].get("data", {}).get("image/png") if joined else None
+        if caption and png:
+            joined[-1] = new_output("display_data", {"text/html": _figure(png, caption)})
+        else:
+            joined.append(output)
+    return joined
+
+
+def _with_contents(body: str) -> str:
+    """Every heading gets an id of its own; those of level 2 and 3 a place in the table of contents, which
+    stands before the first of them."""
+    entries: list[tuple[str, str, str]] = []
+
+    def anchored(found: re.Match[str]) -> str:
+        level, title = found.groups()
+        stem = re.sub(r"\W+", "-", html.unescape(re.sub("<.*?>", "", title)).lower()).strip("-")
+        taken = sum(name == stem or name.startswith(f"{stem}--") for _, name, _ in entries)
+        name = f"{stem}--{taken + 1}" if taken else stem
+        entries.append((level, name, re.sub("<.*?>", "", title)))
+        return f'<h{level} id="{name}">{title}</h{level}>'
+
+    body = HEADING.sub(anchored, body)
+    items: list[str] = []
+    inside = False
+    for level, name, title in (entry for entry in entries if entry[0] != "4"):
+        if inside and level == "2":
+            items.append("</ul>")
+            inside = False
+        if not inside and level == "3":
+            items.append("<ul>")
+            inside = True
+        items.append(f'<li><a href="#{name}">{title}</a>')
+    items.append("</ul>" if inside else "")
+    contents = '<nav aria-label="contents"><ul>\n' + "\n".join(items) + "\n</ul></nav>\n"
+    first = body.find("<h2 ")
+    return body if first < 0 else body[:first] + contents + body[first:]
+
+
+def _cell(found: re.Match[str]) -> str:
+    """A cell of a table; one of many words may be broken into lines."""
+    length = len(re.sub("<.*?>", "", found[1]))
+    kind = ' class="long"' if length > 60 else ' class="wrap"' if length > 24 else ""
+    return f"<td{kind}>{found[1]}</td>"
+
+
+def render(notebook: Path, target: Path) -> None:
+    """An executed notebook as one HTML page without code, scripts or network, figures embedded."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    content = nbformat.read(notebook, as_version=4)
+    for cell in content.cells:
+        if cell.cell_type == "code":
+            cell.outputs = _with_figures(cell.outputs)
+    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True)
+    exporter.exclude_output_prompt = True
+    body, _ = exporter.from_notebook_node(content)
+    body = re.sub('<a class="anchor-link".*?</a>', "", body)
+    body = body.replace("<table", '<div class="scroll" tabindex="0"><table').replace(
+        "</table>", "</table></div>"
+    )
+    body = re.sub(r"<td>(.*?)</td>", _cell, body, flags=re.DOTALL)
+    title = content.cells[0].source.lstrip("# ").split("\n")[0]
+    store.write_bytes(target, PAGE.format(title=html.escape(title), body=_with_contents(body)).encode())
+
+
+if __name__ == "__main__":
+    render(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,543 @@
+"""Result files as data frames, and the tables that notebooks and report show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_lib import metrics
+from moe_study import stats
+from moe_study.configs.dose import Panel
+
+PILOT_BELOW = 8  # paired seeds; fewer are shown, never decided on
+
+Result = dict[str, Any]
+# column -> path inside a result file or function of it, and how many decimals it is shown with
+Columns = dict[str, tuple[str | Callable[[Result], float | None], int]]
+
+COLUMNS: Columns = {
+    "accuracy": ("task.accuracy", 4),
+    "cross-entropy": ("task.cross_entropy", 4),
+    "calibration error": ("task.calibration_error", 4),
+    "last-epoch accuracy": ("last_epoch.accuracy", 4),
+    "H(E)": ("routing.entropy.marginal", 3),
+    "H(E|x)": ("routing.entropy.per_sample", 3),
+    "H(E|c)": ("routing.entropy.class_conditional", 3),
+    "H(C|E)": ("routing.entropy.expert_class", 3),
+    "I(x;E)": ("routing.entropy.information_input", 3),
+    "I(c;E)": ("routing.entropy.information_class", 3),
+    "I(c;E) null": ("routing.information_class_null", 4),
+    "effective experts": ("routing.load.effective_experts", 2),
+    "dead experts": ("routing.load.dead_experts", 1),
+    "AMI": ("routing.load.adjusted_mutual_information", 3),
+    "cost of permuted routing": ("ablation.permuted", 4),
+    "|cos| weights": ("similarity.weights", 4),
+    "|cos| weights, aligned": ("similarity.weights_aligned", 4),
+    "cos outputs": ("similarity.outputs", 3),
+    "CKA outputs": ("similarity.cka", 3),
+    "kNN accuracy": ("embedding.knn_accuracy", 3),
+    "silhouette": ("embedding.silhouette", 3),
+    "trustworthiness": ("embedding.trustworthiness", 3),
+    "SNNL at T = 1": ("embedding.snnl", 3),
+}
+SCORE = ("accuracy", "last-epoch accuracy", "cross-entropy", "calibration error")
+ROUTING = (
+    "H(E)", "H(E|x)", "H(E|c)", "H(C|E)", "I(x;E)", "I(c;E)", "I(c;E) null", "AMI",
+    "effective experts", "dead experts", "cost of permuted routing",
+)  # fmt: skip
+SIMILARITY = ("|cos| weights", "|cos| weights, aligned", "cos outputs", "CKA outputs")
+EMBEDDING = ("kNN accuracy", "silhouette", "trustworthiness", "SNNL at T = 1")
+
+
+def look_up(result: Result, path: str) -> Any:
+    """The value at a dotted path; None where the result does not have it."""
+    value: Any = result
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of the numbers among them; None if there is none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _difference(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def validation_area(result: Result) -> float | None:
+    """Area under the validation cross-entropy, per epoch (nats): low for an early descent."""
+    return _mean_of_all(look_up(result, "history.validation.cross_entropy") or ())
+
+
+def layer_mean(path: str, result: Result) -> float | None:
+    """Mean over MoE layers of one routing measure; layers without it are left out."""
+    return _mean(look_up(layer, path) for layer in look_up(result, "routing.layers") or ())
+
+
+def _mean_of_all(values: Iterable[float | None]) -> float | None:
+    """None if one of the numbers is missing, or all are."""
+    found = list(values)
+    return None if None in found else _mean(found)
+
+
+def corruption_loss(result: Result) -> float | None:
+    """Accuracy lost to corruption: clean minus corrupted, mean over all kinds and severities."""
+    accuracy = dict(result.get("corruption") or {})
+    clean = accuracy.pop("clean", None)
+    return _difference(clean, _mean_of_all(v for kind in accuracy.values() for v in kind))
+
+
+def accuracy_corrupted(result: Result) -> float | None:
+    """Accuracy under corruption, mean over all kinds and severities."""
+    kinds = {name: row for name, row in (result.get("corruption") or {}).items() if name != "clean"}
+    return _mean_of_all(value for row in kinds.values() for value in row)
+
+
+def accuracy_attacked(attacks: Sequence[str], result: Result) -> float | None:
+    """Accuracy under attack, mean over some attacks; of each the stronger treatment of M counts."""
+    clean = (result.get("attack") or {}).get("clean")
+    return _difference(clean, attack_loss(attacks, result))
+
+
+def attack_losses(attack: str, result: Result) -> dict[str, float | None]:
+    """Accuracy lost to an attack, such as "pgd-2", on the same images, by treatment of M."""
+    accuracies = result.get("attack") or {}
+    clean = accuracies.get(f"{attack} clean", {}).get("detached", accuracies.get("clean"))
+    return {mode: _difference(clean, accuracy) for mode, accuracy in accuracies.get(attack, {}).items()}
+
+
+GRADIENT_ATTACKS = ("fgsm-1", "fgsm-2", "pgd-1", "pgd-2")
+
+
+def attack_loss(attacks: Sequence[str], result: Result) -> float | None:
+    """Accuracy lost, mean over some attacks; of each the stronger treatment of M counts, constant in the
+    gradient or differentiated. (With M frozen, it is another model that is scored.)"""
+
+    def strongest(attack: str) -> float | None:
+        lost = [v for mode, v in attack_losses(attack, result).items() if mode != "frozen"]
+        known = [v for v in lost if v is not None]
+        return max(known) if known and len(known) == len(lost) else None
+
+    return _mean_of_all(strongest(attack) for attack in attacks)
+
+
+SWAP_SHARES = ("0.015", "0.025", "0.05", "0.1")
+
+
+def swap_loss(shares: Sequence[str], result: Result) -> float | None:
+    """Nats a token lost when a share of the words becomes <unk>, mean over some shares: swapped minus clean,
+    on the same targets, those of the words left alone."""
+    swaps = [(result.get("swap") or {}).get(share, {}) for share in shares]
+    return _mean_of_all(_difference(swap.get("swapped"), swap.get("clean")) for swap in swaps)
+
+
+def swapped(shares: Sequence[str], result: Result) -> float | None:
+    """Nats a token under word swap, mean over some shares, on the targets that `swap_loss` scores."""
+    return _mean_of_all((result.get("swap") or {}).get(share, {}).get("swapped") for share in shares)
+
+
+def leak(path: str, result: Result) -> float | None:
+    """Cross-entropy (nats) alone minus in company."""
+    found = look_up(result, path) or {}
+    return _difference(found.get("cross_entropy_alone"), found.get("cross_entropy_together"))
+
+
+ROUTED_COLUMNS: Columns = {
+    "cross-entropy": ("task.cross_entropy", 4),
+    "accuracy": ("task.accuracy", 4),
+    "validation area": (validation_area, 4),
+    "H(E|x)": (partial(layer_mean, "per_sample"), 3),
+    "H(E|c)": (partial(layer_mean, "class_conditional"), 3),
+    "effective experts": (partial(layer_mean, "load.effective_experts"), 2),
+    "dead experts": (partial(layer_mean, "load.dead_experts"), 1),
+    "AMI": (partial(layer_mean, "load.adjusted_mutual_information"), 3),
+    "stability": (lambda result: _mean(look_up(result, "routing.stability") or ()), 3),
+    "changed by M": (partial(layer_mean, "changed.chosen"), 3),
+    "cost of permuted routing": ("ablation.permuted_everywhere", 4),
+}
+VISION_COLUMNS: Columns = ROUTED_COLUMNS | {
+    "calibration error": ("task.calibration_error", 4),
+    "last-epoch accuracy": ("last_epoch.accuracy", 4),
+    "lost to corruption": (corruption_loss, 4),
+    "lost to attack": (partial(attack_loss, GRADIENT_ATTACKS), 4),
+    "FGSM, 2/255": (partial(attack_loss, ["fgsm-2"]), 4),
+    "PGD, 2/255": (partial(attack_loss, ["pgd-2"]), 4),
+    "SPSA, 2/255": (partial(attack_loss, ["spsa-2"]), 4),
+    "leak": (partial(leak, "company"), 4),
+    "kNN accuracy": ("embedding.knn_accuracy", 3),
+    "SNNL at T = 1": ("embedding.snnl", 3),
+}
+LANGUAGE_COLUMNS: Columns = ROUTED_COLUMNS | {
+    "perplexity": ("task.perplexity", 2),
+    "bits per byte": ("task.bits_per_byte", 4),
+    "last-epoch cross-entropy": ("last_epoch.cross_entropy", 4),
+    "lost to swap": (partial(swap_loss, SWAP_SHARES), 4),
+    "1.5 %": (partial(swap_loss, SWAP_SHARES[:1]), 4),
+    "2.5 %": (partial(swap_loss, SWAP_SHARES[1:2]), 4),
+    "5 %": (partial(swap_loss, SWAP_SHARES[2:3]), 4),
+    "10 %": (partial(swap_loss, SWAP_SHARES[3:]), 4),
+    "leak, other sequences": (partial(leak, "company.other sequences"), 4),
+    "leak, later tokens": (partial(leak, "company.later tokens"), 4),
+}
+ROUTED_ROUTING = (
+    "H(E|x)", "H(E|c)", "AMI", "effective experts", "dead experts", "stability", "changed by M",
+    "cost of permuted routing",
+)  # fmt: skip
+
+# The three claims for the AC router: wording, then measures and claimed directions.
+Claims = dict[str, list[tuple[str, str]]]
+VISION_CLAIMS: Claims = {
+    "faster convergence": [("validation area", "lower")],
+    "more robust": [("lost to corruption", "lower"), ("lost to attack", "lower")],
+    "better": [("accuracy", "higher"), ("cross-entropy", "lower")],
+}
+LANGUAGE_CLAIMS: Claims = {
+    "faster convergence": [("validation area", "lower")],
+    "more robust": [("lost to swap", "lower")],
+    "better": [("cross-entropy", "lower"), ("accuracy", "higher")],
+}
+# Treatment and control, the fair ones first. A pooled M is compared with its partner of like normalisation.
+VISION_PAIRS = tuple(
+    ("ac", control) for control in ("linear", "cosine", "ac-shuffled", "ac-pooled", "ac-matched", "ac-causal")
+)
+LANGUAGE_PAIRS = tuple(("ac-row", b) if b == "ac-pooled" else (a, b) for a, b in VISION_PAIRS)
+
+
+def frame(results: Iterable[Result], columns: Columns = COLUMNS) -> pd.DataFrame:
+    """One row a run: data set, arm, seed, then every one of the columns."""
+    keys = ("profile", "study", "dataset", "arm", "seed")
+    rows = [
+        {key: result["run"][key] for key in keys}
+        | {
+            name: look_up(result, source) if isinstance(source, str) else source(result)
+            for name, (source, _) in columns.items()
+        }
+        for result in results
+    ]
+    return pd.DataFrame(rows, columns=[*keys, *columns]).astype(dict.fromkeys(columns, float))
+
+
+def summary(runs: pd.DataFrame, names: Sequence[str], columns: Columns = COLUMNS) -> pd.DataFrame:
+    """Arm by arm: number of seeds, and "mean ± standard deviation over seeds" of the named columns."""
+    rows = {}
+    for arm, group in runs.groupby("arm", sort=False):
+        rows[arm] = {"seeds": str(len(group))} | {
+            name: spread(group[name], columns[name][1]) for name in names
+        }
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["seeds", *names])
+    return table.rename_axis("arm")
+
+
+def rounded(value: float, decimals: int) -> float:
+    """Never -0.0: what rounds to zero has no sign."""
+    return round(value, decimals) + 0.0
+
+
+def spread(values: pd.Series, decimals: int) -> str:
+    """ "mean ± sd" (sd of the sample), the mean alone for one seed, "-" for none."""
+    values = values.dropna()
+    if values.empty:
+        return "-"
+    mean = f"{rounded(values.mean(), decimals):.{decimals}f}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std():.{decimals}f}"
+
+
+def similarity_nulls(results: Sequence[Result], arms: Sequence[str]) -> pd.DataFrame:
+    """Beside each arm's similarity: its value before training, that of experts trained alone on the same
+    frozen extractor, and the floor of independent random vectors."""
+    names = dict(zip(SIMILARITY, ("weights", "weights_aligned", "outputs", "cka"), strict=True))
+    rows = []
+    for arm in arms:
+        group = [result for result in results if result["run"]["arm"] == arm]
+        if not group:
+            continue
+        floor = metrics.similarity_floor(group[0]["expert_parameters"])
+        for title, source in (
+            ("trained together", "similarity"),
+            ("before training", "initial.similarity"),
+            ("null: trained alone", "null.similarity"),
+        ):
+            values = {
+                column: spread(pd.Series([look_up(r, f"{source}.{key}") for r in group], dtype=float), 4)
+                for column, key in names.items()
+            }
+            rows.append({"arm": arm, "experts": title, **values})
+        rows.append({"arm": arm, "experts": "floor sqrt(2 / (pi P))", SIMILARITY[0]: f"{floor:.4f}"})
+    return (
+        pd.DataFrame(rows, columns=["arm", "experts", *SIMILARITY]).fillna("-").set_index(["arm", "experts"])
+    )
+
+
+def paired(runs: pd.DataFrame, arms: Sequence[str], column: str) -> pd.DataFrame | None:
+    """One row a seed that has all the arms, one column an arm; None below two such seeds."""
+    both = runs[runs["arm"].isin(arms)].pivot(index="seed", columns="arm", values=column)
+    both = both.reindex(columns=list(arms)).dropna()
+    return both if len(both) >= 2 else None
+
+
+def contrast(runs: pd.DataFrame, treatment: str, control: str, column: str) -> stats.PairedComparison | None:
+    """Treatment minus control over the seeds that both have; None below two of them."""
+    both = paired(runs, [treatment, control], column)
+    if both is None:
+        return None
+    return stats.paired_comparison(both[treatment].to_numpy(), both[control].to_numpy())
+
+
+def mechanism(runs: pd.DataFrame, column: str) -> stats.PairedComparison | None:
+    """(snnl - base) - (dense-snnl - dense): what SNNL does to a mixture beyond what it does to features."""
+    both = paired(runs, ["snnl", "base", "dense-snnl", "dense"], column)
+    if both is None:
+        return None
+    mixture, dense = both["snnl"] - both["base"], both["dense-snnl"] - both["dense"]
+    return stats.paired_comparison(mixture.to_numpy(), dense.to_numpy())
+
+
+CONTRAST_COLUMNS = ["measure", "contrast", "difference", "95 % interval", "p", "seeds"]
+
+
+def contrasts(
+    runs: pd.DataFrame,
+    pairs: Sequence[tuple[str, str]],
+    names: Sequence[str],
+    columns: Columns = COLUMNS,
+) -> pd.DataFrame:
+    """Paired differences with their 95 % intervals, one row a contrast and column."""
+    rows = []
+    for column in names:
+        found = [(f"{a} - {b}", contrast(runs, a, b, column)) for a, b in pairs]
+        found.append(("mechanism: (snnl - base) - (dense-snnl - dense)", mechanism(runs, column)))
+        for name, value in found:
+            if value is not None:
+                rows.append({"measure": column, "contrast": name} | show(value, columns[column][1]))
+    return pd.DataFrame(rows, columns=CONTRAST_COLUMNS).set_index(CONTRAST_COLUMNS[:2])
+
+
+CROSSED_MEASURES = (
+    "accuracy", "validation area", "lost to corruption", "effective experts", "SNNL at T = 1", "kNN accuracy",
+)  # fmt: skip
+
+
+def crossed_effects(runs: pd.DataFrame, names: Sequence[str] = CROSSED_MEASURES) -> pd.DataFrame:
+    """Main effects and interaction of SNNL and AC, paired by seed over the seeds that have all four arms."""
+    rows = []
+    for name in names:
+        both = paired(runs, ["base", "ac", "snnl", "snnl-ac"], name)
+        if both is None:
+            continue
+        base, ac, snnl, joint = both.to_numpy().T
+        for effect, treatment, control in (
+            ("AC: mean of (ac - base), (snnl-ac - snnl)", (ac + joint) / 2, (base + snnl) / 2),
+            ("SNNL: mean of (snnl - base), (snnl-ac - ac)", (snnl + joint) / 2, (base + ac) / 2),
+            ("interaction: (snnl-ac - snnl) - (ac - base)", joint - snnl, ac - base),
+        ):
+            found = stats.paired_comparison(treatment, control)
+            rows.append({"measure": name, "contrast": effect} | show(found, VISION_COLUMNS[name][1]))
+    return pd.DataFrame(rows, columns=CONTRAST_COLUMNS).set_index(CONTRAST_COLUMNS[:2])
+
+
+def convergence(results: Sequence[Result], controls: Sequence[str] = ("linear", "cosine")) -> pd.DataFrame:
+    """Arm by arm: area and best of the validation cross-entropy, and the epochs until it is as low as that
+    control's best at the same seed.
+
+    Epochs are the median over seeds, where one that never got there counts as later than any epoch; in
+    brackets how many did.
+    """
+    curves = {
+        (r["run"]["arm"], r["run"]["seed"]): r["history"]["validation"]["cross_entropy"] for r in results
+    }
+    rows = {}
+    for arm in dict.fromkeys(arm for arm, _ in curves):
+        own = {seed: curve for (name, seed), curve in curves.items() if name == arm}
+        row = {
+            "seeds": str(len(own)),
+            "validation area": spread(pd.Series([np.mean(curve) for curve in own.values()]), 4),
+            "best validation cross-entropy": spread(pd.Series([min(curve) for curve in own.values()]), 4),
+        }
+        for control in controls:
+            steps = [
+                epochs_until(curve, min(curves[control, seed]))
+                for seed, curve in own.items()
+                if (control, seed) in curves
+            ]
+            row[f"epochs to best of {control}"] = _median_epoch(steps, max(map(len, own.values())))
+        rows[arm] = row
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
+
+
+def epochs_until(curve: Sequence[float], level: float) -> float:
+    """The first epoch, counted from 1, at which a falling curve is at or below a level; infinity if none."""
+    return next((epoch for epoch, value in enumerate(curve, 1) if value <= level), float("inf"))
+
+
+def _median_epoch(steps: Sequence[float], epochs: int) -> str:
+    if not steps:
+        return "-"
+    median = float(np.median(steps))
+    shown = f"{median:g}" if np.isfinite(median) else f"> {epochs}"
+    return f"{shown} ({sum(np.isfinite(steps))} of {len(steps)})"
+
+
+def attack_modes(results: Sequence[Result]) -> pd.DataFrame:
+    """Accuracy lost to each attack by each treatment of M, mean ± sd over seeds. "-": there is no such
+    treatment, because SPSA uses no gradient or the router has no M that depends on the batch."""
+    rows = []
+    for attack in ("fgsm-1", "fgsm-2", "pgd-1", "pgd-2", "spsa-2"):
+        name, strength = attack.split("-")
+        for arm in dict.fromkeys(r["run"]["arm"] for r in results):
+            lost = pd.DataFrame([attack_losses(attack, r) for r in results if r["run"]["arm"] == arm])
+            lost = lost.reindex(columns=["detached", "through", "frozen"]).astype(float)
+            rows.append(
+                {"attack": f"{name.upper()}, {strength}/255", "arm": arm}
+                | {str(mode): spread(values, 4) for mode, values in lost.items()}
+            )
+    return pd.DataFrame(rows).set_index(["attack", "arm"])
+
+
+def routing_by_layer(results: Sequence[Result]) -> pd.DataFrame:
+    """Routing of each MoE layer, mean ± sd over seeds. "Changed" is against M = I in the same model, a share
+    of the tokens; "follows cluster" is the adjusted mutual information of best expert and cluster."""
+    measures = {
+        "H(E|x)": ("per_sample", 3),
+        "H(E|c)": ("class_conditional", 3),
+        "effective experts": ("load.effective_experts", 2),
+        "dead experts": ("load.dead_experts", 1),
+        "AMI": ("load.adjusted_mutual_information", 3),
+        "best expert changed by M": ("changed.best", 3),
+        "chosen set changed by M": ("changed.chosen", 3),
+        "follows cluster": ("changed.follows", 3),
+        "with M = I": ("changed.follows_plain", 3),
+    }
+    rows = []
+    for arm in dict.fromkeys(r["run"]["arm"] for r in results):
+        group = [r["routing"]["layers"] for r in results if r["run"]["arm"] == arm]
+        for at in range(len(group[0])):
+            rows.append(
+                {"arm": arm, "MoE layer": str(at + 1)}
+                | {
+                    name: spread(pd.Series([look_up(g[at], path) for g in group], dtype=float), decimals)
+                    for name, (path, decimals) in measures.items()
+                }
+            )
+    return pd.DataFrame(rows, columns=["arm", "MoE layer", *measures]).set_index(["arm", "MoE layer"])
+
+
+def company_table(results: Sequence[Result]) -> pd.DataFrame:
+    """Does a prediction depend on what else is in the batch, or comes later? Mean ± sd over seeds, and the
+    largest change of any log-probability."""
+    rows = []
+    for result in results:
+        found = result["company"]
+        for kind, one in {"other images": found}.items() if "changed_choice" in found else found.items():
+            rows.append({"without": kind, "arm": result["run"]["arm"]} | one)
+    found = pd.DataFrame(rows)
+    found["more"] = found["cross_entropy_alone"] - found["cross_entropy_together"]
+    groups = found.groupby(["without", "arm"], sort=False)
+    table = pd.DataFrame(
+        {
+            "cross-entropy with it": groups["cross_entropy_together"].apply(spread, 4),
+            "more without": groups["more"].apply(spread, 4),
+            "choices changed": groups["changed_choice"].apply(spread, 3),
+            "largest change": groups["largest_change"].max().map("{:.4f}".format),
+        }
+    )
+    return table.sort_index(level="without", sort_remaining=False, kind="stable")
+
+
+def claim_rows(
+    runs: pd.DataFrame,
+    claims: Claims,
+    pairs: Sequence[tuple[str, str]],
+    columns: Columns,
+) -> pd.DataFrame:
+    """Each claim for AC: its paired differences against every control, and where their intervals lie."""
+    rows = []
+    for claim, measures in claims.items():
+        for column, direction in measures:
+            for a, b in pairs:
+                found = contrast(runs, a, b, column)
+                if found is not None:
+                    rows.append(
+                        {"claim": claim, "measure": f"{column} ({direction})", "contrast": f"{a} - {b}"}
+                        | show(found, columns[column][1])
+                        | {"reading": reading(found, direction)}
+                    )
+    keys = ["claim", "measure", "contrast"]
+    return pd.DataFrame(rows, columns=[*keys, *CONTRAST_COLUMNS[2:], "reading"]).set_index(keys)
+
+
+def show(value: stats.PairedComparison, decimals: int = 4) -> dict[str, str]:
+    """A comparison as text: difference, t interval, sign-flip p, and "pilot" below eight seeds."""
+    difference, low, high = (
+        f"{rounded(number, decimals):+.{decimals}f}" for number in (value.difference, value.low, value.high)
+    )
+    return {
+        "difference": difference,
+        "95 % interval": f"[{low}, {high}]",
+        "p": f"{value.p:.4f}" if value.p >= 0.0001 else "< 0.0001",
+        "seeds": f"{value.seeds}" + (" (pilot)" if value.seeds < PILOT_BELOW else ""),
+    }
+
+
+def reading(value: stats.PairedComparison, claimed: str) -> str:
+    """Where the 95 % interval lies, against the claimed direction ("higher" or "lower")."""
+    sign = {"higher": 1, "lower": -1}[claimed]
+    low, high = sorted((sign * value.low, sign * value.high))
+    if low > 0:
+        return "as claimed"
+    if high < 0:
+        return "opposite to the claim"
+    return "interval includes 0"
+
+
+# What a dose-response study shows of each dose: measures, columns they are found in
+DOSE_MEASURES: dict[str, tuple[tuple[str, ...], Columns]] = {
+    "snnl-dose": (("accuracy", "cross-entropy", "H(E|c)", "I(x;E)"), COLUMNS),
+    "snnl-batches": (("accuracy", "cross-entropy", "H(E|c)", "I(x;E)"), COLUMNS),
+    "ac-dose": (("cross-entropy", "validation area", "H(E|x)", "effective experts"), LANGUAGE_COLUMNS),
+}
+
+
+def dose_effects(
+    runs: pd.DataFrame, panel: Panel, name: str
+) -> dict[tuple[int, int], stats.PairedComparison | None]:
+    """Each dose of a panel, by row and column, minus its control; None below two seeds."""
+    return {(row, column): contrast(runs, dose.name, dose.control.name, name) for row, column, dose in panel}
+
+
+def dose_table(runs: pd.DataFrame, panel: Panel, name: str, columns: Columns) -> pd.DataFrame:
+    """The panel as text: difference from the control, 95 % t interval, number of seeds."""
+    (down, rows), (across, heads) = panel.labels
+    cells = [["-"] * len(heads) for _ in rows]
+    for (row, column), found in dose_effects(runs, panel, name).items():
+        if found is not None:
+            shown = show(found, columns[name][1])
+            cells[row][column] = f"{shown['difference']} {shown['95 % interval']} ({found.seeds})"
+    return pd.DataFrame(cells, pd.Index(rows, name=down), pd.Index(heads, name=across))
+
+
+def dose_trends(runs: pd.DataFrame, panels: Iterable[Panel], names: Sequence[str]) -> pd.DataFrame:
+    """What a tenfold factor adds to each measure: every seed's least-squares slope on log10 of the factor,
+    their mean and its 95 % t interval. Over the seeds that have all factors of a panel's column."""
+    columns: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {}  # those of two panels once
+    for panel in panels:
+        (down, factors), (across, heads) = panel.labels
+        for column, head in enumerate(heads if down == "factor" else ()):
+            arms = tuple(line[column].name for line in panel.doses)
+            columns.setdefault(arms, (factors, f"{across}: {head}"))
+    rows = []
+    for name in names:
+        for tried, (factors, at) in columns.items():
+            both = paired(runs, tried, name)
+            if both is not None:
+                slopes = np.polyfit(np.log10([float(f) for f in factors]), both.to_numpy().T, 1)[0]
+                found = stats.paired_comparison(slopes, np.zeros(len(slopes)))
+                rows.append({"measure": name, "at": at} | show(found, COLUMNS[name][1]))
+    keys = ["measure", "at"]
+    return pd.DataFrame(rows, columns=[*keys, *CONTRAST_COLUMNS[2:]]).set_index(keys)

@@ -1,0 +1,233 @@
+"""Paired comparison of two arms over shared seeds, and what several comparisons together allow to say.
+
+Shapes: S seeds, M comparisons.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import special, stats
+
+
+class PairedComparison(NamedTuple):
+    """Treatment minus control."""
+
+    difference: float  # mean over seeds
+    low: float  # 95 % t interval
+    high: float
+    p: float  # exact two-sided sign-flip test
+    effect: float  # mean difference / its standard deviation over seeds (Cohen's d_z)
+    bca_low: float  # 95 % bias-corrected and accelerated bootstrap interval; undercovers at these sizes
+    bca_high: float
+    seeds: int
+
+
+def t_interval(values_S: Sequence[float] | np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Student's interval for a mean; NaN for fewer than two values."""
+    values = np.asarray(values_S, dtype=float)
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def sign_flip_p(differences_S: Sequence[float] | np.ndarray) -> float:
+    """Two-sided p that the mean is this far from 0 if every difference could as well have the other sign.
+
+    Exact, over all 2^S sign patterns, for S <= 20; its smallest value is 2 / 2^S.
+    """
+    differences = np.asarray(differences_S, dtype=float)
+    if len(differences) > 20:
+        raise ValueError(f"exact up to 20 seeds, got {len(differences)}")
+    sums = np.zeros(1)
+    for value in differences:  # all signed sums, built up one difference at a time
+        sums = np.concatenate([sums + value, sums - value])
+    observed = abs(differences.sum())
+    return float(np.mean(np.abs(sums) >= observed - 1e-12 * np.abs(differences).sum()))
+
+
+def paired_differences(
+    treatment_S: Sequence[float] | np.ndarray, control_S: Sequence[float] | np.ndarray
+) -> np.ndarray:
+    """Treatment minus control, [S].
+
+    Raises:
+        ValueError: lengths differ, there are fewer than two seeds, or a value is not finite.
+    """
+    treatment, control = np.asarray(treatment_S, dtype=float), np.asarray(control_S, dtype=float)
+    if treatment.ndim != 1 or treatment.shape != control.shape:
+        raise ValueError(f"expected two lists of one length, got {treatment.shape} and {control.shape}")
+    if len(treatment) < 2:
+        raise ValueError(f"an interval needs at least two paired seeds, got {len(treatment)}")
+    differences = treatment - control
+    if not np.isfinite(differences).all():
+        raise ValueError("values must be finite; a run that failed has no place in a comparison")
+    return differences
+
+
+def paired_comparison(
+    treatment_S: Sequence[float] | np.ndarray, control_S: Sequence[float] | np.ndarray
+) -> PairedComparison:
+    """Compare two arms, seed by seed.
+
+    Args:
+        treatment_S, control_S: one value per seed, in the same order of seeds.
+
+    Raises:
+        ValueError: lengths differ, there are fewer than two seeds, or a value is not finite.
+    """
+    differences = paired_differences(treatment_S, control_S)
+    low, high = t_interval(differences)
+    spread = differences.std(ddof=1)
+    mean = float(differences.mean())
+    if spread > 0:
+        with warnings.catch_warnings():  # scipy warns where a bootstrap sample is degenerate
+            warnings.simplefilter("ignore")
+            bca = stats.bootstrap(
+                (differences,), np.mean, method="BCa", n_resamples=9999, rng=np.random.default_rng(0)
+            ).confidence_interval
+        bca_low, bca_high, effect = float(bca.low), float(bca.high), float(mean / spread)
+    else:
+        bca_low, bca_high, effect = (
+            mean,
+            mean,
+            float("nan") if mean == 0 else float(np.copysign(np.inf, mean)),
+        )
+    return PairedComparison(
+        mean, low, high, sign_flip_p(differences), effect, bca_low, bca_high, len(differences)
+    )
+
+
+class Equivalence(NamedTuple):
+    """Two one-sided t tests (TOST) that a mean difference lies within +- margin."""
+
+    equivalent: bool  # p <= 0.05: the 90 % interval lies inside the margin
+    p: float  # the larger of the two one-sided ones
+    low: float  # 90 % t interval
+    high: float
+
+
+def equivalence_test(
+    treatment_S: Sequence[float] | np.ndarray, control_S: Sequence[float] | np.ndarray, margin: float
+) -> Equivalence:
+    """Are two arms alike, seed by seed, to within a margin that was declared beforehand?
+
+    Source: Schuirmann, "A comparison of the two one-sided tests procedure", J. Pharmacokinetics and
+    Biopharmaceutics 15, 1987.
+
+    Raises:
+        ValueError: as `paired_comparison`, or the margin is not positive.
+    """
+    if not margin > 0:
+        raise ValueError(f"margin must be positive, got {margin}")
+    differences = paired_differences(treatment_S, control_S)
+    low, high = t_interval(differences, 0.90)
+    if np.ptp(differences) == 0:  # no spread: t is infinite
+        p = 0.0 if abs(differences[0]) < margin else 1.0
+    else:
+        above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
+        below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
+        p = float(max(above, below))
+    return Equivalence(p <= 0.05, p, low, high)
+
+
+def smallest_detectable_effect(sd: float, seeds: int, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The mean difference that a two-sided paired t test would find with the given power.
+
+    By the noncentral t distribution; the far tail is neglected.
+
+    Args:
+        sd: standard deviation of the paired differences.
+        seeds: S. NaN below two.
+    """
+    if not (0 < alpha < 0.5 <= power < 1):  # below a half the far tail would count
+        raise ValueError(f"expected 0 < alpha < 0.5 <= power < 1, got alpha {alpha}, power {power}")
+    if seeds < 2:
+        return float("nan")
+    freedom = seeds - 1
+    critical = stats.t.ppf(1 - alpha / 2, freedom)
+    return float(special.nctdtrinc(freedom, 1 - power, critical) * sd / np.sqrt(seeds))
+
+
+def seeds_for_power(sd: float, effect: float, power: float = 0.8, alpha: float = 0.05) -> int:
+    """The fewest paired seeds with which a two-sided t test finds `effect` with the given power.
+
+    Args:
+        sd: standard deviation of the paired differences.
+        effect: positive.
+    """
+    if not effect > 0:
+        raise ValueError(f"effect must be positive, got {effect}")
+    seeds = 2
+    while smallest_detectable_effect(sd, seeds, power, alpha) > effect:
+        seeds = max(seeds + 1, int(seeds * 1.02))
+    return seeds
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+def crossed_interval(differences_SN: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Interval for the mean of a seeds x images table in which both are samples: other seeds, other images.
+
+    Two-way random effects without replication: the variance of the grand mean is
+    (MS_seeds + MS_images - MS_rest) / (S N), its degrees of freedom by Satterthwaite. Source: Brennan,
+    "Generalizability Theory", 2001, chapter 6. Where the sum is smaller than either part (the rest's estimate
+    exceeds it by chance) the larger of the two parts counts.
+
+    Args:
+        differences_SN: treatment minus control of each seed and test image.
+
+    Raises:
+        ValueError: fewer than two seeds or images, or a value that is not finite.
+    """
+    d = np.asarray(differences_SN, dtype=float)
+    if d.ndim != 2 or min(d.shape) < 2 or not np.isfinite(d).all():
+        raise ValueError(f"expected finite differences [S, N], at least 2 x 2, got shape {d.shape}")
+    s, n = d.shape
+    mean, by_seed, by_image = d.mean(), d.mean(1), d.mean(0)
+    squares = {
+        "seeds": (n * np.square(by_seed - mean).sum() / (s - 1), s - 1),
+        "images": (s * np.square(by_image - mean).sum() / (n - 1), n - 1),
+    }
+    rest = np.square(d - by_seed[:, None] - by_image + mean).sum() / ((s - 1) * (n - 1))
+    parts = [square for square, _ in squares.values()]
+    variance = max(sum(parts) - rest, *parts)
+    if variance == 0:
+        return Interval(float(mean), float(mean))
+    spread = sum(square**2 / freedom for square, freedom in squares.values())
+    freedom = variance**2 / (spread + rest**2 / ((s - 1) * (n - 1)))
+    half = stats.t.ppf((1 + confidence) / 2, max(freedom, 1)) * np.sqrt(variance / (s * n))
+    return Interval(float(mean - half), float(mean + half))
+
+
+def pair_correlation(
+    treatment_S: Sequence[float] | np.ndarray, control_S: Sequence[float] | np.ndarray
+) -> float:
+    """Pearson's correlation of two arms over seeds: what pairing gains. NaN if an arm does not vary."""
+    paired_differences(treatment_S, control_S)  # refuses what cannot be paired
+    treatment, control = np.asarray(treatment_S, dtype=float), np.asarray(control_S, dtype=float)
+    if np.ptp(treatment) == 0 or np.ptp(control) == 0:
+        return float("nan")
+    return float(np.corrcoef(treatment, control)[0, 1])
+
+
+def holm(p_values_M: Sequence[float] | np.ndarray) -> np.ndarray:
+    """P values adjusted for having been tested together, [M]: reject those at or below the level.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statistics 6, 1979.
+    """
+    p_M = np.asarray(p_values_M, dtype=float)
+    if not ((p_M >= 0) & (p_M <= 1)).all():
+        raise ValueError(f"p values must lie in [0, 1], got {p_M.tolist()}")
+    order_M = p_M.argsort(kind="stable")
+    adjusted_M = np.empty(len(p_M))
+    factors_M = np.arange(len(p_M), 0, -1)
+    adjusted_M[order_M] = np.minimum(np.maximum.accumulate(p_M[order_M] * factors_M), 1)
+    return adjusted_M

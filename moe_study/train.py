@@ -1,0 +1,219 @@
+"""The one training loop: Adam, selection by validation cross-entropy, checkpoint and resume."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class TrainingError(RuntimeError):
+    """A run cannot go on; the message names arm, seed, epoch and batch."""
+
+
+class OutOfTime(Exception):
+    """The time limit came; the checkpoint holds everything up to the last epoch."""
+
+
+class Task(Protocol):
+    """An `nn.Module` that knows where batches come from and what they cost."""
+
+    num_batches: int  # per epoch
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def batches(self, epoch: int) -> Iterator[Any]: ...
+
+    def losses(self, batch: Any, epoch: int) -> dict[str, Tensor]: ...  # "total" is minimised
+
+    # nn.Module's own
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> Any: ...
+    def train(self) -> Any: ...
+    def eval(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: int = 8
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine"] = "cosine"  # cosine: down to 0 at the last step
+    precision: Literal["float64", "float32", "bfloat16"] = "float32"  # bfloat16: autocast of CNNs
+    warmup: float = 0.0  # share of the training over which the rate rises from 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of the training in [0, 1), got {self.warmup}")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"unknown schedule {self.schedule!r}; use 'constant' or 'cosine'")
+        if self.precision not in ("float64", "float32", "bfloat16"):
+            raise ValueError(f"unknown precision {self.precision!r}; use 'float64', 'float32' or 'bfloat16'")
+
+
+@dataclass
+class History:
+    """One entry per finished epoch: mean training losses, and what `evaluate` returned."""
+
+    train: dict[str, list[float | None]] = field(default_factory=dict)
+    validation: dict[str, list[float | None]] = field(default_factory=dict)
+    best_epoch: int = -1  # lowest validation cross-entropy
+    best_cross_entropy: float = math.inf
+    best_accuracy_epoch: int = -1  # highest validation accuracy, the first of equals
+    best_accuracy: float = -math.inf
+    seconds: float = 0.0  # of training and evaluation, over all sessions of a resumed run
+
+
+def fit(
+    task: Task,
+    config: TrainConfig,
+    evaluate: Callable[[], dict[str, float]],
+    *,
+    label: str,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[int, History], None] | None = None,
+    deadline: float = math.inf,
+) -> tuple[History, dict[str, dict[str, Tensor]]]:
+    """Train `task` and leave it with its last weights.
+
+    Args:
+        evaluate: measures on validation data, "cross_entropy" and "accuracy" among them.
+        label: names the run (arm and seed) in errors.
+        checkpoint: written after every epoch and read if it exists; a resumed run ends with the same
+            numbers as one that was never stopped, since batch order depends on (seed, epoch) alone.
+        on_epoch: called with the epoch's number and the history so far.
+        deadline: `time.monotonic()` value after which no further epoch is started.
+
+    Returns:
+        The history, and the weights (state dicts) of the two selected epochs: "best_cross_entropy" and
+        "best_accuracy", both on validation data.
+
+    Raises:
+        TrainingError: a loss is not finite.
+        OutOfTime: the deadline came first.
+    """
+    device = next(task.parameters()).device
+    optimizer = torch.optim.Adam(task.parameters(), lr=config.learning_rate, fused=True)
+    history = History()
+    selected: dict[str, dict[str, Tensor]] = {}
+    epoch = 0
+    if checkpoint is not None and checkpoint.exists():
+        state = _load(checkpoint, device)
+        task.load_state_dict(state["task"])
+        optimizer.load_state_dict(state["optimizer"])
+        history, selected, epoch = History(**state["history"]), state["selected"], state["epoch"]
+
+    while epoch < config.epochs:
+        if time.monotonic() > deadline:
+            raise OutOfTime(label)
+        start = time.perf_counter()
+        for name, value in _train_epoch(task, optimizer, config, epoch, label).items():
+            history.train.setdefault(name, [None] * epoch).append(value)
+        task.eval()
+        try:
+            measures = evaluate()
+        except ValueError as error:
+            raise TrainingError(f"{label}, epoch {epoch}, validation: {error}") from error
+        for name, value in measures.items():
+            history.validation.setdefault(name, []).append(value)
+        if not math.isfinite(measures["cross_entropy"]):
+            raise TrainingError(f"{label}, epoch {epoch}: validation cross-entropy is not finite")
+        for column in history.train.values():  # a loss that this phase of training does not have
+            column.extend([None] * (epoch + 1 - len(column)))
+        improved = []
+        if measures["cross_entropy"] < history.best_cross_entropy:
+            history.best_cross_entropy, history.best_epoch = measures["cross_entropy"], epoch
+            improved.append("best_cross_entropy")
+        if measures["accuracy"] > history.best_accuracy:
+            history.best_accuracy, history.best_accuracy_epoch = measures["accuracy"], epoch
+            improved.append("best_accuracy")
+        if improved:
+            selected |= dict.fromkeys(improved, deepcopy(task.state_dict()))
+        epoch += 1
+        history.seconds += time.perf_counter() - start
+        if checkpoint is not None:
+            state = {
+                "task": task.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "history": vars(history),
+                "selected": selected,
+                "epoch": epoch,
+            }
+            _save(state, checkpoint)
+        if on_epoch is not None:
+            on_epoch(epoch, history)
+    return history, selected
+
+
+def _save(state: dict[str, Any], checkpoint: Path) -> None:
+    """Atomically; through memory, because torch.save hides why a write failed."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    partial = checkpoint.with_suffix(".part")
+    try:
+        partial.write_bytes(buffer.getbuffer())
+        os.replace(partial, checkpoint)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _load(checkpoint: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        return torch.load(checkpoint, map_location=device, weights_only=True)
+    except Exception as error:
+        raise TrainingError(
+            f"checkpoint {checkpoint} cannot be read ({error}); delete it to start the run anew"
+        ) from error
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, progress: float) -> None:
+    """The schedule's value at `progress`, from 0 (start) to 1 (end of training)."""
+    decay = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1.0
+    if progress < config.warmup:
+        decay *= progress / config.warmup
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * decay
+
+
+def _train_epoch(
+    task: Task, optimizer: torch.optim.Optimizer, config: TrainConfig, epoch: int, label: str
+) -> dict[str, float]:
+    """One pass over the batches; the mean of every named loss."""
+    task.train()
+    on_cpu = next(task.parameters()).device.type == "cpu"
+    rows: list[dict[str, Tensor]] = []
+    for step, batch in enumerate(task.batches(epoch)):
+        set_learning_rate(optimizer, config, (epoch + step / task.num_batches) / config.epochs)
+        try:
+            losses = task.losses(batch, epoch)
+        except ValueError as error:  # a loss that refuses NaN, say
+            raise TrainingError(f"{label}, epoch {epoch}, batch {step}: {error}") from error
+        optimizer.zero_grad()
+        losses["total"].backward()
+        optimizer.step()
+        rows.append({name: loss.detach() for name, loss in losses.items()})
+        if on_cpu or step + 1 == task.num_batches:  # a look at a GPU's losses would stall it
+            for at in range(step if on_cpu else 0, step + 1):
+                if not rows[at]["total"].isfinite():
+                    values = ", ".join(f"{name} = {loss.item():g}" for name, loss in rows[at].items())
+                    raise TrainingError(
+                        f"{label}, epoch {epoch}, batch {at}: the loss is not finite ({values}). "
+                        f"The usual remedy is a lower learning rate than {config.learning_rate:g}."
+                    )
+    return {name: torch.stack([row[name] for row in rows]).mean().item() for name in rows[0]}

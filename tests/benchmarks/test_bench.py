@@ -1,0 +1,309 @@
+"""The benchmark: its peers are what they claim to be, its measurements mean what they say.
+
+Shapes: N samples, D width.
+"""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+from benchmarks import experts as bench_moe
+from benchmarks import measure
+from benchmarks import profile as bench_profile
+from benchmarks import run as bench
+from benchmarks import snnl as bench_snnl
+from benchmarks import training as bench_train
+from benchmarks.measure import Contestant, Machine, Rates, Row, Work
+from moe_lib.moe.routing import AdaptiveClusteringRouter, route
+from moe_study import store
+
+
+def sample(num_samples=12, dim=4, num_classes=3, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    features_ND = torch.randn(num_samples, dim, generator=generator, dtype=torch.float64).to(dtype)
+    return features_ND, torch.arange(num_samples) % num_classes
+
+
+# ----------------------------------------------------------------------------------------- peers
+
+
+def test_the_authors_formula_step_by_step():
+    features_ND, labels_N = sample()
+    for temperature in (0.01, 0.5, 20.0):
+        value = bench_snnl.authors([features_ND], labels_N, temperature)
+        expected = reference.snnl_with_eps(features_ND.numpy(), labels_N, temperature)
+        assert value.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_cleverhans_formula_pair_by_pair():
+    features_ND, labels_N = sample()
+    losses = []
+    for i in range(12):
+        mass = {
+            j: math.exp(-reference.distance_of(features_ND[i], features_ND[j], "sqeuclidean") / 3)
+            for j in range(12)
+            if j != i
+        }
+        share = sum(m for j, m in mass.items() if labels_N[j] == labels_N[i]) / (1e-5 + sum(mass.values()))
+        losses.append(-math.log(1e-5 + share))
+    value = bench_snnl.cleverhans([features_ND], labels_N, 3.0)
+    assert value.item() == pytest.approx(math.fsum(losses) / 12, rel=1e-9)
+
+
+def test_where_nothing_underflows_all_contestants_agree():
+    layers = [sample()[0], sample(dim=7)[0]]
+    labels_N = sample()[1]
+    exact = {
+        cosine: sum(bench_snnl.exact_loss(x_ND, labels_N, 2.0, cosine, mean_all=False) for x_ND in layers)
+        for cosine in (True, False)
+    }
+    for name, loss, cosine, _ in bench_snnl._contestants():
+        assert loss(layers, labels_N, 2.0).item() == pytest.approx(exact[cosine], rel=1e-4), name
+
+
+@pytest.mark.parametrize("mean_all", [False, True])
+@pytest.mark.parametrize("distance", ["cosine", "sqeuclidean"])
+def test_the_exact_value_is_that_of_the_reference(distance, mean_all):
+    features_ND, labels_N = sample(num_classes=8)  # some alone in their class
+    value = bench_snnl.exact_loss(features_ND, labels_N, 0.01, distance == "cosine", mean_all)
+    reduction = "mean_all" if mean_all else "mean"
+    assert value == pytest.approx(reference.snnl(features_ND, labels_N, 0.01, distance, reduction), rel=1e-9)
+
+
+def test_ours_is_right_in_every_hard_case_and_each_eps_form_wrong_in_one():
+    found = bench_snnl.correctness(Machine())
+    assert {entry["case"] for entry in found} > {"small temperature", "single-member class"}
+    for entry in found:
+        assert entry["gradient_is_finite"]
+        if entry["contestant"].startswith("ours"):
+            assert entry["error"] < 1e-5
+    for name in ("authors", "cleverhans"):
+        errors = [entry["error"] for entry in found if entry["contestant"] == name]
+        assert not max(errors[1:]) < 0.1  # infinity included
+
+
+def test_work_of_a_row():
+    """3 N^2 D operations: half of N^2 pairs times D multiplications and additions, and once N^2 D of them."""
+    row = bench_snnl.row(100, [8, 8, 8])
+    assert row.name == "N=100 3 layers of D=8"
+    assert row.work == Work(gemm=3 * 100**2 * 24, exp=3 * 100**2 / 2)
+
+
+@pytest.mark.parametrize("top_k", [4, 2, 1])
+def test_all_mixtures_do_the_same(top_k):
+    """Values, and gradients by the input, of every contestant against the loop over tokens and experts."""
+    size = bench_moe.Size(30, 6, 8, 5, 4, top_k)
+    layer = bench_moe.build_layer(size, torch.float64, "cpu")
+    x_ND = torch.randn(30, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    weights = [weight.detach() for weight in layer.experts.stacked()]
+    routing = layer.route(x_ND)
+    expected_NO = reference.moe(x_ND, routing.indices_NK, routing.weights_NK.detach(), *weights)
+    gradients = []
+    for name, kind in bench_moe.contestants(layer.top_k).items():
+        input_ND = x_ND.clone().requires_grad_()
+        out_NO = kind(layer)(input_ND)
+        np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-9, atol=1e-11, err_msg=name)
+        gradients += torch.autograd.grad(out_NO.square().sum(), input_ND)
+    for gradient_ND in gradients[1:]:
+        torch.testing.assert_close(gradient_ND, gradients[0])
+
+
+def test_all_routers_by_absolute_deviation_decide_the_same():
+    torch.manual_seed(0)
+    router = AdaptiveClusteringRouter(6, 4, 2).double()
+    tokens_ND, previous = sample(60, 6)[0], route(sample(60, 4)[0])
+    assert torch.bincount(previous.probs_NE.argmax(1), minlength=4).min() >= 2
+    expected = router(tokens_ND, previous)
+    for name in ("authors", "authors, sums"):
+        peer = bench_moe.AuthorsRouter(router, bench_moe.DEVIATIONS[name])
+        for one, other in zip(peer(tokens_ND, previous), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_pairwise_deviation_pair_by_pair():
+    tokens_ND, cluster_N = sample(9, 2)
+    found_ED = bench_moe.pairwise(tokens_ND, cluster_N, 3)
+    for k in range(3):
+        own = [tokens_ND[n] for n in range(9) if cluster_N[n] == k]
+        for q in range(2):
+            pairs = [abs(a[q].item() - b[q].item()) for a in own for b in own]
+            assert found_ED[k, q].item() == pytest.approx(math.fsum(pairs) / len(pairs))
+
+
+def test_shapes_not_met_before_are_timed_for_every_contestant_but_the_dense_one():
+    found = bench_moe.new_shapes(Machine(), num_batches=2)
+    assert {entry["contestant"] for entry in found} == {"ours", "loop", "Hugging Face"}
+    assert all(entry["times_longer"]["median"] > 0 and entry["milliseconds"] > 0 for entry in found)
+
+
+# ----------------------------------------------------------------------------------- measurements
+
+
+def test_the_limit_adds_up():
+    rates = Rates(gemm=100.0, gemm_mm=50.0, gemm_bf16=400.0, bandwidth=10.0, exp=4.0)
+    assert Work(gemm=200, bytes=30, exp=2, gemm_bf16=800).seconds(rates) == 2 + 3 + 0.5 + 2
+
+
+def test_ratios_are_taken_within_rounds():
+    """The machine slows down eightfold: ratios of medians would be as good, those of mixed rounds not."""
+    found = measure.ratio([2.0, 4.0, 16.0, 6.0], [1.0, 2.0, 8.0, 2.0])
+    assert found["median"] == 2
+    assert found["low"] <= 2 <= found["high"]
+    assert measure.ratio([3.0], [2.0]) == {"median": 1.5, "low": 1.5, "high": 1.5}
+
+
+def test_contestants_take_turns_and_each_begins():
+    seen = []
+    contestants = [
+        Contestant(name, lambda device, name=name: lambda: seen.append(name)) for name in ("a", "b", "c")
+    ]
+    seconds = measure.compare(Machine(turn=0.0), contestants, rounds=3)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    assert "".join(seen) == "aabbcc" + "abc" + "bca" + "cab"
+
+
+def test_memory_of_a_step_that_holds_a_known_amount():
+    """80 MB in one array that is freed before the step ends, so only the peak shows it."""
+
+    def step():
+        np.ones(10_000_000)
+
+    found = measure.memory_of_a_step(step)
+    if found is None:
+        pytest.skip("needs Linux's /proc/self/clear_refs")
+    assert found == pytest.approx(80, rel=0.1)
+
+
+def test_memory_is_measured_in_a_fresh_process():
+    ballast_N = torch.ones(30_000_000)  # 120 MB that a child does not have
+    found = bench._memory_in_fresh_processes("snnl", 1, "ours, streaming", Machine(), quick=True)
+    assert found is None or 0 < found < 60
+    assert ballast_N.sum() > 0
+
+
+def test_an_allocator_that_was_tuned_is_named(monkeypatch):
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1000000")
+    described = Machine(threads=2).describe()
+    assert "MALLOC_TOP_PAD_=1000000" in described["allocator"]
+    assert described["clock"] == "wall time"
+    assert Machine().describe()["clock"] == "processor time of the thread"
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+@pytest.fixture
+def without_children(monkeypatch):
+    monkeypatch.setattr(bench, "_memory_in_fresh_processes", lambda *_: 3.5)
+
+
+@pytest.mark.usefixtures("without_children")
+def test_the_file_and_the_figure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_snnl, "denormals", lambda machine: [])
+    assert bench.main(["snnl", "--quick", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "snnl.json").read_text())
+    assert content["quick"]
+    assert [row["N"] for row in content["rows"]] == [64, 600]
+    for row in content["rows"]:
+        for key in ("dtype", "threads", "allocator", "torch", "processor", "device", "clock", "rates"):
+            assert row[key], key
+        ours = row["contestants"]["ours"]
+        assert ours["times_ours"]["median"] == 1
+        assert ours["share_of_limit"] == pytest.approx(
+            row["limit_milliseconds"] / ours["milliseconds"], rel=1e-4
+        )
+        peers = [c["times_ours"]["median"] for c in row["contestants"].values() if c["peer"]]
+        assert row["faster_than_fastest_peer"] == min(peers)
+        assert row["memory_saving"] == 1
+    assert content["correctness"]
+    assert (tmp_path / "snnl.png").read_bytes()[:4] == b"\x89PNG"
+    assert "N=600 D=16: " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_children")
+@pytest.mark.parametrize("name", ["moe", "router"])
+def test_files_and_figures_of_layers(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_moe, "new_shapes", lambda machine: [])
+    assert bench.main([name, "--quick", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    for row in content["rows"]:
+        assert row["contestants"]["ours"]["times_ours"]["median"] == 1
+        assert row["limit_milliseconds"] > 0
+    assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.usefixtures("without_children")
+def test_what_does_not_fit_is_left_out_and_named(monkeypatch):
+    monkeypatch.setattr(measure, "available_memory", lambda: 100.0)
+    monkeypatch.setattr(bench, "available_memory", lambda: 100.0)
+    small = Contestant("small", lambda device: lambda: None, peer=False)
+    large = Contestant("large", lambda device: lambda: None, bytes=51.0)
+    row = Row("a row", {"N": 1}, Work(gemm=1.0), (small, large), rounds=1)
+    found = bench._measured("snnl", row, 0, Machine(turn=0.0), quick=True)
+    assert found["left_out"] == ["large"]
+    assert found["faster_than_fastest_peer"] is None
+
+
+def test_unusable_arguments(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["tango"])
+    assert "snnl" in capsys.readouterr().err
+    assert bench.main(["snnl", "--threads", "0"]) == 1
+    assert "--threads" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- profiles
+
+
+def test_operations_are_told_apart_by_kind():
+    kinds = {
+        "aten::mm": "products",
+        "aten::addmm_": "products",
+        "aten::add_": "element by element",
+        "mkldnn::_linear_pointwise": "products",
+        "aten::convolution_backward": "convolutions",
+        "aten::index_select": "rows moved",
+        "aten::_fused_adam_": "optimizer",
+        "_ChosenBackward": bench_profile.REST,
+    }
+    assert {name: bench_profile.kind_of(name) for name in kinds} == kinds
+
+
+def test_shares_find_the_products_of_a_step_of_products():
+    x_ND = torch.ones(256, 256)
+    found = bench_profile.shares(lambda: [x_ND @ x_ND for _ in range(4)], steps=3)
+    assert sum(found.values()) == pytest.approx(1)
+    assert max(found, key=found.get) == "products"
+
+
+def test_only_rows_below_their_goal_are_profiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path))
+    small = bench_moe.Size(40, 16, 16, 16, 4, 2)
+    rows = [bench_moe.row(small, goal_time=1.0), bench_moe.row(small._replace(N=48), goal_time=1.0)]
+    times = {"ours": 2.0, "loop": 3.0, "Hugging Face": 1.5, "einsum": 4.0}
+    contestants = {who: {"milliseconds": time} for who, time in times.items()}
+    content = [
+        {"row": row.name, "faster_than_fastest_peer": faster, "contestants": contestants}
+        for row, faster in zip(rows, (0.75, 1.5), strict=True)
+    ]
+    store.write(tmp_path / "bench" / "moe.json", {"rows": content})
+    monkeypatch.setattr(bench_moe, "rows", lambda: rows)
+    monkeypatch.setattr(bench_moe, "router_rows", list)
+    monkeypatch.setattr(bench_train, "rows", list)
+    found = bench_profile.missed(Machine())
+    assert [(one["row"], one["contestant"]) for one in found] == [
+        (rows[0].name, "ours"),
+        (rows[0].name, "Hugging Face"),
+    ]
+    assert [one["milliseconds"] for one in found] == [2.0, 1.5]
+
+
+def test_unknown_benchmark_is_refused_by_the_command_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["nothing"])
+    assert stop.value.code == 2
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err

@@ -1,0 +1,93 @@
+"""The benchmark of training: every contestant does the same job.
+
+Shapes: S seeds, N samples, P pixels.
+"""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import run as bench
+from benchmarks import training as bench_train
+from benchmarks.measure import Machine, Rates
+from benchmarks.training import CIFAR, CNN, MLP, MNIST, SNNL, PublicClassifier, StackedClassifiers
+from moe_lib.models.classifier import Objective
+from moe_study.data import pixels
+
+
+def with_weights_of(task):
+    """The peer, with the weights of one of our models."""
+    peer, ours = PublicClassifier(CIFAR), task.model
+    layers = ours.extractor.layers
+    pairs = [(peer.layers[i][at], layers[name][at]) for i, (name, at) in enumerate(
+        [("conv1", 0), ("conv2", 0), ("code", 1)]
+    )]  # fmt: skip
+    pairs += [(peer.gate[at], ours.moe.router.gate[at]) for at in (0, 2)]
+    for theirs, own in pairs:
+        theirs.load_state_dict(own.state_dict())
+    w1_EDH, b1_EH, w2_EHO, b2_EO = ours.moe.experts.parameters()
+    for e, expert in enumerate(peer.experts):
+        expert.load_state_dict(
+            {"0.weight": w1_EDH[e].T, "0.bias": b1_EH[e], "2.weight": w2_EHO[e].T, "2.bias": b2_EO[e]}
+        )
+    return peer
+
+
+def test_the_authors_step_has_our_losses():
+    dataset = bench_train.random_dataset(CIFAR, 60)
+    task = bench_train.task_of(dataset, CNN, SNNL, 60, "float32")
+    images_NCHW, labels_N = next(task.batches(0))
+    ours = task.losses((images_NCHW, labels_N), 0)
+    cross_entropy, snnl = with_weights_of(task).losses(images_NCHW, labels_N)
+    assert cross_entropy.item() == pytest.approx(ours["cross_entropy"].item(), rel=1e-5)
+    assert snnl.item() == pytest.approx(ours["snnl"].item(), rel=1e-3)  # their eps
+
+
+def test_the_usual_script_sees_our_pixels():
+    split = bench_train.random_dataset(MNIST, 7).train
+    images_NCHW, labels_N = next(bench_train.usual_batches(split, 7))
+    expected = {(label, image.tobytes()) for image, label in zip(
+        pixels(split.images_NCHW, torch.float32).numpy(), split.labels_N.tolist(), strict=True
+    )}  # fmt: skip
+    found = {
+        (label, image.tobytes()) for image, label in zip(images_NCHW.numpy(), labels_N.tolist(), strict=True)
+    }
+    assert found == expected
+
+
+def test_stacked_seeds_are_the_separate_ones():
+    dataset = bench_train.random_dataset(MNIST, 12)
+    tasks = [bench_train.task_of(dataset, MLP, Objective(), 6, "float32", seed) for seed in range(3)]
+    stacked = StackedClassifiers([task.model for task in tasks])
+    batches = [next(task.batches(0)) for task in tasks]
+    images_SNP = torch.stack([images for images, _ in batches]).flatten(2)
+    total = stacked.loss(images_SNP, torch.stack([labels for _, labels in batches]))
+    total.backward()
+    losses = [task.losses(batch, 0)["total"] for task, batch in zip(tasks, batches, strict=True)]
+    assert total.item() == pytest.approx(sum(losses).item(), rel=1e-5)
+    sum(losses).backward()
+    for name, weight_S in stacked.weights.items():
+        for task, gradient in zip(tasks, weight_S.grad, strict=True):
+            expected = task.model.get_parameter(name.replace("/", ".")).grad
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_is_compared_seed_by_seed():
+    dataset = bench_train.random_dataset(MNIST, 40)
+    found = bench_train.bfloat16(Machine(), dataset, seeds=(1, 2), epochs=1)
+    assert [row["seed"] for row in found] == [1, 2]
+    for row in found:
+        assert row["bfloat16"]["cross_entropy"] == pytest.approx(row["float32"]["cross_entropy"], rel=0.05)
+        assert row["bfloat16"]["cross_entropy"] != row["float32"]["cross_entropy"]
+
+
+def test_a_quick_look_writes_every_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_memory_in_fresh_processes", lambda *_: 3.5)
+    monkeypatch.setattr(bench, "probe", lambda machine: Rates(1e11, 1e11, 1e11, 1e10, 1e9))
+    monkeypatch.setattr(bench_train, "bfloat16", lambda machine: [])
+    assert bench.main(["train", "--quick", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "train.json").read_text())
+    assert len(content["rows"]) == 4
+    assert all(row["faster_than_fastest_peer"] > 0 for row in content["rows"])
+    assert (tmp_path / "train.png").exists()

@@ -1,0 +1,522 @@
+"""Stacked experts and the mixture layer against loops over tokens and experts, with a fixed fake router.
+
+Shapes: N tokens, D width, H hidden width, O output width, E experts, K chosen.
+"""
+
+import numpy as np
+import pytest
+import reference
+import reference_ac
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from moe_lib import products
+from moe_lib.moe import dispatch as expert_kernels
+from moe_lib.moe.experts import Experts, MoE
+from moe_lib.moe.routing import (
+    ACConfig,
+    AdaptiveClusteringRouter,
+    CosineRouter,
+    LinearRouter,
+    UniformRouter,
+    route,
+)
+
+
+class FixedRouter(nn.Module):
+    """Returns what it was given, whatever the tokens; remembers its last arguments."""
+
+    def __init__(self, routing):
+        super().__init__()
+        self.routing = routing
+
+    def forward(self, tokens_ND, previous=None):
+        self.seen = tokens_ND, previous
+        return self.routing
+
+
+def tokens(num_tokens=7, dim=4, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_tokens, dim, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def fixed_routing(num_tokens=7, num_experts=5, top_k=None, seed=1):
+    return route(tokens(num_tokens, num_experts, seed), top_k)
+
+
+def moe_layer(num_experts=5, top_k=None, router=None, seed=3, out_dim=3, dtype=torch.float64):
+    """Weights from the seed, with biases that are not zero."""
+    layer = MoE(4, num_experts, 6, out_dim, top_k, router).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2)
+    return layer
+
+
+def stacked(experts):
+    return experts.w1_EDH, experts.b1_EH, experts.w2_EHO, experts.b2_EO
+
+
+# ---------------------------------------------------------------------------------------- experts
+
+
+def test_every_expert_on_every_row():
+    experts, x_ND = moe_layer().experts, tokens()
+    out_NEO = experts(x_ND)
+    assert out_NEO.shape == (7, 5, 3)
+    for n in range(7):
+        for e in range(5):
+            weights = [reference.array(weight[e]) for weight in stacked(experts)]
+            expected_O = reference.expert_output(reference.array(x_ND[n]), *weights)
+            np.testing.assert_allclose(out_NEO[n, e].detach(), expected_O, rtol=1e-10, atol=1e-12)
+
+
+def test_one_expert_alone_equals_its_share_of_all():
+    experts, x_ND = moe_layer().experts, tokens()
+    for e in range(5):
+        torch.testing.assert_close(experts.expert(e, x_ND), experts(x_ND)[:, e])
+
+
+def test_flat_weights_hold_every_number_of_each_expert_once():
+    experts = moe_layer().experts
+    flat_EP = experts.flat_weights()
+    assert flat_EP.shape == (5, 4 * 6 + 6 + 6 * 3 + 3)
+    assert not flat_EP.requires_grad
+    for e in range(5):
+        expected = torch.cat([weight[e].flatten() for weight in stacked(experts)])
+        assert torch.equal(flat_EP[e].sort().values, expected.sort().values)
+
+
+def test_initial_scale_is_kaiming_and_biases_are_zero():
+    experts = Experts(50, 4, 200, 30)
+    assert experts.w1_EDH.std().item() == pytest.approx((2 / 50) ** 0.5, rel=0.03)
+    assert experts.w2_EHO.std().item() == pytest.approx((2 / 200) ** 0.5, rel=0.03)
+    assert not experts.b1_EH.any()
+    assert not experts.b2_EO.any()
+    assert not torch.equal(experts.w1_EDH[0], experts.w1_EDH[1])
+
+
+# ---------------------------------------------------------------------------------------- mixture
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2, 4, 5])
+def test_equals_the_dense_loop(top_k):
+    routing = fixed_routing()
+    layer, x_ND = moe_layer(top_k=top_k, router=FixedRouter(routing)), tokens()
+    out_NO, used = layer(x_ND)
+    whole = top_k in (None, 5)  # nothing to choose: the decision is passed on as it is
+    for field, expected in zip(used, routing if whole else routing.top(top_k), strict=True):
+        assert torch.equal(field, expected)
+    expected_NO = reference.moe(x_ND, used.indices_NK, used.weights_NK, *stacked(layer.experts))
+    np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 5])
+def test_a_router_that_chooses_itself_is_obeyed(top_k):
+    """Also with all experts chosen, where the order of the choices is the router's."""
+    routing = fixed_routing(top_k=top_k)
+    layer, x_ND = moe_layer(router=FixedRouter(routing)), tokens()
+    out_NO, used = layer(x_ND)
+    assert used is routing
+    expected_NO = reference.moe(x_ND, routing.indices_NK, routing.weights_NK, *stacked(layer.experts))
+    np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-10, atol=1e-12)
+
+
+def test_the_router_sees_the_tokens_and_the_previous_decision():
+    router, previous, x_ND = FixedRouter(fixed_routing()), fixed_routing(seed=8), tokens()
+    moe_layer(router=router)(x_ND, previous)
+    assert router.seen[0] is x_ND
+    assert router.seen[1] is previous
+
+
+def test_without_a_router_a_linear_one_is_made():
+    layer = moe_layer(top_k=2)
+    assert isinstance(layer.router, LinearRouter)
+    out_NO, used = layer(tokens())
+    expected_NO = reference.moe(tokens(), used.indices_NK, used.weights_NK, *stacked(layer.experts))
+    np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-10, atol=1e-12)
+
+
+def test_out_dim_defaults_to_dim():
+    assert MoE(4, 2, 6)(tokens(dtype=torch.float32))[0].shape == (7, 4)
+
+
+def test_one_expert_is_a_plain_network():
+    layer, x_ND = moe_layer(num_experts=1), tokens()
+    torch.testing.assert_close(layer(x_ND)[0], layer.experts.expert(0, x_ND))
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_float32_to_1e_5(top_k):
+    layer = moe_layer(top_k=top_k, router=FixedRouter(fixed_routing()))
+    exact_NO = layer(tokens())[0]
+    torch.testing.assert_close(
+        layer.float()(tokens(dtype=torch.float32))[0].double(), exact_NO, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_bfloat16_tokens_keep_a_float32_gate(top_k):
+    layer = moe_layer(top_k=top_k, dtype=torch.bfloat16)
+    out_NO, used = layer(tokens(dtype=torch.bfloat16))
+    assert used.probs_NE.dtype == used.weights_NK.dtype == torch.float32
+    assert out_NO.dtype == torch.bfloat16
+    expected_NO = reference.moe(
+        tokens(dtype=torch.bfloat16).float(), used.indices_NK, used.weights_NK,
+        *(weight.float() for weight in stacked(layer.experts)),
+    )  # fmt: skip
+    np.testing.assert_allclose(out_NO.detach().float(), expected_NO, rtol=0.05, atol=0.05)
+
+
+# -------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_layer_passes_gradcheck(top_k):
+    """No pre-activation lies near the kink of a ReLU, and no two gates nearly tie."""
+    layer, x_ND = moe_layer(num_experts=3, top_k=top_k), tokens(5)
+    hidden_NEH = torch.einsum("nd,edh->neh", x_ND, layer.experts.w1_EDH) + layer.experts.b1_EH
+    assert hidden_NEH.abs().min() > 1e-4
+    assert layer.route(x_ND).probs_NE.sort(1).values.diff(dim=1).min() > 1e-4
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def output(x_ND, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x_ND,))[0]
+
+    assert torch.autograd.gradcheck(output, (x_ND.requires_grad_(), *values))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_dispatch_has_the_gradients_of_the_dense_form(top_k):
+    layer, x_ND = moe_layer(top_k=top_k), tokens().requires_grad_()
+    out_NO, used = layer(x_ND)
+    dense_NO = torch.einsum("ne,neo->no", used.dense_weights(), layer.experts(x_ND))
+    inputs = [x_ND, *layer.parameters()]
+    sparse = torch.autograd.grad(out_NO.square().sum(), inputs, retain_graph=True)
+    dense = torch.autograd.grad(dense_NO.square().sum(), inputs)
+    for a, b in zip(sparse, dense, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# -------------------------------------------------------------------------------- degenerate cases
+
+
+def test_experts_without_tokens_work_forward_and_backward():
+    logits_NE = torch.zeros(7, 5, dtype=torch.float64)
+    logits_NE[:, 3] = 50
+    layer = moe_layer(top_k=1, router=FixedRouter(route(logits_NE)))
+    x_ND = tokens().requires_grad_()
+    out_NO, _ = layer(x_ND)
+    torch.testing.assert_close(out_NO, layer.experts.expert(3, x_ND))
+    out_NO.square().sum().backward()
+    gradients_E = layer.experts.w2_EHO.grad.abs().sum((1, 2))
+    assert gradients_E[3] > 0
+    assert not gradients_E[[0, 1, 2, 4]].any()
+    assert x_ND.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_no_token_and_one_token(num_tokens, top_k):
+    layer, x_ND = moe_layer(top_k=top_k), tokens(num_tokens).requires_grad_()
+    out_NO, used = layer(x_ND)
+    assert out_NO.shape == (num_tokens, 3)
+    assert len(used.probs_NE) == num_tokens
+    out_NO.sum().backward()
+    assert layer.experts.w1_EDH.grad.isfinite().all()
+    if num_tokens:
+        expected_NO = reference.moe(x_ND, used.indices_NK, used.weights_NK, *stacked(layer.experts))
+        np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_tokens_do_not_influence_each_other(top_k):
+    layer, x_ND = moe_layer(top_k=top_k), tokens()
+    whole_NO = layer(x_ND)[0]
+    torch.testing.assert_close(layer(x_ND[2:5])[0], whole_NO[2:5])
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "message"),
+    [(0, None, "num_experts.*0"), (4, 0, "top_k.*0"), (4, 5, "top_k.*4.*5"), (4, -1, "-1")],
+)
+def test_impossible_numbers_are_named(num_experts, top_k, message):
+    with pytest.raises(ValueError, match=message):
+        MoE(4, num_experts, 6, top_k=top_k)
+
+
+def test_a_router_that_chooses_fewer_is_refused():
+    layer = MoE(4, 3, 6, top_k=2, router=LinearRouter(4, 3, top_k=1))
+    with pytest.raises(ValueError, match=r"top_k = 2.*chooses 1"):
+        layer(tokens(dtype=torch.float32))
+
+
+def test_no_experts_at_all():
+    with pytest.raises(ValueError, match="num_experts"):
+        Experts(4, 0, 6, 3)
+
+
+@pytest.mark.parametrize("router", [UniformRouter(3), UniformRouter(8), LinearRouter(4, 3, top_k=2)])
+def test_a_router_for_another_number_of_experts_is_refused(router):
+    layer = MoE(4, 5, 6, router=router)
+    with pytest.raises(ValueError, match="5"):
+        layer(tokens(dtype=torch.float32))
+
+
+# ----------------------------------------------------------------------------- dispatch with every router
+
+
+ROUTERS = {
+    "linear": lambda top_k: LinearRouter(4, 3, top_k),
+    "cosine": lambda top_k: CosineRouter(4, 3, top_k),
+    "ac": lambda top_k: AdaptiveClusteringRouter(4, 3, top_k, ACConfig(gradient=True)),
+    "ac-mixed": lambda top_k: AdaptiveClusteringRouter(4, 3, top_k, ACConfig(gradient=True, mixed=True)),
+    "ac-scaled": lambda top_k: AdaptiveClusteringRouter(
+        4, 3, top_k, ACConfig(gradient=True, scale_experts=True, matched=True)
+    ),
+}
+
+
+def test_an_idle_expert_between_busy_ones_gets_no_gradient_and_the_others_the_dense_forms():
+    """Expert 1 and the last one have no token at all, expert 2 has one."""
+    logits_NE = tokens(9, 5, seed=1)
+    logits_NE[:, [1, 4]] -= 50
+    logits_NE[:, 2] -= 50
+    logits_NE[3, 2] += 100
+    layer, x_ND = moe_layer(top_k=2, router=FixedRouter(route(logits_NE))), tokens(9).requires_grad_()
+    out_NO, used = layer(x_ND)
+    counts = torch.bincount(used.indices_NK.flatten(), minlength=5).tolist()
+    assert counts[1:] == [0, 1, counts[3], 0]
+    expected_NO = reference.moe(x_ND, used.indices_NK, used.weights_NK, *stacked(layer.experts))
+    np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-10, atol=1e-12)
+    dense_NO = sum(used.dense_weights()[:, e, None] * layer.experts.expert(e, x_ND) for e in range(5))
+    inputs = [x_ND, *layer.experts.parameters()]
+    sparse = torch.autograd.grad(out_NO.square().sum(), inputs)
+    dense = torch.autograd.grad(dense_NO.square().sum(), inputs)
+    for a, b in zip(sparse, dense, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not any(gradient[[1, 4]].any() for gradient in sparse[1:])
+
+
+def test_the_order_of_a_tokens_choices_does_not_matter():
+    routing = fixed_routing(top_k=3)
+    flipped = routing._replace(indices_NK=routing.indices_NK.flip(1), weights_NK=routing.weights_NK.flip(1))
+    outs = [moe_layer(router=FixedRouter(one))(tokens())[0] for one in (routing, flipped)]
+    torch.testing.assert_close(*outs)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+def test_the_layer_passes_gradcheck_with_every_router(router, top_k):
+    """By tokens, weights and the scores of the decision before; with M differentiated."""
+    layer = moe_layer(3, top_k=top_k, router=router(top_k), out_dim=None)
+    x_ND, earlier_NE = tokens(8), tokens(8, 3, seed=4)
+    assert (torch.bincount(earlier_NE.argmax(1), minlength=3) >= 2).sum() >= 2  # or M = I
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def output(x_ND, earlier_NE, *values):
+        arguments = x_ND, route(earlier_NE, top_k)
+        out_NO, routing = torch.func.functional_call(layer, dict(zip(names, values, strict=True)), arguments)
+        return out_NO, routing.probs_NE
+
+    inputs = (x_ND.requires_grad_(), earlier_NE.requires_grad_(), *values)
+    assert torch.autograd.gradcheck(output, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("matched", [False, True])
+@pytest.mark.parametrize("top_k", [2, 5])
+def test_scaled_experts_see_what_the_router_sees(top_k, matched):
+    config = ACConfig(scale_experts=True, matched=matched)
+    layer = moe_layer(top_k=top_k, router=AdaptiveClusteringRouter(4, 5, top_k, config))
+    x_ND, previous = tokens(30), fixed_routing(30)
+    out_NO, used = layer(x_ND, previous)
+    cluster_N = reference.array(previous.probs_NE).argmax(1)
+    scales_ED = reference_ac.adaptive_scales(x_ND, cluster_N, 5)
+    scaled_ND = reference.array(x_ND) * scales_ED[cluster_N]
+    if matched:
+        scaled_ND *= np.linalg.norm(x_ND, axis=1, keepdims=True) / np.linalg.norm(
+            scaled_ND, axis=1, keepdims=True
+        )
+    np.testing.assert_allclose(
+        used.logits_NE.detach(),
+        reference_ac.scores(scaled_ND, layer.router.embeddings_ED),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+    expected_NO = reference.moe(scaled_ND, used.indices_NK, used.weights_NK, *stacked(layer.experts))
+    np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-9, atol=1e-11)
+    plain_NO = reference.moe(x_ND, used.indices_NK, used.weights_NK, *stacked(layer.experts))
+    assert np.abs(expected_NO - plain_NO).max() > 0.1
+
+
+def test_scaled_experts_of_a_first_layer_see_the_tokens():
+    router = AdaptiveClusteringRouter(4, 5, 2, ACConfig(scale_experts=True))
+    layer, x_ND = moe_layer(top_k=2, router=router), tokens()
+    out_NO, used = layer(x_ND)
+    expected_NO = reference.moe(x_ND, used.indices_NK, used.weights_NK, *stacked(layer.experts))
+    np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-9, atol=1e-12)
+
+
+def test_scaled_experts_keep_the_type_of_the_tokens():
+    router = AdaptiveClusteringRouter(4, 5, 2, ACConfig(scale_experts=True))
+    layer = moe_layer(top_k=2, router=router, dtype=torch.bfloat16)
+    assert layer(tokens(dtype=torch.bfloat16), fixed_routing())[0].dtype == torch.bfloat16
+
+
+def test_scaled_experts_of_a_router_that_chooses_more_are_restricted_too():
+    router = AdaptiveClusteringRouter(4, 5, config=ACConfig(scale_experts=True))
+    _, used = moe_layer(top_k=2, router=router)(tokens(), fixed_routing())
+    assert used.indices_NK.shape == (7, 2)
+
+
+# ------------------------------------------------------------------------------------ fast and plain
+
+
+def plain(x_ND, routing, experts):
+    """Every expert on every row, by what autograd knows."""
+    w1_EDH, b1_EH, w2_EHO, b2_EO = experts
+    hidden_ENH = (x_ND @ w1_EDH + b1_EH[:, None]).relu()
+    out_ENO = hidden_ENH @ w2_EHO + b2_EO[:, None]
+    return (routing.dense_weights().T[..., None] * out_ENO).sum(0)
+
+
+def values_and_gradients(function, x_ND, logits_NE, top_k, experts, rows=slice(None)):
+    target_NO = tokens(len(x_ND), experts[-1].shape[-1], seed=9, dtype=x_ND.dtype)[rows]
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in (x_ND[rows], logits_NE[rows], *experts)]
+    out_NO = function(inputs[0], route(inputs[1], top_k), expert_kernels.Stacked(*inputs[2:]))
+    return [out_NO.detach(), *torch.autograd.grad((out_NO * target_NO).sum(), inputs)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(st.integers(0, 70), *[st.integers(1, 9)] * 4),
+    chosen=st.integers(1, 9),
+    idle=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_fast_and_plain_forms_agree(dtype, tolerance, sizes, chosen, idle, seed):
+    """Any shape, K up to E, an expert that nobody chooses.
+
+    Relative to the largest entry of each result; for a sum over rows, to that of the sum of magnitudes: what
+    cancels in the sum does not cancel in its rounding errors.
+    """
+    num_rows, dim, hidden_dim, out_dim, num_experts = sizes
+    top_k = min(chosen, num_experts)
+    shapes = (dim, hidden_dim), (hidden_dim,), (hidden_dim, out_dim), (out_dim,)
+    experts = [
+        tokens(num_experts, int(np.prod(shape)), seed + i).unflatten(1, shape)
+        for i, shape in enumerate(shapes)
+    ]
+    logits_NE = tokens(num_rows, num_experts, seed + 5)
+    if idle:
+        logits_NE[:, 0] -= 30
+    arguments = [tensor.to(dtype) for tensor in (tokens(num_rows, dim, seed + 6), logits_NE)]
+    arguments += [top_k, [weight.to(dtype) for weight in experts]]
+    found = values_and_gradients(expert_kernels.mixture, *arguments)
+    exact = [
+        tensor.double() if isinstance(tensor, torch.Tensor) else tensor
+        for tensor in (arguments[0], arguments[1])
+    ]
+    exact += [top_k, [weight.double() for weight in arguments[3]]]
+    expected = values_and_gradients(plain, *exact)
+    magnitudes = [tensor.abs() for tensor in expected]
+    if num_rows:
+        by_row = [values_and_gradients(plain, *exact, rows=slice(row, row + 1)) for row in range(num_rows)]
+        magnitudes[3:] = [sum(row[i].abs() for row in by_row) for i in range(3, len(expected))]
+    for one, other, magnitude in zip(found, expected, magnitudes, strict=True):
+        assert one.dtype == dtype
+        if other.numel():
+            bound = tolerance * max(1.0, magnitude.max().item())
+            torch.testing.assert_close(one.double(), other, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("top_k", [2, 4])
+def test_blocks_and_either_library_of_products(top_k, monkeypatch):
+    """Large enough for oneDNN, where torch has it, and for several blocks."""
+    layer = MoE(64, 4, 128, 32, top_k)
+    experts = [weight.detach() for weight in layer.experts.stacked()]
+    arguments = tokens(400, 64, dtype=torch.float32), tokens(400, 4, 1, torch.float32), top_k, experts
+    assert products.ONEDNN_FROM <= 64 * 128 * 200
+    expected = values_and_gradients(plain, *arguments)
+    monkeypatch.setattr(products, "BLOCK", 2**15)
+    assert len(products.blocks_of_rows(arguments[0], 4 * 128)) == 7
+    for _ in range(2):
+        for one, other in zip(
+            values_and_gradients(expert_kernels.mixture, *arguments), expected, strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        monkeypatch.setattr(products, "_onednn", lambda: None)
+
+
+def test_row_counts_take_few_values():
+    large = products.ONEDNN_FROM
+    counts = {count + expert_kernels._spare(count, large) for count in range(4097)}
+    assert len(counts) <= 33 + 3 * 16
+    for count in range(4097):
+        assert 0 <= expert_kernels._spare(count, large) <= max(15, count / 16)
+        assert expert_kernels._spare(count, large // 5000) == 0  # products that oneDNN does not see
+
+
+def test_groups_hold_every_expert_and_choice_once():
+    sizes = [3, 0, 5, 900, 2, 2, 0, 0]
+    row_M = torch.arange(sum(sizes))
+    groups = expert_kernels._groups(row_M, sizes, most=8)
+    assert [group.sizes for group in groups] == [[3, 0, 5], [900], [2, 2, 0, 0]]
+    assert torch.equal(torch.cat([group.row_R for group in groups]), row_M)
+    assert torch.equal(torch.cat([row_M[group.places] for group in groups]), row_M)
+    assert [e for group in groups for e in range(8)[group.experts]] == list(range(8))
+
+
+@pytest.mark.parametrize("top_k", [2, 5])
+def test_inputs_alone_are_differentiated_where_weights_are_frozen(top_k):
+    layer, x_ND = moe_layer(top_k=top_k), tokens().requires_grad_()
+    (expected_ND,) = torch.autograd.grad(layer(x_ND)[0].sum(), x_ND)
+    (found_ND,) = torch.autograd.grad(layer.requires_grad_(False)(x_ND)[0].sum(), x_ND)
+    torch.testing.assert_close(found_ND, expected_ND)
+
+
+@pytest.mark.parametrize("top_k", [2, 5])
+def test_a_second_derivative_is_refused(top_k):
+    x_ND = tokens().requires_grad_()
+    out_NO, _ = moe_layer(top_k=top_k)(x_ND)
+    (gradient_ND,) = torch.autograd.grad(out_NO.square().sum(), x_ND, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient_ND.sum().backward()
+
+
+@pytest.mark.parametrize("top_k", [2, 5])
+def test_autocast_computes_experts_in_its_type(top_k):
+    layer, x_ND = moe_layer(top_k=top_k, dtype=torch.float32), tokens(dtype=torch.float32)
+    expected_NO = layer(x_ND)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        out_NO = layer(x_ND)[0]
+    assert out_NO.dtype == torch.bfloat16
+    torch.testing.assert_close(out_NO.float(), expected_NO, rtol=0.05, atol=0.05)
+    out_NO.float().sum().backward()
+    assert layer.experts.w1_EDH.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
+def test_grouped_products_agree(device):
+    """On a CPU torch loops, but means the same; expert 2 has no row."""
+    logits_NE = tokens(40, 4, 1)
+    logits_NE[:, 2] -= 50
+    experts = [weight.detach() / 4 for weight in MoE(16, 4, 24, 8).double().experts.stacked()]
+    arguments = [tensor.to(device, torch.bfloat16) for tensor in (tokens(40, 16), logits_NE)]
+    experts = [weight.to(device, torch.bfloat16) for weight in experts]
+    found = values_and_gradients(expert_kernels._by_grouped_products, *arguments, 2, experts)
+    expected = values_and_gradients(
+        plain, *(tensor.double() for tensor in arguments), 2, [weight.double() for weight in experts]
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0.03, atol=0.03 * other.abs().max().item())

@@ -1,0 +1,339 @@
+"""The command line: what it says, what it refuses, and that it needs no more than a bare machine has."""
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from moe_study import cost, data, store, study
+from moe_study.__main__ import main
+from moe_study.data import ROOT, text
+
+
+@pytest.fixture(autouse=True)
+def own_folders(folders, monkeypatch):
+    """An empty data folder as well, and no way out to the network."""
+    monkeypatch.setenv("MOE_DATA_DIR", str(folders / "data"))
+    for scheme in ("http", "https", "ftp"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")  # the discard port: refused at once
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def python(arguments: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """A Python process that does not inherit the test's own import path."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("run --profile nope", "'nope'"),
+        ("run --profile digits --study nope", "'nope'"),
+        ("run --profile digits --dataset svhn", "'svhn'"),
+        ("run --profile digits --arm nope", "'nope'"),
+        ("run --profile core --study snnl --dataset mnist --arm raw", "'raw'"),
+        ("run --profile digits --shard 3/2", "'3/2'"),
+        ("run --profile digits --shard 0/2", "'0/2'"),
+        ("run --profile digits --shard half", "'half'"),
+        ("run --profile digits --workers 0", "--workers must be at least 1, got 0"),
+        ("run --profile digits --workers -3", "got -3"),
+        ("plan --profile nope", "'nope'"),
+        ("plan --profile digits --study nope", "'nope'"),
+        ("plan --profile digits --dataset svhn", "'svhn'"),
+        ("plan --profile digits --arm nope", "'nope'"),
+        ("plan --profile digits --workers 0", "--workers must be at least 1, got 0"),
+        ("plan --profile digits --workers -3", "got -3"),
+        ("where --profile nope", "'nope'"),
+        ("data svhn", "'svhn'"),
+    ],
+)
+def test_unknown_values_are_named_in_one_line(arguments, named, folders, capsys):
+    assert main(arguments.split()) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"error: .+\n", err)
+    assert named in err
+    assert files(folders) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("", "command"),
+        ("train", "'train'"),
+        ("run", "--profile"),
+        ("run --profile digits --epochs 3", "--epochs"),
+        ("run --profile digits --workers many", "'many'"),
+        ("run --profile digits --time-limit soon", "'soon'"),
+        ("run --profile digits --device tpu", "'tpu'"),
+    ],
+)
+def test_what_argparse_refuses(arguments, named, folders, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments.split())
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
+    assert files(folders) == []
+
+
+def test_an_unknown_profile_from_another_folder(tmp_path):
+    process = python(["-m", "moe_study", "run", "--profile", "nope"], cwd=tmp_path)
+    assert process.returncode == 1
+    assert process.stdout == ""
+    known = ", ".join(study.PROFILES)
+    assert process.stderr == f"error: unknown profile 'nope'; known: {known}\n"
+    assert files(tmp_path) == []
+
+
+def test_results_folder_that_cannot_be_made(folders, capsys):
+    (folders / "file").write_text("in the way")
+    wanted = ["--profile", "digits", "--arm", "raw", "--shard", "1/5"]
+    assert main(["run", *wanted, "--out", str(folders / "file" / "results")]) == 1
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"error: cannot write under .+\n", err)
+    assert "MOE_RESULTS_DIR" in err
+    assert files(folders) == ["file"]
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+def test_missing_data_without_a_network(folders, capsys, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    def no_network(self):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(CIFAR10, "download", no_network)
+    assert main(["data", "cifar10"]) == 1
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"error: .+\n", err)
+    for part in ("'cifar10'", str(folders / "data"), "MOE_DATA_DIR", "`make data`", "no route to host"):
+        assert part in err
+    assert [name for name in files(folders) if not name.endswith(".lock")] == []
+
+
+def test_a_run_without_its_data_fails_with_the_remedy(folders, capsys):
+    """In a worker process, where torchvision itself fails to reach the network."""
+    wanted = ["--profile", "core", "--study", "snnl", "--dataset", "cifar10", "--arm", "base"]
+    done = folders / "DONE.json"
+    assert main(["run", *wanted, "--shard", "1/10", "--device", "cpu", "--done", str(done)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: 1 of 1 runs failed")
+    assert "Traceback" not in err
+    for part in ("base seed 42", "'cifar10'", str(folders / "data"), "MOE_DATA_DIR", "`make data`"):
+        assert part in err
+    assert [name for name in files(folders) if not name.endswith("lock")] == []
+
+
+def test_data_counts_the_embedded_digits(folders, capsys):
+    assert main(["data", "digits"]) == 0
+    assert capsys.readouterr().out == (
+        f"digits: 1437 training, 360 test images\ndata folder: {folders / 'data'}\n"
+    )
+    assert files(folders) == []
+
+
+# --------------------------------------------------------------------------------------------- plan
+
+
+def rows(printed: str) -> dict[tuple[str, str, str], tuple[int, int, str]]:
+    """(study, data set, arm) -> done, left, minutes left."""
+    table = printed.split("\n\n")[0].splitlines()
+    assert table[0].split() == ["study", "data", "set", "arm", "done", "left", "minutes", "left"]
+    split = [line.split() for line in table[1:]]
+    return {(a, b, c): (int(done), int(left), minutes) for a, b, c, done, left, minutes in split}
+
+
+@pytest.mark.parametrize("profile", study.PROFILES)
+def test_plan_says_what_is_to_come_and_starts_nothing(profile, folders, capsys):
+    assert main(["plan", "--profile", profile, "--workers", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert sum(left for _, left, _ in rows(out).values()) == len(study.runs(profile))
+    assert {done for done, _, _ in rows(out).values()} == {0}
+    assert re.search(
+        r"^time: \d+ core-minutes.* with 4 processes, which do [\d.]+ times the work of one$", out, re.M
+    )
+    needed = {run.dataset for run in study.runs(profile)}
+    megabytes = sum(data_mb for name, data_mb in cost.DOWNLOAD_MB.items() if name in needed)
+    assert f"\ndownload: {megabytes} MB (" in out
+    assert f"unpacked under {folders / 'data'}" in out
+    assert re.search(rf"^disk: about [\d.]+ MB of results under {folders / 'results'}, ", out, re.M)
+    assert list(folders.iterdir()) == []
+
+
+def test_plan_does_not_ask_for_data_that_is_there(folders, capsys):
+    (folders / "data" / "cifar-10-batches-py").mkdir(parents=True)
+    assert main(["plan", "--profile", "core", "--dataset", "cifar10"]) == 0
+    assert "\ndownload: 0 MB (nothing), 0 MB unpacked" in capsys.readouterr().out
+
+
+def test_plan_counts_a_finished_run_and_believes_its_time(monkeypatch, capsys):
+    monkeypatch.setattr(cost, "speed", lambda: 0.5)
+    monkeypatch.setattr(cost, "throughput", lambda workers: workers / 1.25)
+    runs = study.runs("digits", "snnl", arm="base")
+    store.write(runs[0].path, {"wall_seconds": 600.0, "machine": store.processor()})
+    assert main(["plan", "--profile", "digits", "--study", "snnl", "--workers", "2"]) == 0
+    out = capsys.readouterr().out
+    table = rows(out)
+    assert table.pop(("snnl", "digits", "base")) == (1, 4, "40.0")
+    each = {arm: 2 * cost.expected_seconds(study.runs("digits", "snnl", arm=arm)[0]) for _, _, arm in table}
+    assert table == {("snnl", "digits", arm): (0, 5, f"{5 * value / 60:.1f}") for arm, value in each.items()}
+    total = 40 + 5 * sum(each.values()) / 60
+    assert (
+        f"\ntime: {total:.0f} core-minutes, about {total / 1.6:.0f} minutes with 2 processes, which do 1.60 "
+        in out
+    )
+
+
+def test_plan_does_not_invent_a_time(monkeypatch, capsys):
+    monkeypatch.setattr(cost, "fitted", lambda: None)
+    assert main(["plan", "--profile", "digits", "--study", "snnl", "--arm", "base"]) == 0
+    out = capsys.readouterr().out
+    assert rows(out) == {("snnl", "digits", "base"): (0, 5, "unknown")}
+    assert "\ntime: 0 core-minutes and more, " in out
+
+
+# ------------------------------------------------------------------------------------- where and run
+
+
+def test_where_is_below_the_results_folder(folders, capsys):
+    assert main(["where", "--profile", "core"]) == 0
+    assert capsys.readouterr().out == f"{folders / 'results' / 'core' / 'report.html'}\n"
+    assert files(folders) == []
+
+
+def test_where_does_not_depend_on_the_working_folder(tmp_path):
+    process = python(["-m", "moe_study", "where", "--profile", "digits"], cwd=tmp_path, MOE_RESULTS_DIR="")
+    assert process.stdout == f"{ROOT / 'results' / 'digits' / 'report.html'}\n"
+    assert process.returncode == 0
+
+
+def test_time_limit_zero_trains_nothing(folders, capsys):
+    elsewhere, done = folders / "elsewhere", folders / "DONE.json"
+    wanted = ["--profile", "digits", "--arm", "raw", "--shard", "1/5", "--done", str(done)]
+    assert main(["run", *wanted, "--out", str(elsewhere), "--time-limit", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "time limit: 1 runs are left" in out
+    assert out.endswith(f"0 of 1 runs have their result under {elsewhere}\n")
+    assert files(folders) == []
+
+
+def test_done_is_written_when_every_run_has_its_file(folders, capsys):
+    """Two runs, one finished: no DONE. Both finished: DONE with their ids, and nothing is trained."""
+    runs = study.shard(study.runs("digits", arm="raw"), "1/3")
+    assert len(runs) == 2
+    done = folders / "a" / "DONE.json"
+    command = ["run", "--profile", "digits", "--arm", "raw", "--shard", "1/3", "--done", str(done)]
+    store.write(runs[0].path, {"id": runs[0].id})
+    assert main([*command, "--time-limit", "0"]) == 0
+    assert f"1 of 2 runs have their result under {folders / 'results'}\n" in capsys.readouterr().out
+    assert not done.exists()
+    store.write(runs[1].path, {"id": runs[1].id})
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"2 of 2 runs have their result under {folders / 'results'}\n"
+    assert store.read(done) == {"runs": [run.id for run in runs]}
+
+
+# -------------------------------------------------------------------------------------- bare machine
+
+BARE = ("torch", "torchvision", "numpy", "scipy", "scikit-learn")
+STUDY_ONLY = {
+    *("pandas", "matplotlib", "seaborn", "IPython", "ipykernel", "papermill", "tqdm", "nbconvert"),
+    *("nbformat", "jupyter_client", "jupyter_core", "jupyterlab", "snakemake", "safetensors", "statsmodels"),
+}
+
+HOOK = """
+import sys
+
+BLOCKED = set({blocked!r})
+
+
+class Bare:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in BLOCKED else self.finder.find_spec(name, path, target)
+
+
+sys.meta_path[:] = [Bare(finder) for finder in sys.meta_path]
+"""
+
+
+def bare_distributions() -> set[str]:
+    """`BARE` and all that these need themselves, by canonical name."""
+    found, todo = set(), list(BARE)
+    while todo:
+        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+        if name in found:
+            continue
+        try:
+            requires = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another platform
+        found.add(name)
+        needed = [Requirement(text) for text in requires]
+        todo += [r.name for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_run_needs_only_what_a_bare_machine_has(folders):
+    """Every other installed package is out of reach, of this process and of its workers."""
+    allowed = bare_distributions() | {"moe-collapse"}
+    blocked = STUDY_ONLY | {
+        module
+        for module, owners in importlib.metadata.packages_distributions().items()
+        if not any(re.sub(r"[-_.]+", "-", owner).lower() in allowed for owner in owners)
+    }
+    assert not blocked & {"torch", "torchvision", "numpy", "scipy", "sklearn", "moe_lib"}
+    hook = folders / "bare" / "sitecustomize.py"
+    hook.parent.mkdir()
+    hook.write_text(HOOK.format(blocked=sorted(blocked)))
+    bare = {"PYTHONPATH": f"{hook.parent}{os.pathsep}{ROOT}"}
+
+    assert "No module named 'pandas'" in python(["-c", "import pandas"], folders, **bare).stderr
+
+    out, done = folders / "out", folders / "DONE.json"  # the arm and seed that measure the most
+    wanted = ["--profile", "digits", "--study", "snnl", "--arm", "snnl", "--shard", "1/5", "--workers", "1"]
+    process = python(
+        ["-m", "moe_study", "run", *wanted, "--out", str(out), "--done", str(done)], folders, **bare
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    assert f"1 of 1 runs have their result under {out}" in process.stdout
+    run = study.runs("digits", arm="snnl")[0]
+    result = store.read(out / run.path.relative_to(store.results_dir()))
+    assert result["id"] == run.id
+    assert {"tsne", "null", "task"} <= set(result)
+    assert store.read(done) == {"runs": [run.id]}
+
+
+def test_every_data_set_of_the_plan_has_its_sizes():
+    needed = {run.dataset for profile in study.PROFILES for run in study.runs(profile)}
+    assert needed <= set(cost.DOWNLOAD_MB) & set(cost.UNPACKED_MB) & {*data.DATASETS, *text.CORPORA}

@@ -1,0 +1,82 @@
+"""The digits study is a fixed point: its numbers neither drift with the code nor tremble with the CPU.
+
+`golden.json` holds the losses of one seed of every arm. A change that is not meant to move results leaves
+it alone; one that is raises the study's version and rewrites it: python tests/moe_study/test_golden.py
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_lib.models import classifier
+from moe_study import store, study
+from moe_study.configs import arms
+from moe_study.report import tables
+
+GOLDEN = Path(__file__).with_name("golden.json")
+RUNS = study.runs("digits", "snnl")
+
+
+def golden(results):
+    seed = arms.SEEDS[0]
+    histories = {r["run"]["arm"]: r["history"] for r in results if r["run"]["seed"] == seed}
+    return {
+        "version": arms.VERSIONS["snnl"],
+        "cross_entropy": {arm: history["validation"]["cross_entropy"] for arm, history in histories.items()},
+        "total": {arm: history["train"]["total"] for arm, history in histories.items()},
+    }
+
+
+def rendered(results):
+    """Every checked table of the notebooks, as they show it."""
+    frame = tables.frame(results)
+    columns = [*tables.SCORE, *tables.ROUTING, *tables.SIMILARITY, *tables.EMBEDDING]
+    pairs = [("snnl", arm) for arm in arms.ARM_DESCRIPTIONS if arm != "snnl"]
+    return [
+        tables.summary(frame, columns),
+        tables.contrasts(frame, pairs, columns),
+        tables.similarity_nulls(results, ["base", "snnl"]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_RESULTS_DIR", str(tmp_path_factory.mktemp("results")))
+        yield study.ensure(RUNS, quiet=True)
+
+
+def test_losses_are_the_recorded_ones(results):
+    recorded, found = json.loads(GOLDEN.read_text()), golden(results)
+    assert found["version"] == recorded["version"]
+    for kind in ("cross_entropy", "total"):
+        assert set(found[kind]) == set(recorded[kind])
+        for arm, values in recorded[kind].items():
+            assert found[kind][arm] == pytest.approx(values, rel=5e-6), f"{arm}: see this file's docstring"
+
+
+def test_tables_do_not_depend_on_the_last_bits(results, monkeypatch, tmp_path):
+    """Initial weights perturbed by 1e-15, as another CPU's rounding would: the same rounded tables."""
+    monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path))
+    initialise = classifier.initialise
+
+    def perturbed(model, seed):
+        initialise(model, seed)
+        model.double()
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                noise = torch.randn(weight.shape, generator=draw, dtype=torch.float64)
+                weight += 1e-15 * noise
+
+    monkeypatch.setattr(classifier, "initialise", perturbed)
+    shaken = [store.compact({"run": asdict(run)} | study.execute(run, "cpu")) for run in RUNS]
+    for before, after in zip(rendered(results), rendered(shaken), strict=True):
+        assert before.to_string() == after.to_string()
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(golden(study.ensure(RUNS)), indent=1) + "\n")

@@ -1,0 +1,283 @@
+"""The stored notebooks: parameters that are refused if unknown, outputs that nbval can check, no traces."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from moe_study import notebook, store, study
+from moe_study.data import ROOT
+from moe_study.report import plots
+
+PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SHOWING = {"notebook.show", "display"}  # calls that put something below a cell
+SILENT = {
+    "notebook.check_parameters",
+    "torch.set_num_threads",
+    "pd.set_option",
+}  # last calls that return None
+UNCHECKED = {"nbval-ignore-output", "nbval-skip"}
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:tmp|home|work|root|Users)/")
+
+every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def tags(cell: nbformat.NotebookNode) -> set[str]:
+    return set(cell.metadata.get("tags", []))
+
+
+def called(node: ast.AST) -> set[str]:
+    """All functions called in a piece of code, as they are written there."""
+    return {ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
+
+
+def shows(cell: nbformat.NotebookNode) -> bool:
+    """Whether running the cell must leave an output."""
+    tree = ast.parse(cell.source)
+    if called(tree) & SHOWING:
+        return True
+    last = tree.body[-1] if tree.body else None
+    silent = isinstance(last, ast.Expr) and isinstance(last.value, ast.Call) and called(last) & SILENT
+    return isinstance(last, ast.Expr) and not silent
+
+
+def texts(cell: nbformat.NotebookNode) -> list[str]:
+    """Source and everything readable in the outputs."""
+    found = [cell.source]
+    for output in cell.get("outputs", []):
+        found.append(output.get("text", ""))
+        found += [v for kind, v in output.get("data", {}).items() if not kind.startswith("image/")]
+    return [text if isinstance(text, str) else json.dumps(text) for text in found]
+
+
+def test_there_are_notebooks():
+    assert [path.stem for path in PATHS] == [
+        "00_tour",
+        "10_snnl_moe",
+        "20_ac_vision",
+        "21_ac_language",
+        "30_snnl_x_ac",
+        "40_your_model",
+        "50_dose_response",
+        "90_report",
+    ]
+
+
+def test_every_notebook_is_run_by_make_and_by_the_check():
+    """In order: the report last. 40 needs transformers: tests/moe_lib/test_panel.py runs it."""
+    names = [path.stem for path in PATHS if path.stem != "40_your_model"]
+    for name in ("Makefile", "tests/notebooks.sh"):
+        found = re.findall(r"\b\d\d_\w+", (ROOT / name).read_text().split("for name in ")[-1])
+        assert list(dict.fromkeys(found)) == names
+
+
+# --------------------------------------------------------------------------------------- as stored
+
+
+@every_notebook
+def test_format_and_kernel(path):
+    stored = read(path)
+    nbformat.validate(stored)
+    assert stored.metadata.kernelspec.name == "python3"
+    assert stored.cells[0].cell_type == "markdown"  # its first line is the report's title
+    assert stored.cells[0].source.startswith("# ")
+    ids = [cell.id for cell in stored.cells]
+    assert len(set(ids)) == len(ids)
+
+
+@every_notebook
+def test_parameters_are_what_the_notebook_checks(path):
+    parameter_cells = [cell for cell in code_cells(path) if "parameters" in tags(cell)]
+    assert len(parameter_cells) == 1
+    assigned = {node.targets[0].id for node in ast.parse(parameter_cells[0].source).body}
+    seen = papermill.inspect_notebook(str(path))
+    assert set(seen) == assigned
+    assert all(seen[name]["default"] != "None" for name in seen)
+
+    checks = [
+        node
+        for cell in code_cells(path)
+        for node in ast.walk(ast.parse(cell.source))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "check_parameters"
+    ]
+    assert len(checks) == 1
+    assert checks[0].args[0].id == "In"
+    assert ast.literal_eval(checks[0].args[1]) == set(seen)
+
+
+@every_notebook
+def test_parameters_are_checked_before_anything_is_done(path):
+    cells = code_cells(path)
+    assert "parameters" in tags(cells[0])
+    second = ast.parse(cells[1].source).body
+    effects = [node for node in second if not isinstance(node, ast.Import | ast.ImportFrom)]
+    assert called(effects[0]) == {"notebook.check_parameters"}
+
+
+@every_notebook
+def test_cells_that_show_something_have_their_output(path):
+    """nbval compares nothing where nothing is stored."""
+    checked = [cell for cell in code_cells(path) if shows(cell) and not tags(cell) & UNCHECKED]
+    empty = [cell.source for cell in checked if not cell.outputs]
+    assert empty == []
+    for cell in code_cells(path):
+        tree = ast.parse(cell.source)
+        # A figure that is only drawn if there is something to draw has words in its place.
+        if "notebook.show" in called(tree) and not any(
+            isinstance(node, ast.If) and node.orelse for node in tree.body
+        ):
+            pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+            assert pictures, cell.source
+
+
+@every_notebook
+def test_most_cells_are_checked(path):
+    checked = [cell for cell in code_cells(path) if shows(cell) and not tags(cell) & UNCHECKED]
+    assert len(checked) >= 4
+
+
+@every_notebook
+def test_no_errors_and_no_warnings_are_stored(path):
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            assert output.output_type != "error", cell.source
+            assert output.get("name") != "stderr", output.text
+
+
+@every_notebook
+def test_no_path_of_a_machine(path):
+    for cell in read(path).cells:
+        for text in texts(cell):
+            assert not MACHINE_PATH.search(text), text[:300]
+            assert str(ROOT) not in text
+
+
+def test_the_checked_words_of_this_file_see_something():
+    """The rules above, on cells made for them."""
+
+    def cell(source: str) -> nbformat.NotebookNode:
+        return nbformat.v4.new_code_cell(source)
+
+    assert shows(cell("x = 1\nx"))
+    assert shows(cell("notebook.show(figure, 'a')"))
+    assert shows(cell("for x in y:\n    display(x)"))
+    assert not shows(cell("x = 1"))
+    assert not shows(cell("x = tables.show(y)"))
+    assert not shows(cell("x\ntorch.set_num_threads(1)"))
+    stored = cell("x")
+    stored.outputs = [
+        nbformat.v4.new_output("stream", text="saved in /" + "tmp/x"),
+        nbformat.v4.new_output("display_data", {"image/png": "/" + "tmp/", "text/plain": "<Image>"}),
+    ]
+    assert [bool(MACHINE_PATH.search(text)) for text in texts(stored)] == [False, True, False, False]
+
+
+# ------------------------------------------------------------------------------------- when executed
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "error", "named"),
+    [
+        ("00_tour", ["sede", "1"], "unknown parameter", "'sede'; this notebook has seed"),
+        ("10_snnl_moe", ["dataset", "svhn"], "unknown dataset", "'svhn'"),
+        ("20_ac_vision", ["dataset", "docs"], "unknown dataset", "'docs'"),
+        ("21_ac_language", ["dataset", "digits"], "unknown dataset", "'digits'"),
+        ("30_snnl_x_ac", ["worker", "1"], "unknown parameter", "'worker'; this notebook has dataset"),
+        ("40_your_model", ["expert", "1"], "unknown parameter", "'expert'; this notebook has epochs"),
+        ("50_dose_response", ["dataset", "svhn"], "unknown dataset", "'svhn'"),
+        ("90_report", ["profile", "x"], "unknown profile", "'x'"),
+    ],
+)
+def test_a_wrong_parameter_stops_the_notebook(name, parameters, error, named, folders):
+    source, made = str(ROOT / "notebooks" / f"{name}.ipynb"), str(folders / "out.ipynb")
+    process = subprocess.run(
+        [sys.executable, "-m", "papermill", "--no-progress-bar", source, made, "-p", *parameters],
+        cwd=folders,
+        env=os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode != 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", process.stderr)
+    assert f"StudyError: {error} {named}" in plain
+    assert sorted(path.name for path in folders.rglob("*") if path.is_file()) == ["out.ipynb"]
+
+
+# ------------------------------------------------------------------------------- moe_lib.notebook
+
+
+def test_check_parameters_lets_known_names_pass():
+    notebook.check_parameters([], {"seed"})
+    notebook.check_parameters(["", "seed = 0", "# Parameters\nseed = 3\n", "anything = 1"], {"seed"})
+
+
+@pytest.mark.parametrize("source", ["# Parameters\nsede = 3\n", '# Parameters\nseed = 3\nsede = "x"\n'])
+def test_check_parameters_names_the_unknown(source):
+    with pytest.raises(study.StudyError, match="unknown parameter 'sede'; this notebook has profile, seed"):
+        notebook.check_parameters(["seed = 0", source], {"seed", "profile"})
+
+
+def test_check_parameters_reads_what_papermill_writes():
+    """The injected cell as papermill itself makes it, values of every kind."""
+    given = {"seed": 1, "name": "x", "rate": 0.5, "flag": None, "many": [1, 2]}
+    stored = papermill.iorw.load_notebook_node(str(ROOT / "notebooks" / "00_tour.ipynb"))
+    made = papermill.parameterize.parameterize_notebook(stored, given)
+    injected = [cell.source for cell in made.cells if "injected-parameters" in tags(cell)]
+    assert len(injected) == 1
+    notebook.check_parameters(injected, given)
+    with pytest.raises(study.StudyError, match="'many'"):
+        notebook.check_parameters(injected, set(given) - {"many"})
+
+
+def figure() -> Figure:
+    drawn = Figure(figsize=(1, 1))
+    drawn.subplots().plot([1, 2])
+    return drawn
+
+
+def test_show_says_which_files_a_figure_came_from(folders, capsys):
+    runs = study.runs("digits", "snnl", "digits", "base")[:3]
+    for run in runs[:2]:
+        store.write(run.path, {})
+    notebook.show(figure(), "digits/snnl/digits/curves", runs)  # the third has no file yet
+    path = folders / "figures" / "digits" / "snnl" / "digits" / "curves.png"
+    source = "results/digits/snnl/digits/base-s*.json (2 files)"
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert picture.text["Source"] == source
+        assert "Software" not in picture.text
+    assert f"figures/digits/snnl/digits/curves.png <- {source}\n" in capsys.readouterr().out
+    assert [p.name for p in path.parent.iterdir()] == ["curves.png"]
+
+
+def test_show_without_files(folders, capsys):
+    notebook.show(figure(), "tour/x")
+    with Image.open(folders / "figures" / "tour" / "x.png") as picture:
+        assert picture.text["Source"] == "computed in this notebook"
+    assert "figures/tour/x.png <- computed in this notebook\n" in capsys.readouterr().out
+
+
+def test_sources_of_several_arms(folders):
+    runs = study.runs("digits", "snnl", "digits", "base")[:2] + study.runs("digits", arm="dense-snnl")[:1]
+    assert plots.name_sources([run.path for run in runs]) == (
+        "results/digits/snnl/digits/{base,dense-snnl}-s*.json (3 files)"
+    )

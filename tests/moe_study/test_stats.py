@@ -1,0 +1,187 @@
+"""Paired comparison against closed forms, brute force and simulation."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from moe_study import stats
+
+
+def test_interval_and_effect_are_those_of_the_paired_t_test():
+    draw = np.random.default_rng(0)
+    treatment, control = draw.normal(1, 1, 10), draw.normal(0, 1, 10)
+    found = stats.paired_comparison(treatment, control)
+    expected = scipy_stats.ttest_rel(treatment, control).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.difference == pytest.approx((treatment - control).mean())
+    assert found.effect == pytest.approx((treatment - control).mean() / (treatment - control).std(ddof=1))
+    assert found.bca_low < found.difference < found.bca_high
+    assert found.seeds == 10
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sign_flip_p_counts_every_pattern(seed):
+    differences = np.random.default_rng(seed).normal(0.5, 1, 8)
+    patterns = itertools.product((-1, 1), repeat=8)
+    as_extreme = [abs(np.dot(signs, differences)) >= abs(differences.sum()) - 1e-12 for signs in patterns]
+    assert stats.sign_flip_p(differences) == pytest.approx(np.mean(as_extreme))
+
+
+def test_sign_flip_p_of_unanimous_seeds_is_its_floor():
+    assert stats.sign_flip_p([1.0, 2.0, 3.0, 4.0, 5.0]) == 2 / 2**5
+    assert stats.sign_flip_p([0.0, 0.0, 0.0]) == 1.0
+
+
+def test_false_positive_rate_is_nominal():
+    draw = np.random.default_rng(1)
+    rejections = [stats.sign_flip_p(draw.normal(0, 1, 10)) <= 0.05 for _ in range(1000)]
+    assert 0.03 <= np.mean(rejections) <= 0.07
+
+
+def test_t_interval_covers():
+    draw = np.random.default_rng(2)
+    intervals = [stats.t_interval(draw.normal(3, 2, 10)) for _ in range(1000)]
+    assert 0.93 <= np.mean([low <= 3 <= high for low, high in intervals]) <= 0.97
+
+
+def test_equal_arms_are_no_difference():
+    found = stats.paired_comparison([0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
+    assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert np.isnan(found.effect)
+
+
+@pytest.mark.parametrize(
+    ("treatment", "control", "message"),
+    [
+        ([1.0, 2.0], [1.0], "one length"),
+        ([1.0], [2.0], "at least two"),
+        ([1.0, float("nan")], [1.0, 2.0], "finite"),
+    ],
+)
+def test_bad_input(treatment, control, message):
+    with pytest.raises(ValueError, match=message):
+        stats.paired_comparison(treatment, control)
+
+
+# ------------------------------------------------------------------------------------ simulation
+
+
+def test_bootstrap_interval_undercovers_at_ten_seeds_where_t_does_not():
+    """About 90 % instead of 95 %, which is why the t interval decides."""
+    draws_RS = np.random.default_rng(3).normal(0, 1, (1500, 10))
+    bca = scipy_stats.bootstrap(
+        (draws_RS,), np.mean, axis=-1, method="BCa", n_resamples=999, rng=np.random.default_rng(4)
+    ).confidence_interval
+    half_R = scipy_stats.t.ppf(0.975, 9) * draws_RS.std(1, ddof=1) / np.sqrt(10)
+    covers_bca, covers_t = (bca.low <= 0) & (bca.high >= 0), abs(draws_RS.mean(1)) <= half_R
+    assert 0.86 <= covers_bca.mean() <= 0.92
+    assert 0.935 <= covers_t.mean() <= 0.965
+    for row, low, high in zip(draws_RS[:20], bca.low, bca.high, strict=False):  # the interval of this project
+        found = stats.paired_comparison(row, np.zeros(10))
+        assert (found.bca_low, found.bca_high) == pytest.approx((low, high), abs=0.15)
+
+
+def test_ninety_percent_interval_is_inside_and_covers():
+    draw = np.random.default_rng(5)
+    values = draw.normal(0, 1, (1000, 12))
+    wide, narrow = (np.array([stats.t_interval(v, c) for v in values]) for c in (0.95, 0.90))
+    assert ((wide[:, 0] < narrow[:, 0]) & (narrow[:, 1] < wide[:, 1])).all()
+    assert 0.87 <= ((narrow[:, 0] <= 0) & (narrow[:, 1] >= 0)).mean() <= 0.93
+
+
+def test_smallest_detectable_effect_is_found_as_often_as_promised():
+    for seeds, sd in ((8, 1.0), (10, 0.3), (20, 2.0)):
+        effect = stats.smallest_detectable_effect(sd, seeds)
+        draws_RS = np.random.default_rng(seeds).normal(effect, sd, (20_000, seeds))
+        p_R = scipy_stats.ttest_1samp(draws_RS, 0, axis=1).pvalue
+        assert np.mean(p_R <= 0.05) == pytest.approx(0.8, abs=0.01)
+
+
+def test_smallest_detectable_effect_at_its_ends():
+    large = stats.smallest_detectable_effect(1.0, 10_000)  # the normal limit
+    assert large == pytest.approx((scipy_stats.norm.ppf(0.975) + scipy_stats.norm.ppf(0.8)) / 100, rel=1e-3)
+    assert np.isnan(stats.smallest_detectable_effect(1.0, 1))
+    assert stats.smallest_detectable_effect(0.0, 5) == 0
+    assert stats.smallest_detectable_effect(1.0, 2, power=0.999) > stats.smallest_detectable_effect(1.0, 2)
+    with pytest.raises(ValueError, match=r"power 0\.01"):
+        stats.smallest_detectable_effect(1.0, 10, power=0.01)
+
+
+# ----------------------------------------------------------------------------------- equivalence
+
+
+def test_equivalence_is_the_ninety_percent_interval_inside_the_margin():
+    draw = np.random.default_rng(6)
+    seen = set()
+    for _ in range(200):
+        control = draw.normal(0, 1, 10)
+        treatment = control + draw.normal(0.2, 0.4, 10)
+        found = stats.equivalence_test(treatment, control, 0.5)
+        assert (found.low, found.high) == stats.t_interval(treatment - control, 0.90)
+        assert found.equivalent == (max(-found.low, found.high) < 0.5)
+        d = treatment - control
+        t = (0.5 - abs(d.mean())) / (d.std(ddof=1) / np.sqrt(10))  # of the nearer end of the margin
+        assert found.p == pytest.approx(scipy_stats.t.sf(t, 9))
+        seen.add(found.equivalent)
+    assert seen == {True, False}
+
+
+def test_arms_that_differ_by_the_margin_are_rarely_called_alike():
+    draw = np.random.default_rng(7)
+    called = [
+        stats.equivalence_test(draw.normal(1.0, 0.2, 10), np.zeros(10), 1.0).equivalent for _ in range(1000)
+    ]
+    assert 0.03 <= np.mean(called) <= 0.07
+
+
+def test_equivalence_without_spread():
+    assert stats.equivalence_test([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], 0.1) == (True, 0.0, 0.0, 0.0)
+    assert not stats.equivalence_test([2.0, 2.0], [1.0, 1.0], 0.1).equivalent
+    with pytest.raises(ValueError, match="margin must be positive, got 0"):
+        stats.equivalence_test([1.0, 2.0], [1.0, 2.0], 0.0)
+
+
+# ---------------------------------------------------------------------------------- many at once
+
+
+def holm_by_steps(p_values):
+    """Step down through the sorted values; each is multiplied by the number not yet passed."""
+    adjusted, passed = [None] * len(p_values), 0.0
+    for step, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        passed = max(passed, min(1.0, p_values[index] * (len(p_values) - step)))
+        adjusted[index] = passed
+    return adjusted
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holm_equals_the_loop(seed):
+    p_M = np.random.default_rng(seed).uniform(0, 0.3, 7).round(2)  # with ties
+    assert stats.holm(p_M).tolist() == pytest.approx(holm_by_steps(p_M.tolist()))
+
+
+def test_holm_on_a_case_by_hand_and_at_its_ends():
+    assert stats.holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([0.2]).tolist() == [0.2]
+    assert stats.holm([]).tolist() == []
+    assert stats.holm([0.9, 1.0]).tolist() == [1.0, 1.0]
+    for bad in (1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="p values must lie"):
+            stats.holm([0.1, bad])
+
+
+def test_holm_keeps_the_chance_of_any_false_positive():
+    p_RM = np.random.default_rng(8).uniform(size=(2000, 6))
+    assert 0.035 <= np.mean([(stats.holm(p_M) <= 0.05).any() for p_M in p_RM]) <= 0.065
+
+
+def test_correlation_of_the_pairs():
+    draw = np.random.default_rng(9)
+    shared = draw.normal(0, 2, 500)
+    a, b = shared + draw.normal(0, 1, 500), shared + draw.normal(0, 1, 500)
+    assert stats.pair_correlation(a, b) == pytest.approx(scipy_stats.pearsonr(a, b).statistic)
+    assert stats.pair_correlation(a, b) == pytest.approx(0.8, abs=0.05)
+    assert np.isnan(stats.pair_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]))
+    with pytest.raises(ValueError, match="finite"):
+        stats.pair_correlation([1.0, float("inf")], [1.0, 2.0])

@@ -1,0 +1,359 @@
+"""The engine: names, result files, resuming after SIGKILL, and what fails loudly."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pytest
+import small_runs
+import torch
+from filelock import FileLock
+
+from moe_study import store, study
+from moe_study.configs import arms
+from moe_study.data import ROOT
+
+SUPPORT = Path(__file__).parents[1] / "support"
+
+
+# ------------------------------------------------------------------------------------------ names
+
+
+def test_digest_depends_on_every_choice_and_not_on_new_defaults():
+    @dataclass(frozen=True)
+    class Before:
+        width: int
+        depth: int = 2
+
+    @dataclass(frozen=True)
+    class After:
+        width: int
+        depth: int = 2
+        gate: str = "mlp"
+
+    assert store.digest(Before(3)) == store.digest(After(3))
+    different = {store.digest(c) for c in (After(3), After(4), After(3, 3), After(3, gate="none"))}
+    assert len(different) == 4
+
+
+def test_ids_are_distinct_and_stable():
+    for profile in arms.PROFILES:
+        ids = [run.id for run in study.runs(profile)]
+        assert len(set(ids)) == len(ids)
+    first = study.runs("digits", "snnl", "digits", "base")[0]
+    assert first.id == study.runs("digits", "snnl", "digits", "base")[0].id
+    assert first.path.name == f"base-s42-{first.id}.json"
+
+
+def agree(recorded, planned):
+    """Equal but for options that came later; that those stand at their defaults is what the equal id says."""
+    if isinstance(recorded, dict):
+        return all(key in planned and agree(recorded[key], planned[key]) for key in recorded)
+    return recorded == planned
+
+
+def test_committed_results_belong_to_the_plan(monkeypatch):
+    """No file from another version or setting lies among the results, and each holds its own name."""
+    monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
+    for profile in ("core", "paper"):
+        planned = {run.path: run for run in study.runs(profile)}
+        for path in (ROOT / "results" / profile).glob("*/*/*.json"):
+            assert path in planned, f"{path} is not what the plan would make now"
+            result = store.read(path)
+            assert result["id"] == planned[path].id
+            assert agree(result["run"], json.loads(json.dumps(asdict(planned[path]))))
+            assert result["commit"]
+            assert result["dirty"] is False
+            assert path.stat().st_size <= 20_000
+
+
+def test_arms_differ_from_base_in_one_thing():
+    settings = arms.SETTINGS["core"]["fashion_mnist"]
+    study_arms = arms.snnl_arms(settings)
+    assert set(study_arms) == set(arms.ARM_DESCRIPTIONS)
+    base_model, base_objective = study_arms["base"]
+    dense_model = study_arms["dense"][0]
+    assert dense_model.num_experts * dense_model.expert_hidden == (
+        base_model.num_experts * base_model.expert_hidden
+    )
+    for arm, (model, objective) in study_arms.items():
+        reference = dense_model if arm.startswith("dense") else base_model
+        changed_model = model != reference
+        changed_objective = objective != base_objective
+        assert (changed_model + changed_objective) == (arm not in ("base", "dense")), arm
+
+
+@pytest.mark.parametrize("dataset", arms.TUNING_DATASETS)
+def test_settings_are_what_tuning_chose(dataset, monkeypatch):
+    """The rule of arms.SETTINGS, applied to the committed tuning results."""
+    monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
+    runs = [run for run in study.runs("core", "snnl-tuning", dataset) if run.path.exists()]
+    if not runs:
+        pytest.skip("no tuning results yet")
+    scores = {}
+    for run in runs:
+        objective = run.objective
+        weight = (objective.snnl.factor if objective.snnl else 0) or objective.balance or objective.auxiliary
+        key = (run.arm, run.train.epochs, run.train.learning_rate, weight)
+        scores.setdefault(key, {})[run.seed] = store.read(run.path)["history"]["best_cross_entropy"]
+
+    def best(arm, epochs, position, rate=None):
+        """The setting with the lowest mean, among those that the same seeds have tried."""
+        tried = {k: v for k, v in scores.items() if k[:2] == (arm, epochs) and rate in (None, k[2])}
+        seeds = set.intersection(*(set(v) for v in tried.values())) if tried else set()
+        means = {k: sum(v[s] for s in seeds) / len(seeds) for k, v in tried.items()} if seeds else {}
+        return min(means, key=means.get)[position] if means else None
+
+    settings = arms.SETTINGS["core"][dataset]
+    rate = settings.train.learning_rate
+    assert best("base", settings.train.epochs, 2) in (rate, None)
+    assert best("snnl", 4, 3, rate) == settings.factor
+    assert best("dense-snnl", 4, 3, rate) == settings.dense_factor
+    assert best("base-balance", 4, 3, rate) in (settings.balance, None)
+    assert best("base-aux", 4, 3, rate) in (settings.auxiliary, None)
+    preferred = {best(arm, 4, 2) for arm in ("base", "snnl", "dense")}
+    assert len(preferred) == 1, "arms prefer different rates: give them their own (Settings.learning_rates)"
+
+
+@pytest.mark.parametrize("name", ["ac-vision", "ac-language", "crossed"])
+def test_routed_settings_are_what_tuning_chose(name, monkeypatch):
+    """The value in use has the lowest validation cross-entropy of those tried, for every arm tried."""
+    monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
+    found = defaultdict(list)
+    for run in study.runs("core", f"{name}-tuning"):
+        value = run.objective.snnl.factor if name == "crossed" else run.train.learning_rate
+        found[run.arm, value].append(store.read(run.path)["history"]["best_cross_entropy"])
+    in_use = {
+        run.arm: run.objective.snnl.factor if name == "crossed" else run.train.learning_rate
+        for run in study.runs("core", name)
+        if name != "crossed" or run.objective.snnl is not None
+    }
+    for arm in {arm for arm, _ in found}:
+        means = {value: sum(scores) / len(scores) for (a, value), scores in found.items() if a == arm}
+        assert min(means, key=means.get) == in_use[arm]
+
+
+def test_paired_arms_share_everything_but_the_arm():
+    runs = study.runs("digits", "snnl", "digits")
+    by_seed = {}
+    for run in runs:
+        by_seed.setdefault(run.seed, set()).add((run.train, run.train_images))
+    assert all(len(shared) == 1 for shared in by_seed.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("nope",), "nope"),
+        (("core", "nope"), "nope"),
+        (("core", "snnl", "svhn"), "svhn"),
+        (("core", "snnl", "mnist", "raw"), "raw"),
+    ],
+)
+def test_unknown_names(arguments, named):
+    with pytest.raises(study.StudyError, match=named) as raised:
+        study.runs(*arguments)
+    assert "known:" in str(raised.value)
+
+
+def test_shards_cover_the_plan_once():
+    runs = study.runs("digits")
+    parts = [study.shard(runs, f"{i}/4") for i in range(1, 5)]
+    assert sorted(run.id for part in parts for run in part) == sorted(run.id for run in runs)
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b"])
+def test_bad_shards(part):
+    with pytest.raises(study.StudyError, match="shard"):
+        study.shard([], part)
+
+
+# ----------------------------------------------------------------------------------------- engine
+
+
+def test_ensure_writes_once_and_then_reads(folders):
+    run = small_runs.run(epochs=1)
+    first = study.ensure([run], workers=1, quiet=True)
+    written = run.path.stat().st_mtime_ns
+    assert study.ensure([run], workers=1, quiet=True) == first
+    assert run.path.stat().st_mtime_ns == written
+    result = first[0]
+    assert result["id"] == run.id
+    assert result["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert {"commit", "dirty", "machine", "device", "wall_seconds", "peak_memory_mb"} <= set(result)
+    assert run.path.stat().st_size <= 20_000
+    assert not (run.workspace / "checkpoint.pt").exists()
+    assert not list(folders.rglob("*.part"))
+
+
+def test_a_killed_run_resumes_with_the_same_numbers(folders, monkeypatch):
+    """SIGKILL to the whole batch in the middle of a run; its worker must die with it."""
+    run = small_runs.run(epochs=60)
+    checkpoint = run.workspace / "checkpoint.pt"
+    batch = subprocess.Popen([sys.executable, "small_runs.py", "60"], cwd=SUPPORT, stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while not checkpoint.exists() and time.monotonic() < until:
+            assert batch.poll() is None
+            os.sched_yield()
+        children = Path(f"/proc/{batch.pid}/task/{batch.pid}/children").read_text().split()
+    finally:
+        os.kill(batch.pid, signal.SIGKILL)
+        batch.wait()
+    assert checkpoint.exists()
+    assert not run.path.exists()
+    done = torch.load(checkpoint, weights_only=True)["epoch"]
+    assert 1 <= done < 60
+    resumed = study.ensure([run], workers=1, quiet=True)[0]  # waits for the dying worker's lock, if need be
+    assert children
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+    monkeypatch.setenv("MOE_RESULTS_DIR", str(folders / "whole"))
+    whole = study.ensure([run], workers=1, quiet=True)[0]
+    assert small_runs.numbers(resumed) == small_runs.numbers(whole)
+
+
+def test_a_killed_worker_loses_no_other_run(folders):
+    """SIGKILL to the only worker of three runs: all three are there in the end."""
+    runs = [replace(small_runs.run(epochs=40), seed=seed) for seed in (1, 2, 3)]
+
+    def kill() -> None:
+        while not (runs[0].workspace / "checkpoint.pt").exists():
+            time.sleep(0.01)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    assert len(study.ensure(runs, workers=1, quiet=True)) == 3
+    assert not killer.is_alive()
+
+
+def test_waiting_for_another_process_ends_with_the_time_limit(folders):
+    run = small_runs.run(epochs=1)
+    run.workspace.mkdir(parents=True)
+    with FileLock(run.workspace / "lock"):
+        assert study._work(run, "cpu", time.time() + 0.2) == "out of time"
+    assert not run.path.exists()
+
+
+def test_a_raised_version_takes_no_older_numbers(folders):
+    first = study.runs("digits", "ac-vision", "digits", "cosine")[0]
+    second = study.runs("digits", "crossed", "digits", "base")[0]
+    store.write(first.path, {"id": first.id, "run": asdict(first)})
+    assert study.twin(second) == first
+    assert study.twin(replace(second, version=second.version + 1)) is None
+
+
+def test_a_run_that_another_study_has_is_not_trained_again(folders, monkeypatch):
+    """base of the crossed study is cosine of the vision study: the same numbers, trained once."""
+    first = study.runs("digits", "ac-vision", "digits", "cosine")[0]
+    second = study.runs("digits", "crossed", "digits", "base")[0]
+    assert first.seed == second.seed
+    assert first.id != second.id
+    assert study.twin(second) is None
+    trained = {first: study.execute(first, "cpu"), second: study.execute(second, "cpu")}
+    for key in ("task", "routing", "attack", "corruption"):
+        assert store.compact(trained[first][key]) == store.compact(trained[second][key])
+    store.write(first.path, {"id": first.id, "run": asdict(first), "task": trained[first]["task"]})
+    [result] = study.ensure([second], quiet=True)
+    assert result["same_as"] == first.label
+    assert result["run"]["arm"] == "base"
+    assert result["task"] == store.compact(trained[second]["task"])  # as if it had been trained
+    assert study.twin(study.runs("digits", "crossed", "digits", "snnl")[0]) is None
+
+
+def test_time_limit_leaves_a_run_to_be_continued(folders):
+    run = small_runs.run(epochs=2)
+    assert study.ensure([run], workers=1, time_limit=0, quiet=True) == []
+    assert not run.path.exists()
+    assert len(study.ensure([run], workers=1, quiet=True)) == 1
+
+
+def test_one_failing_run_does_not_stop_the_others(folders):
+    """The first run diverges; the message names arm, seed, epoch and batch."""
+    good, bad = small_runs.run(epochs=1), small_runs.run(epochs=1, arm="base", learning_rate=1e200)
+    with pytest.raises(study.StudyError, match=r"1 of 2 runs failed.*\n.*base seed 1234.*epoch 0, batch \d+"):
+        study.ensure([bad, good], workers=1, quiet=True)
+    assert good.path.exists()
+    assert not bad.path.exists()
+
+
+def test_a_loss_that_refuses_its_input_names_the_run(folders):
+    """SNNL raises on features that are not finite before any loss can be."""
+    run = small_runs.run(epochs=2, arm="snnl-pretrained", learning_rate=1e200)
+    with pytest.raises(study.StudyError, match=r"snnl-pretrained seed 1234, epoch 0, batch \d+: features"):
+        study.ensure([run], workers=1, quiet=True)
+
+
+def test_broken_checkpoint_is_named(folders):
+    run = small_runs.run(epochs=1)
+    run.workspace.mkdir(parents=True)
+    (run.workspace / "checkpoint.pt").write_bytes(b"torn")
+    with pytest.raises(study.StudyError, match=r"checkpoint.*delete"):
+        study.ensure([run], workers=1, quiet=True)
+    assert not run.path.exists()
+
+
+# ------------------------------------------------------------------------------------------ store
+
+
+def test_written_json_is_compact_and_whole(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    store.write(path, {"x": 1 / 3, "nan": float("nan"), "list": (1, 2.0)})
+    assert store.read(path) == {"x": 0.333333, "nan": None, "list": [1, 2.0]}
+    assert [p.name for p in path.parent.iterdir()] == ["b.json"]
+
+
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(store.StoreError, match=r"disk is full.*MOE_RESULTS_DIR"):
+        store.write(tmp_path / "x.json", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_tmpfs_keeps_finished_runs(tmp_path, monkeypatch):
+    """A real file system of 2 MB: a checkpoint does not fit, what was finished stays."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        monkeypatch.setenv("MOE_RESULTS_DIR", str(disk))
+        small, large = small_runs.run(epochs=1), small_runs.run(epochs=1, arm="dense")
+        large = replace(large, model=replace(large.model, expert_hidden=20_000))
+        with pytest.raises(study.StudyError, match=r"1 of 2 runs failed.*\n.*(disk is full|No space)"):
+            study.ensure([small, large], workers=1, quiet=True)
+        assert small.path.exists()
+        assert not large.path.exists()
+        store.read(small.path)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_unwritable_results_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path / "file" / "results"))
+    with pytest.raises(store.StoreError, match="MOE_RESULTS_DIR"):
+        study.ensure([small_runs.run(epochs=1)], workers=1, quiet=True)
+
+
+def test_torn_result_file_is_named(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"id": ')
+    with pytest.raises(store.StoreError, match="delete it"):
+        store.read(path)

@@ -1,0 +1,24 @@
+"""Runs on the embedded digits, short or long, for the tests of the engine.
+
+As a script: python small_runs.py EPOCHS trains `run(EPOCHS)` with the engine, as a batch would.
+"""
+
+import sys
+from dataclasses import replace
+
+from moe_study import study
+
+
+def run(epochs: int, arm: str = "snnl", **train: object) -> study.Run:
+    planned = study.runs("digits", "snnl", "digits", arm)[1]
+    return replace(planned, train=replace(planned.train, epochs=epochs, **train))
+
+
+def numbers(result: dict) -> dict:
+    """A result without what differs between equal runs: time and memory."""
+    kept = {k: v for k, v in result.items() if k not in ("wall_seconds", "peak_memory_mb")}
+    return kept | {"history": {k: v for k, v in result["history"].items() if k != "seconds"}}
+
+
+if __name__ == "__main__":
+    study.ensure([run(int(sys.argv[1]))], workers=1)
