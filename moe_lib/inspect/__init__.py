@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 """Watch any mixture of experts, and see whether it has collapsed.
 
     from moe_lib.inspect import inspect_moe, watch
@@ -19,6 +18,3 @@ __all__ = [
     "ABOUT", "THRESHOLDS", "Adapter", "Alarm", "Call", "CollapseCallback", "Comparison", "Dispatch", "Layer",
     "Panel", "Watch", "early_warning", "inspect_moe", "rows", "watch",
 ]  # fmt: skip
-=======
-"""The collapse panel for any mixture-of-experts model."""
->>>>>>> main

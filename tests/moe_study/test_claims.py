@@ -393,7 +393,7 @@ def test_every_control_that_learns_nothing_must_be_beaten():
                     "history": {"validation": {"cross_entropy": [score]}},
                 }
                 swap = {"clean": score, "swapped": score + 0.1}
-                content["swap"] = {share: swap for share in tables.SWAP_SHARES}
+                content["swap"] = dict.fromkeys(tables.SWAP_SHARES, swap)
                 results.append(with_endpoints(run("ac-language", arm, seed, "wikitext2", **content)))
         found = judged(results, "ac-language-performance", "cosine", "wikitext2", "ac-language")
         assert found.word == word
