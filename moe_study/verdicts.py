@@ -343,8 +343,7 @@ def scope(results: Sequence[Result]) -> str:
     else:
         kind = {"cnn": "CNN", "mlp": "MLP", "none": "no extractor"}[model["extractor"]]
         made = f"{kind}, {model['num_experts']} experts of width {model['expert_hidden']}"
-    size = max(result.get("num_parameters", 0) for result in results)
-    return f"{made}, {size:,} parameters; {run['train']['epochs']} epochs"
+    return f"{made}, {run['train']['epochs']} epochs"
 
 
 def _judge(

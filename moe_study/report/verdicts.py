@@ -219,26 +219,36 @@ _QUESTIONS: tuple[tuple[str, tuple[str, ...], Mapping[Word, str]], ...] = (
 
 
 def answers(found: Sequence[Verdict]) -> str:
-    """The study's answer as a Markdown list, each part with its numbers and scope; pilots are left out."""
+    """The study's answer as a Markdown list: a question, what was found where, and the scope. Pilots are left
+    out."""
     lines = []
     for question, keys, phrases in _QUESTIONS:
-        said = []
-        for outcome, phrase in phrases.items():
-            units = [v for v in found if v.claim.key in keys and v.word == outcome]
-            if units:
-                said.append(f"{phrase} {'; '.join(map(_where, units))}.")
+        own = [v for v in found if v.claim.key in keys and v.word in phrases]
+        said = [
+            f"{phrase} {_places([v for v in own if v.word == outcome])}."
+            for outcome, phrase in phrases.items()
+            if any(v.word == outcome for v in own)
+        ]
         if said:
-            lines.append(f"- **{question}** {' '.join(said)}")
+            stage = {True: "confirmatory", False: "exploratory"}
+            scopes = dict.fromkeys(f"{v.scope} ({stage[v.confirmatory]})" for v in own)
+            lines.append(f"- **{question}** {' '.join(said)} Scope: {'; '.join(scopes)}.")
     return "\n".join(lines)
 
 
-def _where(verdict: Verdict) -> str:
-    checkpoint = ", which depends on the checkpoint rule" if verdict.depends_on_checkpoint else ""
-    stage = "" if verdict.confirmatory else "; exploratory"
-    return (
-        f"{DATASET_TITLES[verdict.dataset]} ({contrast(verdict)} {difference(verdict)}{checkpoint}; "
-        f"{verdict.scope}{stage})"
-    )
+def _places(units: Sequence[Verdict]) -> str:
+    """Data sets with their differences; without, where nothing can be tested."""
+    if units[0].word == "not testable here":
+        return _and(list(dict.fromkeys(DATASET_TITLES[v.dataset] for v in units)))
+    parts = []
+    for v in units:
+        checkpoint = ", which depends on the checkpoint" if v.depends_on_checkpoint else ""
+        parts.append(f"{DATASET_TITLES[v.dataset]} ({contrast(v)}: {difference(v)}{checkpoint})")
+    return _and(parts)
+
+
+def _and(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
 def _p(value: float) -> str:
