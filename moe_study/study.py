@@ -89,6 +89,7 @@ class Run:
     epoch_tokens: int | None = None  # of a text: what an epoch covers; all of it if None
     attack_images: int = 512  # of the test set are attacked
     corrupted_images: int = 1024  # of the test set are corrupted
+    augment: bool = False  # images: train on random crops and flips
     test_tokens: int = 2**18  # of a test text are scored; half of them with words swapped
     text_digest: str = ""  # of a text that was given by its path: another text, another run
 
@@ -219,6 +220,7 @@ def routed_runs(study: str, profile: str) -> Iterator[Run]:
                         replace(settings.train, learning_rate=rate),
                         train_images=settings.train_images, epoch_tokens=settings.epoch_tokens,
                         attack_images=settings.attack_images, corrupted_images=settings.corrupted_images,
+                        augment=settings.augment,
                         test_tokens=settings.test_tokens,
                     )  # fmt: skip
 
@@ -384,6 +386,7 @@ def prepare(run: Run, device: str) -> Experiment:
                 seed=run.seed,
                 batch_size=run.train.batch_size,
                 dtype=dtype,
+                augment=run.augment,
             ),
             run.attack_images,
             run.corrupted_images,
