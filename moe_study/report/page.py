@@ -616,7 +616,7 @@ def made_by(sources: str) -> list[str]:
         return []
     profile, name, dataset = found.groups()
     if profile == "planted":
-        return ["python -m moe_study trust"]
+        return [f"python -m moe_study {'rates' if sources.endswith('verdicts.json') else 'trust'}"]
     command = f"python -m moe_study run --profile {profile}"
     command += f" --study {name}" if name else ""
     command += f" --dataset {dataset}" if dataset else ""
