@@ -343,8 +343,7 @@ def scope(results: Sequence[Result]) -> str:
     else:
         kind = {"cnn": "CNN", "mlp": "MLP", "none": "no extractor"}[model["extractor"]]
         made = f"{kind}, {model['num_experts']} experts of width {model['expert_hidden']}"
-    size = max(result.get("num_parameters", 0) for result in results)
-    return f"{made}, {size:,} parameters; {run['train']['epochs']} epochs"
+    return f"{made}, {run['train']['epochs']} epochs"
 
 
 def _judge(
@@ -395,7 +394,11 @@ def _family(units: Sequence[Verdict], by_endpoint: Mapping[str, Sequence[Verdict
             signed_S = other.parts[0].signed_S
             return len(signed_S) >= 2 and stats.t_interval(signed_S, 0.90)[1] < 0
 
-        others = {name: own[i] for name, (own, _) in elsewhere.items() if len(own[i].parts[0].signed_S)}
+        others = {
+            name: own[i]
+            for name, (own, _) in elsewhere.items()
+            if all(len(part.signed_S) for part in own[i].parts)  # conditions may be measured at one alone
+        }
         contradicted = any(against(o) for name, o in others.items() if name != unit.endpoint)
         words = {
             name: _word(

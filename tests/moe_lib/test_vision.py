@@ -13,10 +13,11 @@ import torch
 from small_models import SMALL, shaken, tiny_dataset
 from small_models import vision_task as task_of
 
-from moe_lib.models.transformer import RoutedObjective, watching
+from moe_lib.models.transformer import watching
 from moe_lib.models.vision import PatchMerging, VisionConfig, VisionTransformer
 from moe_lib.moe.routing import ACConfig, adaptive_routers
 from moe_lib.snnl import SNNLConfig
+from moe_study.tasks import RoutedObjective
 from moe_study.train import TrainConfig, fit
 
 CAUSAL = {"router": "ac", "ac": ACConfig(causal=True)}
