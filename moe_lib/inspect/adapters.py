@@ -64,9 +64,7 @@ class Adapter:
 
     classes: ClassVar[tuple[str, ...]] = ()
     watch: ClassVar[tuple[str, ...]] = ()
-    mixes: ClassVar[bool] = (
-        True  # the output is weights times answers, token by token
-    )
+    mixes: ClassVar[bool] = True  # the output is weights times answers, token by token
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
