@@ -170,7 +170,7 @@ def test_make_test_runs_every_kind_of_check():
         assert called in printed
     notebooks = (ROOT / "tests" / "notebooks.sh").read_text()
     for path in (ROOT / "notebooks").glob("*.ipynb"):
-        # 40 needs an extra that is not locked; tests/moe_lib/test_panel.py runs it where that is installed.
+        # 40 needs an extra that is not locked; tests/moe_lib/inspect/test_notebook.py runs it if it is there.
         assert (f"notebooks/{path.name}" in notebooks) != (path.stem == "40_your_model")
 
 
@@ -218,7 +218,7 @@ BARE |= {"filelock", "PIL"}  # what torch and torchvision bring along
 # What moe_study may import beside the bare machine's packages: pictures, tables and pages of results.
 STUDY_ONLY = {
     *("moe_study.report", "moe_study.notebook", "moe_study.claims", "moe_study.tour", "moe_study.trust"),
-    *("moe_study.theory", "moe_lib.inspect.panel"),
+    *("moe_study.theory", "moe_lib.inspect"),
 }
 # Imports against the direction that are still to be removed.
 AGAINST = {("moe_lib", "moe_study"), ("moe_study", "benchmarks")}
