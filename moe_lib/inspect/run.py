@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from moe_lib.inspect.adapters import Adapter
 from moe_lib.inspect.find import REMEDY, confirm, recorder_of
+from moe_lib.inspect.layer import CAUSAL, layer_of
 from moe_lib.inspect.measures import Value, expert_measures, routing_measures
-from moe_lib.inspect.panel import CAUSAL, Panel, layer_of
+from moe_lib.inspect.panel import Panel
 from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.tamper import Loss, Tamper
 

@@ -226,6 +226,7 @@ class RoutedSettings:
     epoch_tokens: int | None = None
     attack_images: int = 512
     corrupted_images: int = 1024
+    augment: bool = False
     test_tokens: int = 2**18
     learning_rates: tuple[tuple[str, float], ...] = ()  # arms that differ from train.learning_rate
 
