@@ -258,6 +258,11 @@ def as_html(table: pd.DataFrame) -> HTML:
     return HTML(table.reset_index().to_html(index=False, border=0, justify="left"))
 
 
+def folded(title: str, table: pd.DataFrame) -> HTML:
+    """A table that is shown on a click."""
+    return HTML(f"<details><summary>{html.escape(title)}</summary>{as_html(table).data}</details>")
+
+
 def budget_table(profile: str) -> pd.DataFrame:
     """What each study trained, data set by data set; the time is in `provenance_table`."""
     rows = []
