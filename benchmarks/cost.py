@@ -11,7 +11,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from benchmarks.measure import Machine, probe
-from moe_study import cost, store, study
+from moe_study import cost, study
 
 ROUNDS = 50  # of reweighting
 
@@ -34,7 +34,7 @@ def groups(profile: str = "core") -> list[Group]:
     for run in study.runs(profile):
         amount = cost.amount(run)
         if amount is not None and run.path.exists():
-            content = store.read(run.path)
+            content = study.read(run)
             if "same_as" not in content:  # trained for another study
                 found.setdefault((run.study, run.dataset, run.arm, amount), []).append(content)
     return [

@@ -27,7 +27,7 @@ from moe_lib.models.transformer import TransformerConfig
 from moe_lib.models.vision import VisionConfig
 from moe_study import data, store
 from moe_study.data import ROOT, text
-from moe_study.study import Run
+from moe_study.study import Run, read
 
 # Shape of an image; images for training, validation and test.
 IMAGES = {
@@ -238,7 +238,7 @@ def plan(wanted: list[Run], workers: int | None = None) -> str:
     total, unknown = 0.0, False
     for key in dict.fromkeys((run.study, run.dataset, run.arm) for run in wanted):
         group = [run for run in wanted if (run.study, run.dataset, run.arm) == key]
-        done = [store.read(run.path) for run in group if run.path.exists()]
+        done = [read(run) for run in group if run.path.exists()]
         walls = sorted(result["wall_seconds"] for result in done if result.get("machine") == here)
         left = len(group) - len(done)
         each = walls[len(walls) // 2] if walls else expected_seconds(group[0])

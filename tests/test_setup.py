@@ -279,7 +279,8 @@ def test_core_imports_core_and_a_bare_machine_alone():
         assert all(map(core, own(MODULES[name]))), name
         outside = {module.split(".")[0] for module in imported(MODULES[name])} - set(PACKAGES)
         extra = outside - set(sys.stdlib_module_names) - BARE
-        assert extra <= ({"tqdm"} if name == "moe_study.study" else set()), name  # tqdm: if it is there
+        optional = {"moe_study.study": {"tqdm"}, "moe_study.store": {"fastjsonschema"}}  # if they are there
+        assert extra <= optional.get(name, set()), name
 
 
 def test_command_line_imports_the_core_alone_at_its_head():

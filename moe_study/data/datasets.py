@@ -6,10 +6,13 @@ Shapes: N samples, C channels, H height, W width.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
-from collections.abc import Callable
+import pickle
+import socket
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 import torch
@@ -52,7 +55,15 @@ class Dataset:
 
 def data_dir(root: str | Path | None = None) -> Path:
     """The data folder: `root` if given, else `$MOE_DATA_DIR`, else `data/` in the project."""
-    return Path(root or os.environ.get("MOE_DATA_DIR") or ROOT / "data").expanduser().resolve()
+    return Path(root).expanduser().resolve() if root else folder_of("MOE_DATA_DIR", "data")
+
+
+def folder_of(variable: str, default: str) -> Path:
+    """The folder that an environment variable names, else the default.
+
+    A relative one is below the project, so that it is the same from every working folder.
+    """
+    return (ROOT / Path(os.environ.get(variable) or default).expanduser()).resolve()
 
 
 def pixels(images_NCHW: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,7 +111,7 @@ def _splits(name: str, root: Path) -> tuple[Split, Split]:
         return _digit_domains(*train), _digit_domains(*test)
     if name == "domains":
         return _domains(root, True, DOMAIN_IMAGES), _domains(root, False, None)
-    return Split(*_torchvision(name, root, train=True)), Split(*_torchvision(name, root, train=False))
+    return Split(*_published(name, root, train=True)), Split(*_published(name, root, train=False))
 
 
 DOMAINS = ("mnist", "fashion_mnist", "cifar10")
@@ -112,7 +123,7 @@ def _domains(root: Path, train: bool, count: int | None) -> Split:
     one label means three things. The first `count` images of each, all if None."""
     parts = []
     for name in DOMAINS:
-        images_NCHW, labels_N = _torchvision(name, root, train)
+        images_NCHW, labels_N = _published(name, root, train)
         if images_NCHW.shape[1] == 3:  # luma of ITU-R BT.601, as in Pillow's mode "L"
             weights_C = torch.tensor([0.299, 0.587, 0.114])
             grey_NHW = (images_NCHW[:, :, 2:-2, 2:-2] * weights_C[:, None, None]).sum(1)
@@ -152,30 +163,116 @@ def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (images[rest], labels[rest]), (images[test], labels[test])
 
 
-def _torchvision(name: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    from torchvision import datasets
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Files of a published set in torchvision's layout, and what they hold."""
 
-    factory: Callable = getattr(datasets, DATASETS[name])
-    try:
+    folder: str
+    train: dict[str, str]  # file name -> SHA-256, in the order in which they are read
+    test: dict[str, str]
+    shape: tuple[int, int, int]  # C, H, W
+    num_train: int
+    num_classes: int
+    download: str  # class in torchvision.datasets
+
+
+@functools.lru_cache(maxsize=64)
+def _is_published(path: Path, expected: str, size: int, changed_ns: int) -> bool:
+    """Whether a file has this SHA-256; asked once per process of a file that does not change."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == expected
+
+
+def _published(name: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """Images and labels of a published set; missing files are downloaded.
+
+    Raises:
+        DataError: files are missing and cannot be fetched, or are not the published ones.
+    """
+    info = PUBLISHED[name]
+    files = info.train if train else info.test
+    paths = [root / info.folder / file for file in files]
+    if not all(path.exists() for path in paths):
+        fetch(name, root)
+    for path, expected in zip(paths, files.values(), strict=True):
         try:
-            raw = factory(str(root), train=train, download=False)
-        except RuntimeError:  # torchvision's word for "not found or corrupted"
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / f".{name}.lock"):  # parallel runs: one downloads, the others wait
-                raw = factory(str(root), train=train, download=True)
-        images, labels = torch.as_tensor(raw.data), torch.as_tensor(raw.targets)
-        expected = (60_000 if "mnist" in name else 50_000) if train else 10_000
-        if len(images) != expected or len(labels) != expected:
-            raise ValueError(f"{len(images)} images and {len(labels)} labels instead of {expected}")
-    except Exception as error:
+            found = path.stat()
+            known = S_ISREG(found.st_mode) and _is_published(path, expected, found.st_size, found.st_mtime_ns)
+        except OSError as error:
+            raise DataError(
+                f"data set {name!r}: {path} cannot be read ({error.strerror}). {REMEDY}"
+            ) from error
+        if not known:
+            raise DataError(
+                f"data set {name!r}: {path} is damaged: it is not the published file (SHA-256 {expected}). "
+                "Delete it, then `make data` fetches it again, or put the original there."
+            )
+    images, labels = (_idx if "mnist" in name else _pickled)(paths)
+    return checked(name, images, labels, info.num_train if train else 10_000)
+
+
+def checked(name: str, images_NCHW: Tensor, labels_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same images and labels, if they are what the set has: shape, number, range of labels.
+
+    Raises:
+        DataError: they are not.
+    """
+    info = PUBLISHED[name]
+    if images_NCHW.shape != (count, *info.shape) or labels_N.shape != (count,):
         raise DataError(
-            f"data set {name!r} is missing or damaged under {root} and could not be fetched "
-            f"({type(error).__name__}: {error}). With a network run `make data`; without one put "
-            f"torchvision's files there, or point MOE_DATA_DIR at a folder that has them; "
-            f"if files are damaged, delete them first."
-        ) from error
-    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-    return images, labels.long()
+            f"data set {name!r} holds images of shape {list(images_NCHW.shape)} and {len(labels_N)} labels "
+            f"instead of {[count, *info.shape]} and {count}. {REMEDY}"
+        )
+    low, high = int(labels_N.min()), int(labels_N.max())
+    if low != 0 or high != info.num_classes - 1:
+        raise DataError(
+            f"data set {name!r} has labels from {low} to {high} instead of 0 to {info.num_classes - 1}. "
+            f"{REMEDY}"
+        )
+    return images_NCHW, labels_N
+
+
+def _idx(paths: list[Path]) -> tuple[Tensor, Tensor]:
+    """Two files of MNIST's format: magic number and sizes as big-endian 32-bit integers, then the bytes."""
+    images, labels = (path.read_bytes() for path in paths)
+    count, height, width = np.frombuffer(images, ">i4", 3, offset=4).tolist()
+    images_NCHW = torch.frombuffer(bytearray(images[16:]), dtype=torch.uint8).view(count, 1, height, width)
+    return images_NCHW, torch.frombuffer(bytearray(labels[8:]), dtype=torch.uint8).long()
+
+
+def _pickled(paths: list[Path]) -> tuple[Tensor, Tensor]:
+    """CIFAR's batches. Only files of a known SHA-256 come here, so that unpickling is safe."""
+    batches = [pickle.loads(path.read_bytes(), encoding="latin1") for path in paths]
+    images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+    labels = [label for batch in batches for label in batch.get("labels", batch.get("fine_labels"))]
+    return torch.from_numpy(images), torch.tensor(labels)
+
+
+def fetch(name: str, root: str | Path | None = None) -> None:
+    """Download what is missing of a data set; one process at a time, the others wait.
+
+    Raises:
+        DataError: it cannot be fetched.
+    """
+    root = data_dir(root)
+    for part in DOMAINS if name == "domains" else (name,):
+        if part not in PUBLISHED or present(part, root):
+            continue
+        from torchvision import datasets
+
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none: without an answer it would wait forever
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / f".{part}.lock"):
+                getattr(datasets, PUBLISHED[part].download)(str(root), download=True)
+        except Exception as error:
+            raise DataError(
+                f"data set {part!r} is missing or damaged under {root} and could not be fetched "
+                f"({type(error).__name__}: {' '.join(str(error).split())}). {REMEDY}"
+            ) from error
+        finally:
+            socket.setdefaulttimeout(before)
 
 
 def _unknown(name: str) -> str:
@@ -190,17 +287,57 @@ def present(name: str, root: str | Path | None = None) -> bool:
         return True
     if name == "domains":
         return all(present(part, root) for part in DOMAINS)
-    folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}.get(name, DATASETS[name])
-    return (data_dir(root) / folder).is_dir()
+    info = PUBLISHED[name]
+    return all((data_dir(root) / info.folder / file).exists() for file in (info.train | info.test))
 
 
-# Name here -> class in torchvision.datasets.
-DATASETS = {
-    "digits": "",
-    "digit_domains": "",
-    "domains": "",
-    "mnist": "MNIST",
-    "fashion_mnist": "FashionMNIST",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-}
+TIMEOUT = 10  # seconds without an answer from a server
+REMEDY = (
+    "With a network run `make data`; without one put torchvision's files there, or point MOE_DATA_DIR at a "
+    "folder that has them; if files are damaged, delete them first."
+)
+PUBLISHED = {
+    "mnist": DatasetInfo(
+        "MNIST/raw",
+        {
+            "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        },
+        {
+            "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        },
+        (1, 28, 28), 60_000, 10, "MNIST",
+    ),
+    "fashion_mnist": DatasetInfo(
+        "FashionMNIST/raw",
+        {
+            "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        },
+        {
+            "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        },
+        (1, 28, 28), 60_000, 10, "FashionMNIST",
+    ),
+    "cifar10": DatasetInfo(
+        "cifar-10-batches-py",
+        {
+            "data_batch_1": "54636561a3ce25bd3e19253c6b0d8538147b0ae398331ac4a2d86c6d987368cd",
+            "data_batch_2": "766b2cef9fbc745cf056b3152224f7cf77163b330ea9a15f9392beb8b89bc5a8",
+            "data_batch_3": "0f00d98ebfb30b3ec0ad19f9756dc2630b89003e10525f5e148445e82aa6a1f9",
+            "data_batch_4": "3f7bb240661948b8f4d53e36ec720d8306f5668bd0071dcb4e6c947f78e9682b",
+            "data_batch_5": "d91802434d8376bbaeeadf58a737e3a1b12ac839077e931237e0dcd43adcb154",
+        },
+        {"test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831"},
+        (3, 32, 32), 50_000, 10, "CIFAR10",
+    ),
+    "cifar100": DatasetInfo(
+        "cifar-100-python",
+        {"train": "735e79b04f092ca3d2e6d07f368c0a7d70d48c48d28865950cc24454cf45129b"},
+        {"test": "4b67687d9933c4db8f0831104447f15b93774f4f464bd0516f0f0f2ac83b7864"},
+        (3, 32, 32), 50_000, 100, "CIFAR100",
+    ),
+}  # fmt: skip
+DATASETS = ("digits", "digit_domains", "domains", *PUBLISHED)

@@ -7,6 +7,7 @@ C words that may be swapped, S segments of a text (a swapped word, or all betwee
 from __future__ import annotations
 
 import ast
+import codecs
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -31,7 +32,7 @@ from moe_study.data import ROOT, DataError, data_dir
 LEVELS = ("byte", "word")
 UNKNOWN = "<unk>"  # token 0 at word level
 LINE_END = "<eos>"  # token 1
-TIMEOUT = 60  # seconds without an answer from a server
+TIMEOUT = 10  # seconds without an answer from a server
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,22 @@ def file_digest(name: str) -> str:
         DataError: it cannot be read.
     """
     return hashlib.sha256(_read(name)).hexdigest()[:10]
+
+
+def folder_name(name: str, digest: str) -> str:
+    """A folder for the results of the text at a path: apart from every corpus and every other text."""
+    stem = re.sub(r"[^\w-]+", "_", Path(name).stem).strip("_")
+    return f"{stem or 'text'}-{digest}"
+
+
+def fetch(name: str, root: str | Path | None = None) -> None:
+    """Download what is missing of a corpus.
+
+    Raises:
+        DataError: it cannot be fetched.
+    """
+    if not _is_path(name) and not present(name, root):
+        _files(name, data_dir(root))
 
 
 def docs_is_known() -> bool:
@@ -292,14 +309,18 @@ def _is_path(name: str) -> bool:
 
 
 def _path(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.exists() and (ROOT / path).exists():  # a notebook's current folder is not the project's
         return ROOT / path
-    return path.resolve()
+    return Path(os.path.abspath(path))  # resolve() would raise on a symbolic link to itself
 
 
 def _read(name: str) -> bytes:
     path = _path(name)
+    if path.exists() and not path.is_file():  # reading a FIFO would wait forever
+        raise DataError(
+            f"corpus {name!r}: {path} cannot be read (not a regular file); give the path of a UTF-8 text"
+        )
     try:
         return path.read_bytes()
     except OSError as error:
@@ -312,7 +333,7 @@ def _unknown(name: str) -> str:
 
 def _decode(content: bytes, path: Path) -> str:
     try:
-        return content.decode("utf-8")
+        return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start} "

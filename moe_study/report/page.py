@@ -6,6 +6,7 @@ import base64
 import html
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,16 @@ def finished_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
     return grouped
 
 
+def whole_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
+    """`finished_runs`, without the data sets of a confirmatory study that are not whole: nobody is to look at
+    them before they are."""
+    found = finished_runs(profile, study_name)
+    if study_name not in CONFIRMATORY:
+        return found
+    planned = Counter(run.dataset for run in study.runs(profile, study_name))
+    return {dataset: runs for dataset, runs in found.items() if len(runs) == planned[dataset]}
+
+
 def finished_results(profile: str, study_name: str) -> list[dict[str, Any]]:
     """Of every data set of a study."""
     return study.results(study.runs(profile, study_name))
@@ -63,13 +74,15 @@ def each_dataset(
 
 
 def find_verdicts(profile: str) -> list[Verdict]:
-    """Every claim on every data set with results: confirmatory ones first, pilots last."""
-    studies = [*CONFIRMATORY, *dict.fromkeys(claim.study for claim in CLAIMS)]
-    found = [
-        verdict
-        for name in dict.fromkeys(studies)
-        for verdict in verdicts.verdicts(finished_results(profile, name), name)
-    ]
+    """Every claim on every data set with results: confirmatory ones first, pilots last.
+
+    A confirmatory set that is not whole is left out: nobody is to look at it before it is.
+    """
+    studies = [*CONFIRMATORY, *(claim.study for claim in CLAIMS)]
+    found = []
+    for name in dict.fromkeys(studies):
+        whole = whole_runs(profile, name).values()
+        found += verdicts.verdicts([result for runs in whole for result in study.results(runs)], name)
     return sorted(found, key=lambda verdict: verdict.word == "pilot")
 
 
@@ -108,7 +121,7 @@ def collapse_table(profile: str) -> pd.DataFrame:
 def accuracy_table(profile: str, study_name: str = "snnl") -> pd.DataFrame:
     """Test accuracy (%) of every arm on every data set, mean ± sd over seeds (their number in brackets)."""
     columns = {}
-    for dataset, runs in finished_runs(profile, study_name).items():
+    for dataset, runs in whole_runs(profile, study_name).items():
         frame = tables.frame(study.results(runs), {"accuracy": tables.COLUMNS["accuracy"]})
         columns[DATASET_TITLES[dataset]] = {
             str(arm): f"{tables.spread(group['accuracy'] * 100, 2)} ({len(group)})"
@@ -125,7 +138,7 @@ def published_table(profile: str) -> pd.DataFrame:
     rows = []
     claim = BY_KEY["snnl-accuracy"]
     for name in ("snnl-confirm", "snnl"):
-        for dataset, runs in finished_runs(profile, name).items():
+        for dataset, runs in whole_runs(profile, name).items():
             frame = tables.frame(study.results(runs))
             arms_S = tables.paired(frame, ["base", "snnl"], "accuracy")
             found = tables.contrast(frame, "snnl", "base", "accuracy")
@@ -389,46 +402,80 @@ def throughput_text() -> str:
     return ", ".join(clauses) or "more than one process were not measured"
 
 
+def unfinished(profile: str) -> str:
+    """Confirmatory sets that are not whole, and so not shown, as a sentence; "" where there is none."""
+    parts = []
+    for name in CONFIRMATORY:
+        runs, whole = study.runs(profile, name), whole_runs(profile, name)
+        for dataset in dict.fromkeys(run.dataset for run in runs):
+            own = [run.path.exists() for run in runs if run.dataset == dataset]
+            if dataset not in whole:
+                parts.append(f"{name} on {DATASET_TITLES[dataset]} ({sum(own)} of {len(own)} runs)")
+    return f"Declared, but not whole yet and so not shown: {'; '.join(parts)}." if parts else ""
+
+
 def readme_section() -> str:
-    """The part of the README between its markers, from results/core."""
+    """The part of the README between its markers, from results/core: the answer, with its numbers."""
+    found = current(find_verdicts("core"))
+    if not found:
+        return f"{BEGIN}\nNo finished runs yet.\n{END}"
+    parts = [BEGIN, words.answers(found), f"{words.tally(found)} {unfinished('core')}".strip()]
+    return "\n\n".join(parts) + f"\n\n{END}"
+
+
+def results_page() -> str:
+    """RESULTS.md: every verdict, accuracy and cost, from results/core and results/bench."""
     profile = "core"
     results = [result for name in study.STUDIES for result in finished_results(profile, name)]
-    if not results:
-        return f"{BEGIN}\nNo finished runs yet.\n{END}"
     machines = ", ".join(sorted({r["machine"] for r in results}))
     found = current(find_verdicts(profile))
     sections = [
-        words.tally(found),
-        words.answers(found),
+        "# Results",
+        "Written by `make readme` from the files under `results/`. Figures, and the reasons behind each "
+        "verdict, are in the rendered report, `results/core/report.html`.",
         f"Profile `core`: {len(results)} of {len(study.runs(profile))} planned runs finished, tuning "
         f"included, {core_minutes(results):.0f} core-minutes on {machines}. "
         "Regenerate with `make report PROFILE=core`.",
+        "## Verdicts",
+        f"{words.tally(found)} {unfinished(profile)}".strip(),
+        words.answers(found),
         "One row a claim, data set and control, at the last epoch, paired by seed: mean difference, 95 % t "
         "interval, exact sign-flip p (Holm over the units of a study). *Counts from*: the published "
-        "difference, or "
-        "a declared margin. Fewer than eight seeds are a pilot: shown, never decided.",
+        "difference, or a declared margin. Fewer than eight seeds are a pilot: shown, never decided.",
         markdown(words.table(found)),
-        "SNNL: is there collapse? Of four experts, mean ± standard deviation over seeds:",
-        markdown(collapse_table(profile)),
-        "SNNL: test accuracy in %, mean ± standard deviation over seeds (number of seeds):",
-        markdown(accuracy_table(profile)),
-        "SNNL: published accuracies (second-hand) beside ours, in %:",
+        "What each verdict hangs on: the margin, the checkpoint, the test images, the number of seeds.",
+        markdown(words.firmness(found)),
+        "## SNNL",
+        "Published accuracies (second-hand) beside ours, in %, at the last epoch:",
         markdown(published_table(profile)),
+        *_scores(
+            profile, "Test accuracy in %, last epoch, mean ± standard deviation (seeds)", accuracy_table
+        ),
+        "Is there collapse? Of four experts, mean ± standard deviation over seeds; older files measured "
+        "it at the epoch of the lowest validation cross-entropy:",
+        markdown(collapse_table(profile)),
     ]
     for name, title in (
-        ("ac-vision", "AC router, images"),
-        ("ac-language", "AC router, text"),
+        ("ac-vision", "The AC router, images"),
+        ("ac-language", "The AC router, text"),
         ("crossed", "Both remedies crossed, images (`base`: cosine router, no SNNL)"),
     ):
         table = scores_table(profile, name)
         if not table.empty:
-            sections += [f"{title}: mean ± standard deviation over seeds:", markdown(table)]
-    return "\n\n".join([BEGIN, *sections, *_fold("Speed, memory and cost", speed_sections())]) + f"\n{END}"
+            sections += [f"## {title}", "Mean ± standard deviation over seeds:", markdown(table)]
+    sections += ["## Speed and memory", *speed_sections()]
+    return "\n\n".join(sections) + "\n"
 
 
-def _fold(title: str, sections: Sequence[str]) -> list[str]:
-    """Markdown that is shown on a click."""
-    return [f"<details>\n<summary>{title}</summary>", *sections, "</details>"] if sections else []
+def _scores(profile: str, title: str, table: Callable[[str, str], pd.DataFrame]) -> list[str]:
+    """A table of each study of the SNNL family that has results."""
+    found = {name: table(profile, name) for name in ("snnl-confirm", "snnl", "collapse")}
+    return [
+        text
+        for name, own in found.items()
+        if not own.empty
+        for text in (f"{title}; study `{name}`:", markdown(own))
+    ]
 
 
 def speed_sections() -> list[str]:
@@ -465,18 +512,25 @@ def speed_sections() -> list[str]:
 
 
 def update_readme(path: Path, check: bool = False) -> int:
-    """Write the results section of the README; with `check`, only say if it is out of date (exit code 1)."""
+    """Write the results section of the README, and RESULTS.md beside it.
+
+    With `check`, only say if one is out of date (exit code 1).
+    """
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise store.StoreError(f"{path} must hold the two lines {BEGIN!r} and {END!r} once each")
     head, rest = text.split(BEGIN)
-    updated = head + readme_section() + rest.split(END)[1]
-    if check:
-        if updated != text:
-            print(f"{path} is out of date: run `make readme`", file=sys.stderr)
-        return int(updated != text)
-    store.write_bytes(path, updated.encode())
-    return 0
+    wanted = {
+        path: head + readme_section() + rest.split(END)[1],
+        path.with_name("RESULTS.md"): results_page(),
+    }
+    stale = [file for file, content in wanted.items() if not file.exists() or file.read_text() != content]
+    for file in stale:
+        if check:
+            print(f"{file} is out of date: run `make readme`", file=sys.stderr)
+        else:
+            store.write_bytes(file, wanted[file].encode())
+    return int(check and bool(stale))
 
 
 # ------------------------------------------------------------------------------------------- HTML
@@ -562,7 +616,7 @@ def made_by(sources: str) -> list[str]:
         return []
     profile, name, dataset = found.groups()
     if profile == "planted":
-        return ["python -m moe_study trust"]
+        return [f"python -m moe_study {'rates' if sources.endswith('verdicts.json') else 'trust'}"]
     command = f"python -m moe_study run --profile {profile}"
     command += f" --study {name}" if name else ""
     command += f" --dataset {dataset}" if dataset else ""

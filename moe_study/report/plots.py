@@ -43,6 +43,8 @@ ARM_STYLE = {  # colour, marker
     "snnl-shuffled": (PALETTE[5], "v"),
     "base-aux": (PALETTE[6], "D"),
     "uniform-gate": (PALETTE[7], "P"),
+    "uniform-snnl": ("#8c564b", "X"),
+    "snnl-weaker": ("#f2a27a", "s"),
     "raw": (PALETTE[0], "X"),
     "snnl-pretrained": ("#8c564b", "<"),
     "ce-pretrained": ("#4b6e8c", ">"),
@@ -54,6 +56,8 @@ ARM_STYLE = {  # colour, marker
     "ac-pooled": (PALETTE[3], "P"),
     "ac-matched": (PALETTE[1], "^"),
     "ac-causal": (PALETTE[0], "X"),
+    "hash": (PALETTE[7], "P"),
+    "hash-token": ("#8c564b", "X"),
     "snnl-ac": (PALETTE[0], "D"),
 }
 STYLE: Any = {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import pandas as pd
 
+from moe_study.claims import BY_KEY
 from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
 from moe_study.verdicts import Cause, Verdict, Word
@@ -144,6 +145,33 @@ def cause(one: Cause, verdict: Verdict) -> str:
     return f"{one.contrast} {numbers}, {seeds}: {said}."
 
 
+def rates_table(found: Mapping[str, Any]) -> pd.DataFrame:
+    """How often the rule says each word in simulated studies, in %: of `rates.path()`, data sets averaged."""
+    rows = []
+    for row in found["rates"]:
+        claim = BY_KEY[row["claim"]]
+        effect = "none" if row["effect"] == 0 else f"{row['effect']:g} x"
+        keys = {"claim": claim.wording, "seeds": str(row["seeds"]), "true effect": effect}
+        rows.append(keys | {word: 100 * row["words"][word] for word in _SIMULATED})
+    keys = ["claim", "seeds", "true effect"]
+    if not rows:
+        return pd.DataFrame()
+    return pd.DataFrame(rows).groupby(keys, sort=False).mean().map("{:.1f}".format)
+
+
+_SIMULATED: tuple[Word, ...] = ("supported", "smaller than claimed", "undecided", "contradicted")
+
+
+def false_support(found: Mapping[str, Any]) -> str:
+    """One sentence beside `rates_table`."""
+    parts = [
+        f"{100 * row['as drawn']:.1f} % with {row['seeds']} seeds ({100 * row['symmetric']:.1f} % where each "
+        "seed's sign is drawn too, as the sign-flip test assumes)"
+        for row in found["false_support"]
+    ]
+    return f"Without any effect, at least one unit of a study is supported in {' and '.join(parts)}."
+
+
 def tally(found: Sequence[Verdict]) -> str:
     """How many verdicts of each kind, in one sentence."""
     counts = Counter(verdict.word for verdict in found)
@@ -191,26 +219,36 @@ _QUESTIONS: tuple[tuple[str, tuple[str, ...], Mapping[Word, str]], ...] = (
 
 
 def answers(found: Sequence[Verdict]) -> str:
-    """The study's answer as a Markdown list, each part with its numbers and scope; pilots are left out."""
+    """The study's answer as a Markdown list: a question, what was found where, and the scope. Pilots are left
+    out."""
     lines = []
     for question, keys, phrases in _QUESTIONS:
-        said = []
-        for outcome, phrase in phrases.items():
-            units = [v for v in found if v.claim.key in keys and v.word == outcome]
-            if units:
-                said.append(f"{phrase} {'; '.join(map(_where, units))}.")
+        own = [v for v in found if v.claim.key in keys and v.word in phrases]
+        said = [
+            f"{phrase} {_places([v for v in own if v.word == outcome])}."
+            for outcome, phrase in phrases.items()
+            if any(v.word == outcome for v in own)
+        ]
         if said:
-            lines.append(f"- **{question}** {' '.join(said)}")
+            stage = {True: "confirmatory", False: "exploratory"}
+            scopes = dict.fromkeys(f"{v.scope} ({stage[v.confirmatory]})" for v in own)
+            lines.append(f"- **{question}** {' '.join(said)} Scope: {'; '.join(scopes)}.")
     return "\n".join(lines)
 
 
-def _where(verdict: Verdict) -> str:
-    checkpoint = ", which depends on the checkpoint rule" if verdict.depends_on_checkpoint else ""
-    stage = "" if verdict.confirmatory else "; exploratory"
-    return (
-        f"{DATASET_TITLES[verdict.dataset]} ({contrast(verdict)} {difference(verdict)}{checkpoint}; "
-        f"{verdict.scope}{stage})"
-    )
+def _places(units: Sequence[Verdict]) -> str:
+    """Data sets with their differences; without, where nothing can be tested."""
+    if units[0].word == "not testable here":
+        return _and(list(dict.fromkeys(DATASET_TITLES[v.dataset] for v in units)))
+    parts = []
+    for v in units:
+        checkpoint = ", which depends on the checkpoint" if v.depends_on_checkpoint else ""
+        parts.append(f"{DATASET_TITLES[v.dataset]} ({contrast(v)}: {difference(v)}{checkpoint})")
+    return _and(parts)
+
+
+def _and(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
 def _p(value: float) -> str:

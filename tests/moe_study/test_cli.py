@@ -194,7 +194,7 @@ def test_plan_counts_a_finished_run_and_believes_its_time(monkeypatch, capsys):
     monkeypatch.setattr(cost, "speed", lambda: 0.5)
     monkeypatch.setattr(cost, "throughput", lambda workers: workers / 1.25)
     runs = study.runs("digits", "snnl", arm="base")
-    store.write(runs[0].path, {"wall_seconds": 600.0, "machine": store.processor()})
+    study.write(runs[0], {"wall_seconds": 600.0, "machine": store.processor()})
     assert main(["plan", "--profile", "digits", "--study", "snnl", "--workers", "2"]) == 0
     out = capsys.readouterr().out
     table = rows(out)
@@ -247,11 +247,11 @@ def test_done_is_written_when_every_run_has_its_file(folders, capsys):
     assert len(runs) == 2
     done = folders / "a" / "DONE.json"
     command = ["run", "--profile", "digits", "--arm", "raw", "--shard", "1/3", "--done", str(done)]
-    store.write(runs[0].path, {"id": runs[0].id})
+    study.write(runs[0], {})
     assert main([*command, "--time-limit", "0"]) == 0
     assert f"1 of 2 runs have their result under {folders / 'results'}\n" in capsys.readouterr().out
     assert not done.exists()
-    store.write(runs[1].path, {"id": runs[1].id})
+    study.write(runs[1], {})
     assert main(command) == 0
     assert capsys.readouterr().out == f"2 of 2 runs have their result under {folders / 'results'}\n"
     assert store.read(done) == {"runs": [run.id for run in runs]}

@@ -102,7 +102,7 @@ def test_foretold_time_is_scaled_by_the_speed_of_this_machine(known):
 def test_time_of_a_finished_run_counts_on_the_same_processor_alone(known, same):
     foretold = minutes_left(cost.plan(known)) * (len(known) - 1) / len(known)
     machine = store.processor() if same else "another processor"
-    store.write(known[0].path, {"wall_seconds": 60e4, "machine": machine})
+    study.write(known[0], {"wall_seconds": 60e4, "machine": machine})
     expected = 1e4 * (len(known) - 1) if same else foretold
     assert minutes_left(cost.plan(known)) == pytest.approx(expected, abs=0.1)
 

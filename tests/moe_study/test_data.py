@@ -4,16 +4,20 @@ Nothing here touches a network: whatever torchvision would download raises.
 """
 
 import gzip
+import hashlib
 import os
+import pickle
 import struct
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from torchvision.datasets import cifar, mnist
 
-from moe_study.data import ROOT, DataError, Split, data_dir, load, pixels
+from moe_study.data import ROOT, DataError, Split, data_dir, datasets, load, pixels
 
 TRAINING_FILES = {  # one of each data set, in torchvision's layout
     "mnist": "MNIST/raw/train-images-idx3-ubyte",
@@ -132,7 +136,9 @@ def test_the_variable_is_used_by_load(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["imagenet", "", "MNIST"])
 def test_an_unknown_name_is_answered_with_the_known_ones(name):
-    with pytest.raises(DataError, match=f"{name!r}.*digits, mnist, fashion_mnist, cifar10, cifar100"):
+    with pytest.raises(
+        DataError, match=f"{name!r}.*digits, digit_domains, domains, mnist, fashion_mnist, cifar10, cifar100"
+    ):
         load(name)
 
 
@@ -156,80 +162,148 @@ def idx(shape, payload):
     return struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape) + payload
 
 
-def write_fashion_mnist(root, shorten=(), cut=None):
-    """Two valid training files and two valid test files of black images, as torchvision leaves them.
+class FakeFashion:
+    """Four files in torchvision's layout, small ones that `datasets` is told to take for the published."""
 
-    Args:
-        shorten: prefixes of files ("train", "t10k") that get 10 samples.
-        cut: name of a file to cut in the middle.
-    """
-    folder = root / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
-    for prefix, full in (("train", 60_000), ("t10k", 10_000)):
-        n = 10 if prefix in shorten else full
-        labels = bytes(i % 10 for i in range(n))
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(idx((n, 2, 2), bytes(4 * n)))
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(idx((n,), labels))
-    if cut is not None:
-        content = (folder / cut).read_bytes()
-        (folder / cut).write_bytes(content[: len(content) // 2])
+    num_train, num_test = 40, 10_000
+
+    def __init__(self, root, monkeypatch):
+        self.folder, self.monkeypatch = root / "FashionMNIST" / "raw", monkeypatch
+        self.folder.mkdir(parents=True)
+        self.content = {}
+        for prefix, n in (("train", self.num_train), ("t10k", self.num_test)):
+            pixels_of = bytes(i // 10 % 256 for i in range(784 * n))
+            self.content[f"{prefix}-images-idx3-ubyte"] = idx((n, 28, 28), pixels_of)
+            self.content[f"{prefix}-labels-idx1-ubyte"] = idx((n,), bytes(i % 10 for i in range(n)))
+        self.publish()
+
+    def publish(self):
+        """Write the files, and their SHA-256 into the table."""
+        found = {name: hashlib.sha256(content).hexdigest() for name, content in self.content.items()}
+        info = replace(
+            datasets.PUBLISHED["fashion_mnist"],
+            train={k: v for k, v in found.items() if k.startswith("train")},
+            test={k: v for k, v in found.items() if k.startswith("t10k")},
+            num_train=self.num_train,
+        )
+        self.monkeypatch.setitem(datasets.PUBLISHED, "fashion_mnist", info)
+        for name, content in self.content.items():
+            (self.folder / name).write_bytes(content)
+        datasets._splits.cache_clear()
 
 
-def test_files_in_torchvisions_layout_are_read(tmp_path):
-    write_fashion_mnist(tmp_path)
+@pytest.fixture
+def fashion(tmp_path, monkeypatch):
+    return FakeFashion(tmp_path, monkeypatch)
+
+
+def test_files_in_torchvisions_layout_are_read(fashion, tmp_path):
+    """Pixel for pixel what torchvision reads."""
     dataset = load("fashion_mnist", root=tmp_path, seed=1)
-    assert [len(part) for part in (dataset.train, dataset.validation, dataset.test)] == [
-        54_000,
-        6_000,
-        10_000,
-    ]
-    assert dataset.train.images_NCHW.shape == (54_000, 1, 2, 2)
+    sizes = [len(part) for part in (dataset.train, dataset.validation, dataset.test)]
+    assert sizes == [36, 4, 10_000]
+    assert dataset.train.images_NCHW.shape == (36, 1, 28, 28)
     assert dataset.train.images_NCHW.dtype == torch.uint8
     assert dataset.train.labels_N.dtype == torch.int64
-    together = torch.cat([dataset.train.labels_N, dataset.validation.labels_N])
-    assert together.bincount().tolist() == [6_000] * 10
     assert dataset.num_classes == 10
+    peer = mnist.FashionMNIST(str(tmp_path), train=True)
+    together = split_rows(dataset.train) + split_rows(dataset.validation)
+    assert sorted(together) == sorted(split_rows(Split(peer.data[:, None], peer.targets)))
+    peer = mnist.FashionMNIST(str(tmp_path), train=False)
+    assert torch.equal(dataset.test.images_NCHW, peer.data[:, None])
+    assert torch.equal(dataset.test.labels_N, peer.targets)
+
+
+def flipped(content):
+    """One bit of the last image."""
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+DAMAGE = {
+    "flipped bit": flipped,
+    "cut in half": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "a page": lambda content: b"<html>moved</html>",
+    "still packed": lambda content: gzip.compress(content[:1000]),
+    "noise behind a right header": lambda content: content[:16] + bytes(len(content) - 16),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_a_damaged_file_is_named_with_the_remedy(name, damage, fashion, tmp_path):
+    (fashion.folder / name).write_bytes(DAMAGE[damage](fashion.content[name]))
+    with pytest.raises(DataError, match=r"is damaged.*SHA-256.*[Dd]elete it.*make data") as caught:
+        load("fashion_mnist", root=tmp_path)
+    assert str(fashion.folder / name) in str(caught.value)
+    (fashion.folder / name).write_bytes(fashion.content[name])
+    load("fashion_mnist", root=tmp_path)  # the remedy works in the same process
+
+
+def test_a_pipe_in_place_of_a_file(fashion, tmp_path):
+    path = fashion.folder / "train-images-idx3-ubyte"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="damaged"):
+        load("fashion_mnist", root=tmp_path)
+
+
+def test_a_files_hash_is_computed_once(fashion, tmp_path, monkeypatch):
+    load("fashion_mnist", root=tmp_path)
+    datasets._splits.cache_clear()
+    monkeypatch.setattr(hashlib, "file_digest", None)  # a second look would call it
+    load("fashion_mnist", root=tmp_path)
 
 
 @pytest.mark.parametrize(
-    "cut",
+    ("name", "content", "said"),
     [
-        "train-images-idx3-ubyte",
-        "train-labels-idx1-ubyte",
-        "t10k-images-idx3-ubyte",
-        "t10k-labels-idx1-ubyte",
+        ("t10k-labels-idx1-ubyte", idx((10_000,), bytes(9_999) + b"\xc8"), "labels from 0 to 200 instead"),
+        ("t10k-labels-idx1-ubyte", idx((10_000,), bytes(10_000)), "labels from 0 to 0 instead of 0 to 9"),
+        ("train-images-idx3-ubyte", idx((40, 14, 56), bytes(40 * 784)), r"\[40, 1, 14, 56\]"),
+        ("train-labels-idx1-ubyte", idx((39,), bytes(39)), "39 labels instead"),
     ],
+    ids=["label of 200", "one class", "shape", "number"],
 )
-def test_a_truncated_file(cut, tmp_path):
-    write_fashion_mnist(tmp_path, cut=cut)
-    with pytest.raises(DataError) as caught:
-        load("fashion_mnist", root=tmp_path)
-    for wanted in ("fashion_mnist", "damaged", "delete", str(tmp_path)):
-        assert wanted in str(caught.value)
-
-
-def test_an_empty_file_and_a_file_of_another_kind(tmp_path):
-    write_fashion_mnist(tmp_path)
-    path = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
-    for content in (b"", b"<html>moved</html>", gzip.compress(b"still packed")):
-        path.write_bytes(content)
-        with pytest.raises(DataError, match="damaged"):
-            load("fashion_mnist", root=tmp_path)
-
-
-@pytest.mark.parametrize(("prefix", "full"), [("train", "60000"), ("t10k", "10000")])
-def test_a_wellformed_file_with_too_few_samples(prefix, full, tmp_path):
-    write_fashion_mnist(tmp_path, shorten=(prefix,))
-    with pytest.raises(DataError, match=f"10 images and 10 labels instead of {full}"):
+def test_shapes_and_labels_are_checked_even_of_a_file_that_is_known(name, content, said, fashion, tmp_path):
+    fashion.content[name] = content
+    fashion.publish()
+    with pytest.raises(DataError, match=said):
         load("fashion_mnist", root=tmp_path)
 
 
-def test_images_and_labels_of_different_numbers(tmp_path):
-    write_fashion_mnist(tmp_path)
-    folder = tmp_path / "FashionMNIST" / "raw"
-    (folder / "train-images-idx3-ubyte").write_bytes(idx((10, 2, 2), bytes(40)))
-    with pytest.raises(DataError, match="10 images and 60000 labels"):
-        load("fashion_mnist", root=tmp_path)
+def test_files_of_cifar_are_read_as_torchvision_does(tmp_path, monkeypatch):
+    """The five batches in order, planes of colour first."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    info, digests = datasets.PUBLISHED["cifar10"], {}
+    for i, name in enumerate((*info.train, *info.test)):
+        n = 10_000 if name == "test_batch" else 4
+        values = np.random.default_rng(i).integers(0, 256, (n, 3072), dtype=np.uint8)
+        content = pickle.dumps({"data": values, "labels": [(j + 6 * (i % 2)) % 10 for j in range(n)]})
+        (folder / name).write_bytes(content)
+        digests[name] = hashlib.sha256(content).hexdigest()
+    info = replace(
+        info,
+        train={name: digests[name] for name in info.train},
+        test={name: digests[name] for name in info.test},
+        num_train=20,
+    )
+    monkeypatch.setitem(datasets.PUBLISHED, "cifar10", info)
+    monkeypatch.setattr(cifar, "check_integrity", lambda *arguments: True)
+    monkeypatch.setattr(cifar.CIFAR10, "_load_meta", lambda self: None)
+    for train in (True, False):
+        images_NCHW, labels_N = datasets._published("cifar10", tmp_path, train)
+        peer = cifar.CIFAR10(str(tmp_path), train=train)
+        assert torch.equal(images_NCHW, torch.from_numpy(peer.data).permute(0, 3, 1, 2))
+        assert labels_N.tolist() == peer.targets
+
+
+def test_a_relative_data_folder_is_below_the_project(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOE_DATA_DIR", "build/../data")
+    for folder in (ROOT, ROOT / "notebooks", tmp_path):
+        monkeypatch.chdir(folder)
+        assert data_dir() == ROOT / "data"
 
 
 # ------------------------------------------------------------------------------------- real files

@@ -4,8 +4,10 @@ No test needs data or a network: files are written here under checksums of their
 file:// URL.
 """
 
+import codecs
 import hashlib
 import inspect
+import os
 import subprocess
 import sys
 import zipfile
@@ -19,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_study import study
 from moe_study.data import ROOT, DataError, text
 from moe_study.data.text import CORPORA, STOPWORDS, Text, head, load, swap_words
 
@@ -276,6 +279,39 @@ def test_files_that_cannot_serve(tmp_path):
         load(str(path))
 
 
+def test_what_is_no_regular_file_is_named(tmp_path):
+    """A FIFO would be read forever; a link to itself has no content."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    with pytest.raises(DataError, match=r"pipe\.txt cannot be read \(not a regular file"):
+        load(str(tmp_path / "pipe.txt"))
+    with pytest.raises(DataError, match=r"loop\.txt cannot be read"):
+        load(str(tmp_path / "loop.txt"))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_word(prose, tmp_path):
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes(codecs.BOM_UTF8 + Path(prose).read_bytes())
+    assert load(str(marked)).train.raw == load(prose).train.raw
+    assert load(str(marked), level="word").vocabulary == load(prose, level="word").vocabulary
+
+
+def test_results_of_a_text_stay_in_the_study_and_apart(tmp_path, monkeypatch):
+    """A file called "...txt" has the stem "..", and docs.txt that of a corpus."""
+    monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path / "results"))
+    planned = study.runs("digits", "ac-language", "docs")[:1]
+    folders = {planned[0].path.parent}
+    for name in ("...txt", "docs.txt", "a/same.txt", "b/same.txt", "<b>&.txt"):
+        path = tmp_path / "texts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{name} line {i}\n" for i in range(100)))
+        [run] = study.with_text(planned, str(path))
+        assert run.path.parent.parent == planned[0].path.parent.parent
+        assert not set(run.path.parent.name) & set("<>&./")
+        folders.add(run.path.parent)
+    assert len(folders) == 6
+
+
 # ------------------------------------------------------------------------------------------ downloads
 
 
@@ -370,22 +406,29 @@ def may_be_swapped(word, corpus):
 
 
 def aligned_by_loop(corpus, clean, swapped):
-    """Positions of kept tokens, by walking both texts word for word, space for space; the pairs of words."""
+    """Positions of kept tokens, by walking both texts word for word, space for space; the pairs of words.
+
+    Of the bytes behind a swapped word the first is not kept.
+    """
     clean_positions, swapped_positions, pairs = [], [], []
+    just_swapped = False
     i = j = at_clean = at_swapped = 0
     while i < len(clean):
         if clean[i].isspace():
             assert clean[i] == swapped[j]
             if corpus.level == "byte" or clean[i] == "\n":
                 size = len(clean[i].encode()) if corpus.level == "byte" else 1
-                clean_positions += range(at_clean, at_clean + size)
-                swapped_positions += range(at_swapped, at_swapped + size)
+                skip = int(just_swapped and corpus.level == "byte")
+                clean_positions += range(at_clean + skip, at_clean + size)
+                swapped_positions += range(at_swapped + skip, at_swapped + size)
+                just_swapped = False
                 at_clean, at_swapped = at_clean + size, at_swapped + size
             i, j = i + 1, j + 1
             continue
         before, after = clean[i:].split(maxsplit=1)[0], swapped[j:].split(maxsplit=1)[0]
         pairs.append((before, after))
         sizes = [len(word.encode()) if corpus.level == "byte" else 1 for word in (before, after)]
+        just_swapped = before != after
         if before == after:
             clean_positions += range(at_clean, at_clean + sizes[0])
             swapped_positions += range(at_swapped, at_swapped + sizes[1])
@@ -426,8 +469,11 @@ def test_a_swap_known_by_hand(prose):
     swapped = swap_words(corpus, as_text(raw), 1.0, generator())
     assert swapped.text == "the <unk> 42 <unk> isn't <unk>\n"
     assert swapped.num_swapped == 2
-    assert swapped.clean_positions_U.tolist() == [*range(4), *range(8, 24), 26]
-    assert swapped.swapped_positions_U.tolist() == [*range(4), *range(9, 25), 30]
+    assert swapped.clean_positions_U.tolist() == [
+        *range(4),
+        *range(9, 24),
+    ]  # not the bytes behind the swapped
+    assert swapped.swapped_positions_U.tolist() == [*range(4), *range(10, 25)]
 
 
 def as_text(raw):
