@@ -23,11 +23,12 @@ from torch.nn import functional as F
 
 from benchmarks.measure import Contestant, Machine, Row, Step, Work
 from benchmarks.snnl import authors as authors_snnl
-from moe_lib.models.classifier import ClassifierConfig, ClassifierTask, Objective
+from moe_lib.models.classifier import ClassifierConfig
 from moe_lib.snnl import SNNLConfig
 from moe_study import data
 from moe_study.data import Dataset, Split
 from moe_study.evaluate import validation_measures
+from moe_study.tasks import ClassifierTask, Objective
 from moe_study.train import TrainConfig, fit
 
 CIFAR, MNIST = (3, 32, 32), (1, 28, 28)

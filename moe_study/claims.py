@@ -98,8 +98,8 @@ class Measure:
             value = tables.look_up(store.at_endpoint(result, endpoint or own), self.source)
         else:
             value = self.source(result) if endpoint in (None, own) else None
-            if value is None and endpoint in (None, own):
-                value = math.nan
+        if value is None and endpoint in (None, own):
+            value = math.nan
         if value is not None and not math.isfinite(value):
             run = result["run"]
             raise ValueError(

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from moe_lib import metrics
 from moe_lib.metrics.interventions import expert_ablations
-from moe_lib.models.classifier import ClassifierTask, Output
+from moe_lib.models.classifier import ClassifierOutput
 from moe_lib.moe.experts import Experts
 from moe_lib.rng import generator, initialise
 from moe_lib.snnl import soft_nearest_neighbor_loss
 from moe_study import store
 from moe_study.data import Split, pixels
+from moe_study.tasks import ClassifierTask
 from moe_study.train import Task, TrainConfig, set_learning_rate
 
 EMBEDDING_SAMPLES = 2000  # of the test set, for embedding measures, CKA and SNNL
@@ -104,7 +105,7 @@ def tsne_coordinates(task: ClassifierTask) -> list[list[int]]:
     return ((flat_N2 - low) / (high - low).max() * 999).round().astype(int).tolist()
 
 
-def endpoint_measures(task: ClassifierTask, output: Output) -> dict[str, Any]:
+def endpoint_measures(task: ClassifierTask, output: ClassifierOutput) -> dict[str, Any]:
     """What is measured at each endpoint, from the model's output on the test set."""
     test = task.dataset.test
     labels_N, correct_N = test.labels_N, output.log_probs_NC.argmax(1) == test.labels_N
@@ -118,7 +119,7 @@ def endpoint_measures(task: ClassifierTask, output: Output) -> dict[str, Any]:
     }
 
 
-def domain_measures(output: Output, correct_N: Tensor, domains_N: Tensor) -> dict[str, Any]:
+def domain_measures(output: ClassifierOutput, correct_N: Tensor, domains_N: Tensor) -> dict[str, Any]:
     """Accuracy of each domain, each domain's mean gate, and what the gate knows of the domain (nats)."""
     count, probs_NE = int(domains_N.max()) + 1, output.routing.probs_NE
     accuracy = [correct_N[domains_N == domain].double().mean().item() for domain in range(count)]

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lib import metrics
-from moe_lib.models.language import LanguageTask
 from moe_lib.models.transformer import Seen, moe_layers, watching
-from moe_lib.models.vision import VisionTask
 from moe_lib.moe.experts import MoE
 from moe_lib.moe.routing import Routing, adaptive_routers, frozen_scales, gradient_through_scales, joined
 from moe_lib.rng import generator
@@ -27,6 +25,7 @@ from moe_study import store
 from moe_study.data import Split, pixels
 from moe_study.data.text import Text, head, swap_words
 from moe_study.evaluate import EMBEDDING_SAMPLES, KNN_SAMPLES, code_measures
+from moe_study.tasks import LanguageTask, VisionTask
 
 # What is measured on how much of the test set: a whole pass for the task, less for the rest.
 ROUTING_BATCHES = 8  # of training size
@@ -216,11 +215,13 @@ class VisionExperiment:
     """What the engine asks of a vision run.
 
     Args:
-        attack_images: of the test set are attacked, a quarter of them by SPSA, twice as many corrupted.
+        attack_images: of the test set are attacked, a quarter of them (128 at most) by SPSA.
+        corrupted_images: of the test set are corrupted.
     """
 
-    def __init__(self, task: VisionTask, attack_images: int) -> None:
-        self.task, self.attack_images = task, attack_images
+    def __init__(self, task: VisionTask, attack_images: int, corrupted_images: int) -> None:
+        self.task, self.attack_images, self.corrupted_images = task, attack_images, corrupted_images
+        self.spsa_images = min(attack_images // 4, 128)
 
     def validation(self) -> dict[str, float]:
         split = self.task.dataset.validation
@@ -247,12 +248,14 @@ class VisionExperiment:
 
     def final(self) -> dict[str, Any]:
         with without_weight_gradients(self.task.model):
-            attack = self._attack()
+            attack, attacked = self._attack()
+        corruption, corrupted = self._corruption()
         return self.endpoint() | {
             "company": self._company(),
             "ablation": self._ablation(),
-            "corruption": self._corruption(),
+            "corruption": corruption,
             "attack": attack,
+            "correct_under": {"attack": attacked, "corruption": corrupted},
             "embedding": self._embedding(),
         }
 
@@ -287,24 +290,29 @@ class VisionExperiment:
             generator(self.task.seed, "permuted routing"),
         )
 
-    def _corruption(self) -> dict[str, Any]:
-        """Accuracy at severities 1 to 5; "clean" is that of the same images."""
-        split = self.task.dataset.test.take(slice(2 * self.attack_images))
-        accuracy: dict[str, Any] = {"clean": self._score(split).accuracy}
-        for name in CORRUPTIONS:
-            accuracy[name] = [
-                self._score(
-                    Split(
-                        corrupt(split.images_NCHW, name, severity, generator(self.task.seed, name, severity)),
-                        split.labels_N,
-                    )
-                ).accuracy
-                for severity in range(1, 6)
-            ]
-        return accuracy
+    def _correct(self, split: Split) -> Tensor:
+        """[N]: whether each image is classified rightly."""
+        return self.task.predict(split).log_probs_NC.argmax(1) == split.labels_N
 
-    def _attack(self) -> dict[str, Any]:
-        """Accuracy under attack, by attack and strength (1/255 or 2/255), by what is known of M.
+    def _corruption(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Accuracy at severities 1 to 5, where "clean" is that of the same images; and of how many of all
+        kinds and severities each image was classified rightly, packed."""
+        split = self.task.dataset.test.take(slice(self.corrupted_images))
+        accuracy: dict[str, Any] = {"clean": self._correct(split).double().mean().item()}
+        right_N = torch.zeros(len(split), dtype=torch.uint8, device=split.labels_N.device)
+        for name in CORRUPTIONS:
+            accuracy[name] = []
+            for severity in range(1, 6):
+                draw = generator(self.task.seed, name, severity)
+                images_NCHW = corrupt(split.images_NCHW, name, severity, draw)
+                correct_N = self._correct(Split(images_NCHW, split.labels_N))
+                accuracy[name].append(correct_N.double().mean().item())
+                right_N += correct_N
+        return accuracy, store.pack_counts(right_N)
+
+    def _attack(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Accuracy under attack, by attack and strength (1/255 or 2/255), by what is known of M; and which
+        images were classified rightly.
 
         AC's M depends on the batch, so an attacker (and the score) can treat it in three ways: "detached",
         a constant in the gradient, as the published code would have it; "through", differentiated;
@@ -328,46 +336,44 @@ class VisionExperiment:
                 return frozen_scales(model, lambda: predict(images_NCHW))
             return nullcontext()
 
-        right: dict[str, dict[str, int]] = {}
-        counts: dict[str, int] = {}
-        clean = 0
+        right: dict[tuple[str, str], list[Tensor]] = {}
+        clean = []
 
-        def count(key: str, mode: str, attacked_NCHW: Tensor, labels_N: Tensor) -> None:
-            with torch.no_grad():
-                correct = int((predict(attacked_NCHW).argmax(1) == labels_N).sum())
-            own = right.setdefault(key, {})
-            own[mode] = own.get(mode, 0) + correct
+        @torch.no_grad()
+        def correct(images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
+            return predict(images_NCHW).argmax(1) == labels_N
+
+        def note(attack: str, mode: str, attacked_NCHW: Tensor, labels_N: Tensor) -> None:
+            right.setdefault((attack, mode), []).append(correct(attacked_NCHW, labels_N))
 
         for number, start in enumerate(range(0, len(test), self.task.batch_size)):
             part = test.take(slice(start, start + self.task.batch_size))
             images_NCHW, labels_N = pixels(part.images_NCHW, dtype), part.labels_N
-            with torch.no_grad():
-                clean += int((predict(images_NCHW).argmax(1) == labels_N).sum())
-            for strength in ATTACK_STRENGTHS:
+            clean.append(correct(images_NCHW, labels_N))
+            for strength, mode in itertools.product(ATTACK_STRENGTHS, modes):
                 eps = strength / 255
-                for mode in modes:
-                    with mode_of(mode, images_NCHW):
-                        draw = generator(self.task.seed, "pgd", number)
-                        count(f"fgsm-{strength}", mode, fgsm(predict, images_NCHW, labels_N, eps), labels_N)
-                        attacked_NCHW = pgd(predict, images_NCHW, labels_N, eps, draw)
-                        count(f"pgd-{strength}", mode, attacked_NCHW, labels_N)
-                for name in (f"fgsm-{strength}", f"pgd-{strength}"):
-                    counts[name] = counts.get(name, 0) + len(labels_N)
+                with mode_of(mode, images_NCHW):
+                    draw = generator(self.task.seed, "pgd", number)
+                    note(f"fgsm-{strength}", mode, fgsm(predict, images_NCHW, labels_N, eps), labels_N)
+                    note(f"pgd-{strength}", mode, pgd(predict, images_NCHW, labels_N, eps, draw), labels_N)
             if number == 0:
-                few, known = images_NCHW[: self.attack_images // 4], labels_N[: self.attack_images // 4]
+                few, known = images_NCHW[: self.spsa_images], labels_N[: self.spsa_images]
                 with gradient_through_scales(model):
                     by_gradient = pgd(predict, few, known, 2 / 255, generator(self.task.seed, "pgd", number))
-                for key, attacked in (
-                    ("spsa-2", spsa(predict, few, known, 2 / 255, generator(self.task.seed, "spsa"))),
+                by_samples = spsa(predict, few, known, 2 / 255, generator(self.task.seed, "spsa"))
+                for name, attacked in (
+                    ("spsa-2", by_samples),
                     ("spsa-2 pgd", by_gradient),
                     ("spsa-2 clean", few),
                 ):
-                    count(key, "detached", attacked, known)
-                    counts[key] = len(known)
-        accuracy = {
-            key: {mode: value / counts[key] for mode, value in own.items()} for key, own in right.items()
-        }
-        return {"clean": clean / len(test), **accuracy}
+                    note(name, "detached", attacked, known)
+        accuracy: dict[str, Any] = {"clean": torch.cat(clean).double().mean().item()}
+        packed: dict[str, Any] = {"clean": store.pack_bits(torch.cat(clean))}
+        for (name, mode), parts in right.items():
+            correct_N = torch.cat(parts)
+            accuracy.setdefault(name, {})[mode] = correct_N.double().mean().item()
+            packed.setdefault(name, {})[mode] = store.pack_bits(correct_N)
+        return accuracy, packed
 
     def _embedding(self) -> dict[str, float]:
         """Of the mean token in front of the first MoE layer."""

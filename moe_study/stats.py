@@ -5,6 +5,7 @@ Shapes: S seeds, M comparisons.
 
 from __future__ import annotations
 
+import bisect
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -38,16 +39,28 @@ def t_interval(values_S: Sequence[float] | np.ndarray, confidence: float = 0.95)
 def sign_flip_p(differences_S: Sequence[float] | np.ndarray) -> float:
     """Two-sided p that the mean is this far from 0 if every difference could as well have the other sign.
 
-    Exact, over all 2^S sign patterns, for S <= 20; its smallest value is 2 / 2^S.
+    Exact, over all 2^S sign patterns, for S <= 40; its smallest value is 2 / 2^S. The sums of each half of
+    the seeds are listed; a sorted half tells how many of its sums lift one of the other half's far enough.
     """
     differences = np.asarray(differences_S, dtype=float)
-    if len(differences) > 20:
-        raise ValueError(f"exact up to 20 seeds, got {len(differences)}")
+    if len(differences) > 40:
+        raise ValueError(f"exact up to 40 seeds, got {len(differences)}")
+    observed = abs(differences.sum()) - 1e-12 * np.abs(differences).sum()  # equal up to rounding is equal
+    if observed <= 0:
+        return 1.0
+    middle = len(differences) // 2
+    first, second = (_signed_sums(half) for half in (differences[:middle], differences[middle:]))
+    second.sort()
+    below = np.searchsorted(second, observed - first)  # the patterns come in pairs of opposite sums
+    return float(2 * (len(second) - below).sum() / 2.0 ** len(differences))
+
+
+def _signed_sums(values: np.ndarray) -> np.ndarray:
+    """Of all sign patterns, built up one value at a time."""
     sums = np.zeros(1)
-    for value in differences:  # all signed sums, built up one difference at a time
+    for value in values:
         sums = np.concatenate([sums + value, sums - value])
-    observed = abs(differences.sum())
-    return float(np.mean(np.abs(sums) >= observed - 1e-12 * np.abs(differences).sum()))
+    return sums
 
 
 def paired_differences(
@@ -154,7 +167,7 @@ def smallest_detectable_effect(sd: float, seeds: int, power: float = 0.8, alpha:
 
 
 def seeds_for_power(sd: float, effect: float, power: float = 0.8, alpha: float = 0.05) -> int:
-    """The fewest paired seeds with which a two-sided t test finds `effect` with the given power.
+    """The fewest paired seeds with which a two-sided t test finds `effect` with the given power, up to 10^6.
 
     Args:
         sd: standard deviation of the paired differences.
@@ -162,10 +175,9 @@ def seeds_for_power(sd: float, effect: float, power: float = 0.8, alpha: float =
     """
     if not effect > 0:
         raise ValueError(f"effect must be positive, got {effect}")
-    seeds = 2
-    while smallest_detectable_effect(sd, seeds, power, alpha) > effect:
-        seeds = max(seeds + 1, int(seeds * 1.02))
-    return seeds
+    return 2 + bisect.bisect_left(
+        range(2, 10**6), True, key=lambda seeds: smallest_detectable_effect(sd, seeds, power, alpha) <= effect
+    )
 
 
 class Interval(NamedTuple):

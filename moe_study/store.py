@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -62,6 +63,12 @@ def pack_bits(values_N: Tensor) -> dict[str, Any]:
     """Truth values, eight to a byte, as base64 text beside their number."""
     packed = np.packbits(values_N.cpu().numpy().astype(bool))
     return {"count": len(values_N), "bits": base64.b64encode(packed.tobytes()).decode()}
+
+
+def pack_counts(values_N: Tensor) -> dict[str, Any]:
+    """Counts up to 255: compressed bytes as base64 text, beside their number."""
+    packed = zlib.compress(values_N.cpu().numpy().astype(np.uint8).tobytes(), 9)
+    return {"count": len(values_N), "counts": base64.b64encode(packed).decode()}
 
 
 def unpack_bits(packed: dict[str, Any]) -> np.ndarray:

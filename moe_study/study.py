@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from moe_lib.models.classifier import ClassifierConfig, ClassifierTask, Objective
-from moe_lib.models.language import LanguageConfig, LanguageTask
-from moe_lib.models.transformer import RoutedObjective
-from moe_lib.models.vision import VisionConfig, VisionTask
+from moe_lib.models.classifier import ClassifierConfig
+from moe_lib.models.language import LanguageConfig
+from moe_lib.models.vision import VisionConfig
 from moe_study import data, store
 from moe_study.configs.arms import (
     AUXILIARY_WEIGHTS,
@@ -65,6 +64,7 @@ from moe_study.configs.dose import PLANS
 from moe_study.data import text
 from moe_study.evaluate import ClassifierExperiment, Experiment
 from moe_study.evaluate_transformer import LanguageExperiment, VisionExperiment
+from moe_study.tasks import ClassifierTask, LanguageTask, Objective, RoutedObjective, VisionTask
 from moe_study.train import History, OutOfTime, TrainConfig, TrainingError, fit
 
 
@@ -93,7 +93,9 @@ class Run:
     independent_experts: bool = False  # train the null of expert similarity as well
     tsne: bool = False  # keep t-SNE coordinates of some test codes, for the eye
     epoch_tokens: int | None = None  # of a text: what an epoch covers; all of it if None
-    attack_images: int = 512  # of the test set are attacked, twice as many corrupted
+    attack_images: int = 512  # of the test set are attacked
+    corrupted_images: int = 1024  # of the test set are corrupted
+    augment: bool = False  # images: train on random crops and flips
     test_tokens: int = 2**18  # of a test text are scored; half of them with words swapped
     text_digest: str = ""  # of a text that was given by its path: another text, another run
 
@@ -144,20 +146,22 @@ def collapse_runs(profile: str) -> Iterator[Run]:
     for dataset, settings in COLLAPSE_SETTINGS.get(profile, {}).items():
         for seed in COLLAPSE_SEEDS[: COLLAPSE_SEED_COUNTS[profile]]:
             for arm, (model, objective) in collapse_arms(settings).items():
+                rate = dict(settings.learning_rates).get(arm, settings.train.learning_rate)
                 yield Run(
                     profile, "collapse", dataset, arm, seed, VERSIONS["collapse"], model, objective,
-                    settings.train, independent_experts=arm in MAIN_ARMS,
+                    replace(settings.train, learning_rate=rate), independent_experts=arm in MAIN_ARMS,
                 )  # fmt: skip
 
 
 def collapse_tuning_runs(profile: str) -> Iterator[Run]:
     """The grid behind `COLLAPSE_SETTINGS`, at the full budget, on two seeds outside the study.
 
-    The learning rate by `base`, beside it for the arms that could want another; then the factor of SNNL and
-    the weight of the balance loss, each at every rate.
+    Every arm at every learning rate, for arms differ in the one they want; the factor of SNNL and the weight
+    of the balance loss at each.
     """
     for dataset, settings in COLLAPSE_SETTINGS.get(profile, {}).items() if profile == "core" else ():
-        grid: list[tuple[str, Settings]] = [(arm, settings) for arm in ("base", "dense", "uniform-gate")]
+        plain = ("base", "dense", "uniform-gate", "uniform-snnl")
+        grid: list[tuple[str, Settings]] = [(arm, settings) for arm in plain]
         for factor in FACTORS:
             tried = replace(settings, factor=factor, dense_factor=factor)
             grid += [(arm, tried) for arm in ("snnl", "dense-snnl")]
@@ -221,7 +225,9 @@ def routed_runs(study: str, profile: str) -> Iterator[Run]:
                         profile, study, dataset, arm, seed, VERSIONS[study], model, objective,
                         replace(settings.train, learning_rate=rate),
                         train_images=settings.train_images, epoch_tokens=settings.epoch_tokens,
-                        attack_images=settings.attack_images, test_tokens=settings.test_tokens,
+                        attack_images=settings.attack_images, corrupted_images=settings.corrupted_images,
+                        augment=settings.augment,
+                        test_tokens=settings.test_tokens,
                     )  # fmt: skip
 
 
@@ -357,6 +363,8 @@ def shard(wanted: list[Run], part: str) -> list[Run]:
 # The notebook of a study, which `make report` runs once for each of its data sets.
 NOTEBOOKS = {
     "snnl": "10_snnl_moe",
+    "snnl-confirm": "10_snnl_moe",
+    "collapse": "11_collapse",
     "ac-vision": "20_ac_vision",
     "ac-language": "21_ac_language",
     "crossed": "30_snnl_x_ac",
@@ -411,8 +419,10 @@ def prepare(run: Run, device: str) -> Experiment:
                 seed=run.seed,
                 batch_size=run.train.batch_size,
                 dtype=dtype,
+                augment=run.augment,
             ),
             run.attack_images,
+            run.corrupted_images,
         )
     assert isinstance(run.objective, Objective)
     task = ClassifierTask(

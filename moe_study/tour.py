@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from moe_lib import metrics
-from moe_lib.models.classifier import ClassifierConfig, ClassifierTask, Objective
+from moe_lib.models.classifier import ClassifierConfig
 from moe_lib.rng import generator
 from moe_lib.snnl import SNNLConfig, soft_nearest_neighbor_loss
 from moe_study import stats, theory, trust
@@ -26,6 +26,7 @@ from moe_study.data import Dataset, Split
 from moe_study.data.planted import ClusterConfig, feature_clusters
 from moe_study.evaluate import validation_measures
 from moe_study.report.plots import FAULT_TITLES, PALETTE, new_figure
+from moe_study.tasks import ClassifierTask, Objective
 from moe_study.train import TrainConfig, fit
 
 CLASS_COLOURS = PALETTE[1:5]

@@ -172,7 +172,7 @@ def _parts(claim: Claim, control: str, results: Sequence[Result], endpoint: str)
     return tuple(parts)
 
 
-def _endpoint(claim: Claim, results: Sequence[Result]) -> str:
+def endpoint_of(claim: Claim, results: Sequence[Result]) -> str:
     """The last epoch where every file measures the claim there; otherwise the files' own primary endpoint."""
     measures = [claim.measure, *(c.measure for c in claim.conditions)]
     arms = {claim.treatment, *claim.controls}
@@ -265,7 +265,7 @@ def _causes(claim: Claim, results: Sequence[Result], endpoint: str) -> tuple[Cau
         both = pairs(results, claim.measure, treatment, control, endpoint)
         found.append((name, cause, both))
     if claim.mechanism:
-        arms = {arm: _by_seed(results, claim.measure, arm, endpoint) for arm in _MECHANISM}
+        arms = {arm: by_seed(results, claim.measure, arm, endpoint) for arm in _MECHANISM}
         seeds = sorted(set.intersection(*(set(values) for values in arms.values())))
         snnl, base, dense_snnl, dense = (np.array([arms[arm][s] for s in seeds]) for arm in _MECHANISM)
         name = "(snnl - base) - (dense-snnl - dense)"
@@ -284,7 +284,7 @@ def _causes(claim: Claim, results: Sequence[Result], endpoint: str) -> tuple[Cau
 _MECHANISM = ("snnl", "base", "dense-snnl", "dense")
 
 
-def _by_seed(results: Sequence[Result], measure: Measure, arm: str, endpoint: str) -> dict[int, float]:
+def by_seed(results: Sequence[Result], measure: Measure, arm: str, endpoint: str) -> dict[int, float]:
     values = {r["run"]["seed"]: measure.of(dict(r), endpoint) for r in results if r["run"]["arm"] == arm}
     return {seed: value for seed, value in values.items() if value is not None}
 
@@ -343,8 +343,7 @@ def scope(results: Sequence[Result]) -> str:
     else:
         kind = {"cnn": "CNN", "mlp": "MLP", "none": "no extractor"}[model["extractor"]]
         made = f"{kind}, {model['num_experts']} experts of width {model['expert_hidden']}"
-    size = max(result.get("num_parameters", 0) for result in results)
-    return f"{made}, {size:,} parameters; {run['train']['epochs']} epochs"
+    return f"{made}, {run['train']['epochs']} epochs"
 
 
 def _judge(
@@ -395,7 +394,11 @@ def _family(units: Sequence[Verdict], by_endpoint: Mapping[str, Sequence[Verdict
             signed_S = other.parts[0].signed_S
             return len(signed_S) >= 2 and stats.t_interval(signed_S, 0.90)[1] < 0
 
-        others = {name: own[i] for name, (own, _) in elsewhere.items() if len(own[i].parts[0].signed_S)}
+        others = {
+            name: own[i]
+            for name, (own, _) in elsewhere.items()
+            if all(len(part.signed_S) for part in own[i].parts)  # conditions may be measured at one alone
+        }
         contradicted = any(against(o) for name, o in others.items() if name != unit.endpoint)
         words = {
             name: _word(
@@ -461,7 +464,7 @@ def _decide(
         for claim, control, own in found:
             dataset = own[0]["run"]["dataset"]
             opening = [gate for gate in gates if gate.claim.key == claim.gate and gate.dataset == dataset]
-            judged.append(_judge(claim, control, own, opening, endpoint or _endpoint(claim, own)))
+            judged.append(_judge(claim, control, own, opening, endpoint or endpoint_of(claim, own)))
         return judged
 
     return _family(units(None), {name: units(name) for name in store.ENDPOINTS})

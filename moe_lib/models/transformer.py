@@ -26,7 +26,6 @@ from moe_lib.moe.routing import (
     Routing,
 )
 from moe_lib.products import product
-from moe_lib.snnl import SNNLConfig
 
 Router = Literal["linear", "cosine", "ac", "hash", "hash-token"]  # by position, by token id
 
@@ -66,15 +65,6 @@ class TransformerConfig:
             raise ValueError(
                 f"moe_blocks names one or more of the blocks 0 to {self.depth - 1}, got {self.moe_blocks}"
             )
-
-
-@dataclass(frozen=True)
-class RoutedObjective:
-    """What is trained on beside the cross-entropy; the losses of routing are means over MoE layers."""
-
-    balance: float = 0.01  # weight of the load-balancing loss, on top-k assignments
-    router_z: float = 0.0  # weight of the router z-loss
-    snnl: SNNLConfig | None = None  # vision only: on the mean token in front of the first MoE layer
 
 
 class Projection(nn.Linear):
@@ -204,15 +194,6 @@ def routing_losses(routings: Iterable[Routing]) -> dict[str, Tensor]:
     """Load-balancing and router z-loss, unweighted, each the mean over the MoE layers."""
     layers = [routing.losses() for routing in routings]
     return {name: torch.stack([losses[name] for losses in layers]).mean() for name in layers[0]}
-
-
-def weighted_total(losses: dict[str, Tensor], objective: RoutedObjective) -> dict[str, Tensor]:
-    """The named losses and their weighted sum, "total"."""
-    total = losses["cross_entropy"] + objective.balance * losses["balance"]
-    total = total + objective.router_z * losses["router_z"]
-    if objective.snnl is not None:
-        total = total + objective.snnl.factor * losses["snnl"]
-    return losses | {"total": total}
 
 
 @dataclass

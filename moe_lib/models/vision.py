@@ -1,31 +1,22 @@
-"""A small vision transformer with mixture-of-experts blocks, and its training task.
+"""A small vision transformer with mixture-of-experts blocks.
 
 Shapes: N images, T = h * w tokens of an image, D width, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moe_lib.models.transformer import (
     Block,
     Embedding,
     Projection,
-    RoutedObjective,
     TransformerConfig,
-    routing_losses,
-    weighted_total,
 )
-from moe_lib.moe.routing import Routing, joined
-from moe_lib.rng import generator, initialise
-from moe_lib.snnl import LayerwiseSNNL
-from moe_study.data import Dataset, Split, pixels
+from moe_lib.moe.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -33,8 +24,13 @@ class VisionConfig:
     trunk: TransformerConfig = TransformerConfig()
     patch: int = 8  # side of a patch, pixels
     merge_before: tuple[int, ...] = ()  # blocks in front of which 2 x 2 tokens become one of double width
+    stem: Literal["patch", "conv"] = "patch"  # what makes a token of a patch: one linear map, or `ConvStem`
 
     def __post_init__(self) -> None:
+        if self.stem not in ("patch", "conv"):
+            raise ValueError(f"unknown stem {self.stem!r}; use 'patch' or 'conv'")
+        if self.stem == "conv" and (self.patch < 2 or self.patch & (self.patch - 1)):
+            raise ValueError(f"stem 'conv' halves the image: patch must be 2, 4, 8, ..., got {self.patch}")
         depth = self.trunk.depth
         if self.trunk.router == "hash-token":
             raise ValueError("router 'hash-token' is for text: an image's tokens have no ids; use 'hash'")
@@ -42,10 +38,43 @@ class VisionConfig:
             raise ValueError(f"merge_before names blocks 0 to {depth - 1}, got {self.merge_before}")
 
 
-class Output(NamedTuple):
+class VisionOutput(NamedTuple):
     log_probs_NC: Tensor
     routings: list[Routing]  # one per MoE layer, of N * T tokens or fewer after merging
     activations: dict[str, Tensor]  # "stem": the mean token in front of the first MoE block [N, D]
+
+
+class PatchStem(Projection):
+    """One linear map of each patch."""
+
+    def __init__(self, channels: int, patch: int, dim: int) -> None:
+        super().__init__(channels * patch**2, dim)
+        self.patch = patch
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        # As by F.unfold, which takes ten times as long where patches do not overlap.
+        patches = images_NCHW.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))
+        return super().forward(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+
+
+class ConvStem(nn.Sequential):
+    """3 x 3 convolutions of stride 2 until a patch is one token, each with group norm and ReLU.
+
+    Source: Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021; group norm instead
+    of batch norm, so that no image depends on the others of its batch.
+    """
+
+    def __init__(self, channels: int, patch: int, dim: int) -> None:
+        layers: list[nn.Module] = []
+        width = channels
+        for step in reversed(range(patch.bit_length() - 1)):
+            wider = max(dim >> step, 8)
+            layers += [nn.Conv2d(width, wider, 3, 2, 1, bias=False), nn.GroupNorm(1, wider), nn.ReLU()]
+            width = wider
+        super().__init__(*layers, nn.Conv2d(width, dim, 1), nn.Flatten(2))
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        return super().forward(images_NCHW).transpose(1, 2)
 
 
 class PatchMerging(nn.Module):
@@ -72,7 +101,6 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VisionConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         channels, height, width = image_shape
-        self.patch = config.patch
         if config.patch < 1 or height % config.patch or width % config.patch:
             raise ValueError(
                 f"patch must divide the image, got patch {config.patch}, image {height} x {width}"
@@ -81,7 +109,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"a classifier needs at least two classes, got {num_classes}")
         trunk, dim = config.trunk, config.trunk.dim
         side = self.side = height // config.patch, width // config.patch
-        self.embed = Projection(channels * config.patch**2, dim)
+        stem = PatchStem if config.stem == "patch" else ConvStem
+        self.embed = stem(channels, config.patch, dim)
         self.position = Embedding(side[0] * side[1], dim)
         self.merges = nn.ModuleDict()
         self.blocks = nn.ModuleList()
@@ -97,12 +126,9 @@ class VisionTransformer(nn.Module):
         self.head = Projection(dim, num_classes)
         self.first_moe_block = min(trunk.moe_blocks)
 
-    def forward(self, images_NCHW: Tensor) -> Output:
+    def forward(self, images_NCHW: Tensor) -> VisionOutput:
         """Images in [0, 1]."""
-        # As by F.unfold, which takes ten times as long where patches do not overlap.
-        patches = (images_NCHW * 2 - 1).unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))
-        patches_NTF = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        x_NTD = self.embed(patches_NTF) + self.position.weight
+        x_NTD = self.embed(images_NCHW * 2 - 1) + self.position.weight
         previous, side, routings, activations = None, self.side, [], {}
         for index, block in enumerate(self.blocks):
             if str(index) in self.merges:
@@ -115,65 +141,4 @@ class VisionTransformer(nn.Module):
                 previous = routing
                 routings.append(routing)
         log_probs_NC = self.head(self.norm(x_NTD.mean(1))).log_softmax(1)
-        return Output(log_probs_NC, routings, activations)
-
-
-Batch = tuple[Tensor, Tensor]
-
-
-class VisionTask(nn.Module):
-    """The model and the two methods that the training loop asks for."""
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        config: VisionConfig,
-        objective: RoutedObjective,
-        *,
-        seed: int,
-        batch_size: int,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        if batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2 (statistics need company), got {batch_size}")
-        self.dataset, self.objective = dataset, objective
-        self.seed, self.batch_size, self.dtype = seed, batch_size, dtype
-        self.num_batches = -(-len(dataset.train) // batch_size)
-        channels, height, width = dataset.train.images_NCHW.shape[1:]
-        self.model = VisionTransformer(config, (channels, height, width), dataset.num_classes)
-        if objective.snnl is not None:
-            self.snnl = LayerwiseSNNL(objective.snnl)
-        initialise(self, seed)
-        self.to(device=dataset.train.images_NCHW.device, dtype=dtype)
-
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        """The training set in the order of (seed, epoch), ragged last batch included."""
-        train = self.dataset.train
-        order_N = torch.randperm(len(train), generator=generator(self.seed, "order", epoch))
-        for index in order_N.to(train.labels_N.device).split(self.batch_size):
-            batch = train.take(index)
-            yield pixels(batch.images_NCHW, self.dtype), batch.labels_N
-
-    def losses(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
-        """Unweighted losses by name, and their weighted sum, "total"."""
-        images_NCHW, labels_N = batch
-        output = self.model(images_NCHW)
-        losses = {"cross_entropy": F.nll_loss(output.log_probs_NC, labels_N)}
-        losses |= routing_losses(output.routings)
-        if self.objective.snnl is not None:
-            losses["snnl"] = self.snnl(output.activations, labels_N, epoch)
-        return weighted_total(losses, self.objective)
-
-    @torch.no_grad()
-    def predict(self, split: Split) -> Output:
-        """Outputs on a whole split, in batches of the training size: AC statistics are those of a batch."""
-        outputs = [
-            self.model(pixels(images_NCHW, self.dtype))
-            for images_NCHW in split.images_NCHW.split(self.batch_size)
-        ]
-        return Output(
-            torch.cat([output.log_probs_NC for output in outputs]),
-            [joined(layer) for layer in zip(*(output.routings for output in outputs), strict=True)],
-            {"stem": torch.cat([output.activations["stem"] for output in outputs])},
-        )
+        return VisionOutput(log_probs_NC, routings, activations)

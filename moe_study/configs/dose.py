@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from moe_lib.models.classifier import ClassifierConfig, Mixture, Objective
+from moe_lib.models.classifier import ClassifierConfig, Mixture
 from moe_lib.models.language import LanguageConfig
-from moe_lib.models.transformer import RoutedObjective
 from moe_lib.moe.routing import ACConfig
 from moe_lib.snnl import Combine, SNNLConfig
-from moe_lib.snnl.kernels import Distance, Reduction
+from moe_lib.snnl.dense import Distance, Reduction
 from moe_study.configs.arms import ROUTED_SETTINGS, SETTINGS, RoutedSettings, Settings
+from moe_study.tasks import Objective, RoutedObjective
 from moe_study.train import TrainConfig
 
 

@@ -16,7 +16,7 @@ from stat import S_ISREG
 
 import numpy as np
 import torch
-from filelock import FileLock  # a dependency of torch
+from filelock import FileLock
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]

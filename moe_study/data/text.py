@@ -24,7 +24,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from filelock import FileLock  # a dependency of torch
+from filelock import FileLock
 from torch import Tensor
 
 from moe_study.data import ROOT, DataError, data_dir

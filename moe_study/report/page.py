@@ -6,29 +6,23 @@ import base64
 import html
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
 from IPython.display import HTML
 
 from moe_lib.models.language import LanguageConfig
-from moe_study import claims, store, study
+from moe_study import store, study, verdicts
+from moe_study.claims import BY_KEY, CLAIMS, CONFIRMATORY
 from moe_study.configs import arms
 from moe_study.report import tables
+from moe_study.report import verdicts as words
 from moe_study.report.plots import DATASET_TITLES
+from moe_study.verdicts import Verdict
 
-# What the papers claim of SNNL, as paired differences snnl - base: measure, claimed direction, wording.
-SNNL_CLAIMS = (
-    ("accuracy", "higher", "more accurate"),
-    ("|cos| weights", "lower", "experts' weights more orthogonal"),
-    ("H(E|c)", "higher", "gate more flexible"),
-    ("I(x;E)", "higher", "... while it depends on its input"),
-)
-# Second-hand; see the README. Accuracy in %, MoE and MoE + SNNL.
-PUBLISHED = {"fashion_mnist": (91.33, 91.61), "cifar100": (35.75, 36.74)}
-COS_OUTPUTS = claims.Measure("cos outputs", "similarity.outputs", "lower", 3)
 # Columns of the README's tables of the other studies.
 VISION_SCORES = (
     "accuracy",
@@ -53,6 +47,16 @@ def finished_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
     return grouped
 
 
+def whole_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
+    """`finished_runs`, without the data sets of a confirmatory study that are not whole: nobody is to look at
+    them before they are."""
+    found = finished_runs(profile, study_name)
+    if study_name not in CONFIRMATORY:
+        return found
+    planned = Counter(run.dataset for run in study.runs(profile, study_name))
+    return {dataset: runs for dataset, runs in found.items() if len(runs) == planned[dataset]}
+
+
 def finished_results(profile: str, study_name: str) -> list[dict[str, Any]]:
     """Of every data set of a study."""
     return study.results(study.runs(profile, study_name))
@@ -69,105 +73,27 @@ def each_dataset(
     return pd.concat(found, names=["data set"]) if found else pd.DataFrame()
 
 
-def verdicts(profile: str) -> list[claims.Verdict]:
-    """Every claim of both papers on every data set with results, by the rule of `claims`; pilots last."""
-    names = dict.fromkeys(claim.study for claim in claims.CLAIMS)
-    found = claims.verdicts({name: finished_results(profile, name) for name in names}, profile)
-    return sorted(found, key=lambda verdict: verdict.outcome == "pilot")
+def find_verdicts(profile: str) -> list[Verdict]:
+    """Every claim on every data set with results: confirmatory ones first, pilots last.
+
+    A confirmatory set that is not whole is left out: nobody is to look at it before it is.
+    """
+    studies = [*CONFIRMATORY, *(claim.study for claim in CLAIMS)]
+    found = []
+    for name in dict.fromkeys(studies):
+        whole = whole_runs(profile, name).values()
+        found += verdicts.verdicts([result for runs in whole for result in study.results(runs)], name)
+    return sorted(found, key=lambda verdict: verdict.word == "pilot")
 
 
-def verdict_table(found: Sequence[claims.Verdict]) -> pd.DataFrame:
-    """A verdict a row, with its telling contrast and the difference that would matter."""
-    table = claims.verdict_table(found)
-    table["data set"] = table["data set"].map(DATASET_TITLES)
-    columns = ["claim", "verdict", "difference", "95 % interval", "would matter", "contrast", "p (Holm)"]
-    return table.set_index(["paper", "data set"])[[*columns, "seeds"]]
+def current(found: Sequence[Verdict]) -> list[Verdict]:
+    """Those that count: an exploratory verdict gives way where a confirmatory one is no pilot."""
 
+    def unit(verdict: Verdict) -> tuple[str, str, str]:
+        return verdict.claim.key, verdict.dataset, verdict.control
 
-def findings(profile: str, found: Sequence[claims.Verdict]) -> str:
-    """What was found, as a Markdown list: the verdicts paper by paper, then what no claim asks. Pilots are
-    left out."""
-    lines = []
-    for paper in dict.fromkeys(verdict.claim.paper for verdict in found):
-        own = [verdict for verdict in found if verdict.claim.paper == paper]
-        said = []
-        for outcome in get_args(claims.Outcome):
-            datasets: dict[str, list[str]] = {}
-            for verdict in own:
-                if verdict.outcome == outcome != "pilot":
-                    datasets.setdefault(verdict.claim.wording, []).append(_where(verdict))
-            if datasets:
-                units = "; ".join(f"{wording} on {_and(where)}" for wording, where in datasets.items())
-                said.append(f"*{outcome.capitalize()}*: {units}.")
-        lines.append(f"- **{paper}.** {' '.join(said)}")
-        lines += [f"    - {why}" for v in own if v.outcome == "supported" for why in v.attribution]
-    questions = (
-        (
-            "Does the mixture pay?",
-            "Accuracy, with a dense network of its size, and SNNL in that",
-            claims.ACCURACY,
-            [("base", "dense"), ("snnl", "dense-snnl"), ("dense-snnl", "dense")],
-        ),
-        (
-            "Does SNNL make experts differ?",
-            "Cosine of two experts' outputs, higher: more alike",
-            COS_OUTPUTS,
-            [("snnl", "base")],
-        ),
-    )
-    for question, what, measure, pairs in questions:
-        answers = []
-        for dataset, runs in finished_runs(profile, "snnl").items():
-            frame, said = tables.frame(study.results(runs)), []
-            for pair in pairs:
-                contrast = tables.contrast(frame, *pair, measure.name)
-                if contrast is not None and contrast.seeds >= tables.PILOT_BELOW:
-                    numbers = measure.shown(contrast.difference, contrast.low, contrast.high)
-                    said.append(f"{' - '.join(pair)} {numbers}")
-            if said:
-                answers.append(f"on {DATASET_TITLES[dataset]} {_and(said)}")
-        if answers:
-            lines.append(f"- **{question}** {what}: {'; '.join(answers)}.")
-    return "\n".join(lines)
-
-
-def _where(verdict: claims.Verdict) -> str:
-    """The data set; of a supported claim also the telling contrast's difference and interval."""
-    title = DATASET_TITLES[verdict.dataset]
-    contrast = verdict.contrasts.get(claims.telling_contrast(verdict) or "")
-    if verdict.outcome != "supported" or contrast is None:
-        return title
-    return f"{title} ({verdict.claim.measure.shown(contrast.difference, contrast.low, contrast.high)})"
-
-
-def _and(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def reasons(found: Sequence[claims.Verdict]) -> pd.DataFrame:
-    """Why each verdict is what it is, and whose doing the difference is."""
-    table = claims.verdict_table(found)
-    table["data set"] = table["data set"].map(DATASET_TITLES)
-    return table.set_index(["data set", "claim"])[
-        ["verdict", "reason", "attribution", "smallest detectable", "BCa 95 %", "correlation of pairs"]
-    ]
-
-
-def claims_table(profile: str) -> pd.DataFrame:
-    """Each claim on each data set: the paired difference snnl - base with its interval."""
-    rows = []
-    for dataset, runs in finished_runs(profile, "snnl").items():
-        frame = tables.frame(study.results(runs))
-        for column, direction, wording in SNNL_CLAIMS:
-            found = tables.contrast(frame, "snnl", "base", column)
-            if found is not None:
-                rows.append(
-                    {"data set": DATASET_TITLES[dataset], "claim": wording, "measure": column}
-                    | tables.show(found, tables.COLUMNS[column][1])
-                    | {"reading": tables.reading(found, direction)}
-                )
-    columns = ["data set", "claim", "measure", "difference", "95 % interval", "p", "seeds", "reading"]
-    return pd.DataFrame(rows, columns=columns).set_index(["data set", "claim"])
+    confirmed = {unit(v) for v in found if v.confirmatory and v.word != "pilot"}
+    return [v for v in found if v.confirmatory or unit(v) not in confirmed]
 
 
 def collapse_table(profile: str) -> pd.DataFrame:
@@ -195,7 +121,7 @@ def collapse_table(profile: str) -> pd.DataFrame:
 def accuracy_table(profile: str, study_name: str = "snnl") -> pd.DataFrame:
     """Test accuracy (%) of every arm on every data set, mean ± sd over seeds (their number in brackets)."""
     columns = {}
-    for dataset, runs in finished_runs(profile, study_name).items():
+    for dataset, runs in whole_runs(profile, study_name).items():
         frame = tables.frame(study.results(runs), {"accuracy": tables.COLUMNS["accuracy"]})
         columns[DATASET_TITLES[dataset]] = {
             str(arm): f"{tables.spread(group['accuracy'] * 100, 2)} ({len(group)})"
@@ -210,38 +136,41 @@ def accuracy_table(profile: str, study_name: str = "snnl") -> pd.DataFrame:
 def published_table(profile: str) -> pd.DataFrame:
     """The papers' accuracies (second-hand) beside ours, over the seeds that have both arms."""
     rows = []
-    for dataset, runs in finished_runs(profile, "snnl").items():
-        frame = tables.frame(study.results(runs))
-        arms_S = tables.paired(frame, ["base", "snnl"], "accuracy")
-        found = tables.contrast(frame, "snnl", "base", "accuracy")
-        if dataset in PUBLISHED and arms_S is not None and found is not None:
-            before, after = PUBLISHED[dataset]
-            rows.append(
-                {
-                    "data set": DATASET_TITLES[dataset],
-                    "published MoE": f"{before:.2f}",
-                    "our base": f"{tables.rounded(arms_S['base'].mean() * 100, 2):.2f}",
-                    "published MoE + SNNL": f"{after:.2f}",
-                    "our snnl": f"{tables.rounded(arms_S['snnl'].mean() * 100, 2):.2f}",
-                    "published gain": f"{after - before:+.2f}",
-                    "our gain": f"{found.difference * 100:+.2f}",
-                    "95 % interval": f"[{found.low * 100:+.2f}, {found.high * 100:+.2f}]",
-                    "seeds": str(found.seeds),
-                }
-            )
-    columns = ["data set", "published MoE", "our base", "published MoE + SNNL", "our snnl"]
+    claim = BY_KEY["snnl-accuracy"]
+    for name in ("snnl-confirm", "snnl"):
+        for dataset, runs in whole_runs(profile, name).items():
+            frame = tables.frame(study.results(runs))
+            arms_S = tables.paired(frame, ["base", "snnl"], "accuracy")
+            found = tables.contrast(frame, "snnl", "base", "accuracy")
+            published = claim.published.get(dataset)
+            if published is not None and arms_S is not None and found is not None:
+                rows.append(
+                    {
+                        "study": name,
+                        "data set": DATASET_TITLES[dataset],
+                        "published MoE": f"{100 * published.control:.2f}",
+                        "our base": f"{tables.rounded(arms_S['base'].mean() * 100, 2):.2f}",
+                        "published MoE + SNNL": f"{100 * published.treatment:.2f}",
+                        "our snnl": f"{tables.rounded(arms_S['snnl'].mean() * 100, 2):.2f}",
+                        "published gain": f"{100 * published.difference:+.2f}",
+                        "our gain": f"{found.difference * 100:+.2f}",
+                        "95 % interval": f"[{found.low * 100:+.2f}, {found.high * 100:+.2f}]",
+                        "seeds": str(found.seeds),
+                    }
+                )
+    columns = ["study", "data set", "published MoE", "our base", "published MoE + SNNL", "our snnl"]
     columns += ["published gain", "our gain", "95 % interval", "seeds"]
-    return pd.DataFrame(rows, columns=columns).set_index("data set")
+    return pd.DataFrame(rows, columns=columns).set_index(["study", "data set"])
 
 
 def routed_claims_table(profile: str, study_name: str) -> pd.DataFrame:
     """Each claim for the AC router on each data set of one of its studies, against each control."""
-    claims, pairs, columns = {
+    asked, pairs, columns = {
         "ac-vision": (tables.VISION_CLAIMS, tables.VISION_PAIRS, tables.VISION_COLUMNS),
         "ac-language": (tables.LANGUAGE_CLAIMS, tables.LANGUAGE_PAIRS, tables.LANGUAGE_COLUMNS),
     }[study_name]
     return each_dataset(
-        profile, study_name, columns, lambda frame: tables.claim_rows(frame, claims, pairs, columns)
+        profile, study_name, columns, lambda frame: tables.claim_rows(frame, asked, pairs, columns)
     )
 
 
@@ -327,6 +256,11 @@ def as_html(table: pd.DataFrame) -> HTML:
     if table.empty:
         return HTML("<p>None in this profile.</p>")
     return HTML(table.reset_index().to_html(index=False, border=0, justify="left"))
+
+
+def folded(title: str, table: pd.DataFrame) -> HTML:
+    """A table that is shown on a click."""
+    return HTML(f"<details><summary>{html.escape(title)}</summary>{as_html(table).data}</details>")
 
 
 def budget_table(profile: str) -> pd.DataFrame:
@@ -473,53 +407,80 @@ def throughput_text() -> str:
     return ", ".join(clauses) or "more than one process were not measured"
 
 
+def unfinished(profile: str) -> str:
+    """Confirmatory sets that are not whole, and so not shown, as a sentence; "" where there is none."""
+    parts = []
+    for name in CONFIRMATORY:
+        runs, whole = study.runs(profile, name), whole_runs(profile, name)
+        for dataset in dict.fromkeys(run.dataset for run in runs):
+            own = [run.path.exists() for run in runs if run.dataset == dataset]
+            if dataset not in whole:
+                parts.append(f"{name} on {DATASET_TITLES[dataset]} ({sum(own)} of {len(own)} runs)")
+    return f"Declared, but not whole yet and so not shown: {'; '.join(parts)}." if parts else ""
+
+
 def readme_section() -> str:
-    """The part of the README between its markers, from results/core."""
+    """The part of the README between its markers, from results/core: the answer, with its numbers."""
+    found = current(find_verdicts("core"))
+    if not found:
+        return f"{BEGIN}\nNo finished runs yet.\n{END}"
+    parts = [BEGIN, words.answers(found), f"{words.tally(found)} {unfinished('core')}".strip()]
+    return "\n\n".join(parts) + f"\n\n{END}"
+
+
+def results_page() -> str:
+    """RESULTS.md: every verdict, accuracy and cost, from results/core and results/bench."""
     profile = "core"
     results = [result for name in study.STUDIES for result in finished_results(profile, name)]
-    if not results:
-        return f"{BEGIN}\nNo finished runs yet.\n{END}"
     machines = ", ".join(sorted({r["machine"] for r in results}))
-    found = verdicts(profile)
-    supported = reasons(found).query("verdict == 'supported'")
+    found = current(find_verdicts(profile))
     sections = [
-        f"{claims.tally(found)} What was found, at this scale (small networks, short training):",
-        findings(profile, found),
+        "# Results",
+        "Written by `make readme` from the files under `results/`. Figures, and the reasons behind each "
+        "verdict, are in the rendered report, `results/core/report.html`.",
         f"Profile `core`: {len(results)} of {len(study.runs(profile))} planned runs finished, tuning "
         f"included, {core_minutes(results):.0f} core-minutes on {machines}. "
         "Regenerate with `make report PROFILE=core`.",
-        "Verdicts. A claim must hold against every fair control. Shown is the contrast that refutes it (by "
-        "its 90 % interval), or else the one least in its favour, paired by seed with its 95 % t interval; "
-        "p is the largest of the claim's contrasts (exact sign-flip, Holm over a study), where it decides. "
-        "*Would matter*: the published difference, or a declared margin. *Validation area*: mean "
-        "validation cross-entropy over epochs. Fewer than eight seeds are a pilot: shown, never decided on.",
-        markdown(verdict_table(found)),
-        *(
-            ["Why, and whose doing it is, where a claim is supported:", markdown(supported)]
-            if len(supported)
-            else []
-        ),
-        "SNNL: is there collapse? Of four experts, mean ± standard deviation over seeds:",
-        markdown(collapse_table(profile)),
-        "SNNL: test accuracy in %, mean ± standard deviation over seeds (number of seeds):",
-        markdown(accuracy_table(profile)),
-        "SNNL: published accuracies (second-hand) beside ours, in %:",
+        "## Verdicts",
+        f"{words.tally(found)} {unfinished(profile)}".strip(),
+        words.answers(found),
+        "One row a claim, data set and control, at the last epoch, paired by seed: mean difference, 95 % t "
+        "interval, exact sign-flip p (Holm over the units of a study). *Counts from*: the published "
+        "difference, or a declared margin. Fewer than eight seeds are a pilot: shown, never decided.",
+        markdown(words.table(found)),
+        "What each verdict hangs on: the margin, the checkpoint, the test images, the number of seeds.",
+        markdown(words.firmness(found)),
+        "## SNNL",
+        "Published accuracies (second-hand) beside ours, in %, at the last epoch:",
         markdown(published_table(profile)),
+        *_scores(
+            profile, "Test accuracy in %, last epoch, mean ± standard deviation (seeds)", accuracy_table
+        ),
+        "Is there collapse? Of four experts, mean ± standard deviation over seeds; older files measured "
+        "it at the epoch of the lowest validation cross-entropy:",
+        markdown(collapse_table(profile)),
     ]
     for name, title in (
-        ("ac-vision", "AC router, images"),
-        ("ac-language", "AC router, text"),
+        ("ac-vision", "The AC router, images"),
+        ("ac-language", "The AC router, text"),
         ("crossed", "Both remedies crossed, images (`base`: cosine router, no SNNL)"),
     ):
         table = scores_table(profile, name)
         if not table.empty:
-            sections += [f"{title}: mean ± standard deviation over seeds:", markdown(table)]
-    return "\n\n".join([BEGIN, *sections, *_fold("Speed, memory and cost", speed_sections())]) + f"\n{END}"
+            sections += [f"## {title}", "Mean ± standard deviation over seeds:", markdown(table)]
+    sections += ["## Speed and memory", *speed_sections()]
+    return "\n\n".join(sections) + "\n"
 
 
-def _fold(title: str, sections: Sequence[str]) -> list[str]:
-    """Markdown that is shown on a click."""
-    return [f"<details>\n<summary>{title}</summary>", *sections, "</details>"] if sections else []
+def _scores(profile: str, title: str, table: Callable[[str, str], pd.DataFrame]) -> list[str]:
+    """A table of each study of the SNNL family that has results."""
+    found = {name: table(profile, name) for name in ("snnl-confirm", "snnl", "collapse")}
+    return [
+        text
+        for name, own in found.items()
+        if not own.empty
+        for text in (f"{title}; study `{name}`:", markdown(own))
+    ]
 
 
 def speed_sections() -> list[str]:
@@ -556,18 +517,25 @@ def speed_sections() -> list[str]:
 
 
 def update_readme(path: Path, check: bool = False) -> int:
-    """Write the results section of the README; with `check`, only say if it is out of date (exit code 1)."""
+    """Write the results section of the README, and RESULTS.md beside it.
+
+    With `check`, only say if one is out of date (exit code 1).
+    """
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise store.StoreError(f"{path} must hold the two lines {BEGIN!r} and {END!r} once each")
     head, rest = text.split(BEGIN)
-    updated = head + readme_section() + rest.split(END)[1]
-    if check:
-        if updated != text:
-            print(f"{path} is out of date: run `make readme`", file=sys.stderr)
-        return int(updated != text)
-    store.write_bytes(path, updated.encode())
-    return 0
+    wanted = {
+        path: head + readme_section() + rest.split(END)[1],
+        path.with_name("RESULTS.md"): results_page(),
+    }
+    stale = [file for file, content in wanted.items() if not file.exists() or file.read_text() != content]
+    for file in stale:
+        if check:
+            print(f"{file} is out of date: run `make readme`", file=sys.stderr)
+        else:
+            store.write_bytes(file, wanted[file].encode())
+    return int(check and bool(stale))
 
 
 # ------------------------------------------------------------------------------------------- HTML
@@ -653,7 +621,7 @@ def made_by(sources: str) -> list[str]:
         return []
     profile, name, dataset = found.groups()
     if profile == "planted":
-        return ["python -m moe_study trust"]
+        return [f"python -m moe_study {'rates' if sources.endswith('verdicts.json') else 'trust'}"]
     command = f"python -m moe_study run --profile {profile}"
     command += f" --study {name}" if name else ""
     command += f" --dataset {dataset}" if dataset else ""

@@ -26,12 +26,12 @@ from PIL.PngImagePlugin import PngInfo
 from moe_lib import metrics
 from moe_lib.metrics.collapse import collapse, trajectory
 from moe_study import stats, store
-from moe_study.claims import Verdict, telling_contrast
 from moe_study.configs.dose import Panel
 from moe_study.data import ROOT
 from moe_study.report import tables
 from moe_study.report.tables import Result, look_up
 from moe_study.trust import TRUTH
+from moe_study.verdicts import Verdict
 
 PALETTE = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999933")
 ARM_STYLE = {  # colour, marker
@@ -43,6 +43,8 @@ ARM_STYLE = {  # colour, marker
     "snnl-shuffled": (PALETTE[5], "v"),
     "base-aux": (PALETTE[6], "D"),
     "uniform-gate": (PALETTE[7], "P"),
+    "uniform-snnl": ("#8c564b", "X"),
+    "snnl-weaker": ("#f2a27a", "s"),
     "raw": (PALETTE[0], "X"),
     "snnl-pretrained": ("#8c564b", "<"),
     "ce-pretrained": ("#4b6e8c", ">"),
@@ -54,6 +56,8 @@ ARM_STYLE = {  # colour, marker
     "ac-pooled": (PALETTE[3], "P"),
     "ac-matched": (PALETTE[1], "^"),
     "ac-causal": (PALETTE[0], "X"),
+    "hash": (PALETTE[7], "P"),
+    "hash-token": ("#8c564b", "X"),
     "snnl-ac": (PALETTE[0], "D"),
 }
 STYLE: Any = {
@@ -70,6 +74,8 @@ STYLE: Any = {
 }
 DATASET_TITLES = {
     "digits": "Digits (8×8)",
+    "digit_domains": "Digits, three forms",
+    "domains": "Three domains",
     "mnist": "MNIST",
     "fashion_mnist": "FashionMNIST",
     "cifar10": "CIFAR-10",
@@ -432,54 +438,49 @@ def paired_differences(
     return figure
 
 
-OUTCOME_COLOURS = {
+WORD_COLOURS = {
     "supported": PALETTE[4],
-    "refuted": PALETTE[1],
+    "contradicted": PALETTE[1],
+    "smaller than claimed": PALETTE[3],
     "undecided": PALETTE[2],
-    "not applicable": "#8a8a8a",
+    "not testable here": "#8a8a8a",
     "pilot": "#8a8a8a",
 }
 REACH = 6.0  # of the axis of `verdict_forest`, in margins
 
 
 def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
-    """Every claim against each of its fair controls, in units of what the claim would have to be worth.
-
-    That unit is the published difference, or the declared margin where none is known: 0 is no
-    difference, 1 the claimed one. An interval that leaves the axis ends in an arrow.
-    """
-    rows = [(v, label) for v in verdicts for label in v.contrasts if label.startswith(v.claim.measure.name)]
-    figure, axes = new_figure(9.5, 0.3 * len(rows) + 1.3)
+    """Every claim against each of its controls, in units of the difference that counts: the published one, or
+    the declared margin. 0 is no difference, 1 the claimed one. An interval that leaves the axis ends in an
+    arrow."""
+    figure, axes = new_figure(9.5, 0.3 * len(verdicts) + 1.3)
     axis = axes[0, 0]
     axis.axvline(0, color="#333333", lw=1)
     axis.axvline(1, color="#333333", lw=1, ls="--")
     names = []
-    for row, (verdict, label) in enumerate(rows):
-        claim, found = verdict.claim, verdict.contrasts[label]
-        contrast = label.removeprefix(f"{claim.measure.name}: ")
+    for row, verdict in enumerate(verdicts):
+        claim, found = verdict.claim, verdict.comparison
+        contrast = f"{claim.treatment} - {verdict.control}"
         names.append(f"{claim.wording}, {DATASET_TITLES[verdict.dataset]}: {contrast}")
-        colour = OUTCOME_COLOURS[verdict.outcome]
-        axis.text(REACH + 0.2, row, verdict.outcome, color=colour, va="center", fontsize=9, clip_on=False)
+        colour = WORD_COLOURS[verdict.word]
+        axis.text(REACH + 0.2, row, verdict.word, color=colour, va="center", fontsize=9, clip_on=False)
         if found is None:
             continue
-        unit = claim.worth(verdict.dataset)
+        unit = claim.measure.sign * verdict.margin
         low, high = sorted((found.low / unit, found.high / unit))
-        pale = 1.0 if label == telling_contrast(verdict) else 0.4
-        ends = np.clip([low, high], -REACH, REACH)
-        axis.plot(ends, [row] * 2, color=colour, alpha=pale, lw=2, solid_capstyle="butt")
+        axis.plot(np.clip([low, high], -REACH, REACH), [row] * 2, color=colour, lw=2, solid_capstyle="butt")
         for end, edge, arrow in ((low, -REACH, "<"), (high, REACH, ">")):
             if abs(end) > REACH and (end < 0) == (edge < 0):
-                axis.plot(edge, row, arrow, color=colour, alpha=pale, markersize=7)
+                axis.plot(edge, row, arrow, color=colour, markersize=7)
         if abs(found.difference / unit) <= REACH:
-            filled = colour if verdict.outcome != "pilot" else "white"
-            axis.plot(found.difference / unit, row, "o", color=colour, alpha=pale, mfc=filled, markersize=6)
-    axis.set_yticks(range(len(rows)), names)
-    axis.set(xlim=(-REACH - 0.1, REACH + 0.1), ylim=(len(rows) - 0.4, -0.6))
+            filled = colour if verdict.word != "pilot" else "white"
+            axis.plot(found.difference / unit, row, "o", color=colour, mfc=filled, markersize=6)
+    axis.set_yticks(range(len(verdicts)), names)
+    axis.set(xlim=(-REACH - 0.1, REACH + 0.1), ylim=(len(verdicts) - 0.4, -0.6))
     axis.grid(axis="x", alpha=0.3)
     figure.supxlabel(
         "difference in the claimed direction and its 95 % t interval\n"
-        "0: none; 1: the published difference, or the declared margin; hollow: pilot\n"
-        "full: the contrast shown in the table; pale: the other",
+        "0: none; 1: the published difference, or the declared margin; hollow: pilot",
         fontsize=9,
     )
     return figure

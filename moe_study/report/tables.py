@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from moe_lib import metrics
-from moe_study import stats
+from moe_study import stats, store
 from moe_study.configs.dose import Panel
 
 PILOT_BELOW = 8  # paired seeds; fewer are shown, never decided on
@@ -19,11 +19,27 @@ Result = dict[str, Any]
 # column -> path inside a result file or function of it, and how many decimals it is shown with
 Columns = dict[str, tuple[str | Callable[[Result], float | None], int]]
 
+
+def at_three_endpoints(name: str, decimals: int = 4) -> Columns:
+    """A score of the task at the last epoch, and at the two epochs that validation data select; None where a
+    file has none there."""
+
+    def at(endpoint: str, result: Result) -> float | None:
+        return look_up(
+            store.at_endpoint(result, endpoint), f"task.{name.replace(' ', '_').replace('-', '_')}"
+        )
+
+    return {
+        f"{name}{suffix}": (partial(at, endpoint), decimals)
+        for endpoint, suffix in zip(store.ENDPOINTS, ("", *SELECTED), strict=True)
+    }
+
+
+SELECTED = (", best validation accuracy", ", best validation cross-entropy")
 COLUMNS: Columns = {
-    "accuracy": ("task.accuracy", 4),
-    "cross-entropy": ("task.cross_entropy", 4),
-    "calibration error": ("task.calibration_error", 4),
-    "last-epoch accuracy": ("last_epoch.accuracy", 4),
+    **at_three_endpoints("accuracy"),
+    **at_three_endpoints("cross-entropy"),
+    **at_three_endpoints("calibration error"),
     "H(E)": ("routing.entropy.marginal", 3),
     "H(E|x)": ("routing.entropy.per_sample", 3),
     "H(E|c)": ("routing.entropy.class_conditional", 3),
@@ -39,17 +55,20 @@ COLUMNS: Columns = {
     "|cos| weights, aligned": ("similarity.weights_aligned", 4),
     "cos outputs": ("similarity.outputs", 3),
     "CKA outputs": ("similarity.cka", 3),
+    "cos outputs, by use": ("similarity.outputs_weighted", 3),
+    "CKA outputs, by use": ("similarity.cka_weighted", 3),
     "kNN accuracy": ("embedding.knn_accuracy", 3),
     "silhouette": ("embedding.silhouette", 3),
     "trustworthiness": ("embedding.trustworthiness", 3),
     "SNNL at T = 1": ("embedding.snnl", 3),
 }
-SCORE = ("accuracy", "last-epoch accuracy", "cross-entropy", "calibration error")
+SCORE = (*at_three_endpoints("accuracy"), "cross-entropy", "calibration error")
 ROUTING = (
     "H(E)", "H(E|x)", "H(E|c)", "H(C|E)", "I(x;E)", "I(c;E)", "I(c;E) null", "AMI",
     "effective experts", "dead experts", "cost of permuted routing",
 )  # fmt: skip
 SIMILARITY = ("|cos| weights", "|cos| weights, aligned", "cos outputs", "CKA outputs")
+BY_USE = ("cos outputs, by use", "CKA outputs, by use")
 EMBEDDING = ("kNN accuracy", "silhouette", "trustworthiness", "SNNL at T = 1")
 
 
@@ -150,8 +169,8 @@ def leak(path: str, result: Result) -> float | None:
 
 
 ROUTED_COLUMNS: Columns = {
-    "cross-entropy": ("task.cross_entropy", 4),
-    "accuracy": ("task.accuracy", 4),
+    **at_three_endpoints("cross-entropy"),
+    **at_three_endpoints("accuracy"),
     "validation area": (validation_area, 4),
     "H(E|x)": (partial(layer_mean, "per_sample"), 3),
     "H(E|c)": (partial(layer_mean, "class_conditional"), 3),
@@ -163,8 +182,9 @@ ROUTED_COLUMNS: Columns = {
     "cost of permuted routing": ("ablation.permuted_everywhere", 4),
 }
 VISION_COLUMNS: Columns = ROUTED_COLUMNS | {
-    "calibration error": ("task.calibration_error", 4),
-    "last-epoch accuracy": ("last_epoch.accuracy", 4),
+    **at_three_endpoints("calibration error"),
+    "accuracy under corruption": (accuracy_corrupted, 4),
+    "accuracy under attack": (partial(accuracy_attacked, GRADIENT_ATTACKS), 4),
     "lost to corruption": (corruption_loss, 4),
     "lost to attack": (partial(attack_loss, GRADIENT_ATTACKS), 4),
     "FGSM, 2/255": (partial(attack_loss, ["fgsm-2"]), 4),
@@ -175,9 +195,9 @@ VISION_COLUMNS: Columns = ROUTED_COLUMNS | {
     "SNNL at T = 1": ("embedding.snnl", 3),
 }
 LANGUAGE_COLUMNS: Columns = ROUTED_COLUMNS | {
-    "perplexity": ("task.perplexity", 2),
-    "bits per byte": ("task.bits_per_byte", 4),
-    "last-epoch cross-entropy": ("last_epoch.cross_entropy", 4),
+    **at_three_endpoints("perplexity", 2),
+    **at_three_endpoints("bits per byte"),
+    "cross-entropy under word swap": (partial(swapped, SWAP_SHARES), 4),
     "lost to swap": (partial(swap_loss, SWAP_SHARES), 4),
     "1.5 %": (partial(swap_loss, SWAP_SHARES[:1]), 4),
     "2.5 %": (partial(swap_loss, SWAP_SHARES[1:2]), 4),
@@ -195,12 +215,17 @@ ROUTED_ROUTING = (
 Claims = dict[str, list[tuple[str, str]]]
 VISION_CLAIMS: Claims = {
     "faster convergence": [("validation area", "lower")],
-    "more robust": [("lost to corruption", "lower"), ("lost to attack", "lower")],
+    "more robust": [
+        ("accuracy under corruption", "higher"),
+        ("accuracy under attack", "higher"),
+        ("lost to corruption", "lower"),
+        ("lost to attack", "lower"),
+    ],
     "better": [("accuracy", "higher"), ("cross-entropy", "lower")],
 }
 LANGUAGE_CLAIMS: Claims = {
     "faster convergence": [("validation area", "lower")],
-    "more robust": [("lost to swap", "lower")],
+    "more robust": [("cross-entropy under word swap", "lower"), ("lost to swap", "lower")],
     "better": [("cross-entropy", "lower"), ("accuracy", "higher")],
 }
 # Treatment and control, the fair ones first. A pooled M is compared with its partner of like normalisation.
@@ -208,6 +233,18 @@ VISION_PAIRS = tuple(
     ("ac", control) for control in ("linear", "cosine", "ac-shuffled", "ac-pooled", "ac-matched", "ac-causal")
 )
 LANGUAGE_PAIRS = tuple(("ac-row", b) if b == "ac-pooled" else (a, b) for a, b in VISION_PAIRS)
+
+
+def endpoint_note(results: Sequence[Result]) -> str:
+    """Which weights the measures of some results belong to, in a sentence."""
+    own = {result.get("primary_endpoint", "best_cross_entropy") for result in results}
+    if own == {store.PRIMARY_ENDPOINT}:
+        return "Everything is measured at the last epoch, where nothing else is said."
+    return (
+        "Scores of the task are those of the last epoch, where nothing else is said. These are older result "
+        "files: their routing, similarity, embedding and robustness were measured at the epoch of the lowest "
+        "validation cross-entropy alone."
+    )
 
 
 def frame(results: Iterable[Result], columns: Columns = COLUMNS) -> pd.DataFrame:

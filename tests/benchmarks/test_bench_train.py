@@ -12,8 +12,8 @@ from benchmarks import run as bench
 from benchmarks import training as bench_train
 from benchmarks.measure import Machine, Rates
 from benchmarks.training import CIFAR, CNN, MLP, MNIST, SNNL, PublicClassifier, StackedClassifiers
-from moe_lib.models.classifier import Objective
 from moe_study.data import pixels
+from moe_study.tasks import Objective
 
 
 def with_weights_of(task):

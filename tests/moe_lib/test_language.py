@@ -12,11 +12,12 @@ import torch
 from small_models import SMALL, corpus_of, language_model, read, shaken, text_of
 from small_models import language_task as task_of
 
-from moe_lib.models.language import LanguageConfig, Output
-from moe_lib.models.transformer import RoutedObjective, watching
+from moe_lib.models.language import LanguageConfig, LanguageOutput
+from moe_lib.models.transformer import watching
 from moe_lib.moe.routing import ACConfig, adaptive_routers
 from moe_lib.snnl import SNNLConfig
 from moe_study.data.text import Corpus
+from moe_study.tasks import RoutedObjective
 from moe_study.train import TrainConfig, fit
 
 CAUSAL_ROUTERS = {
@@ -277,7 +278,7 @@ class Counts(torch.nn.Module):
 
     def forward(self, tokens_BT):
         seen_T = torch.arange(1.0, tokens_BT.shape[1] + 1, dtype=torch.float64)
-        return Output(-seen_T[:, None].expand(*tokens_BT.shape, 40), [])
+        return LanguageOutput(-seen_T[:, None].expand(*tokens_BT.shape, 40), [])
 
 
 @pytest.mark.parametrize("length", [9, 10, 12, 14, 15, 16, 31])

@@ -14,20 +14,18 @@ import reference_transformer
 import torch
 from small_models import SMALL, Dropped, language_model, random, read, shaken
 
-from moe_lib.models.language import LanguageConfig, LanguageTask
+from moe_lib.models.language import LanguageConfig
 from moe_lib.models.transformer import (
     Attention,
     Block,
     Embedding,
     Projection,
-    RoutedObjective,
     build_router,
     moe_layers,
     routing_losses,
     watching,
-    weighted_total,
 )
-from moe_lib.models.vision import VisionConfig, VisionTask
+from moe_lib.models.vision import VisionConfig
 from moe_lib.moe.routing import ACConfig, AdaptiveClusteringRouter, CosineRouter, LinearRouter
 from moe_lib.rng import initialise
 from moe_lib.snnl import SNNLConfig
@@ -41,6 +39,7 @@ from moe_study.configs.arms import (
 )
 from moe_study.data import Dataset, Split
 from moe_study.data.text import Corpus, Text
+from moe_study.tasks import LanguageTask, RoutedObjective, VisionTask, weighted_total
 from moe_study.train import TrainConfig
 
 # ----------------------------------------------------------------------------------------- layers

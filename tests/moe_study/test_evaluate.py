@@ -11,11 +11,12 @@ import pytest
 import reference
 import torch
 
-from moe_lib.models.classifier import ClassifierConfig, ClassifierTask, Objective
+from moe_lib.models.classifier import ClassifierConfig
 from moe_lib.moe.experts import Experts
 from moe_lib.rng import generator, initialise
 from moe_study import evaluate
 from moe_study.data import Dataset, Split, pixels
+from moe_study.tasks import ClassifierTask, Objective
 from moe_study.train import TrainConfig
 
 CONFIG = ClassifierConfig(

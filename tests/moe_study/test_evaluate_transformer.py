@@ -30,7 +30,7 @@ from small_models import vision_task as vision_task_of
 from torch import nn
 from torch.nn import functional as F
 
-from moe_lib.models.language import Output
+from moe_lib.models.language import LanguageOutput
 from moe_lib.models.transformer import Seen, moe_layers, watching
 from moe_lib.moe.experts import MoE
 from moe_lib.moe.routing import ACConfig, AdaptiveClusteringRouter, adaptive_routers, route
@@ -430,7 +430,7 @@ class Uniform(nn.Module):
 
     def forward(self, tokens_BT):
         value = torch.tensor(-math.log(self.num_tokens), dtype=torch.float64)
-        return Output(value.expand(*tokens_BT.shape, self.num_tokens), [])
+        return LanguageOutput(value.expand(*tokens_BT.shape, self.num_tokens), [])
 
 
 def test_a_uniform_model_has_the_perplexity_of_the_vocabulary():

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_lib.models import classifier
-from moe_study import store, study
+from moe_study import store, study, tasks
 from moe_study.configs import arms
 from moe_study.report import tables
 
@@ -61,7 +60,7 @@ def test_losses_are_the_recorded_ones(results):
 def test_tables_do_not_depend_on_the_last_bits(results, monkeypatch, tmp_path):
     """Initial weights perturbed by 1e-15, as another CPU's rounding would: the same rounded tables."""
     monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path))
-    initialise = classifier.initialise
+    initialise = tasks.initialise
 
     def perturbed(model, seed):
         initialise(model, seed)
@@ -72,7 +71,7 @@ def test_tables_do_not_depend_on_the_last_bits(results, monkeypatch, tmp_path):
                 noise = torch.randn(weight.shape, generator=draw, dtype=torch.float64)
                 weight += 1e-15 * noise
 
-    monkeypatch.setattr(classifier, "initialise", perturbed)
+    monkeypatch.setattr(tasks, "initialise", perturbed)
     shaken = [store.compact({"run": asdict(run)} | study.execute(run, "cpu")) for run in RUNS]
     for before, after in zip(rendered(results), rendered(shaken), strict=True):
         assert before.to_string() == after.to_string()

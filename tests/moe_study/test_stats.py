@@ -29,6 +29,26 @@ def test_sign_flip_p_counts_every_pattern(seed):
     assert stats.sign_flip_p(differences) == pytest.approx(np.mean(as_extreme))
 
 
+@pytest.mark.parametrize("seeds", [2, 9, 15])
+def test_sign_flip_p_is_scipys(seeds):
+    """Values of few digits, so that patterns tie; scipy lists them all."""
+    differences = np.random.default_rng(seeds).normal(0.3, 1, seeds).round(1)
+    expected = scipy_stats.permutation_test(
+        (differences * 10,), np.sum, permutation_type="samples", n_resamples=np.inf
+    )
+    assert stats.sign_flip_p(differences) == pytest.approx(expected.pvalue)
+
+
+def test_sign_flip_p_of_forty_seeds():
+    """Against the normal limit, and its floor; a seed more is refused."""
+    differences = np.random.default_rng(0).normal(0, 1, 40)
+    z = abs(differences.sum()) / np.sqrt(np.square(differences).sum())
+    assert stats.sign_flip_p(differences) == pytest.approx(2 * scipy_stats.norm.sf(z), abs=0.01)
+    assert stats.sign_flip_p(np.linspace(1, 2, 40)) == 2 / 2**40
+    with pytest.raises(ValueError, match="exact up to 40 seeds, got 41"):
+        stats.sign_flip_p(np.ones(41))
+
+
 def test_sign_flip_p_of_unanimous_seeds_is_its_floor():
     assert stats.sign_flip_p([1.0, 2.0, 3.0, 4.0, 5.0]) == 2 / 2**5
     assert stats.sign_flip_p([0.0, 0.0, 0.0]) == 1.0
@@ -107,6 +127,72 @@ def test_smallest_detectable_effect_at_its_ends():
     assert stats.smallest_detectable_effect(1.0, 2, power=0.999) > stats.smallest_detectable_effect(1.0, 2)
     with pytest.raises(ValueError, match=r"power 0\.01"):
         stats.smallest_detectable_effect(1.0, 10, power=0.01)
+
+
+def power(sd, effect, seeds):
+    """Of a two-sided paired t test, both tails."""
+    critical, shift = scipy_stats.t.ppf(0.975, seeds - 1), effect / sd * np.sqrt(seeds)
+    found = scipy_stats.nct(seeds - 1, shift)
+    return found.sf(critical) + found.cdf(-critical)
+
+
+@pytest.mark.parametrize(("sd", "effect"), [(1.0, 0.9), (0.005, 0.0028), (1.0, 0.15)])
+def test_seeds_for_power_are_the_fewest(sd, effect):
+    seeds = stats.seeds_for_power(sd, effect)
+    assert power(sd, effect, seeds - 1) < 0.8 <= power(sd, effect, seeds)
+
+
+def test_seeds_for_power_at_its_ends():
+    assert stats.seeds_for_power(0.0, 0.1) == 2
+    assert stats.seeds_for_power(1.0, 1e-9) == 10**6
+    with pytest.raises(ValueError, match="effect must be positive, got 0"):
+        stats.seeds_for_power(1.0, 0.0)
+
+
+# ------------------------------------------------------------------------------- seeds and images
+
+
+def test_crossed_interval_is_the_anova_by_hand():
+    """Two seeds, three images: sums of squares 8/3 (seeds), 4 (images), 4/3 (rest)."""
+    table_SN = np.array([[0.0, 1.0, 1.0], [0.0, 2.0, 4.0]])
+    mean, rows, columns = 8 / 6, [2 / 3, 2.0], [0.0, 1.5, 2.5]
+    seeds = 3 * sum((row - mean) ** 2 for row in rows) / 1
+    images = 2 * sum((column - mean) ** 2 for column in columns) / 2
+    rest = sum((table_SN[s, n] - rows[s] - columns[n] + mean) ** 2 for s in range(2) for n in range(3)) / 2
+    total = seeds + images - rest
+    freedom = total**2 / (seeds**2 / 1 + images**2 / 2 + rest**2 / 2)
+    half = scipy_stats.t.ppf(0.975, freedom) * np.sqrt(total / 6)
+    assert stats.crossed_interval(table_SN) == pytest.approx((mean - half, mean + half))
+
+
+@pytest.mark.parametrize(("sd_seed", "sd_image"), [(0.3, 0.3), (0.0, 0.4), (0.3, 0.0), (0.0, 0.0)])
+def test_crossed_interval_covers_the_mean_of_other_seeds_and_other_images(sd_seed, sd_image):
+    """Where one kind of variation is missing the interval is wider than need be, never narrower."""
+    draw = np.random.default_rng(10)
+    seeds, images, repeats = 10, 40, 500
+    covered = 0
+    for _ in range(repeats):
+        table_SN = draw.normal(0.2, 1, (seeds, images))
+        table_SN += draw.normal(0, sd_seed, (seeds, 1)) + draw.normal(0, sd_image, (1, images))
+        low, high = stats.crossed_interval(table_SN)
+        covered += low <= 0.2 <= high
+    assert covered / repeats >= 0.925
+    if sd_seed and sd_image:
+        assert covered / repeats <= 0.975
+
+
+def test_crossed_interval_is_wider_than_that_over_seeds_where_images_matter():
+    draw = np.random.default_rng(11)
+    table_SN = draw.normal(0, 0.1, (10, 40)) + draw.normal(0, 1, 40)
+    over_seeds, over_both = stats.t_interval(table_SN.mean(1)), stats.crossed_interval(table_SN)
+    assert over_both.low < over_seeds[0] < over_seeds[1] < over_both.high
+    assert stats.crossed_interval(np.full((3, 4), 0.5)) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((1, 5)), np.zeros((5, 1)), np.zeros(5), np.full((3, 3), np.nan)])
+def test_crossed_interval_refuses(bad):
+    with pytest.raises(ValueError, match=r"expected finite differences \[S, N\], at least 2 x 2"):
+        stats.crossed_interval(bad)
 
 
 # ----------------------------------------------------------------------------------- equivalence

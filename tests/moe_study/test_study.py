@@ -25,7 +25,7 @@ from moe_study.configs import arms
 from moe_study.data import ROOT
 from moe_study.train import load_checkpoint
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 # ------------------------------------------------------------------------------------------ names
@@ -193,7 +193,7 @@ def test_a_killed_run_resumes_with_the_same_numbers(folders, monkeypatch):
     """SIGKILL to the whole batch in the middle of a run; its worker must die with it."""
     run = small_runs.run(epochs=60)
     checkpoint = run.workspace / "checkpoint.pt"
-    batch = subprocess.Popen([sys.executable, "small_runs.py", "60"], cwd=TESTS, stdout=subprocess.DEVNULL)
+    batch = subprocess.Popen([sys.executable, "small_runs.py", "60"], cwd=SUPPORT, stdout=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 120
         while not checkpoint.exists() and time.monotonic() < until:

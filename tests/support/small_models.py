@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from moe_lib.models.language import LanguageConfig, LanguageModel, LanguageTask
-from moe_lib.models.transformer import Embedding, RoutedObjective, TransformerConfig
-from moe_lib.models.vision import VisionConfig, VisionTask
+from moe_lib.models.language import LanguageConfig, LanguageModel
+from moe_lib.models.transformer import Embedding, TransformerConfig
+from moe_lib.models.vision import VisionConfig
 from moe_lib.moe.routing import route
 from moe_lib.rng import initialise
 from moe_study.data import Dataset, Split
 from moe_study.data.text import Corpus, Text
+from moe_study.tasks import LanguageTask, RoutedObjective, VisionTask
 
 SMALL = TransformerConfig(
     dim=6, depth=3, num_heads=2, mlp_hidden=7, moe_blocks=(0, 1, 2), num_experts=4, expert_hidden=5

@@ -1,0 +1,150 @@
+"""What a mixture-of-experts block dispatched: the interface, and one adapter per family of blocks.
+
+An adapter reads what a block really used: the chosen experts and their weights, after bias, groups,
+capacity and normalisation. Nothing is computed again from the router's weights.
+
+Shapes: N tokens, M some of them, D width, O output width, E experts, K chosen per token, C capacity.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class NotAMixture(ValueError):
+    """What was taken for a mixture of experts is none, or not one that can be read."""
+
+
+class Dispatch(NamedTuple):
+    """One call of one block. Slots that no expert filled have index -1 and weight 0."""
+
+    tokens_ND: Tensor  # what the experts read
+    indices_NK: Tensor
+    weights_NK: Tensor  # what the experts' answers were multiplied by
+    output_NO: Tensor | None = None  # the block's answer, to check the mixture against
+    scores_NE: Tensor | None = None  # the router's scores before selection, if it returned any
+
+
+class Call:
+    """A block's call: its arguments by name, its output, and the outputs of the children in `watch`."""
+
+    def __init__(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.inputs = dict(zip(names, args, strict=False)) | kwargs
+        self.output: Any = None
+        self.seen: dict[str, Any] = {}
+
+    @property
+    def tokens(self) -> Tensor:
+        """The first tensor among the arguments."""
+        return next(value for value in self.inputs.values() if isinstance(value, Tensor))
+
+
+class Adapter:
+    """How to read one kind of block. For your own, subclass it and pass the class to `inspect_moe`:
+
+        class MyAdapter(Adapter):
+            classes = ("MyMoE",)            # names of classes, base classes included
+            watch = ("router",)             # children whose outputs `dispatch` needs
+
+            def dispatch(self, call):
+                weights_NK, indices_NK = call.seen["router"]
+                return Dispatch(rows(call.tokens), indices_NK, weights_NK, rows(call.output))
+
+            def answer(self, e, tokens_MD):
+                return self.block.experts[e](tokens_MD)
+
+    `num_experts` and `expert_weights` follow from the parameters where these are stacked along their first
+    dimension; else override them too.
+    """
+
+    classes: ClassVar[tuple[str, ...]] = ()
+    watch: ClassVar[tuple[str, ...]] = ()
+    mixes: ClassVar[bool] = True  # the output is weights times answers, token by token
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.names = [*inspect.signature(block.forward).parameters]
+
+    @classmethod
+    def matches(cls, block: nn.Module) -> bool:
+        return any(base.__name__ in cls.classes for base in type(block).__mro__)
+
+    @property
+    def num_experts(self) -> int:
+        return int(next(p.shape[0] for p in self.experts().parameters() if p.ndim > 2))
+
+    def experts(self) -> nn.Module:
+        found = getattr(self.block, "experts", self.block)
+        return found if isinstance(found, nn.Module) else self.block
+
+    def dispatch(self, call: Call) -> Dispatch:
+        raise NotImplementedError
+
+    def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
+        """Expert e's answer to each token [M, O], unweighted."""
+        raise NotImplementedError
+
+    def mix(self, tokens_MD: Tensor, indices_MK: Tensor, weights_MK: Tensor) -> Tensor:
+        """Sum over k of weight times answer [M, O]."""
+        mixed_MO = None
+        for e in indices_MK.unique().tolist():
+            if e < 0:
+                continue
+            row, slot = torch.where(indices_MK == e)
+            part = self.answer(e, tokens_MD[row]) * weights_MK[row, slot, None].to(tokens_MD.dtype)
+            if mixed_MO is None:
+                mixed_MO = part.new_zeros(len(tokens_MD), part.shape[1])
+            mixed_MO.index_add_(0, row, part)
+        return torch.zeros_like(tokens_MD) if mixed_MO is None else mixed_MO
+
+    def expert_weights(self) -> list[Tensor]:
+        """The experts' parameters, each stacked [E, ...]."""
+        num_experts = self.num_experts
+        return [p for p in self.experts().parameters() if p.ndim > 1 and p.shape[0] == num_experts]
+
+
+def rows(value: Any) -> Tensor:
+    """[N, D] from the first tensor of a block's input or output."""
+    tensor = first_tensor(value)
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim <= 3 else tensor.flatten(1)
+
+
+def first_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    parts = value.values() if isinstance(value, Mapping) else value
+    found = next((part for part in parts if isinstance(part, Tensor)), None)
+    if found is None:
+        raise NotAMixture("it returns no tensor")
+    return found
+
+
+def from_dense(weights_NE: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and weights [N, K] of a dense weight matrix, the largest first; K is the fullest row's."""
+    num_chosen = max(int((weights_NE != 0).sum(1).max()), 1) if len(weights_NE) else 1
+    size_NK, indices_NK = weights_NE.abs().topk(num_chosen, 1)
+    return indices_NK.where(size_NK > 0, -1), weights_NE.gather(1, indices_NK)
+
+
+def router_scores(output: Any, num_experts: int) -> Tensor | None:
+    """The router's scores [N, E] among its outputs; not masks, and not what is left after selection."""
+    for value in output if isinstance(output, tuple | list) else (output,):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1] == num_experts:
+            scores_NE = value.detach().reshape(-1, num_experts)
+            if not bool(((scores_NE == 0) | scores_NE.isinf()).any(1).all()):
+                return scores_NE
+    return None
+
+
+def stacked_weights(experts: Any) -> list[Tensor]:
+    """The parameters of a list of like modules, stacked [E, P]; a few thousand entries of each."""
+    columns = []
+    for same in zip(*([*expert.parameters()] for expert in experts), strict=True):
+        step = max(same[0].numel() // 65536, 1)
+        columns.append(torch.stack([p.detach().flatten()[::step] for p in same]))
+    return columns

@@ -1,0 +1,279 @@
+"""One adapter per family of blocks.
+
+Shapes: N tokens, M some of them, D width, O output width, H hidden width, E experts, K chosen per token,
+C capacity, S filled slots.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lib.inspect.adapters import Adapter, Call, Dispatch, from_dense, rows, stacked_weights
+from moe_lib.inspect.lists import ListAdapter
+
+
+class MoELibAdapter(Adapter):
+    """`moe_lib.MoE`, which returns its decision."""
+
+    @classmethod
+    def matches(cls, block: nn.Module) -> bool:
+        return type(block).__name__ == "MoE" and type(block).__module__.startswith("moe_lib.")
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.block.experts.num_experts)  # type: ignore[union-attr, arg-type]
+
+    def dispatch(self, call: Call) -> Dispatch:
+        output_NO, routing = call.output
+        scaled = getattr(getattr(self.block.router, "config", None), "scale_experts", False)
+        return Dispatch(
+            rows(call.tokens),
+            routing.indices_NK,
+            routing.weights_NK,
+            None if scaled else output_NO,  # there the experts read scaled tokens, which are not returned
+            routing.logits_NE,
+        )
+
+    def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
+        return self.block.experts.expert(e, tokens_MD)  # type: ignore[union-attr, operator]
+
+
+INDEX_NAMES = {
+    "top_k_index", "top_k_indices", "topk_indices", "topk_idx", "router_indices", "selected_experts",
+    "top_experts", "expert_indices", "experts_index", "indices", "indices_NK",
+}  # fmt: skip
+WEIGHT_NAMES = {
+    "top_k_weights", "topk_weights", "topk_weight", "routing_weights", "top_weights", "expert_weights",
+    "router_weights", "weights", "weights_NK",
+}  # fmt: skip
+
+
+class StackedAdapter(Adapter):
+    """Experts as stacked weights in one module, called with tokens, indices and weights.
+
+    So are nearly all families of transformers 5, and GptOss and Dbrx in transformers 4.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
+        self.inputs: dict[str, Any] = {}
+        self.tokens_name, self.index_name, self.weight_name = self._names(block)
+
+    @staticmethod
+    def _names(block: nn.Module) -> tuple[str, str, str]:
+        names = [
+            name for name in inspect.signature(block.forward).parameters if name not in ("args", "kwargs")
+        ]
+        index = [name for name in names if name in INDEX_NAMES]
+        weight = [name for name in names if name in WEIGHT_NAMES]
+        return names[0] if names else "", index[0] if index else "", weight[-1] if weight else ""
+
+    @classmethod
+    def matches(cls, block: nn.Module) -> bool:
+        if isinstance(block, nn.ModuleList | nn.ModuleDict) or not any(True for _ in block.parameters()):
+            return False
+        return all(cls._names(block)) and any(p.ndim >= 2 for p in block.parameters())
+
+    @property
+    def num_experts(self) -> int:
+        for name in ("num_experts", "moe_num_experts"):
+            if isinstance(count := getattr(self.block, name, None), int):
+                return count
+        return super().num_experts
+
+    def dispatch(self, call: Call) -> Dispatch:
+        tokens = call.inputs[self.tokens_name]
+        indices, weights = call.inputs[self.index_name], call.inputs[self.weight_name]
+        self.sequences = tokens.ndim == 3
+        self.inputs = call.inputs
+        indices_NK = indices.reshape(-1, indices.shape[-1])
+        weights_NK = weights.reshape(len(indices_NK), -1)
+        self.dense = weights_NK.shape != indices_NK.shape
+        valid_NK = (indices_NK >= 0) & (indices_NK < self.num_experts)
+        if self.dense:  # weights of all experts [N, E]
+            weights_NK = weights_NK.gather(1, indices_NK.where(valid_NK, 0))
+        return Dispatch(
+            rows(tokens), indices_NK.where(valid_NK, -1), weights_NK.where(valid_NK, 0), rows(call.output)
+        )
+
+    def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
+        weight_M1 = tokens_MD.new_ones(len(tokens_MD), 1)
+        index_M1 = torch.full_like(weight_M1, e, dtype=torch.long)
+        weights = weight_M1
+        if self.dense:
+            weights = tokens_MD.new_zeros(len(tokens_MD), self.num_experts).index_fill(1, index_M1[0], 1)
+        tokens = tokens_MD[None] if self.sequences else tokens_MD
+        named = {self.tokens_name: tokens, self.index_name: index_M1, self.weight_name: weights}
+        values = {**self.inputs, **named}
+        in_order = [name for name in self.names if name in values]
+        return rows(self.block(*(values[name] for name in in_order)))  # some implementations rename them
+
+    def expert_weights(self) -> list[Tensor]:
+        num_experts = self.num_experts
+        found = [p for p in self.block.parameters() if p.ndim > 1 and p.shape[0] % num_experts == 0]
+        return [p.reshape(num_experts, -1) for p in found]  # Dbrx: [E * H, D]
+
+
+class Llama4Adapter(Adapter):
+    """The router's score multiplies the expert's input, not its answer."""
+
+    classes = ("Llama4TextMoe",)
+    watch = ("router",)
+
+    def dispatch(self, call: Call) -> Dispatch:
+        scores, logits = call.seen["router"][:2]
+        if scores.shape[0] == self.num_experts != logits.shape[-1]:
+            scores = scores.T
+        indices_NK, weights_NK = from_dense(scores)
+        return Dispatch(rows(call.tokens), indices_NK, weights_NK, rows(call.output), logits)
+
+    def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
+        experts: Any = self.block.experts
+        gate_MH, up_MH = (tokens_MD @ experts.gate_up_proj[e]).chunk(2, 1)
+        return (up_MH * experts.act_fn(gate_MH)) @ experts.down_proj[e]
+
+    def mix(self, tokens_MD: Tensor, indices_MK: Tensor, weights_MK: Tensor) -> Tensor:
+        mixed_MD = torch.zeros_like(tokens_MD)
+        for e in set(indices_MK.unique().tolist()) - {-1}:
+            row, slot = torch.where(indices_MK == e)
+            mixed_MD.index_add_(0, row, self.answer(e, tokens_MD[row] * weights_MK[row, slot, None]))
+        return mixed_MD
+
+
+class ParallelExpertsAdapter(Adapter):
+    """Tokens sorted by expert, then one grouped product: JetMoe, and GraniteMoe in transformers 4."""
+
+    watch = ("router",)
+
+    @classmethod
+    def matches(cls, block: nn.Module) -> bool:
+        parts = [type(getattr(block, name, None)).__name__ for name in ("input_linear", "output_linear")]
+        called = type(block).__name__ != "JetMoeMoA"  # experts of attention: has no forward of its own
+        return called and hasattr(block, "router") and all(part.endswith("ParallelExperts") for part in parts)
+
+    def experts(self) -> nn.Module:
+        return nn.ModuleList([self.block.input_linear, self.block.output_linear])  # type: ignore[list-item]
+
+    def dispatch(self, call: Call) -> Dispatch:
+        _, token_S, gate_S, sizes, logits_NE = call.seen["router"]
+        tokens_ND = rows(call.tokens)
+        expert_S = torch.repeat_interleave(torch.tensor(sizes)).to(token_S.device)
+        dense_NE = gate_S.new_zeros(len(tokens_ND), self.num_experts)
+        indices_NK, weights_NK = from_dense(dense_NE.index_put((token_S, expert_S), gate_S))
+        output_NO = rows(call.output)
+        bias = getattr(self.block, "bias", None)
+        return Dispatch(
+            tokens_ND, indices_NK, weights_NK, output_NO if bias is None else output_NO - bias, logits_NE
+        )
+
+    def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
+        block: Any = self.block
+        gate_MH, up_MH = (tokens_MD @ block.input_linear.weight[e].T).chunk(2, 1)
+        return (block.activation(gate_MH) * up_MH) @ block.output_linear.weight[e].T
+
+
+class CombineTensorAdapter(Adapter):
+    """A gate that returns a combine tensor [..., N, E, C]: GShard and its descendants.
+
+    The PyPI packages mixture-of-experts and st-moe-pytorch, and fairscale's MOELayer.
+    """
+
+    classes = ("MOELayer",)
+    watch = ("gate",)
+    gates = ("Top2Gating", "TopNGating", "Top2Gate")
+
+    @classmethod
+    def matches(cls, block: nn.Module) -> bool:
+        return type(getattr(block, "gate", None)).__name__ in cls.gates and hasattr(block, "experts")
+
+    @property
+    def num_experts(self) -> int:
+        inner = self.modules()
+        return len(inner) if inner is not None else super().num_experts
+
+    def modules(self) -> nn.ModuleList | None:
+        experts = self.experts()
+        inner = experts if isinstance(experts, nn.ModuleList) else getattr(experts, "experts", None)
+        return inner if isinstance(inner, nn.ModuleList) else None
+
+    def dispatch(self, call: Call) -> Dispatch:
+        num_experts = self.num_experts
+        combine = next(
+            value
+            for value in reversed(call.seen["gate"])
+            if isinstance(value, Tensor) and value.ndim >= 3 and value.shape[-2] == num_experts
+            and value.is_floating_point()
+        )  # fmt: skip
+        indices_NK, weights_NK = from_dense(combine.sum(-1).reshape(-1, num_experts))
+        return Dispatch(rows(call.tokens), indices_NK, weights_NK, rows(call.output))
+
+    def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
+        if (inner := self.modules()) is not None:
+            return inner[e](tokens_MD)
+        num_experts = self.num_experts
+        return self.experts()(tokens_MD.expand(num_experts, *tokens_MD.shape))[e]
+
+    def expert_weights(self) -> list[Tensor]:
+        inner = self.modules()
+        return super().expert_weights() if inner is None else stacked_weights(inner)
+
+
+class TorchtitanAdapter(Adapter):
+    """A router that returns scores, indices and counts, before experts stacked as w1, w2, w3."""
+
+    watch = ("router",)
+
+    @classmethod
+    def matches(cls, block: nn.Module) -> bool:
+        experts = getattr(block, "experts", None)
+        return all(hasattr(experts, name) for name in ("w1", "w2", "w3")) and hasattr(block, "router")
+
+    def dispatch(self, call: Call) -> Dispatch:
+        tensors = [value for value in call.seen["router"] if isinstance(value, Tensor)]
+        indices = next(t for t in tensors if not t.is_floating_point() and t.ndim >= 2)
+        weights = next(t for t in tensors if t.is_floating_point() and t.shape == indices.shape)
+        flat = (-1, indices.shape[-1])
+        return Dispatch(rows(call.tokens), indices.reshape(flat), weights.reshape(flat), rows(call.output))
+
+    def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
+        w1_HD, w2_DH, w3_HD = (getattr(self.block.experts, name)[e] for name in ("w1", "w2", "w3"))
+        return (nn.functional.silu(tokens_MD @ w1_HD.T) * (tokens_MD @ w3_HD.T)) @ w2_DH.T
+
+    def mix(self, tokens_MD: Tensor, indices_MK: Tensor, weights_MK: Tensor) -> Tensor:
+        if not getattr(self.block, "score_before_experts", False):
+            return super().mix(tokens_MD, indices_MK, weights_MK)
+        mixed_MD = torch.zeros_like(tokens_MD)
+        for e in set(indices_MK.unique().tolist()) - {-1}:
+            row, slot = torch.where(indices_MK == e)
+            scaled_MD = (tokens_MD[row] * weights_MK[row, slot, None]).to(tokens_MD.dtype)
+            mixed_MD.index_add_(0, row, self.answer(e, scaled_MD))
+        return mixed_MD
+
+
+class SoftMoEAdapter(ListAdapter):
+    """soft-moe-pytorch: experts serve slots, which are mixtures of tokens; weights summed over slots."""
+
+    classes = ("SoftMoE",)
+    mixes = False
+
+    def __init__(self, block: nn.Module, holder: nn.Module | None = None) -> None:
+        super().__init__(block, block.experts if holder is None else holder)  # type: ignore[arg-type]
+
+    @classmethod
+    def matches(cls, block: nn.Module) -> bool:
+        return any(base.__name__ in cls.classes for base in type(block).__mro__)
+
+    def dispatch(self, call: Call) -> Dispatch:
+        seen = super().dispatch(call)
+        return seen._replace(tokens_ND=rows(call.tokens), output_NO=None)
+
+
+FAMILIES: tuple[type[Adapter], ...] = (
+    MoELibAdapter, Llama4Adapter, ParallelExpertsAdapter, CombineTensorAdapter, TorchtitanAdapter,
+    SoftMoEAdapter,
+    StackedAdapter,
+)  # fmt: skip

@@ -1,0 +1,151 @@
+"""Find the blocks of a model; lists of like modules are tried on one batch before they count as experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_lib.inspect.adapters import Adapter, NotAMixture
+from moe_lib.inspect.block import Block
+from moe_lib.inspect.families import FAMILIES
+from moe_lib.inspect.lists import MOE_CLASS, ListAdapter
+from moe_lib.inspect.recorder import Recorder
+from moe_lib.inspect.state import BlockState
+
+REMEDY = "write an Adapter of about ten lines (see moe_lib.inspect.Adapter) and pass it as adapters=[...]"
+
+
+def recorder_of(
+    model: nn.Module,
+    adapters: Sequence[type[Adapter]] = (),
+    sequence_first: bool | None = None,
+    seed: int = 0,
+) -> Recorder:
+    """A recorder of every block found, not yet attached; see `confirm`."""
+    model = getattr(model, "_orig_mod", model)
+    return Recorder(model, *find_blocks(model, adapters), sequence_first, seed)
+
+
+def find_blocks(model: nn.Module, adapters: Sequence[type[Adapter]] = ()) -> tuple[list[Block], list[str]]:
+    """The blocks that an adapter reads, in the model's order, and the names of those that look like one."""
+    modules = dict(model.named_modules())
+    found: dict[str, Block] = {}
+    candidates: dict[str, Block] = {}
+    for name, module in modules.items():
+        if any(name.startswith(f"{other}.") for other in found if other):
+            continue
+        parent = modules.get(name.rpartition(".")[0]) if name else None
+        for kind in (*adapters, *FAMILIES):
+            if kind.matches(module):
+                found[name] = Block(name, kind(module), parent)
+                break
+        else:
+            if ListAdapter.matches(module):
+                candidates[name] = Block(name, ListAdapter(module), parent)
+    # A list of layers holds blocks; a list of experts holds none.
+    everything = {**candidates, **found}
+    for name, block in candidates.items():
+        inside = f"{name}." if name else ""
+        if not any(other != name and other.startswith(inside) for other in everything):
+            found[name] = block
+    order = [name for name in modules if name in found]
+    unread = [
+        f"{name} ({type(module).__name__})"
+        for name, module in modules.items()
+        if name and MOE_CLASS.search(type(module).__name__)
+        and not any(_inside(name, other) or _inside(other, name) for other in found)
+    ]  # fmt: skip
+    unread = [entry for entry in unread if not any(entry.startswith(f"{o.split(' ')[0]}.") for o in unread)]
+    return [found[name] for name in order], unread
+
+
+def _inside(name: str, other: str) -> bool:
+    return name == other or not other or name.startswith(f"{other}.")
+
+
+def confirm(recorder: Recorder, run: Callable[[], Any]) -> None:
+    """Try lists of like modules on one batch: those that are no experts are left out, with the reason."""
+    lists = [block for block in recorder.blocks if isinstance(block.adapter, ListAdapter)]
+    if lists:
+        with unchanged(recorder.model):
+            _confirm(recorder, lists, run)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Buffers and random states are afterwards what they were."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng():
+        yield
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+def _confirm(recorder: Recorder, lists: list[Block], run: Callable[[], Any]) -> None:
+    reasons = _try_lists(recorder, lists, run)
+    if reasons is None:  # some block cannot be tagged: find out which
+        reasons = {}
+        for block in lists:
+            reasons |= _try_lists(recorder, [block], run) or {block.name: block.failure}
+    for block in lists:
+        adapter = block.adapter
+        assert isinstance(adapter, ListAdapter)
+        reason = reasons.get(block.name, "" if block.calls else "its forward was not called")
+        at = recorder.blocks.index(block)
+        recorder.blocks[at] = Block(block.name, type(adapter)(adapter.block, adapter.holder), block.parent)
+        if not reason and not adapter.named_as_experts and not varies(block.state):
+            reason = "every token gets the same weights: an ensemble, or no mixture of experts"
+        if not reason:
+            continue
+        del recorder.blocks[at]
+        if adapter.named_as_experts:
+            outer = _outer(recorder, block, run)
+            if outer is not None:
+                recorder.blocks.insert(at, outer)
+            else:
+                recorder.unread.append(f"{block.name} ({block.family}): {reason}")
+
+
+def _outer(recorder: Recorder, block: Block, run: Callable[[], Any]) -> Block | None:
+    """The module around one that only holds experts, if that is what mixes their answers."""
+    if block.parent is None or block.parent is recorder.model or block.adapter.holder is not None:  # type: ignore[attr-defined]
+        return None
+    name = block.name.rpartition(".")[0]
+    modules = dict(recorder.model.named_modules())
+
+    def fresh() -> Block:
+        adapter = ListAdapter(modules[name], block.adapter.block)
+        return Block(name, adapter, modules.get(name.rpartition(".")[0]))
+
+    tried = fresh()
+    reasons = _try_lists(recorder, [tried], run)
+    return fresh() if reasons == {} and tried.calls else None
+
+
+def _try_lists(recorder: Recorder, lists: list[Block], run: Callable[[], Any]) -> dict[str, str] | None:
+    """Reasons by block; None if the model failed under the tags."""
+    single = Recorder(recorder.model, lists, [], recorder.stream.sequence_first)
+    single.reasons = {}
+    try:
+        single.attach()
+        run()
+    except (NotAMixture, NotImplementedError, RuntimeError) as error:
+        for block in lists:
+            block.failure = (str(error) or type(error).__name__).splitlines()[0]
+        return None
+    finally:
+        single.detach()
+    return single.reasons
+
+
+def varies(state: BlockState) -> bool:
+    """Do tokens differ in their weights?"""
+    mean_E = state.weight_E / state.weight_E.sum()
+    marginal = torch.special.entr(mean_E).sum()
+    per_token = state.entropy / (state.tokens - state.dropped).clamp(min=1)
+    return bool(marginal - per_token > 1e-6)

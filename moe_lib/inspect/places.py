@@ -1,0 +1,100 @@
+"""Padding, labels and positions of the tokens that a block reads.
+
+Shapes: N tokens of one call, B sequences, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from moe_lib.inspect.block import Block
+from moe_lib.inspect.state import Place
+
+
+class Stream:
+    """The batch in progress, and how far the data have been read."""
+
+    def __init__(self, sequence_first: bool | None, seed: int) -> None:
+        self.sequence_first = sequence_first
+        self.seed = seed
+        self.num_calls = 0  # of the model
+        self.labels: Tensor | None = None
+        self.decoder_labels: Tensor | None = None  # of an encoder-decoder's second half
+        self.masks: dict[str, Tensor | None] = {}
+        self.batch_shape: tuple[int, ...] = ()
+        self.encoder_decoder = False
+
+    def starts(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The model is called: what its arguments say about the tokens."""
+        if len(args) == 1 and isinstance(args[0], Mapping):
+            kwargs = {**args[0], **kwargs}
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        self.masks = {"": kwargs.get("attention_mask"), "decoder": kwargs.get("decoder_attention_mask")}
+        ids = kwargs.get("input_ids")
+        if ids is None and tensors:
+            ids = tensors[0]
+        self.batch_shape = tuple(ids.shape) if isinstance(ids, Tensor) else ()
+        self.encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.num_calls += 1
+
+    def place(self, block: Block, own: Tensor, num_tokens: int) -> Place:
+        """Of the tokens that a block reads, given its first input."""
+        shape = block.width_BT
+        if own.ndim == 3 and own.shape[0] * own.shape[1] == num_tokens:
+            shape = (own.shape[0], own.shape[1])
+        elif shape is not None and shape[0] * shape[1] != num_tokens:
+            shape = None
+        decoder = self.encoder_decoder and "decoder" in block.name
+        mask = self.masks.get("decoder" if decoder else "")
+        labels = self.decoder_labels if decoder else self.labels
+        if mask is not None and mask.ndim != 2:
+            block.notes["the attention mask is not [B, T]: padding is not told apart"] = None
+            mask = None
+        known = mask if mask is not None else labels if labels is not None and labels.ndim == 2 else None
+        batch = self.batch_shape[0] if self.batch_shape else None
+        first = self.sequence_first
+        if shape is None:
+            size = len(known) if known is not None else batch
+            if size and num_tokens % size == 0 and num_tokens > size:
+                shape = (num_tokens // size, size) if first else (size, num_tokens // size)
+                if first is None:
+                    block.notes["the block reads tokens [N, D]: taken as sequence after sequence"] = None
+        if first is None and shape is not None and batch is not None:
+            first = shape[0] != batch and shape[1] == batch
+            if first:
+                block.notes["sequence-first: the block reads tokens as [T, B]"] = None
+        place = Place()
+        size, length = (num_tokens, 1) if shape is None else (shape[1], shape[0]) if first else shape
+        place.sequences = None if first or shape is None else (size, length)
+        if mask is not None and shape is not None:
+            place.valid_N = self._aligned(block, mask, size, length, bool(first), "attention mask").bool()
+            place.valid_N = place.valid_N.to(own.device)
+        if labels is not None:
+            place.labels_N = self._aligned(block, labels, size, length, bool(first), "labels").to(own.device)
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.num_calls)
+        place.position_N = (self.num_calls << 24) + torch.arange(num_tokens)
+        place.priority_N = torch.rand(num_tokens, generator=draw, dtype=torch.float64)
+        return place
+
+    def _aligned(self, block: Block, given: Tensor, size: int, length: int, first: bool, what: str) -> Tensor:
+        """[N] in the order of the block's tokens, from [B, T], [B] or [N]."""
+        step = self.batch_shape[1] if len(self.batch_shape) > 1 else None
+        if given.ndim == 1 and len(given) == size:
+            table_BT = given[:, None].expand(size, length)
+        elif given.ndim == 1 and len(given) == size * length:
+            return given
+        elif given.shape == (size, length):
+            table_BT = given
+        elif given.ndim == 2 and len(given) == size and given.shape[1] > length == step:
+            table_BT = given[:, -length:]  # decoding with a cache: the newest tokens
+        elif first and given.shape == (length, size):
+            return given.flatten()
+        else:
+            raise ValueError(
+                f"{what} {tuple(given.shape)} do not fit the tokens of block {block.name!r}, "
+                f"{size} sequences of {length}: give [B, T], [B] or [N], or sequence_first=True for [T, B]"
+            )
+        return (table_BT.T if first else table_BT).flatten()

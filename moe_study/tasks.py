@@ -1,0 +1,388 @@
+"""What is trained: a model, the heads that only training needs, its batches and its losses.
+
+The training loop asks a task for `batches`, `losses` and `num_batches`; see `train.Task`.
+
+Shapes: N samples, C classes (of images also channels), H height, W width, D code width, E experts,
+B sequences, T positions (the context), M tokens of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_lib.models.classifier import Classifier, ClassifierConfig, ClassifierOutput, jacobs_loss
+from moe_lib.models.language import LanguageConfig, LanguageModel
+from moe_lib.models.transformer import routing_losses
+from moe_lib.models.vision import VisionConfig, VisionOutput, VisionTransformer
+from moe_lib.moe.routing import joined, load_balancing_loss
+from moe_lib.rng import generator, initialise
+from moe_lib.snnl import LayerwiseSNNL, SNNLConfig
+from moe_study.data import Dataset, Split, pixels
+from moe_study.data.text import Corpus
+
+ImageBatch = tuple[Tensor, Tensor]  # images in [0, 1], labels
+
+
+def image_batches(split: Split, order_N: Tensor, batch_size: int, dtype: torch.dtype) -> Iterator[ImageBatch]:
+    """The split's images in the given order, ragged last batch included."""
+    for index in order_N.to(split.labels_N.device).split(batch_size):
+        batch = split.take(index)
+        yield pixels(batch.images_NCHW, dtype), batch.labels_N
+
+
+def augmented(images_NCHW: Tensor, draw: torch.Generator, padding: int = 4) -> Tensor:
+    """Each image cropped at random out of itself with a black border, and flipped or not.
+
+    Args:
+        images_NCHW: of any type, on any device.
+        draw: a CPU generator.
+        padding: pixels of the border on each side.
+    """
+    count, _, height, width = images_NCHW.shape
+    device = images_NCHW.device
+    offset_2N = torch.randint(2 * padding + 1, (2, count), generator=draw)
+    flip_N = torch.rand(count, generator=draw) < 0.5
+    rows_NH = (offset_2N[0, :, None] + torch.arange(height)).to(device)
+    columns_NW = offset_2N[1, :, None] + torch.arange(width)
+    columns_NW = torch.where(flip_N[:, None], columns_NW.flip(1), columns_NW).to(device)
+    bordered = F.pad(images_NCHW, (padding,) * 4)
+    image_N = torch.arange(count, device=device)[:, None, None]
+    return bordered[image_N, :, rows_NH[:, :, None], columns_NW[:, None, :]].permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is trained on beside the mixture's own loss."""
+
+    snnl: SNNLConfig | None = None
+    shuffled: bool = False  # placebo: SNNL of labels permuted within the batch, gradient norm unchanged
+    balance: float = 0.0  # weight of the load-balancing loss, on top-1 assignments
+    auxiliary: float = 0.0  # weight of a linear classifier's cross-entropy on the code
+    pretrain: Literal["none", "snnl", "ce"] = "none"  # first half: extractor alone; then it is frozen
+    samples_per_class: int = 1  # batches are made of this many images of one class, then of another
+
+    def __post_init__(self) -> None:
+        if self.samples_per_class < 1:
+            raise ValueError(f"samples_per_class must be at least 1, got {self.samples_per_class}")
+        if self.pretrain not in ("none", "snnl", "ce"):
+            raise ValueError(f"unknown pretrain {self.pretrain!r}; use 'none', 'snnl' or 'ce'")
+        if self.snnl is not None and self.pretrain == "ce":
+            raise ValueError("an snnl configuration has no effect with pretrain='ce'")
+        if self.shuffled and self.pretrain != "none":
+            raise ValueError("shuffled has no effect with pretraining")
+        if (self.shuffled or self.pretrain == "snnl") and self.snnl is None:
+            raise ValueError("shuffled and pretrain='snnl' have no effect without an snnl configuration")
+
+
+class ClassifierTask(nn.Module):
+    """The model, the heads that only training needs, and the two methods that the loop asks for.
+
+    Args:
+        bf16: run the extractor under bfloat16 autocast; gate, experts and losses stay as they are.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: ClassifierConfig,
+        objective: Objective,
+        *,
+        seed: int,
+        epochs: int,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+        bf16: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2 (SNNL compares samples), got {batch_size}")
+        if objective.pretrain != "none" and epochs < 2:
+            raise ValueError(f"pretraining needs at least 2 epochs, got {epochs}")
+        self.dataset, self.objective = dataset, objective
+        self.seed, self.batch_size, self.dtype, self.bf16 = seed, batch_size, dtype, bf16
+        self.num_batches = -(-len(dataset.train) // batch_size)
+        self.pretrain_epochs = 0 if objective.pretrain == "none" else epochs // 2
+        channels, height, width = dataset.train.images_NCHW.shape[1:]
+        self.model = Classifier(config, (channels, height, width), dataset.num_classes)
+        if objective.snnl is not None:
+            self.snnl = LayerwiseSNNL(objective.snnl)
+        if objective.auxiliary or objective.pretrain == "ce":
+            self.head = nn.Linear(self.model.code_dim, dataset.num_classes)
+        initialise(self, seed)
+        self.to(device=dataset.train.images_NCHW.device, dtype=dtype)
+        if config.extractor == "cnn":
+            self.to(memory_format=torch.channels_last)
+
+    def batches(self, epoch: int) -> Iterator[ImageBatch]:
+        """The training set in the order of (seed, epoch), every image once, ragged last batch included."""
+        train, draw = self.dataset.train, generator(self.seed, "order", epoch)
+        order_N = torch.randperm(len(train), generator=draw)
+        if self.objective.samples_per_class > 1:
+            labels_N = train.labels_N.cpu()[order_N]
+            by_class = [order_N[labels_N == label] for label in range(self.dataset.num_classes)]
+            groups = [group for own in by_class for group in own.split(self.objective.samples_per_class)]
+            order_N = torch.cat([groups[i] for i in torch.randperm(len(groups), generator=draw)])
+        self._shuffle = generator(self.seed, "shuffled labels", epoch)
+        yield from image_batches(train, order_N, self.batch_size, self.dtype)
+
+    def encode(self, images_NCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Code [N, D] and the extractor's activations."""
+        with torch.autocast(images_NCHW.device.type, torch.bfloat16, enabled=self.bf16):
+            code_ND, activations = self.model.extractor(images_NCHW)
+        return code_ND.to(self.dtype), activations
+
+    def losses(self, batch: ImageBatch, epoch: int) -> dict[str, Tensor]:
+        """Unweighted losses by name, and their weighted sum, "total"."""
+        images_NCHW, labels_N = batch
+        objective = self.objective
+        if epoch < self.pretrain_epochs:
+            return self._pretrain_losses(images_NCHW, labels_N, epoch)
+        with torch.set_grad_enabled(self.pretrain_epochs == 0 and torch.is_grad_enabled()):
+            code_ND, activations = self.encode(images_NCHW)
+        output = self.model.classify(code_ND, activations)
+        losses = {"cross_entropy": F.nll_loss(output.log_probs_NC, labels_N)}
+        total = losses["cross_entropy"]
+        if self.model.mixture == "jacobs":
+            total = losses["jacobs"] = jacobs_loss(output, labels_N)
+        if objective.snnl is not None and objective.pretrain == "none":
+            losses["snnl"] = self.snnl(activations, labels_N, epoch)
+            weighted = objective.snnl.factor * losses["snnl"]
+            if objective.shuffled:
+                weighted = self._placebo(weighted, activations, labels_N, epoch)
+            total = total + weighted
+        if objective.balance:
+            losses["balance"] = load_balancing_loss(output.routing.top(1))
+            total = total + objective.balance * losses["balance"]
+        if objective.auxiliary:
+            losses["auxiliary"] = F.cross_entropy(self.head(code_ND), labels_N)
+            total = total + objective.auxiliary * losses["auxiliary"]
+        return losses | {"total": total}
+
+    def _pretrain_losses(self, images_NCHW: Tensor, labels_N: Tensor, epoch: int) -> dict[str, Tensor]:
+        code_ND, activations = self.encode(images_NCHW)
+        if self.objective.pretrain == "ce":
+            loss = F.cross_entropy(self.head(code_ND), labels_N)
+            return {"auxiliary": loss, "total": loss}
+        loss = self.snnl(activations, labels_N, epoch)
+        return {"snnl": loss, "total": loss}
+
+    def _placebo(
+        self, weighted: Tensor, activations: dict[str, Tensor], labels_N: Tensor, epoch: int
+    ) -> Tensor:
+        """SNNL of permuted labels, scaled to push on the activations as hard as the real one would."""
+        assert self.objective.snnl is not None
+        layers = [activations[name] for name in self.objective.snnl.layers]
+        order_N = torch.randperm(len(labels_N), generator=self._shuffle).to(labels_N.device)
+        placebo = self.snnl(activations, labels_N[order_N], epoch)
+
+        def push(loss: Tensor) -> Tensor:
+            gradients = torch.autograd.grad(loss, layers, retain_graph=True)
+            return torch.stack([g.float().norm() for g in gradients]).norm()
+
+        size = push(placebo)
+        return placebo * (push(weighted) / size.where(size > 0, 1)).detach()
+
+    @torch.no_grad()
+    def predict(self, split: Split, batch_size: int = 1000) -> tuple[ClassifierOutput, Tensor]:
+        """Outputs on a whole split (without activations), and the codes [N, D]."""
+        parts, codes = [], []
+        for start in range(0, len(split), batch_size):
+            code_ND, _ = self.encode(pixels(split.images_NCHW[start : start + batch_size], self.dtype))
+            parts.append(self.model.classify(code_ND))
+            codes.append(code_ND)
+        output = ClassifierOutput(
+            torch.cat([part.log_probs_NC for part in parts]),
+            torch.cat([part.expert_logits_NEC for part in parts]),
+            joined([part.routing for part in parts]),
+            {},
+        )
+        return output, torch.cat(codes)
+
+
+@dataclass(frozen=True)
+class RoutedObjective:
+    """What is trained on beside the cross-entropy; the losses of routing are means over MoE layers."""
+
+    balance: float = 0.01  # weight of the load-balancing loss, on top-k assignments
+    router_z: float = 0.0  # weight of the router z-loss
+    snnl: SNNLConfig | None = None  # vision only: on the mean token in front of the first MoE layer
+
+
+def weighted_total(losses: dict[str, Tensor], objective: RoutedObjective) -> dict[str, Tensor]:
+    """The named losses and their weighted sum, "total"."""
+    total = losses["cross_entropy"] + objective.balance * losses["balance"]
+    total = total + objective.router_z * losses["router_z"]
+    if objective.snnl is not None:
+        total = total + objective.snnl.factor * losses["snnl"]
+    return losses | {"total": total}
+
+
+class VisionTask(nn.Module):
+    """The model and the two methods that the training loop asks for.
+
+    Args:
+        augment: train on random crops and flips, see `augmented`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: VisionConfig,
+        objective: RoutedObjective,
+        *,
+        seed: int,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+        augment: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2 (statistics need company), got {batch_size}")
+        self.dataset, self.objective = dataset, objective
+        self.seed, self.batch_size, self.dtype, self.augment = seed, batch_size, dtype, augment
+        self.num_batches = -(-len(dataset.train) // batch_size)
+        channels, height, width = dataset.train.images_NCHW.shape[1:]
+        self.model = VisionTransformer(config, (channels, height, width), dataset.num_classes)
+        if objective.snnl is not None:
+            self.snnl = LayerwiseSNNL(objective.snnl)
+        initialise(self, seed)
+        self.to(device=dataset.train.images_NCHW.device, dtype=dtype)
+
+    def batches(self, epoch: int) -> Iterator[ImageBatch]:
+        """The training set in the order of (seed, epoch), ragged last batch included."""
+        train = self.dataset.train
+        order_N = torch.randperm(len(train), generator=generator(self.seed, "order", epoch))
+        draw = generator(self.seed, "augmentation", epoch)
+        for images_NCHW, labels_N in image_batches(train, order_N, self.batch_size, self.dtype):
+            yield augmented(images_NCHW, draw) if self.augment else images_NCHW, labels_N
+
+    def losses(self, batch: ImageBatch, epoch: int) -> dict[str, Tensor]:
+        """Unweighted losses by name, and their weighted sum, "total"."""
+        images_NCHW, labels_N = batch
+        output = self.model(images_NCHW)
+        losses = {"cross_entropy": F.nll_loss(output.log_probs_NC, labels_N)}
+        losses |= routing_losses(output.routings)
+        if self.objective.snnl is not None:
+            losses["snnl"] = self.snnl(output.activations, labels_N, epoch)
+        return weighted_total(losses, self.objective)
+
+    @torch.no_grad()
+    def predict(self, split: Split) -> VisionOutput:
+        """Outputs on a whole split, in batches of the training size: AC statistics are those of a batch."""
+        outputs = [
+            self.model(pixels(images_NCHW, self.dtype))
+            for images_NCHW in split.images_NCHW.split(self.batch_size)
+        ]
+        return VisionOutput(
+            torch.cat([output.log_probs_NC for output in outputs]),
+            [joined(layer) for layer in zip(*(output.routings for output in outputs), strict=True)],
+            {"stem": torch.cat([output.activations["stem"] for output in outputs])},
+        )
+
+
+class LanguageTask(nn.Module):
+    """The model and the two methods that the training loop asks for.
+
+    Args:
+        batch_size: B, sequences.
+        epoch_tokens: an epoch covers this many tokens of the training text (rounded down to whole batches)
+            and the next epoch goes on from there, so that a long text still has a curve; None: all of it.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        config: LanguageConfig,
+        objective: RoutedObjective,
+        *,
+        seed: int,
+        batch_size: int,
+        epoch_tokens: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if objective.snnl is not None:
+            raise ValueError("snnl has no effect in a language model: its loss compares labelled samples")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.corpus, self.config, self.objective = corpus, config, objective
+        self.seed, self.batch_size = seed, batch_size
+        self.num_windows = (len(corpus.train.tokens_N) - 1) // config.context
+        for name in ("train", "validation", "test"):
+            length = len(getattr(corpus, name).tokens_N)
+            if length <= config.context:
+                raise ValueError(
+                    f"a context of {config.context} needs more than that many tokens, but the {name} part of "
+                    f"corpus {corpus.name!r} has {length}: use a longer text or a shorter context"
+                )
+        windows = self.num_windows if epoch_tokens is None else epoch_tokens // config.context
+        self.num_batches = windows // batch_size
+        if self.num_batches < 1:
+            raise ValueError(
+                f"an epoch of {windows} windows of {config.context} tokens does not fill one batch of "
+                f"{batch_size}: use a longer text or a smaller batch_size"
+            )
+        self.model = LanguageModel(config, corpus.num_tokens)
+        initialise(self, seed)
+        self.to(device=corpus.train.tokens_N.device, dtype=dtype)
+
+    def batches(self, epoch: int) -> Iterator[Tensor]:
+        """Windows [B, T + 1] of the training text; pass after pass, each in an order of (seed, pass)."""
+        tokens_M, context = self.corpus.train.tokens_N, self.config.context
+        offset_W = torch.arange(context + 1)
+        orders: dict[int, Tensor] = {}
+        for batch in range(epoch * self.num_batches, (epoch + 1) * self.num_batches):
+            windows = []
+            for place in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                turn, at = divmod(place, self.num_windows)
+                if turn not in orders:
+                    orders[turn] = torch.randperm(
+                        self.num_windows, generator=generator(self.seed, "order", turn)
+                    )
+                windows.append(orders[turn][at])
+            index_BW = torch.stack(windows)[:, None] * context + offset_W
+            yield tokens_M[index_BW.to(tokens_M.device)]
+
+    def losses(self, batch: Tensor, epoch: int) -> dict[str, Tensor]:
+        """Unweighted losses by name, and their weighted sum, "total"."""
+        output = self.model(batch[:, :-1])
+        losses = {"cross_entropy": F.nll_loss(output.log_probs_BTV.flatten(0, 1), batch[:, 1:].flatten())}
+        return weighted_total(losses | routing_losses(output.routings), self.objective)
+
+    @torch.no_grad()
+    def score(self, tokens_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every token but the first: its negative log-likelihood (nats, float64) and whether it was the
+        most probable one, [M - 1] each.
+
+        Windows of `context` tokens overlap by half and only the second half of each (the whole of the first
+        window) is scored, so that every token is predicted from at least half a context, and a text that
+        was shifted by a few tokens scores alike. Run in batches of the training size.
+
+        Raises:
+            ValueError: the text is not longer than the context.
+        """
+        context = self.config.context
+        targets = len(tokens_M) - 1
+        if targets < context:
+            raise ValueError(f"a text of {len(tokens_M)} tokens is too short for a context of {context}")
+        starts = [*range(0, targets - context, max(context // 2, 1)), targets - context]
+        losses_M = torch.empty(targets, dtype=torch.float64, device=tokens_M.device)
+        right_M = torch.empty(targets, dtype=torch.bool, device=tokens_M.device)
+        offset_W = torch.arange(context + 1)
+        scored = 0  # targets up to here are done
+        for part in torch.tensor(starts).split(self.batch_size):
+            window_BW = tokens_M[(part[:, None] + offset_W).to(tokens_M.device)]
+            log_probs_BTV = self.model(window_BW[:, :-1]).log_probs_BTV
+            loss_BT = -log_probs_BTV.gather(2, window_BW[:, 1:, None])[..., 0]
+            right_BT = log_probs_BTV.argmax(2) == window_BW[:, 1:]
+            for row, start in enumerate(part.tolist()):
+                losses_M[scored : start + context] = loss_BT[row, scored - start :].double()
+                right_M[scored : start + context] = right_BT[row, scored - start :]
+                scored = start + context
+        return losses_M, right_M
