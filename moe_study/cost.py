@@ -25,7 +25,7 @@ from moe_lib.models.classifier import Classifier, ClassifierConfig
 from moe_lib.models.language import LanguageConfig
 from moe_lib.models.transformer import TransformerConfig
 from moe_lib.models.vision import VisionConfig
-from moe_study import data, store
+from moe_study import data, store, study
 from moe_study.data import ROOT, text
 from moe_study.study import Run, read
 
@@ -248,14 +248,15 @@ def plan(wanted: list[Run], workers: int | None = None) -> str:
         total += left * (each or 0.0)
         minutes = "unknown" if left and each is None else f"{left * (each or 0.0) / 60:.1f}"
         lines.append(f"{key[0]:18} {key[1]:14} {key[2]:{wide}} {len(done):5} {left:5} {minutes:>13}")
-    datasets = {run.dataset for run in wanted}
+    datasets = {run.dataset for run in todo}
     missing = sorted(name for name in datasets if not (text if text.is_corpus(name) else data).present(name))
     times = throughput(workers)
     lines += [
         "",
-        f"time: {total / 60:.0f} core-minutes{' and more' if unknown else ''}, "
-        f"about {total / 60 / times:.0f} minutes with {workers} processes, which do {times:.2f} times the "
-        "work of one",
+        f"time: {duration(total)} of one core{' and more' if unknown else ''}, "
+        f"about {duration(total / times)} with {workers} processes, which do {times:.2f} times the work "
+        "of one",
+        f"notebooks: {len(study.notebooks(wanted)) + 2} after the runs, with tour and report (`make report`)",
         *_memory(todo, workers),
         f"download: {sum(DOWNLOAD_MB[name] for name in missing)} MB ({', '.join(missing) or 'nothing'}), "
         f"{sum(UNPACKED_MB[name] for name in missing)} MB unpacked under {data.data_dir()}",
@@ -267,6 +268,14 @@ def plan(wanted: list[Run], workers: int | None = None) -> str:
             f"speed: this machine does products at {found_speed:.2f} times the rate of the fitted one"
         )
     return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """In the unit that a person would choose."""
+    for unit, size, least in (("days", 86_400, 2), ("hours", 3_600, 2)):
+        if seconds >= least * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} minutes"
 
 
 def _memory(todo: list[Run], workers: int) -> list[str]:
