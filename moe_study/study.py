@@ -124,7 +124,7 @@ def snnl_runs(study: str, profile: str) -> Iterator[Run]:
     """The SNNL study or its confirmation, seed by seed, so that an unfinished profile still has pairs."""
     confirm = study == "snnl-confirm"
     seeds = CONFIRMATORY_SEEDS if confirm else SEEDS
-    counts = CONFIRMATORY_SEED_COUNTS.get(profile, {}) if confirm else SEED_COUNTS[profile]
+    counts = CONFIRMATORY_SEED_COUNTS.get(profile, {}) if confirm else SEED_COUNTS.get(profile, {})
     for dataset, groups in counts.items():
         settings = SETTINGS[profile][dataset]
         arms = snnl_arms(settings)
