@@ -9,7 +9,7 @@ from moe_lib.models.classifier import ClassifierConfig
 from moe_lib.models.language import LanguageConfig
 from moe_lib.models.transformer import Router, TransformerConfig
 from moe_lib.models.vision import VisionConfig
-from moe_lib.moe.routing import ACConfig
+from moe_lib.moe import ACConfig
 from moe_lib.snnl import SNNLConfig
 from moe_study.tasks import Objective, RoutedObjective
 from moe_study.train import TrainConfig

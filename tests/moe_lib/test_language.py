@@ -14,7 +14,7 @@ from small_models import language_task as task_of
 
 from moe_lib.models.language import LanguageConfig, LanguageOutput
 from moe_lib.models.transformer import watching
-from moe_lib.moe.routing import ACConfig, adaptive_routers
+from moe_lib.moe import ACConfig, adaptive_routers
 from moe_lib.snnl import SNNLConfig
 from moe_study.data.text import Corpus
 from moe_study.tasks import RoutedObjective

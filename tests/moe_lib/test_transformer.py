@@ -26,7 +26,7 @@ from moe_lib.models.transformer import (
     watching,
 )
 from moe_lib.models.vision import VisionConfig
-from moe_lib.moe.routing import ACConfig, AdaptiveClusteringRouter, CosineRouter, LinearRouter
+from moe_lib.moe import ACConfig, AdaptiveClusteringRouter, CosineRouter, LinearRouter
 from moe_lib.rng import initialise
 from moe_lib.snnl import SNNLConfig
 from moe_study.configs.arms import (

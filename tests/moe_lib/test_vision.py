@@ -15,7 +15,7 @@ from small_models import vision_task as task_of
 
 from moe_lib.models.transformer import TransformerConfig, watching
 from moe_lib.models.vision import PatchMerging, VisionConfig, VisionTransformer
-from moe_lib.moe.routing import ACConfig, adaptive_routers
+from moe_lib.moe import ACConfig, adaptive_routers
 from moe_lib.snnl import SNNLConfig
 from moe_study.tasks import RoutedObjective
 from moe_study.train import TrainConfig, fit

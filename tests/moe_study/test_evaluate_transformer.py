@@ -32,8 +32,7 @@ from torch.nn import functional as F
 
 from moe_lib.models.language import LanguageOutput
 from moe_lib.models.transformer import Seen, moe_layers, watching
-from moe_lib.moe.experts import MoE
-from moe_lib.moe.routing import ACConfig, AdaptiveClusteringRouter, adaptive_routers, route
+from moe_lib.moe import ACConfig, AdaptiveClusteringRouter, MoE, adaptive_routers, route
 from moe_lib.rng import generator
 from moe_study import evaluate_transformer, store
 from moe_study.data.text import Corpus, head, load, swap_words
