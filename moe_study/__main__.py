@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moe_study import cost, data, store, study
+from moe_study import data, plan, store, study
 from moe_study.data import text
 from moe_study.train import TrainingError
 
@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    print(cost.plan(_selected(arguments), arguments.workers))
+    print(plan.plan(_selected(arguments), arguments.workers))
     return 0
 
 
