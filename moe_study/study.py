@@ -391,9 +391,7 @@ def prepare(run: Run, device: str) -> Experiment:
         raise StudyError(f"{run.label}: bfloat16 is for the convolutional extractor alone; use float32")
     if isinstance(run.model, LanguageConfig):
         assert isinstance(run.objective, RoutedObjective)
-        corpus = text.load(
-            run.dataset, device=device, level=run.model.level, vocabulary_size=run.model.vocabulary_size
-        )
+        corpus = text.load(run.dataset, device=device)
         return LanguageExperiment(
             LanguageTask(
                 corpus,

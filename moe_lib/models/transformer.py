@@ -23,6 +23,7 @@ from moe_lib.moe import (
     LinearRouter,
     MoE,
     Routing,
+    load_balancing_loss,
 )
 from moe_lib.products import differentiable_gradient, product, traced
 
@@ -191,9 +192,8 @@ def moe_layers(model: nn.Module) -> list[MoE]:
 
 
 def routing_losses(routings: Iterable[Routing]) -> dict[str, Tensor]:
-    """Load-balancing and router z-loss, unweighted, each the mean over the MoE layers."""
-    layers = [routing.losses() for routing in routings]
-    return {name: torch.stack([losses[name] for losses in layers]).mean() for name in layers[0]}
+    """The load-balancing loss, unweighted: the mean over the MoE layers."""
+    return {"balance": torch.stack([load_balancing_loss(routing) for routing in routings]).mean()}
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 A router is any module `forward(tokens_ND, previous=None) -> Routing`, with the decision of the MoE layer
 before it as `previous`. One whose experts are to see something else than the tokens has a second method,
-`experts_see(tokens_ND, previous=None) -> (Routing, Tensor)`. Gates run in float32 or better, also under autocast.
+`experts_see(tokens_ND, previous=None) -> (Routing, Tensor)`. Gates run in float32 or better, also under
+autocast.
 
 Shapes: N samples or tokens, D width, H gate hidden width, E experts, K experts chosen per token,
 R keys of a `HashRouter`.
@@ -172,7 +173,9 @@ class MLPRouter(nn.Module):
         )
 
     def forward(self, tokens_ND: Tensor, previous: Routing | None = None) -> Routing:
-        first, _, last = self.gate
+        first, last = self.gate[0], self.gate[2]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
         hidden_NH = _precise_linear(first, check_tokens(tokens_ND, first.in_features)).relu()
         return route(_precise_linear(last, hidden_NH), self.top_k)
 

@@ -1095,10 +1095,8 @@ def test_activation_checkpointing_counts_a_step_once(reentrant):
             def forward(x_ND, router=router, previous=previous):
                 return router(x_ND, previous).logits_NE
 
-            if checkpointed:
-                logits_NE = checkpoint(forward, x_ND, use_reentrant=reentrant)
-            else:
-                logits_NE = forward(x_ND)
+            kept = {"use_reentrant": reentrant}
+            logits_NE = checkpoint(forward, x_ND, **kept) if checkpointed else forward(x_ND)
             logits_NE.square().sum().backward()
             found += [logits_NE.detach(), x_ND.grad, router.running_ED.clone()]
         results.append(found)
