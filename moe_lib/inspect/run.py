@@ -95,6 +95,7 @@ def inspect_moe(
                 call(inputs)
                 if len(kept) < causal_batches:
                     kept.append((inputs, given))
+            recorder.stream.labels = recorder.stream.decoder_labels = None
             costs = Tamper(recorder, call, loss).costs(kept, causal == "every expert", seed) if causal else {}
         finally:
             recorder.detach()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lib import metrics
-from moe_lib.moe.experts import Experts
+from moe_lib.moe import Experts
 
 
 def randn(*shape, seed=0):

@@ -9,7 +9,7 @@ import reference
 import reference_ac
 import torch
 
-from moe_lib.moe.routing import (
+from moe_lib.moe import (
     HashRouter,
     LinearRouter,
     MLPRouter,
@@ -44,15 +44,22 @@ def test_soft_routing_keeps_every_expert_in_order():
     assert torch.equal(routing.dense_weights(), routing.probs_NE)
 
 
+@pytest.mark.parametrize("renormalize", [None, True, False])
 @pytest.mark.parametrize("k", [1, 2, 4, 5])
-def test_top_k_chooses_the_best_and_renormalises(k):
-    routing = route(random_logits(), top_k=k)
+def test_top_k_chooses_the_best(k, renormalize):
+    """Weights are the probabilities, divided by their sum where asked for, and by default for k > 1."""
+    if k == 1 and renormalize:
+        with pytest.raises(ValueError, match="renormalize"):
+            route(random_logits(), 1, True)
+        return
+    routing = route(random_logits(), k, renormalize)
     assert routing.indices_NK.shape == routing.weights_NK.shape == (9, k)
+    divided = k > 1 if renormalize is None else renormalize
     for n in range(9):
-        chosen, weights = reference.top_k(routing.probs_NE[n].tolist(), k)
+        chosen, shares = reference.top_k(routing.probs_NE[n].tolist(), k)
         assert routing.indices_NK[n].tolist() == chosen
-        np.testing.assert_allclose(routing.weights_NK[n], weights, rtol=1e-12)
-    torch.testing.assert_close(routing.weights_NK.sum(1), torch.ones(9, dtype=torch.float64))
+        expected = shares if divided else [routing.probs_NE[n, e].item() for e in chosen]
+        np.testing.assert_allclose(routing.weights_NK[n], expected, rtol=1e-12)
     torch.testing.assert_close(routing.probs_NE, route(random_logits()).probs_NE)  # not cut to the top k
 
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import reference
-import reference_ac
 import reference_transformer
 import torch
 from small_models import SMALL, Dropped, language_model, random, read, shaken
@@ -26,7 +25,7 @@ from moe_lib.models.transformer import (
     watching,
 )
 from moe_lib.models.vision import VisionConfig
-from moe_lib.moe.routing import ACConfig, AdaptiveClusteringRouter, CosineRouter, LinearRouter
+from moe_lib.moe import ACConfig, AdaptiveClusteringRouter, CosineRouter, LinearRouter
 from moe_lib.rng import initialise
 from moe_lib.snnl import SNNLConfig
 from moe_study.configs.arms import (
@@ -181,22 +180,20 @@ def test_losses_of_routing_are_means_over_layers():
     model = language_model(router="ac")
     routings = model(read()).routings
     losses = routing_losses(routings)
-    assert set(losses) == {"balance", "router_z"}
+    assert set(losses) == {"balance"}
     balance = [reference.load_balancing_loss(r.probs_NE, r.indices_NK) for r in routings]
-    z = [reference_ac.router_z_loss(r.logits_NE) for r in routings]
     assert losses["balance"].item() == pytest.approx(np.mean(balance), rel=1e-10)
-    assert losses["router_z"].item() == pytest.approx(np.mean(z), rel=1e-10)
 
 
 def test_the_total_weighs_every_loss():
-    losses = {"cross_entropy": 2.0, "balance": 3.0, "router_z": 5.0, "snnl": 7.0}
+    losses = {"cross_entropy": 2.0, "balance": 3.0, "snnl": 7.0}
     losses = {name: torch.tensor(value) for name, value in losses.items()}
     plain = weighted_total(losses, RoutedObjective())
     assert plain["total"].item() == pytest.approx(2 + 0.01 * 3)
     assert all(plain[name] is losses[name] for name in losses)
-    whole = RoutedObjective(balance=0.1, router_z=0.01, snnl=SNNLConfig(factor=10.0))
-    assert weighted_total(losses, whole)["total"].item() == pytest.approx(2 + 0.3 + 0.05 + 70)
-    assert set(losses) == {"cross_entropy", "balance", "router_z", "snnl"}
+    whole = RoutedObjective(balance=0.1, snnl=SNNLConfig(factor=10.0))
+    assert weighted_total(losses, whole)["total"].item() == pytest.approx(2 + 0.3 + 70)
+    assert set(losses) == {"cross_entropy", "balance", "snnl"}
 
 
 # -------------------------------------------------------------------------------------- watching

@@ -12,7 +12,7 @@ import reference
 import torch
 
 from moe_lib.models.classifier import ClassifierConfig
-from moe_lib.moe.experts import Experts
+from moe_lib.moe import Experts
 from moe_lib.rng import generator, initialise
 from moe_study import evaluate, store
 from moe_study.data import Dataset, Split, pixels

@@ -32,8 +32,7 @@ from torch.nn import functional as F
 
 from moe_lib.models.language import LanguageOutput
 from moe_lib.models.transformer import Seen, moe_layers, watching
-from moe_lib.moe.experts import MoE
-from moe_lib.moe.routing import ACConfig, AdaptiveClusteringRouter, adaptive_routers, route
+from moe_lib.moe import ACConfig, AdaptiveClusteringRouter, MoE, adaptive_routers, route
 from moe_lib.rng import generator
 from moe_study import evaluate_transformer, store
 from moe_study.data.text import Corpus, head, load, swap_words
@@ -445,19 +444,6 @@ def test_a_uniform_model_has_the_perplexity_of_the_vocabulary():
     assert score.bits_per_byte == pytest.approx(8 * 300 / 301)
 
 
-def test_bits_per_byte_of_words_count_the_bytes_of_the_text(tmp_path):
-    (tmp_path / "words.txt").write_text("the naïve fox jumps over it\n" * 120)
-    corpus = load(str(tmp_path / "words.txt"), level="word", vocabulary_size=5)
-    task = language_task_of(corpus)
-    task.model = Uniform(5)
-    score = LanguageExperiment(task, 10**6)._score(corpus.test)
-    words = 7 * corpus.test.raw.count("\n")
-    assert words == len(corpus.test)
-    bits = (words - 1) * math.log2(5)
-    assert score.bits_per_byte == pytest.approx(bits / len(corpus.test.raw.encode()))
-    assert score.perplexity == pytest.approx(5)
-
-
 def test_the_score_of_a_text_by_hand():
     task = shaken(language_task_of(router="ac", batch_size=7)).eval()
     text = task.corpus.test
@@ -477,8 +463,8 @@ def test_the_swap_scores_the_same_targets_in_both_texts(share, monkeypatch, tmp_
     task = language_task_of(corpus, context=16, batch_size=8, router="cosine").eval()
     monkeypatch.setattr(evaluate_transformer, "SWAP_SHARES", (share,))
     found = LanguageExperiment(task, 2 * 10**6)._swap()[f"{share:g}"]
-    text = head(corpus, corpus.test, len(corpus.test) // 2)
-    swapped = swap_words(corpus, text, share, generator(task.seed, "word swap"))
+    text = head(corpus.test, len(corpus.test) // 2)
+    swapped = swap_words(text, share, generator(task.seed, "word swap"))
     losses = {name: task.score(tokens_M)[0].tolist() for name, tokens_M in (
         ("clean", text.tokens_N), ("swapped", swapped.tokens_M)
     )}  # fmt: skip
