@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import moe_lib
-from moe_study import cost, data, store, study
+from moe_study import data, plan, store, study
 from moe_study.data import text
 from moe_study.train import TrainingError
 
@@ -133,7 +133,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    print(cost.plan(_selected(arguments), arguments.workers))
+    print(plan.plan(_selected(arguments), arguments.workers))
     return 0
 
 

@@ -124,7 +124,7 @@ def snnl_runs(study: str, profile: str) -> Iterator[Run]:
     """The SNNL study or its confirmation, seed by seed, so that an unfinished profile still has pairs."""
     confirm = study == "snnl-confirm"
     seeds = CONFIRMATORY_SEEDS if confirm else SEEDS
-    counts = CONFIRMATORY_SEED_COUNTS.get(profile, {}) if confirm else SEED_COUNTS[profile]
+    counts = CONFIRMATORY_SEED_COUNTS.get(profile, {}) if confirm else SEED_COUNTS.get(profile, {})
     for dataset, groups in counts.items():
         settings = SETTINGS[profile][dataset]
         arms = snnl_arms(settings)
@@ -391,9 +391,7 @@ def prepare(run: Run, device: str) -> Experiment:
         raise StudyError(f"{run.label}: bfloat16 is for the convolutional extractor alone; use float32")
     if isinstance(run.model, LanguageConfig):
         assert isinstance(run.objective, RoutedObjective)
-        corpus = text.load(
-            run.dataset, device=device, level=run.model.level, vocabulary_size=run.model.vocabulary_size
-        )
+        corpus = text.load(run.dataset, device=device)
         return LanguageExperiment(
             LanguageTask(
                 corpus,

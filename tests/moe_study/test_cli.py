@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from moe_study import cost, data, store, study
+from moe_study import data, plan, store, study
 from moe_study.__main__ import main
-from moe_study.data import ROOT, text
+from moe_study.data import ROOT, datasets, text
 
 
 @pytest.fixture(autouse=True)
@@ -306,12 +306,13 @@ def test_plan_says_what_is_to_come_and_starts_nothing(profile, folders, capsys):
     assert err == ""
     assert sum(left for _, left, _ in rows(out).values()) == len(study.runs(profile))
     assert {done for done, _, _ in rows(out).values()} == {0}
-    amount = r"[\d.]+ (minutes|hours|days)"
-    said = rf"^time: {amount} of one core.*, about {amount} with 4 processes, which do [\d.]+ times the work"
-    assert re.search(said, out, re.M)
+    assert re.search(
+        r"^time: 0 minutes of one core and \d+ runs of unknown length, about .* with 4 processes$", out, re.M
+    )
     assert f"\nnotebooks: {len(study.notebooks(study.runs(profile))) + 2} after the runs" in out
     needed = {run.dataset for run in study.runs(profile)}
-    megabytes = sum(data_mb for name, data_mb in cost.DOWNLOAD_MB.items() if name in needed)
+    infos = data.DATASETS | text.CORPORA
+    megabytes = sum(infos[name].download_mb for name in needed)
     assert f"\ndownload: {megabytes} MB (" in out
     assert f"unpacked under {folders / 'data'}" in out
     assert re.search(rf"^disk: about [\d.]+ MB of results under {folders / 'results'}, ", out, re.M)
@@ -319,38 +320,35 @@ def test_plan_says_what_is_to_come_and_starts_nothing(profile, folders, capsys):
 
 
 def test_plan_does_not_ask_for_data_that_is_there(folders, capsys):
-    info = data.datasets.PUBLISHED["cifar10"]
-    (folders / "data" / info.folder).mkdir(parents=True)
-    for name in info.train | info.test:
-        (folders / "data" / info.folder / name).touch()
+    published = datasets.PUBLISHED["cifar10"]
+    for name in published.train | published.test:
+        store.write_bytes(folders / "data" / published.folder / name, b"")
     assert main(["plan", "--profile", "core", "--dataset", "cifar10"]) == 0
     assert "\ndownload: 0 MB (nothing), 0 MB unpacked" in capsys.readouterr().out
 
 
-def test_plan_counts_a_finished_run_and_believes_its_time(monkeypatch, capsys):
-    monkeypatch.setattr(cost, "speed", lambda: 0.5)
-    monkeypatch.setattr(cost, "throughput", lambda workers: workers / 1.25)
-    runs = study.runs("digits", "snnl", arm="base")
-    study.write(runs[0], {"wall_seconds": 600.0, "machine": store.processor()})
+def test_plan_takes_the_median_of_an_arm_and_for_others_that_of_an_epoch(folders, capsys):
+    snnl = study.runs("digits", "snnl")
+    base, raw = ([run for run in snnl if run.arm == arm] for arm in ("base", "raw"))
+    for run, seconds in zip(base, (60.0, 240.0, 120.0), strict=False):
+        store.write(run.path, {"wall_seconds": seconds, "peak_memory_mb": 300.0})
     assert main(["plan", "--profile", "digits", "--study", "snnl", "--workers", "2"]) == 0
     out = capsys.readouterr().out
     table = rows(out)
-    assert table.pop(("snnl", "digits", "base")) == (1, 4, "40.0")
-    each = {arm: 2 * cost.expected_seconds(study.runs("digits", "snnl", arm=arm)[0]) for _, _, arm in table}
-    assert table == {("snnl", "digits", arm): (0, 5, f"{5 * value / 60:.1f}") for arm, value in each.items()}
-    total = 40 + 5 * sum(each.values()) / 60
-    assert (
-        f"\ntime: {total:.0f} minutes of one core, about {total / 1.6:.0f} minutes with 2 processes, "
-        "which do 1.60 " in out
-    )
+    assert table["snnl", "digits", "base"] == (3, len(base) - 3, f"{(len(base) - 3) * 2:.1f}")
+    assert table["snnl", "digits", "raw"] == (0, len(raw), f"{len(raw) * 2:.1f}")  # as many epochs
+    total = 2 * (len(snnl) - 3)
+    one, two = plan.duration(60 * total), plan.duration(30 * total)
+    assert f"\ntime: {one} of one core, about {two} with 2 processes\n" in out
+    assert "\nmemory: up to 600 MB (300 MB a process)\n" in out
 
 
-def test_plan_does_not_invent_a_time(monkeypatch, capsys):
-    monkeypatch.setattr(cost, "fitted", lambda: None)
+def test_plan_does_not_invent_a_time(folders, capsys):
     assert main(["plan", "--profile", "digits", "--study", "snnl", "--arm", "base"]) == 0
     out = capsys.readouterr().out
-    assert rows(out) == {("snnl", "digits", "base"): (0, 5, "unknown")}
-    assert "\ntime: 0 minutes of one core and more, " in out
+    (row,) = rows(out).values()
+    assert row == (0, row[1], "unknown")
+    assert f"\ntime: 0 minutes of one core and {row[1]} runs of unknown length, " in out
 
 
 def test_plan_announces_no_download_where_nothing_is_left(folders, capsys):
@@ -373,7 +371,7 @@ def test_plan_announces_no_download_where_nothing_is_left(folders, capsys):
     ],
 )
 def test_long_times_are_said_in_hours_and_days(seconds, said):
-    assert cost.duration(seconds) == said
+    assert plan.duration(seconds) == said
 
 
 # ------------------------------------------------------------------------------------- where and run
@@ -494,6 +492,6 @@ def test_run_needs_only_what_a_bare_machine_has(folders):
     assert store.read(done) == {"runs": [run.id]}
 
 
-def test_every_data_set_of_the_plan_has_its_sizes():
+def test_every_data_set_of_the_plan_is_known():
     needed = {run.dataset for profile in study.PROFILES for run in study.runs(profile)}
-    assert needed <= set(cost.DOWNLOAD_MB) & set(cost.UNPACKED_MB) & {*data.DATASETS, *text.CORPORA}
+    assert needed <= {*data.DATASETS, *text.CORPORA}
