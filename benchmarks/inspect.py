@@ -245,7 +245,7 @@ def moewatch_sees() -> dict[str, list[str]]:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             watcher = moewatch.MoEWatch(model)
             watcher.start()
-            train(model, 12, lambda step, w=watcher: w.step(step))
+            train(model, 12, watcher.step)
             alerts = [alert.to_dict() for alert in watcher.get_alert_log()]
             watcher.stop()
         kinds = {
