@@ -22,6 +22,8 @@ BUILD = Path("build") / PROFILE
 # The notebook of a study, once for each of its data sets.
 NOTEBOOKS = {
     "snnl": "10_snnl_moe",
+    "snnl-confirm": "10_snnl_moe",
+    "collapse": "11_collapse",
     "ac-vision": "20_ac_vision",
     "ac-language": "21_ac_language",
     "crossed": "30_snnl_x_ac",

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from benchmarks.measure import Contestant, Machine, Row, Step, Work, compare, ratio
 from moe_lib.snnl import LayerwiseSNNL, SNNLConfig, soft_nearest_neighbor_loss
-from moe_lib.snnl.kernels import DENSE_UP_TO, Distance, Route
+from moe_lib.snnl.autograd import DENSE_UP_TO
+from moe_lib.snnl.dense import Distance, Route
 
 Loss = Callable[[Sequence[Tensor], Tensor, float], Tensor]  # of layers: the sum of their losses
 EPS = 1e-5

@@ -1,4 +1,4 @@
-"""Matrix products by the fastest library at hand, and blocks of rows that stay in its caches.
+"""Matrix products by the fastest library at hand, in blocks of rows, and how torch sees them.
 
 Shapes: N or R rows, D width, K summed over, J columns.
 """
@@ -6,10 +6,39 @@ Shapes: N or R rows, D width, K summed over, J columns.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def traced() -> bool:
+    """Whether torch.compile, torch.export or a torch.func transform is active.
+
+    Only plain operators are used then, whose shapes and branches depend on no value.
+    """
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def differentiable_gradient(
+    function: Callable[..., Tensor], inputs: tuple[Any, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradient of `function(*inputs)` as a part of the graph, for a second derivative.
+
+    `function` is made of operators that torch differentiates. One entry for each input, None where it asks
+    for no gradient.
+    """
+    # Aliases, so that an input that depends on another one does not count for both.
+    aliases = [x.view_as(x) if isinstance(x, Tensor) else x for x in inputs]
+    wanted = [x for x in aliases if isinstance(x, Tensor) and x.requires_grad]
+    grads = torch.autograd.grad(function(*aliases), wanted, grad, create_graph=True, allow_unused=True)
+    found: Iterator[Tensor | None] = iter(grads)
+    return tuple(next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in aliases)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @functools.cache
@@ -32,8 +61,10 @@ ONEDNN_FROM = 1_500_000  # multiplications; below, its overhead of 10 microsecon
 
 
 def _fast_linear(a_RK: Tensor, columns: int) -> Callable[..., Tensor] | None:
+    """None where torch must differentiate or compile the product: it can do neither with oneDNN's."""
     large = a_RK.numel() * max(32, columns) >= ONEDNN_FROM  # torch.mm is slow with few columns
-    return _onednn() if large and a_RK.dtype == torch.float32 and a_RK.device.type == "cpu" else None
+    fits = large and a_RK.dtype == torch.float32 and a_RK.device.type == "cpu"
+    return _onednn() if fits and not torch.is_grad_enabled() and not traced() else None
 
 
 def product(a_RK: Tensor, b_KJ: Tensor, bias_J: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The study without a notebook: python -m moe_study run | plan | where | data | readme | trust."""
+"""The study without a notebook: python -m moe_study run | plan | where | data | readme | trust | rates."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     readme.add_argument("--check", action="store_true", help="change nothing; fail if it is out of date")
 
     commands.add_parser("trust", help="score every measure on planted data, into results/planted/trust.json")
+    commands.add_parser("rates", help="how often the rule says each word, into results/planted/verdicts.json")
 
     arguments = parser.parse_args(argv)
     try:
@@ -110,8 +111,17 @@ def _trust(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _rates(arguments: argparse.Namespace) -> int:
+    from moe_study import rates  # needs pandas, which a bare machine lacks
+
+    rates.write()
+    print(rates.path())
+    return 0
+
+
 COMMANDS = {
     "run": _run, "plan": _plan, "where": _where, "data": _data, "readme": _readme, "trust": _trust,
+    "rates": _rates,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import errno
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ import platform
 import subprocess
 import tempfile
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from moe_study.data import ROOT
+from moe_study.data.datasets import folder_of
 
 PACKAGES = ("moe_lib", "moe_study", "benchmarks")  # a change in one of them makes a result dirty
 
@@ -81,8 +84,8 @@ def unpack_bits(packed: dict[str, Any]) -> np.ndarray:
 
 
 def results_dir() -> Path:
-    """`$MOE_RESULTS_DIR`, or `results/` in the project."""
-    return Path(os.environ.get("MOE_RESULTS_DIR") or ROOT / "results").expanduser().resolve()
+    """`$MOE_RESULTS_DIR`, or `results/` in the project; a relative one is below the project."""
+    return folder_of("MOE_RESULTS_DIR", "results")
 
 
 def use_results_dir(folder: Path) -> None:
@@ -91,8 +94,8 @@ def use_results_dir(folder: Path) -> None:
 
 
 def figures_dir() -> Path:
-    """`$MOE_FIGURES_DIR`, or `figures/` in the project."""
-    return Path(os.environ.get("MOE_FIGURES_DIR") or ROOT / "figures").expanduser().resolve()
+    """`$MOE_FIGURES_DIR`, or `figures/` in the project; a relative one is below the project."""
+    return folder_of("MOE_FIGURES_DIR", "figures")
 
 
 def digest(configuration: Any) -> str:
@@ -134,7 +137,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """A temporary file in the same folder, fsync, rename.
+    """A temporary file in the same folder, fsync, rename, fsync of the folder.
 
     Raises:
         StoreError: the folder cannot be written, or the disk is full. Nothing is left behind.
@@ -142,7 +145,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".part")
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
             stream.flush()
@@ -153,6 +156,17 @@ def write_bytes(path: Path, content: bytes) -> None:
         if partial is not None:
             Path(partial).unlink(missing_ok=True)
         raise explain(error, path.parent) from error
+    with contextlib.suppress(OSError):  # not every file system can; the file is whole either way
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Temporary files that a killed `write` of this path left. Whoever holds its lock may delete them."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}-*.part"))
 
 
 def explain(error: OSError, folder: Path) -> StoreError:
@@ -166,28 +180,198 @@ def explain(error: OSError, folder: Path) -> StoreError:
 
 def check_writable(folder: Path) -> None:
     """Fail now, and clearly, rather than after the first run has been trained."""
-    probe = folder / f".writable-{os.getpid()}"
-    write_bytes(probe, b"")
-    probe.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:  # has no name that a kill could leave behind
+            probe.write(b"0")
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise explain(error, folder) from error
+    for probe_of_old in folder.glob(".writable-*"):  # earlier versions left one when they were killed
+        probe_of_old.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        StoreError: the path is not a regular file, or does not hold one.
+    """
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is not a JSON number")
+
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise StoreError(f"result file {path} cannot be read ({error}); delete it and run again") from error
+        if not path.is_file():  # reading a FIFO would wait forever
+            raise ValueError("not a regular file")
+        content = json.loads(path.read_bytes(), parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"result file {path} cannot be read ({error}); {REMEDY}") from error
     if not isinstance(content, dict):
-        raise StoreError(f"result file {path} does not hold a run; delete it and run again")
+        raise StoreError(f"result file {path} does not hold a run; {REMEDY}")
     return content
+
+
+# -------------------------------------------------------------------------------- files of runs
+
+REMEDY = "delete it and run again, or restore it (`git checkout` if it is committed)"
+_SHARE = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
+_POSITIVE = {"type": ["number", "null"], "minimum": 0}
+_SCORE = {
+    "type": ["object", "null"],
+    "properties": {"accuracy": _SHARE, "calibration_error": _SHARE, "cross_entropy": _POSITIVE},
+}
+_COLUMNS = {
+    "type": "object",
+    "additionalProperties": {"type": "array", "items": {"type": ["number", "null"]}},
+}
+# What a run's file holds, as a JSON schema. Measures differ between studies, so unknown keys are allowed.
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["id", "run"],
+    "properties": {
+        "id": {"type": "string", "pattern": "^[0-9a-f]{10}$"},
+        "digest": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+        "run": {"type": "object", "required": ["profile", "study", "dataset", "arm", "seed", "version"]},
+        "commit": {"type": ["string", "null"]},
+        "dirty": {"type": ["boolean", "null"]},
+        "versions": {"type": "object", "additionalProperties": {"type": "string"}},
+        "machine": {"type": "string"},
+        "device": {"type": "string"},
+        "threads": {"type": "integer", "minimum": 1},
+        "same_as": {"type": "string"},
+        "history": {"type": "object", "properties": {"train": _COLUMNS, "validation": _COLUMNS}},
+        "best_epoch": {"type": "integer", "minimum": 0},
+        "primary_endpoint": {"enum": list(ENDPOINTS)},
+        "endpoints": {
+            "type": "object",
+            "propertyNames": {"enum": list(ENDPOINTS)},
+            "additionalProperties": {"type": "object", "properties": {"task": _SCORE}},
+        },
+        "task": _SCORE,
+        "last_epoch": _SCORE,
+        "correct": {
+            "type": ["object", "null"],
+            "properties": {"count": {"type": "integer", "minimum": 0}, "bits": {"type": "string"}},
+        },
+        "domains": {
+            "type": ["object", "null"],
+            "properties": {"accuracy": {"type": "array", "items": _SHARE}},
+        },
+        "num_parameters": {"type": "integer", "minimum": 1},
+        "wall_seconds": _POSITIVE,
+        "peak_memory_mb": _POSITIVE,
+    },
+}
+
+
+def content_digest(content: dict[str, Any]) -> str:
+    """SHA-256 of a run's content, whatever the order of its keys, "digest" left out."""
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_run(path: Path, content: dict[str, Any]) -> None:
+    """Write a run's file, which names the digest of its own content."""
+    content = compact(content)
+    write(path, {"digest": content_digest(content), **{k: v for k, v in content.items() if k != "digest"}})
+
+
+_believed: set[tuple[Path, int, int, str]] = set()  # files checked in this process, until they change
+
+
+def read_run(path: Path, run_id: str, configuration: dict[str, Any]) -> dict[str, Any]:
+    """The file of one run, if it is what it says it is.
+
+    Files written before there was a digest have none; for these the id and the configuration must do.
+
+    Args:
+        run_id: digest of the configuration, which also stands in the file's name.
+        configuration: of the run that was planned. A file may lack options that came later: that these
+            stand at their defaults is what the equal id says.
+
+    Raises:
+        StoreError: the file is damaged, or another run's; says how.
+    """
+    content = read(path)
+    found = path.stat()
+    key = (path, found.st_mtime_ns, found.st_size, run_id)
+    if key not in _believed:
+        if fault := _fault(content, run_id, json.loads(json.dumps(compact(configuration)))):
+            raise StoreError(f"result file {path} {fault}; {REMEDY}")
+        _believed.add(key)
+    return content
+
+
+def _fault(content: dict[str, Any], run_id: str, configuration: dict[str, Any]) -> str | None:
+    """What is wrong with a run's content, or None."""
+    missing = [key for key in SCHEMA["required"] if key not in content]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    if content["id"] != run_id:
+        return f"is of another run: it says id {content['id']!r}, its place is that of {run_id!r}"
+    if (said := _disagreement(content["run"], configuration, "run")) is not None:
+        return f"disagrees with the plan: {said}"
+    if "digest" in content and content["digest"] != content_digest(content):
+        return "was changed after it was written: its content has another digest than it states"
+    try:
+        _schema()(content)
+    except ValueError as error:  # fastjsonschema's own is one
+        return f"breaks the schema: {str(error)[:200]}"
+    return None
+
+
+@functools.cache
+def _schema() -> Callable[[Any], Any]:
+    """Raises ValueError on what breaks `SCHEMA`; checks nothing on a machine without the package."""
+    try:
+        import fastjsonschema  # nbformat brings it along; jsonschema takes seconds to import
+    except ImportError:
+        return lambda content: content
+    return fastjsonschema.compile(SCHEMA)
+
+
+# Options that the configurations no longer have, with the value that every recorded run had.
+DELETED = {"merge_before": [], "router_z": 0.0, "level": "byte", "vocabulary_size": 10_000}
+
+
+def _disagreement(recorded: Any, planned: Any, where: str) -> str | None:
+    """The first place where a recorded configuration differs from the planned one."""
+    if not (isinstance(recorded, dict) and isinstance(planned, dict)):
+        return None if recorded == planned else f"{where} is {recorded!r}, planned is {planned!r}"
+    for key, value in recorded.items():
+        if key not in planned and key in DELETED and DELETED[key] == value:
+            continue
+        if key not in planned:
+            return f"{where}.{key} is not in the plan"
+        if (said := _disagreement(value, planned[key], f"{where}.{key}")) is not None:
+            return said
+    return None
+
+
+def of_unknown_origin(results: Iterable[dict[str, Any]]) -> int:
+    """How many results do not say which code made them: no commit, or not whether the code differed."""
+    return sum(result.get("commit") is None or result.get("dirty") is None for result in results)
 
 
 @functools.cache
 def provenance() -> dict[str, Any]:
-    """Where a number comes from: commit, whether the code differed from it, versions, processor."""
+    """Where a number comes from: commit, whether the code differed from it, versions, processor.
+
+    Commit and difference are None where git cannot say; MOE_COMMIT names the commit of a copied folder.
+    """
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
+            done = subprocess.run(
+                # Git refuses the folder of another owner unless it is named safe. Nothing is run from it.
+                ["git", "-c", f"safe.directory={ROOT}", "-c", "core.fsmonitor=false", *arguments],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=20,
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -6,6 +6,7 @@ decides what is done: notebooks, `python -m moe_study run` and Snakemake all cal
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -63,7 +64,7 @@ from moe_study.data import text
 from moe_study.evaluate import ClassifierExperiment, Experiment
 from moe_study.evaluate_transformer import LanguageExperiment, VisionExperiment
 from moe_study.tasks import ClassifierTask, LanguageTask, Objective, RoutedObjective, VisionTask
-from moe_study.train import History, OutOfTime, TrainConfig, fit
+from moe_study.train import History, OutOfTime, TrainConfig, TrainingError, fit
 
 
 class StudyError(RuntimeError):
@@ -89,6 +90,7 @@ class Run:
     epoch_tokens: int | None = None  # of a text: what an epoch covers; all of it if None
     attack_images: int = 512  # of the test set are attacked
     corrupted_images: int = 1024  # of the test set are corrupted
+    augment: bool = False  # images: train on random crops and flips
     test_tokens: int = 2**18  # of a test text are scored; half of them with words swapped
     text_digest: str = ""  # of a text that was given by its path: another text, another run
 
@@ -219,6 +221,7 @@ def routed_runs(study: str, profile: str) -> Iterator[Run]:
                         replace(settings.train, learning_rate=rate),
                         train_images=settings.train_images, epoch_tokens=settings.epoch_tokens,
                         attack_images=settings.attack_images, corrupted_images=settings.corrupted_images,
+                        augment=settings.augment,
                         test_tokens=settings.test_tokens,
                     )  # fmt: skip
 
@@ -382,6 +385,7 @@ def prepare(run: Run, device: str) -> Experiment:
                 seed=run.seed,
                 batch_size=run.train.batch_size,
                 dtype=dtype,
+                augment=run.augment,
             ),
             run.attack_images,
             run.corrupted_images,
@@ -422,15 +426,32 @@ def execute(
             experiment.validation,
             label=run.label,
             checkpoint=run.workspace / "checkpoint.pt",
+            run_id=run.id,
             on_epoch=on_epoch,
             deadline=deadline,
         )
     except OSError as error:
         raise store.explain(error, run.workspace) from error
-
-    result: dict[str, Any] = {"history": vars(history), "best_epoch": history.best_epoch}
+    try:
+        result = _measured(run, experiment, history, selected)
+    except (ValueError, ArithmeticError) as error:  # a measure that was given what is not finite, say
+        raise TrainingError(f"{run.label}, after epoch {run.train.epochs - 1}: {error}") from error
     if full:
-        result |= {"primary_endpoint": store.PRIMARY_ENDPOINT, **experiment.final(), "initial": initial}
+        result["initial"] = initial
+    # At least the training of all sessions, of a run that was resumed.
+    result["wall_seconds"] = max(time.perf_counter() - started, history.seconds)
+    result["peak_memory_mb"] = store.peak_memory_mb()
+    return result
+
+
+def _measured(
+    run: Run, experiment: Experiment, history: History, selected: dict[str, dict[str, torch.Tensor]]
+) -> dict[str, Any]:
+    """What a result file says of a trained run."""
+    task = experiment.task
+    result: dict[str, Any] = {"history": vars(history), "best_epoch": history.best_epoch}
+    if not run.study.endswith("-tuning"):
+        result |= {"primary_endpoint": store.PRIMARY_ENDPOINT, **experiment.final()}
         epochs = {"best_accuracy": history.best_accuracy_epoch, "best_cross_entropy": history.best_epoch}
         result["endpoints"] = {}
         for name, weights in sorted(selected.items()):
@@ -442,9 +463,6 @@ def execute(
                 found |= experiment.endpoint()
             result["endpoints"][name] = found
     result["num_parameters"] = sum(p.numel() for p in task.model.parameters())
-    # At least the training of all sessions, of a run that was resumed.
-    result["wall_seconds"] = max(time.perf_counter() - started, history.seconds)
-    result["peak_memory_mb"] = store.peak_memory_mb()
     return result
 
 
@@ -466,17 +484,58 @@ def twin(run: Run) -> Run | None:
     return None
 
 
+def read(run: Run) -> dict[str, Any]:
+    """The result file of a finished run.
+
+    Raises:
+        StoreError: it is damaged, or of another run; says how, and what to do.
+    """
+    return store.read_run(run.path, run.id, asdict(run))
+
+
+def write(run: Run, content: dict[str, Any]) -> None:
+    """The result file of a run: whose it is, its configuration, and what was found."""
+    store.write_run(run.path, {**content, "id": run.id, "run": asdict(run)})
+
+
+def leftovers(run: Run) -> list[Path]:
+    """What a killed process left of a run: temporary files, and the checkpoint of one that is finished."""
+    found = store.leftovers(run.path)
+    if run.workspace.is_dir():
+        found += run.workspace.glob("*.part")  # dotted ones as well
+        if run.path.exists():
+            found += run.workspace.glob("checkpoint.pt")
+    return found
+
+
+def sweep(run: Run) -> None:
+    """Delete them; the caller holds the run's lock."""
+    for path in leftovers(run):
+        path.unlink(missing_ok=True)
+
+
+def _lock(run: Run, timeout: float) -> FileLock:
+    run.workspace.mkdir(parents=True, exist_ok=True)
+    return FileLock(run.workspace / "lock", timeout=timeout)
+
+
 def _work(run: Run, device: str, deadline: float) -> str:
-    """In a worker process: train one run unless it is done; "done" or "out of time"."""
+    """In a worker process: train one run unless it is done; "done" or "out of time".
+
+    Args:
+        deadline: `time.monotonic()` value, which counts alike in all processes of a machine.
+    """
     if run.path.exists():
         return "done"
-    if time.time() > deadline:
+    if time.monotonic() > deadline:
         return "out of time"
-    run.workspace.mkdir(parents=True, exist_ok=True)
-    left = -1 if math.isinf(deadline) else max(0.0, deadline - time.time())
+    left = -1 if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
     try:
-        with FileLock(run.workspace / "lock", timeout=left):  # another notebook or shard may be at it
-            return "done" if run.path.exists() else _train(run, device, deadline)
+        with _lock(run, left):  # another notebook or shard may be at it
+            sweep(run)
+            done = "done" if run.path.exists() else _train(run, device, deadline)
+            sweep(run)
+            return done
     except Timeout:
         return "out of time"
 
@@ -484,8 +543,7 @@ def _work(run: Run, device: str, deadline: float) -> str:
 def _train(run: Run, device: str, deadline: float) -> str:
     """The same, with the run's lock held."""
     if not run.study.endswith("-tuning") and (same := twin(run)) is not None:
-        content = store.read(same.path)
-        store.write(run.path, content | {"id": run.id, "run": asdict(run), "same_as": same.label})
+        write(run, read(same) | {"same_as": same.label})
         return "done"
 
     def report(epoch: int, history: History) -> None:
@@ -500,21 +558,18 @@ def _train(run: Run, device: str, deadline: float) -> str:
         )
 
     try:
-        result = execute(run, device, time.monotonic() + (deadline - time.time()), report)
+        result = execute(run, device, deadline, report)
     except OutOfTime:
         return "out of time"
-    store.write(
-        run.path,
+    write(
+        run,
         {
-            "id": run.id,
-            "run": asdict(run),
             **store.provenance(),
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             **result,
         },
     )
-    (run.workspace / "checkpoint.pt").unlink(missing_ok=True)
     return "done"
 
 
@@ -561,23 +616,71 @@ def ensure(
 
     Raises:
         StudyError: some runs failed. The others were finished first; the message has every reason.
-        StoreError: the results folder cannot be written.
+        StoreError: the results folder cannot be written, or a result file in it is damaged.
+        ValueError: an option is of another type, or out of range.
     """
-    todo = [run for run in wanted if not run.path.exists()]
-    if todo:
+    _check_options(workers, device, time_limit)
+    found = {run: read(run) for run in wanted if run.path.exists()}  # a damaged one is named before training
+    for run in found:
+        if leftovers(run):
+            with contextlib.suppress(Timeout, OSError), _lock(run, 0):
+                sweep(run)
+    if todo := [run for run in wanted if run not in found]:
         _train_all(todo, workers, device or default_device(), time_limit, quiet)
-    return results(wanted)
+        found |= {run: read(run) for run in todo if run.path.exists()}
+    return [found[run] for run in wanted if run in found]
+
+
+def _check_options(workers: Any, device: Any, time_limit: Any) -> None:
+    """Raises ValueError, naming the option, its value and what it may be."""
+    if workers is not None and (type(workers) is not int or workers < 1):
+        raise ValueError(
+            f"workers must be an integer of 1 or more, or None for one per core; got {workers!r}"
+        )
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu', 'cuda', or None for what there is; got {device!r}")
+    if time_limit is not None and not (type(time_limit) in (int, float) and time_limit >= 0):  # not NaN
+        raise ValueError(f"time_limit must be seconds, at least 0, or None for none; got {time_limit!r}")
 
 
 def results(wanted: Sequence[Run]) -> list[dict[str, Any]]:
     """The finished ones among the given runs; trains nothing."""
-    return [store.read(run.path) for run in wanted if run.path.exists()]
+    return [read(run) for run in wanted if run.path.exists()]
+
+
+def missing_data(wanted: Sequence[Run], quiet: bool = False) -> dict[str, str]:
+    """Fetch the data that runs need and the data folder lacks; the reason of each set that cannot be had."""
+    failed = {}
+    for name in dict.fromkeys(run.dataset for run in wanted):
+        source: Any = text if text.is_corpus(name) else data
+        try:
+            if not source.present(name):
+                if not quiet:
+                    _say(f"data set {name} is not under {data.data_dir()}: fetching it")
+                source.fetch(name)
+        except data.DataError as error:
+            failed[name] = str(error)
+    return failed
+
+
+def _say(line: str) -> None:
+    """Print a line; if nobody reads any more, the work goes on in silence."""
+    with contextlib.suppress(BrokenPipeError):
+        print(line, flush=True)
 
 
 def _train_all(
     todo: list[Run], workers: int | None, device: str, time_limit: float | None, quiet: bool
 ) -> None:
     store.check_writable(store.results_dir())
+    if store.of_unknown_origin([store.provenance()]) and not quiet:
+        _say(
+            "the commit is unknown: git is missing, or this folder is no git checkout. The results will say "
+            "so; MOE_COMMIT names the commit of a copied folder"
+        )
+    num_wanted, missing = len(todo), missing_data(todo, quiet)
+    failed = {run: missing[run.dataset] for run in todo if run.dataset in missing}
+    todo = [run for run in todo if run not in failed]
 
     def device_of(run: Run) -> str:
         return "cpu" if run.train.precision == "float64" else device
@@ -585,11 +688,17 @@ def _train_all(
     on_cpu = all(device_of(run) == "cpu" for run in todo)
     if on_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the workers when they import torch
-    workers = min(workers or (os.cpu_count() or 1 if on_cpu else 1), len(todo))
-    deadline = time.time() + (float("inf") if time_limit is None else time_limit)
+    workers = max(1, min(workers or (os.cpu_count() or 1 if on_cpu else 1), len(todo)))
+    deadline = time.monotonic() + (float("inf") if time_limit is None else time_limit)
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    failed, unfinished = [], 0
+    try:
+        queue = context.Queue()
+    except OSError as error:
+        raise StudyError(
+            f"cannot start worker processes ({error}): their semaphores need a writable /dev/shm; "
+            "in a container, mount one (docker run --shm-size=1g)"
+        ) from error
+    unfinished = 0
     with _Reporter(queue, len(todo), quiet) as reporter:
 
         def attempt(runs: Sequence[Run], workers: int) -> list[Run]:
@@ -606,7 +715,7 @@ def _train_all(
                         lost.append(jobs[job])
                         continue
                     except Exception as error:
-                        failed.append(f"{jobs[job].label}: {type(error).__name__}: {error}")
+                        failed[jobs[job]] = f"{type(error).__name__}: {error}"
                     reporter.finished()
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -614,14 +723,18 @@ def _train_all(
 
         for run in attempt(todo, workers):  # one at a time: it takes less memory, and shows which it was
             for lost in attempt([run], 1):
-                failed.append(f"{lost.label}: its process was killed twice (out of memory?)")
+                failed[lost] = "its process was killed twice (out of memory?)"
                 reporter.finished()
     if unfinished and not quiet:
-        print(f"time limit: {unfinished} runs are left; the same command goes on from here", flush=True)
+        _say(f"time limit: {unfinished} runs are left; the same command goes on from here")
     if failed:
+        lines = []
+        for reason in dict.fromkeys(failed.values()):
+            first, *more = [run.label for run in failed if failed[run] == reason]
+            lines.append(f"{first}{f' and {len(more)} more' if more else ''}: {reason}")
         raise StudyError(
-            f"{len(failed)} of {len(todo)} runs failed; the others are kept, and the same command tries "
-            "these again:\n  " + "\n  ".join(sorted(set(failed)))
+            f"{len(failed)} of {num_wanted} runs failed; the others are kept, and the same command tries "
+            "these again:\n  " + "\n  ".join(sorted(lines))
         )
 
 
@@ -650,7 +763,7 @@ class _Reporter:
             if self.bar is not None:
                 self.bar.set_postfix_str(f"{label}: {text}")
             elif not self.quiet:
-                print(f"{label}: {text}", flush=True)
+                _say(f"{label}: {text}")
 
     def finished(self) -> None:
         if self.bar is not None:

@@ -36,6 +36,26 @@ def image_batches(split: Split, order_N: Tensor, batch_size: int, dtype: torch.d
         yield pixels(batch.images_NCHW, dtype), batch.labels_N
 
 
+def augmented(images_NCHW: Tensor, draw: torch.Generator, padding: int = 4) -> Tensor:
+    """Each image cropped at random out of itself with a black border, and flipped or not.
+
+    Args:
+        images_NCHW: of any type, on any device.
+        draw: a CPU generator.
+        padding: pixels of the border on each side.
+    """
+    count, _, height, width = images_NCHW.shape
+    device = images_NCHW.device
+    offset_2N = torch.randint(2 * padding + 1, (2, count), generator=draw)
+    flip_N = torch.rand(count, generator=draw) < 0.5
+    rows_NH = (offset_2N[0, :, None] + torch.arange(height)).to(device)
+    columns_NW = offset_2N[1, :, None] + torch.arange(width)
+    columns_NW = torch.where(flip_N[:, None], columns_NW.flip(1), columns_NW).to(device)
+    bordered = F.pad(images_NCHW, (padding,) * 4)
+    image_N = torch.arange(count, device=device)[:, None, None]
+    return bordered[image_N, :, rows_NH[:, :, None], columns_NW[:, None, :]].permute(0, 3, 1, 2)
+
+
 @dataclass(frozen=True)
 class Objective:
     """What is trained on beside the mixture's own loss."""
@@ -202,7 +222,11 @@ def weighted_total(losses: dict[str, Tensor], objective: RoutedObjective) -> dic
 
 
 class VisionTask(nn.Module):
-    """The model and the two methods that the training loop asks for."""
+    """The model and the two methods that the training loop asks for.
+
+    Args:
+        augment: train on random crops and flips, see `augmented`.
+    """
 
     def __init__(
         self,
@@ -213,12 +237,13 @@ class VisionTask(nn.Module):
         seed: int,
         batch_size: int,
         dtype: torch.dtype = torch.float32,
+        augment: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 (statistics need company), got {batch_size}")
         self.dataset, self.objective = dataset, objective
-        self.seed, self.batch_size, self.dtype = seed, batch_size, dtype
+        self.seed, self.batch_size, self.dtype, self.augment = seed, batch_size, dtype, augment
         self.num_batches = -(-len(dataset.train) // batch_size)
         channels, height, width = dataset.train.images_NCHW.shape[1:]
         self.model = VisionTransformer(config, (channels, height, width), dataset.num_classes)
@@ -231,7 +256,9 @@ class VisionTask(nn.Module):
         """The training set in the order of (seed, epoch), ragged last batch included."""
         train = self.dataset.train
         order_N = torch.randperm(len(train), generator=generator(self.seed, "order", epoch))
-        yield from image_batches(train, order_N, self.batch_size, self.dtype)
+        draw = generator(self.seed, "augmentation", epoch)
+        for images_NCHW, labels_N in image_batches(train, order_N, self.batch_size, self.dtype):
+            yield augmented(images_NCHW, draw) if self.augment else images_NCHW, labels_N
 
     def losses(self, batch: ImageBatch, epoch: int) -> dict[str, Tensor]:
         """Unweighted losses by name, and their weighted sum, "total"."""

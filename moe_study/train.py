@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -14,6 +17,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from moe_study import store
 
 
 class TrainingError(RuntimeError):
@@ -86,6 +91,7 @@ def fit(
     *,
     label: str,
     checkpoint: Path | None = None,
+    run_id: str = "",
     on_epoch: Callable[[int, History], None] | None = None,
     deadline: float = math.inf,
 ) -> tuple[History, dict[str, dict[str, Tensor]]]:
@@ -95,7 +101,9 @@ def fit(
         evaluate: measures on validation data, "cross_entropy" and "accuracy" among them.
         label: names the run (arm and seed) in errors.
         checkpoint: written after every epoch and read if it exists; a resumed run ends with the same
-            numbers as one that was never stopped, since batch order depends on (seed, epoch) alone.
+            numbers as one that was never stopped, since batch order depends on (seed, epoch) alone. One that
+            is damaged, or of another run, is set aside with a warning, and the run starts anew.
+        run_id: names the run in its checkpoint.
         on_epoch: called with the epoch's number and the history so far.
         deadline: `time.monotonic()` value after which no further epoch is started.
 
@@ -104,19 +112,36 @@ def fit(
         "best_accuracy", both on validation data.
 
     Raises:
-        TrainingError: a loss is not finite.
+        TrainingError: a loss, a weight or a validation measure is not finite.
+        StoreError: the checkpoint cannot be written.
         OutOfTime: the deadline came first.
     """
     device = next(task.parameters()).device
-    optimizer = torch.optim.Adam(task.parameters(), lr=config.learning_rate, fused=True)
+    optimizer = _adam(task, config)
     history = History()
     selected: dict[str, dict[str, Tensor]] = {}
     epoch = 0
-    if checkpoint is not None and checkpoint.exists():
-        state = _load(checkpoint, device)
-        task.load_state_dict(state["task"])
-        optimizer.load_state_dict(state["optimizer"])
-        history, selected, epoch = History(**state["history"]), state["selected"], state["epoch"]
+    if checkpoint is not None and os.path.lexists(checkpoint):
+        initial = deepcopy(task.state_dict())
+        try:
+            state = load_checkpoint(checkpoint, run_id, device)
+            task.load_state_dict(state["task"])
+            optimizer.load_state_dict(state["optimizer"])
+            history, selected, epoch = History(**state["history"]), state["selected"], state["epoch"]
+            if not 1 <= epoch <= config.epochs or len(history.validation["cross_entropy"]) != epoch:
+                raise ValueError(f"epoch {epoch} of {config.epochs} does not fit its history")
+        except Exception as error:
+            aside = checkpoint.with_suffix(".invalid")
+            os.replace(checkpoint, aside)
+            reason = str(error).split("\n")[0] if isinstance(error, ValueError) else type(error).__name__
+            warnings.warn(
+                f"{label}: the checkpoint is not valid ({reason}); it is kept as {aside}, "
+                "and the run starts anew",
+                stacklevel=2,
+            )
+            task.load_state_dict(initial)
+            optimizer = _adam(task, config)
+            history, selected, epoch = History(), {}, 0
 
     while epoch < config.epochs:
         if time.monotonic() > deadline:
@@ -124,15 +149,22 @@ def fit(
         start = time.perf_counter()
         for name, value in _train_epoch(task, optimizer, config, epoch, label).items():
             history.train.setdefault(name, [None] * epoch).append(value)
+        # The last step's weights have met no loss yet: without this the first measure of them would raise.
+        if not all(weight.isfinite().all() for weight in task.parameters()):
+            raise TrainingError(
+                f"{label}, epoch {epoch}: the weights are not finite after the last batch. "
+                f"{_lower_rate(config)}"
+            )
         task.eval()
         try:
             measures = evaluate()
-        except ValueError as error:
+        except (ValueError, ArithmeticError) as error:
             raise TrainingError(f"{label}, epoch {epoch}, validation: {error}") from error
         for name, value in measures.items():
             history.validation.setdefault(name, []).append(value)
-        if not math.isfinite(measures["cross_entropy"]):
-            raise TrainingError(f"{label}, epoch {epoch}: validation cross-entropy is not finite")
+        for name in ("cross_entropy", "accuracy"):
+            if not math.isfinite(measures[name]):
+                raise TrainingError(f"{label}, epoch {epoch}: validation {name} is not finite")
         for column in history.train.values():  # a loss that this phase of training does not have
             column.extend([None] * (epoch + 1 - len(column)))
         improved = []
@@ -154,32 +186,47 @@ def fit(
                 "selected": selected,
                 "epoch": epoch,
             }
-            _save(state, checkpoint)
+            save_checkpoint(state, checkpoint, run_id)
         if on_epoch is not None:
             on_epoch(epoch, history)
     return history, selected
 
 
-def _save(state: dict[str, Any], checkpoint: Path) -> None:
-    """Atomically; through memory, because torch.save hides why a write failed."""
-    buffer = io.BytesIO()
+def _adam(task: Task, config: TrainConfig) -> torch.optim.Optimizer:
+    return torch.optim.Adam(task.parameters(), lr=config.learning_rate, fused=True)
+
+
+def _lower_rate(config: TrainConfig) -> str:
+    return f"The usual remedy is a lower learning rate than {config.learning_rate:g}."
+
+
+def save_checkpoint(state: dict[str, Any], path: Path, run_id: str) -> None:
+    """One line of JSON with the run's id and the SHA-256 of what follows: the state as torch saves it."""
+    buffer = io.BytesIO()  # through memory, because torch.save hides why a write failed
     torch.save(state, buffer)
-    partial = checkpoint.with_suffix(".part")
-    try:
-        partial.write_bytes(buffer.getbuffer())
-        os.replace(partial, checkpoint)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    content = buffer.getvalue()
+    header = json.dumps({"run": run_id, "sha256": hashlib.sha256(content).hexdigest()})
+    store.write_bytes(path, header.encode() + b"\n" + content)
 
 
-def _load(checkpoint: Path, device: torch.device) -> dict[str, Any]:
+def load_checkpoint(path: Path, run_id: str, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """The state of `save_checkpoint`.
+
+    Raises:
+        ValueError: it is damaged, or another run's.
+    """
+    if not path.is_file():
+        raise ValueError("not a regular file")
+    header, _, content = path.read_bytes().partition(b"\n")
     try:
-        return torch.load(checkpoint, map_location=device, weights_only=True)
-    except Exception as error:
-        raise TrainingError(
-            f"checkpoint {checkpoint} cannot be read ({error}); delete it to start the run anew"
-        ) from error
+        said = dict(json.loads(header))
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError("it has no header") from None
+    if said.get("run") != run_id:
+        raise ValueError(f"it is of run {said.get('run')!r}, not {run_id!r}")
+    if said.get("sha256") != hashlib.sha256(content).hexdigest():
+        raise ValueError("its content was changed or cut")
+    return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, progress: float) -> None:
@@ -214,6 +261,6 @@ def _train_epoch(
                     values = ", ".join(f"{name} = {loss.item():g}" for name, loss in rows[at].items())
                     raise TrainingError(
                         f"{label}, epoch {epoch}, batch {at}: the loss is not finite ({values}). "
-                        f"The usual remedy is a lower learning rate than {config.learning_rate:g}."
+                        f"{_lower_rate(config)}"
                     )
     return {name: torch.stack([row[name] for row in rows]).mean().item() for name in rows[0]}

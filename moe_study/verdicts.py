@@ -172,7 +172,7 @@ def _parts(claim: Claim, control: str, results: Sequence[Result], endpoint: str)
     return tuple(parts)
 
 
-def _endpoint(claim: Claim, results: Sequence[Result]) -> str:
+def endpoint_of(claim: Claim, results: Sequence[Result]) -> str:
     """The last epoch where every file measures the claim there; otherwise the files' own primary endpoint."""
     measures = [claim.measure, *(c.measure for c in claim.conditions)]
     arms = {claim.treatment, *claim.controls}
@@ -265,7 +265,7 @@ def _causes(claim: Claim, results: Sequence[Result], endpoint: str) -> tuple[Cau
         both = pairs(results, claim.measure, treatment, control, endpoint)
         found.append((name, cause, both))
     if claim.mechanism:
-        arms = {arm: _by_seed(results, claim.measure, arm, endpoint) for arm in _MECHANISM}
+        arms = {arm: by_seed(results, claim.measure, arm, endpoint) for arm in _MECHANISM}
         seeds = sorted(set.intersection(*(set(values) for values in arms.values())))
         snnl, base, dense_snnl, dense = (np.array([arms[arm][s] for s in seeds]) for arm in _MECHANISM)
         name = "(snnl - base) - (dense-snnl - dense)"
@@ -284,7 +284,7 @@ def _causes(claim: Claim, results: Sequence[Result], endpoint: str) -> tuple[Cau
 _MECHANISM = ("snnl", "base", "dense-snnl", "dense")
 
 
-def _by_seed(results: Sequence[Result], measure: Measure, arm: str, endpoint: str) -> dict[int, float]:
+def by_seed(results: Sequence[Result], measure: Measure, arm: str, endpoint: str) -> dict[int, float]:
     values = {r["run"]["seed"]: measure.of(dict(r), endpoint) for r in results if r["run"]["arm"] == arm}
     return {seed: value for seed, value in values.items() if value is not None}
 
@@ -464,7 +464,7 @@ def _decide(
         for claim, control, own in found:
             dataset = own[0]["run"]["dataset"]
             opening = [gate for gate in gates if gate.claim.key == claim.gate and gate.dataset == dataset]
-            judged.append(_judge(claim, control, own, opening, endpoint or _endpoint(claim, own)))
+            judged.append(_judge(claim, control, own, opening, endpoint or endpoint_of(claim, own)))
         return judged
 
     return _family(units(None), {name: units(name) for name in store.ENDPOINTS})

@@ -171,7 +171,7 @@ def test_make_test_runs_every_kind_of_check():
         assert called in printed
     notebooks = (ROOT / "tests" / "notebooks.sh").read_text()
     for path in (ROOT / "notebooks").glob("*.ipynb"):
-        # 40 needs an extra that is not locked; tests/moe_lib/test_panel.py runs it where that is installed.
+        # 40 needs an extra that is not locked; tests/moe_lib/inspect/test_notebook.py runs it if it is there.
         assert (f"notebooks/{path.name}" in notebooks) != (path.stem == "40_your_model")
 
 
@@ -219,7 +219,7 @@ BARE |= {"filelock", "PIL"}  # PIL comes with torchvision
 # What moe_study may import beside the bare machine's packages: pictures, tables and pages of results.
 STUDY_ONLY = {
     *("moe_study.report", "moe_study.notebook", "moe_study.claims", "moe_study.tour", "moe_study.trust"),
-    "moe_study.theory",
+    *("moe_study.theory", "moe_lib.inspect"),
 }
 
 
@@ -283,7 +283,8 @@ def test_core_imports_core_and_a_bare_machine_alone():
         lazy = not name.startswith("moe_lib.inspect")  # pictures and tables import what they need when drawn
         outside = {module.split(".")[0] for module in imported(MODULES[name], lazy)} - set(PACKAGES)
         extra = outside - set(sys.stdlib_module_names) - BARE
-        assert extra <= ({"tqdm"} if name == "moe_study.study" else set()), name  # tqdm: if it is there
+        optional = {"moe_study.study": {"tqdm"}, "moe_study.store": {"fastjsonschema"}}  # if they are there
+        assert extra <= optional.get(name, set()), name
 
 
 def test_command_line_imports_the_core_alone_at_its_head():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from moe_lib.inspect.panel import Layer
+    from moe_lib.inspect.layer import Layer
 
 THRESHOLDS: dict[str, float] = {
     "collapsed": 0.5,  # effective experts over the balanced null, at most

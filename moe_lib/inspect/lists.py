@@ -11,6 +11,7 @@ Shapes: N tokens, D width, O output width, E experts, K chosen per token.
 from __future__ import annotations
 
 import re
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,13 @@ def expert_list(block: nn.Module) -> tuple[str, list[nn.Module]] | None:
             if len(members) > 1 and len(shapes) == 1:
                 return name, members
     return None
+
+
+def _enter() -> int:
+    with warnings.catch_warnings():  # the first dual tensor imports a module that warns about itself
+        warnings.simplefilter("ignore", FutureWarning)
+        from torch._decomp import decompositions_for_jvp  # noqa: F401
+    return forward_ad.enter_dual_level()
 
 
 def _has_forward(module: nn.Module) -> bool:
@@ -99,7 +107,7 @@ class ListAdapter(Adapter):
                 torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
             )
         else:
-            self.level = forward_ad.enter_dual_level()
+            self.level = _enter()
 
     def note(self, e: int, args: tuple, output: object) -> object | None:
         """Hook on expert e: returns its answer with the tag of e."""
@@ -153,7 +161,7 @@ class ListAdapter(Adapter):
         self.replaying = True
         for member in self.members:
             member.forward = self._zero_answer
-        self.level = forward_ad.enter_dual_level()
+        self.level = _enter()
         try:
             self.tangent = forward_ad.unpack_dual(first_tensor(self.block.forward(*args, **kwargs))).tangent
         finally:

@@ -64,7 +64,8 @@ ABOUT: dict[str, About] = {
     ),
     "co-activation": About(
         "largest n_ab / min(n_a, n_b) over pairs: how often the rarer comes with the other",
-        "that pair chosen independently: max(q_a, q_b)", "1: two experts always run together",
+        "that pair chosen independently: (K - 1) q_b / (K - q_a), a the rarer; the largest lies above",
+        "1: two experts always run together",
     ),
     "follows scores": About(
         "share of filled slots among the K best of the router's scores",
@@ -141,7 +142,9 @@ def routing_measures(state: BlockState, seed: int = 0) -> dict[str, Value]:
         rarer_EE = torch.minimum(state.count_E[:, None], state.count_E[None]).clamp(min=1)
         often_EE = (state.together_EE / rarer_EE).fill_diagonal_(0)
         a, b = divmod(int(often_EE.argmax()), num_experts)
-        found["co-activation"] = Value(float(often_EE[a, b]), float(torch.maximum(q_E[a], q_E[b])))
+        rarer, other = sorted((float(q_E[a]), float(q_E[b])))
+        chance = (slots_K - 1) * other / (slots_K - rarer)
+        found["co-activation"] = Value(float(often_EE[a, b]), chance)
     if scored := float(state.scored):
         found["follows scores"] = Value(float(state.followed) / scored, 1.0)
     return found

@@ -5,7 +5,6 @@ Shapes: E experts, C classes, M tokens kept, K slots.
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from dataclasses import dataclass, field
@@ -15,42 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_lib.inspect.alarms import Alarm, alarms_of
-from moe_lib.inspect.measures import ABOUT, Value, balance_losses, explain_balance_loss, load
-from moe_lib.inspect.state import BlockState
+from moe_lib.inspect.layer import Layer
+from moe_lib.inspect.measures import Value, balance_losses, explain_balance_loss
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-CAUSAL = {
-    "cost of permuting": "loss with another token's routing for every token, minus the loss, nats",
-    "cost of swapping": "loss when the two most used experts serve each other's tokens, minus the loss, nats",
-    "cost of dropping": "loss without the most used expert, its weight given to others, minus the loss, nats",
-}
-
-
-@dataclass
-class Layer:
-    """One block's numbers."""
-
-    name: str
-    family: str
-    num_experts: int
-    top_k: int
-    num_tokens: int
-    load_E: list[float]  # sums to 1
-    weight_E: list[float]  # mean weight; sums to 1
-    measures: dict[str, Value]
-    explanation: str = ""  # of the mixture check
-    notes: list[str] = field(default_factory=list)
-    class_expert: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # share of each class's slots by expert
-    dropped_E: list[float] = field(default_factory=list)  # cost of dropping each expert, if asked for
-    state: BlockState | None = field(default=None, repr=False)
-
-    def __getitem__(self, measure: str) -> float:
-        return self.measures[measure].value
 
 
 @dataclass
@@ -274,27 +243,3 @@ class Comparison:
 
         Path(path).write_text(page(self), encoding="utf-8")
         return Path(path)
-
-
-def layer_of(name: str, family: str, state: BlockState, measures: dict[str, Value], explanation: str,
-             notes: list[str], names: dict[int, str] | None) -> Layer:  # fmt: skip
-    state.finish()
-    served = (state.tokens - state.dropped).clamp(min=1)
-    class_expert: dict[str, list[float]] = {}
-    if len(state.class_key):
-        classes_C, table_CE = state.class_table()
-        share_CE = table_CE / table_CE.sum(1, keepdim=True)
-        largest = table_CE.sum(1).argsort(descending=True)[:100].sort().values  # to be shown; all are counted
-        class_expert = {
-            (names or {}).get(int(classes_C[c]), str(int(classes_C[c]))): share_CE[c].tolist()
-            for c in largest
-        }
-    return Layer(
-        name, family, state.num_experts, state.num_slots, int(state.tokens), load(state).tolist(),
-        (state.weight_E / served).tolist(), {key: measures[key] for key in ABOUT if key in measures},
-        explanation, notes, class_expert, state=state,
-    )  # fmt: skip
-
-
-def escaped(text: object) -> str:
-    return html.escape(str(text), quote=True)

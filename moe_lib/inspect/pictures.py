@@ -1,4 +1,4 @@
-"""Pictures and pages of a panel. Matplotlib and pandas are imported when something is drawn.
+"""Pictures and pages of a panel or a comparison. Matplotlib is imported when something is drawn.
 
 Shapes: L blocks, E experts, C classes.
 """
@@ -6,14 +6,15 @@ Shapes: L blocks, E experts, C classes.
 from __future__ import annotations
 
 import base64
+import html
 import io
 import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_lib.inspect.layer import CAUSAL, Layer
 from moe_lib.inspect.measures import ABOUT
-from moe_lib.inspect.panel import CAUSAL, Comparison, Layer, Panel, escaped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,7 +67,7 @@ def _load_matrix(layers: list[Layer]) -> np.ndarray:
     return grid_LE
 
 
-def panel_figure(panel: Panel) -> Figure:
+def panel_figure(panel: Any) -> Figure:
     """Above: the load of every expert of every block. Below: each block's measures beside their nulls."""
     layers = panel.layers
     if not layers:
@@ -156,7 +157,7 @@ def _draw_strip(axis: Any, layers: list[Layer], name: str, title: str, legend: b
         axis.legend(frameon=False, fontsize=8)
 
 
-def comparison_figure(comparison: Comparison) -> Figure:
+def comparison_figure(comparison: Any) -> Figure:
     """Every measure before and after, block by block."""
     before, after = comparison.before.layers, comparison.after.layers
     shown = [
@@ -220,6 +221,10 @@ def history_figure(history: list[dict[str, float]], measure: str) -> Figure:
 # ------------------------------------------------------------------------------------------ page
 
 
+def escaped(text: object) -> str:
+    return html.escape(str(text), quote=True)
+
+
 def _image(figure: Figure, caption: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
@@ -237,7 +242,7 @@ def _cell(value: float) -> str:
     return f"<td>{value:.0f}</td>" if value == int(value) and abs(value) >= 1 else f"<td>{value:.3f}</td>"
 
 
-def _table(panel: Panel) -> str:
+def _table(panel: Any) -> str:
     names = [
         name for name in (*ABOUT, *CAUSAL)
         if any(name in la.measures and not math.isnan(la.measures[name].value) for la in panel.layers)
@@ -267,7 +272,7 @@ def _about(name: str) -> str:
     return f"{about.formula}. Null: {about.null}. {about.sign}"
 
 
-def _remarks(panel: Panel) -> str:
+def _remarks(panel: Any) -> str:
     lines = [(f"{alarm.layer}: {alarm.what}", "alarm") for alarm in panel.alarms]
     shown, more = lines[:20], len(lines) - 20
     if more > 0:
@@ -288,7 +293,7 @@ def _remarks(panel: Panel) -> str:
     return "<ul>" + "".join(f'<li class="{kind}">{escaped(text)}</li>' for text, kind in shown) + "</ul>"
 
 
-def body(panel: Panel) -> str:
+def body(panel: Any) -> str:
     """The picture, the remarks and the table, without a page around them."""
     if not panel.layers:
         return f"<p>no block was read</p>{_remarks(panel)}"
@@ -303,7 +308,7 @@ def body(panel: Panel) -> str:
     )
 
 
-def comparison_body(comparison: Comparison) -> str:
+def comparison_body(comparison: Any) -> str:
     caption = (
         "Each block's measures before and after, and the share of a token's experts that stayed the same."
     )
@@ -320,10 +325,10 @@ li.alarm { color: #a33a00; font-weight: 600 } figcaption { color: #444; font-siz
 </style>"""
 
 
-def page(shown: Panel | Comparison) -> str:
+def page(shown: Any) -> str:
     """One HTML page with everything in it."""
-    panel = shown if isinstance(shown, Panel) else shown.after
-    inner = body(shown) if isinstance(shown, Panel) else comparison_body(shown)
+    panel = getattr(shown, "after", shown)
+    inner = body(panel) if panel is shown else comparison_body(shown)
     listed = "".join(
         f"<dt>{escaped(name)}</dt><dd>{escaped(_about(name))}</dd>" for name in (*ABOUT, *CAUSAL)
     )

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from moe_lib.inspect.adapters import Adapter
 from moe_lib.inspect.find import REMEDY, confirm, recorder_of
+from moe_lib.inspect.layer import CAUSAL, layer_of
 from moe_lib.inspect.measures import Value, expert_measures, routing_measures
-from moe_lib.inspect.panel import CAUSAL, Panel, layer_of
+from moe_lib.inspect.panel import Panel
 from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.tamper import Loss, Tamper
 
@@ -94,6 +95,7 @@ def inspect_moe(
                 call(inputs)
                 if len(kept) < causal_batches:
                     kept.append((inputs, given))
+            recorder.stream.labels = recorder.stream.decoder_labels = None
             costs = Tamper(recorder, call, loss).costs(kept, causal == "every expert", seed) if causal else {}
         finally:
             recorder.detach()

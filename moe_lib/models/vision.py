@@ -6,7 +6,7 @@ Shapes: N images, T = h * w tokens of an image, D width, C classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -23,8 +23,13 @@ from moe_lib.moe.routing import Routing
 class VisionConfig:
     trunk: TransformerConfig = TransformerConfig()
     patch: int = 8  # side of a patch, pixels
+    stem: Literal["patch", "conv"] = "patch"  # what makes a token of a patch: one linear map, or `ConvStem`
 
     def __post_init__(self) -> None:
+        if self.stem not in ("patch", "conv"):
+            raise ValueError(f"unknown stem {self.stem!r}; use 'patch' or 'conv'")
+        if self.stem == "conv" and (self.patch < 2 or self.patch & (self.patch - 1)):
+            raise ValueError(f"stem 'conv' halves the image: patch must be 2, 4, 8, ..., got {self.patch}")
         if self.trunk.router == "hash-token":
             raise ValueError("router 'hash-token' is for text: an image's tokens have no ids; use 'hash'")
 
@@ -35,13 +40,45 @@ class VisionOutput(NamedTuple):
     activations: dict[str, Tensor]  # "stem": the mean token in front of the first MoE block [N, D]
 
 
+class PatchStem(Projection):
+    """One linear map of each patch."""
+
+    def __init__(self, channels: int, patch: int, dim: int) -> None:
+        super().__init__(channels * patch**2, dim)
+        self.patch = patch
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        # As by F.unfold, which takes ten times as long where patches do not overlap.
+        patches = images_NCHW.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))
+        return super().forward(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+
+
+class ConvStem(nn.Sequential):
+    """3 x 3 convolutions of stride 2 until a patch is one token, each with group norm and ReLU.
+
+    Source: Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021; group norm instead
+    of batch norm, so that no image depends on the others of its batch.
+    """
+
+    def __init__(self, channels: int, patch: int, dim: int) -> None:
+        layers: list[nn.Module] = []
+        width = channels
+        for step in reversed(range(patch.bit_length() - 1)):
+            wider = max(dim >> step, 8)
+            layers += [nn.Conv2d(width, wider, 3, 2, 1, bias=False), nn.GroupNorm(1, wider), nn.ReLU()]
+            width = wider
+        super().__init__(*layers, nn.Conv2d(width, dim, 1), nn.Flatten(2))
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        return super().forward(images_NCHW).transpose(1, 2)
+
+
 class VisionTransformer(nn.Module):
     """Patches -> blocks -> mean token -> classes. Each MoE block hands its decision to the next."""
 
     def __init__(self, config: VisionConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         channels, height, width = image_shape
-        self.patch = config.patch
         if config.patch < 1 or height % config.patch or width % config.patch:
             raise ValueError(
                 f"patch must divide the image, got patch {config.patch}, image {height} x {width}"
@@ -50,7 +87,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"a classifier needs at least two classes, got {num_classes}")
         trunk, dim = config.trunk, config.trunk.dim
         num_tokens = (height // config.patch) * (width // config.patch)
-        self.embed = Projection(channels * config.patch**2, dim)
+        stem = PatchStem if config.stem == "patch" else ConvStem
+        self.embed = stem(channels, config.patch, dim)
         self.position = Embedding(num_tokens, dim)
         self.blocks = nn.ModuleList(
             Block(dim, trunk, index, num_tokens, causal=False) for index in range(trunk.depth)
@@ -61,10 +99,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> VisionOutput:
         """Images in [0, 1]."""
-        # As by F.unfold, which takes ten times as long where patches do not overlap.
-        patches = (images_NCHW * 2 - 1).unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))
-        patches_NTF = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        x_NTD = self.embed(patches_NTF) + self.position.weight
+        x_NTD = self.embed(images_NCHW * 2 - 1) + self.position.weight
         previous, routings, activations = None, [], {}
         for index, block in enumerate(self.blocks):
             if index == self.first_moe_block:

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from moe_lib.snnl.kernels import Distance, Reduction, Route, losses
+from moe_lib.checks import check_floating, check_labels, check_option, check_temperature
+from moe_lib.products import at_least_float32
+from moe_lib.snnl.autograd import losses
+from moe_lib.snnl.dense import Distance, Reduction, Route
 
-Combine = Literal["min", "sum", "mean"]
+Combine = Literal["min", "sum"]
 
 
 def soft_nearest_neighbor_loss(
@@ -37,26 +40,31 @@ def soft_nearest_neighbor_loss(
 
     computed as log(1 + q_i / p_i) from the masses of the same class (p) and of the others (q), in
     logarithms where they leave the range of the type, so it neither caps nor turns NaN where the
-    usual `eps` forms do. The sign is such that minimising it pulls classes together. The gradient is formed
-    together with the value; there is no second derivative, and create_graph=True is an error.
+    usual `eps` forms do. The sign is such that minimising it pulls classes together.
+
+    Value and gradient are formed together, in float64 where float32 would lose the distances or the
+    temperature's derivative. A second derivative (`create_graph=True`), torch.compile, torch.export and
+    torch.func use `snnl.dense.plain`, the formula in torch's operators: it stays in the features' type and
+    holds several N x N matrices.
 
     Args:
         features_ND: [N, D], floating point. Sub-float32 types are computed in float32. A row of
             zeros has no direction: under "cosine" it is at distance 1 from everything.
-        labels_N: [N] integer classes.
+        labels_N: [N] classes, of any integer type or bool.
         temperature: positive; a 0-d tensor is differentiated through.
         distance: "cosine" (1 - cosine similarity, in [0, 2]) or "sqeuclidean".
         reduction: "mean" over the anchors that have a positive (another sample of their class);
-            "mean_all" over all N (the authors'); "sum"; "none" gives [N], 0 for anchors without one.
-        route: how it is computed, which changes time and memory alone: "dense", "panels" or "streaming"
-            (see `snnl_kernels`); "auto" chooses by N and device.
+            "mean_all" over all N, as in the authors' code, where an anchor without one is not 0, though: with
+            their eps = 1e-5 it adds -log(1e-5) / N = 11.5 / N; "sum"; "none" gives [N], 0 for such anchors.
+        route: how it is computed, which changes time and memory alone: "dense" (N x N matrices), "panels"
+            (half of one) or "streaming" (none); "auto" chooses by N and device.
 
     Returns:
         A 0-d tensor, or [N] for "none". Without any positive: 0, with zero gradients.
 
     Raises:
-        ValueError: shapes, an option or the temperature are unusable, or (checked on the CPU only, where
-            it costs nothing; on a GPU the loss is NaN) a feature is not finite.
+        ValueError: an argument is unusable. Values are checked on the CPU only, where it costs nothing;
+            on a GPU the loss of features that are not finite is NaN.
     """
     return _losses_of_layers([features_ND], labels_N, temperature, distance, reduction, route)[0]
 
@@ -70,45 +78,24 @@ def _losses_of_layers(
     route: Route = "auto",
 ) -> Tensor:
     """[L] (or [L, N] for "none") losses of L layers, as above; layers of one type are computed together."""
-    for features_ND in layers:
-        if features_ND.ndim != 2 or labels_N.shape != features_ND.shape[:1]:
-            raise ValueError(
-                f"expected features [N, D] and labels [N], got {tuple(features_ND.shape)} "
-                f"and {tuple(labels_N.shape)}"
-            )
-    if distance not in ("cosine", "sqeuclidean"):
-        raise ValueError(f"unknown distance {distance!r}; use 'cosine' or 'sqeuclidean'")
-    if reduction not in ("mean", "mean_all", "sum", "none"):
-        raise ValueError(f"unknown reduction {reduction!r}; use 'mean', 'mean_all', 'sum' or 'none'")
-    if route not in ("auto", "dense", "panels", "streaming"):
-        raise ValueError(f"unknown route {route!r}; use 'auto', 'dense', 'panels' or 'streaming'")
-    _check_temperature(temperature)
+    check_option(distance, "distance", get_args(Distance))
+    check_option(reduction, "reduction", get_args(Reduction))
+    check_option(route, "route", get_args(Route))
+    check_temperature(temperature)
     layers = [_computable(features_ND) for features_ND in layers]
+    labels_N = check_labels(labels_N, len(layers[0]), like=layers[0])
     if len({features_ND.dtype for features_ND in layers}) == 1:
         return losses(layers, labels_N, temperature, distance, reduction, route)
     parts = [losses([x_ND], labels_N, temperature, distance, reduction, route) for x_ND in layers]
     return torch.cat(parts)
 
 
-def _check_temperature(temperature: float | Tensor) -> None:
-    if isinstance(temperature, Tensor):
-        if temperature.ndim:
-            raise ValueError(
-                f"temperature must be a number or a 0-d tensor, got {temperature.ndim} dimensions"
-            )
-        if temperature.device.type != "cpu":
-            return
-        temperature = temperature.item()
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-
-
 def _computable(features_ND: Tensor) -> Tensor:
-    if features_ND.dtype in (torch.float16, torch.bfloat16):
-        features_ND = features_ND.float()
-    if features_ND.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"features must be floating point, got {features_ND.dtype}")
-    return features_ND.contiguous()
+    remedy = ": flatten each sample with .flatten(1)"
+    features_ND = check_floating(features_ND, "features", "N, D", finite=False, remedy=remedy)
+    if not features_ND.shape[1]:
+        raise ValueError(f"features must have at least one column, got {list(features_ND.shape)}")
+    return at_least_float32(features_ND).contiguous()
 
 
 @dataclass(frozen=True)
@@ -133,12 +120,11 @@ class LayerwiseSNNL(nn.Module):
 
     def __init__(self, config: SNNLConfig) -> None:
         super().__init__()
-        if config.schedule not in ("fixed", "annealed", "learned"):
-            raise ValueError(f"unknown schedule {config.schedule!r}; use 'fixed', 'annealed' or 'learned'")
-        if config.combine not in ("min", "sum", "mean"):
-            raise ValueError(f"unknown combine {config.combine!r}; use 'min', 'sum' or 'mean'")
-        if not 0 < config.temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {config.temperature}")
+        check_option(config.schedule, "schedule", ("fixed", "annealed", "learned"))
+        check_option(config.combine, "combine", get_args(Combine))
+        check_option(config.distance, "distance", get_args(Distance))
+        check_option(config.reduction, "reduction", ("mean", "mean_all", "sum"))
+        check_temperature(config.temperature)
         if not config.layers:
             raise ValueError("layers is empty: name at least one of the extractor's activations")
         self.config = config
@@ -165,4 +151,4 @@ class LayerwiseSNNL(nn.Module):
         )
         if self.config.combine == "min":
             return losses_L.amin()
-        return losses_L.sum() if self.config.combine == "sum" else losses_L.mean()
+        return losses_L.sum()

@@ -172,7 +172,7 @@ COLLAPSE_SETTINGS: dict[str, dict[str, Settings]] = {
     "digits": {
         "digit_domains": Settings(
             _NARROW,
-            TrainConfig(epochs=8, batch_size=64, learning_rate=1e-2, precision="float64"),
+            TrainConfig(epochs=5, batch_size=64, learning_rate=1e-2, precision="float64"),
             factor=10.0,
             dense_factor=10.0,
             balance=0.1,
@@ -206,7 +206,7 @@ COLLAPSE_ARMS = (
     "snnl-shuffled",
 )  # fmt: skip
 COLLAPSE_SEEDS = tuple(range(201, 241))  # confirmatory: see CONFIRMATORY_SEEDS
-COLLAPSE_SEED_COUNTS = {"digits": 3, "core": 40}
+COLLAPSE_SEED_COUNTS = {"digits": 2, "core": 40}
 COLLAPSE_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 COLLAPSE_BALANCE_WEIGHTS = (0.01, 0.1, 1.0)
 
@@ -226,6 +226,7 @@ class RoutedSettings:
     epoch_tokens: int | None = None
     attack_images: int = 512
     corrupted_images: int = 1024
+    augment: bool = False
     test_tokens: int = 2**18
     learning_rates: tuple[tuple[str, float], ...] = ()  # arms that differ from train.learning_rate
 

@@ -14,7 +14,7 @@ from moe_lib.models.classifier import ClassifierConfig, Mixture
 from moe_lib.models.language import LanguageConfig
 from moe_lib.moe.routing import ACConfig
 from moe_lib.snnl import Combine, SNNLConfig
-from moe_lib.snnl.kernels import Distance, Reduction
+from moe_lib.snnl.dense import Distance, Reduction
 from moe_study.configs.arms import ROUTED_SETTINGS, SETTINGS, RoutedSettings, Settings
 from moe_study.tasks import Objective, RoutedObjective
 from moe_study.train import TrainConfig

@@ -6,6 +6,7 @@ import base64
 import html
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,16 @@ def finished_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
     return grouped
 
 
+def whole_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
+    """`finished_runs`, without the data sets of a confirmatory study that are not whole: nobody is to look at
+    them before they are."""
+    found = finished_runs(profile, study_name)
+    if study_name not in CONFIRMATORY:
+        return found
+    planned = Counter(run.dataset for run in study.runs(profile, study_name))
+    return {dataset: runs for dataset, runs in found.items() if len(runs) == planned[dataset]}
+
+
 def finished_results(profile: str, study_name: str) -> list[dict[str, Any]]:
     """Of every data set of a study."""
     return study.results(study.runs(profile, study_name))
@@ -70,13 +81,8 @@ def find_verdicts(profile: str) -> list[Verdict]:
     studies = [*CONFIRMATORY, *(claim.study for claim in CLAIMS)]
     found = []
     for name in dict.fromkeys(studies):
-        progress = _progress(profile, name)
-        results = [
-            result
-            for result in finished_results(profile, name)
-            if name not in CONFIRMATORY or len(set(progress[result["run"]["dataset"]])) == 1
-        ]
-        found += verdicts.verdicts(results, name)
+        whole = whole_runs(profile, name).values()
+        found += verdicts.verdicts([result for runs in whole for result in study.results(runs)], name)
     return sorted(found, key=lambda verdict: verdict.word == "pilot")
 
 
@@ -115,7 +121,7 @@ def collapse_table(profile: str) -> pd.DataFrame:
 def accuracy_table(profile: str, study_name: str = "snnl") -> pd.DataFrame:
     """Test accuracy (%) of every arm on every data set, mean ± sd over seeds (their number in brackets)."""
     columns = {}
-    for dataset, runs in finished_runs(profile, study_name).items():
+    for dataset, runs in whole_runs(profile, study_name).items():
         frame = tables.frame(study.results(runs), {"accuracy": tables.COLUMNS["accuracy"]})
         columns[DATASET_TITLES[dataset]] = {
             str(arm): f"{tables.spread(group['accuracy'] * 100, 2)} ({len(group)})"
@@ -132,7 +138,7 @@ def published_table(profile: str) -> pd.DataFrame:
     rows = []
     claim = BY_KEY["snnl-accuracy"]
     for name in ("snnl-confirm", "snnl"):
-        for dataset, runs in finished_runs(profile, name).items():
+        for dataset, runs in whole_runs(profile, name).items():
             frame = tables.frame(study.results(runs))
             arms_S = tables.paired(frame, ["base", "snnl"], "accuracy")
             found = tables.contrast(frame, "snnl", "base", "accuracy")
@@ -250,6 +256,11 @@ def as_html(table: pd.DataFrame) -> HTML:
     if table.empty:
         return HTML("<p>None in this profile.</p>")
     return HTML(table.reset_index().to_html(index=False, border=0, justify="left"))
+
+
+def folded(title: str, table: pd.DataFrame) -> HTML:
+    """A table that is shown on a click."""
+    return HTML(f"<details><summary>{html.escape(title)}</summary>{as_html(table).data}</details>")
 
 
 def budget_table(profile: str) -> pd.DataFrame:
@@ -384,19 +395,12 @@ def unfinished(profile: str) -> str:
     """Confirmatory sets that are not whole, and so not shown, as a sentence; "" where there is none."""
     parts = []
     for name in CONFIRMATORY:
-        for dataset, (done, planned) in _progress(profile, name).items():
-            if done < planned:
-                parts.append(f"{name} on {DATASET_TITLES[dataset]} ({done} of {planned} runs)")
+        runs, whole = study.runs(profile, name), whole_runs(profile, name)
+        for dataset in dict.fromkeys(run.dataset for run in runs):
+            own = [run.path.exists() for run in runs if run.dataset == dataset]
+            if dataset not in whole:
+                parts.append(f"{name} on {DATASET_TITLES[dataset]} ({sum(own)} of {len(own)} runs)")
     return f"Declared, but not whole yet and so not shown: {'; '.join(parts)}." if parts else ""
-
-
-def _progress(profile: str, study_name: str) -> dict[str, tuple[int, int]]:
-    """By data set: runs finished and runs planned."""
-    found: dict[str, tuple[int, int]] = {}
-    for run in study.runs(profile, study_name):
-        done, planned = found.get(run.dataset, (0, 0))
-        found[run.dataset] = done + run.path.exists(), planned + 1
-    return found
 
 
 def readme_section() -> str:
@@ -593,7 +597,7 @@ def made_by(sources: str) -> list[str]:
         return []
     profile, name, dataset = found.groups()
     if profile == "planted":
-        return ["python -m moe_study trust"]
+        return [f"python -m moe_study {'rates' if sources.endswith('verdicts.json') else 'trust'}"]
     command = f"python -m moe_study run --profile {profile}"
     command += f" --study {name}" if name else ""
     command += f" --dataset {dataset}" if dataset else ""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import pandas as pd
 
+from moe_study.claims import BY_KEY
 from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
 from moe_study.verdicts import Cause, Verdict, Word
@@ -142,6 +143,33 @@ def cause(one: Cause, verdict: Verdict) -> str:
             "interval includes 0": f"we cannot tell whether it needs {one.cause}",
         }[one.reading]
     return f"{one.contrast} {numbers}, {seeds}: {said}."
+
+
+def rates_table(found: Mapping[str, Any]) -> pd.DataFrame:
+    """How often the rule says each word in simulated studies, in %: of `rates.path()`, data sets averaged."""
+    rows = []
+    for row in found["rates"]:
+        claim = BY_KEY[row["claim"]]
+        effect = "none" if row["effect"] == 0 else f"{row['effect']:g} x"
+        labels = {"claim": claim.wording, "seeds": str(row["seeds"]), "true effect": effect}
+        rows.append(labels | {word: 100 * row["words"][word] for word in _SIMULATED})
+    keys = ["claim", "seeds", "true effect"]
+    if not rows:
+        return pd.DataFrame()
+    return pd.DataFrame(rows).groupby(keys, sort=False).mean().map("{:.1f}".format)
+
+
+_SIMULATED: tuple[Word, ...] = ("supported", "smaller than claimed", "undecided", "contradicted")
+
+
+def false_support(found: Mapping[str, Any]) -> str:
+    """One sentence beside `rates_table`."""
+    parts = [
+        f"{100 * row['as drawn']:.1f} % with {row['seeds']} seeds ({100 * row['symmetric']:.1f} % where each "
+        "seed's sign is drawn too, as the sign-flip test assumes)"
+        for row in found["false_support"]
+    ]
+    return f"Without any effect, at least one unit of a study is supported in {' and '.join(parts)}."
 
 
 def tally(found: Sequence[Verdict]) -> str:

@@ -13,6 +13,7 @@ import torch
 from small_models import SMALL, shaken, tiny_dataset
 from small_models import vision_task as task_of
 
+from moe_lib.models.transformer import TransformerConfig
 from moe_lib.models.vision import VisionConfig, VisionTransformer
 from moe_lib.moe.routing import ACConfig, adaptive_routers
 from moe_lib.snnl import SNNLConfig
@@ -256,3 +257,14 @@ def test_a_layer_that_the_snnl_does_not_find_is_named():
     task = task_of(RoutedObjective(snnl=SNNLConfig()))
     with pytest.raises(ValueError, match=r"'code'.*stem"):
         task.losses(next(task.batches(0)), 0)
+
+
+def test_the_convolutional_stem_makes_one_token_a_patch_and_no_image_sees_another():
+    trunk = TransformerConfig(dim=32, depth=2, num_heads=2, moe_blocks=(1,), num_experts=4)
+    model = VisionTransformer(VisionConfig(trunk, patch=8, stem="conv"), (3, 32, 32), 10)
+    images_NCHW = torch.rand(3, 3, 32, 32)
+    tokens_NTD = model.embed(images_NCHW)
+    assert tokens_NTD.shape == (3, 16, 32)
+    torch.testing.assert_close(model(images_NCHW).log_probs_NC[:1], model(images_NCHW[:1]).log_probs_NC)
+    with pytest.raises(ValueError, match=r"patch must be 2, 4, 8.*got 7"):
+        VisionConfig(trunk, patch=7, stem="conv")

@@ -197,7 +197,7 @@ def test_plan_takes_the_median_of_an_arm_and_for_others_that_of_an_epoch(folders
     snnl = study.runs("digits", "snnl")
     base, raw = ([run for run in snnl if run.arm == arm] for arm in ("base", "raw"))
     for run, seconds in zip(base, (60.0, 240.0, 120.0), strict=False):
-        store.write(run.path, {"wall_seconds": seconds, "peak_memory_mb": 300.0})
+        study.write(run, {"wall_seconds": seconds, "peak_memory_mb": 300.0})
     assert main(["plan", "--profile", "digits", "--study", "snnl", "--workers", "2"]) == 0
     out = capsys.readouterr().out
     table = rows(out)
@@ -247,11 +247,11 @@ def test_done_is_written_when_every_run_has_its_file(folders, capsys):
     assert len(runs) == 2
     done = folders / "a" / "DONE.json"
     command = ["run", "--profile", "digits", "--arm", "raw", "--shard", "1/3", "--done", str(done)]
-    store.write(runs[0].path, {"id": runs[0].id})
+    study.write(runs[0], {})
     assert main([*command, "--time-limit", "0"]) == 0
     assert f"1 of 2 runs have their result under {folders / 'results'}\n" in capsys.readouterr().out
     assert not done.exists()
-    store.write(runs[1].path, {"id": runs[1].id})
+    study.write(runs[1], {})
     assert main(command) == 0
     assert capsys.readouterr().out == f"2 of 2 runs have their result under {folders / 'results'}\n"
     assert store.read(done) == {"runs": [run.id for run in runs]}

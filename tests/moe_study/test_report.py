@@ -588,7 +588,7 @@ def test_tuning_table(folders):
     assert len(tried) == 4
     for run in tried:
         value = run.objective.snnl.factor + run.seed
-        store.write(run.path, {"run": asdict(run), "history": {"best_cross_entropy": value}})
+        study.write(run, {"history": {"best_cross_entropy": value}})
     table = report.tuning_table("core").reset_index()
     assert table["learning rate"].tolist() == [1e-3, 1e-3]
     assert table["weight of the extra loss"].tolist() == [1.0, 10.0]
@@ -607,7 +607,7 @@ def test_tuning_budgets_are_not_mixed(folders):
     assert len({run.train.epochs for run in runs}) == len(runs) == 2
     for run in runs:
         history = {"best_cross_entropy": float(run.train.epochs)}
-        store.write(run.path, {"run": asdict(run), "history": history})
+        study.write(run, {"history": history})
     assert sorted(report.tuning_table("core")["validation cross-entropy"]) == sorted(
         float(run.train.epochs) for run in runs
     )
@@ -618,7 +618,7 @@ def test_tuning_table_has_every_study(folders):
     names = [name for name in study.STUDIES if name.endswith("-tuning")]
     for name in names:
         run = study.runs("core", name)[0]
-        store.write(run.path, {"run": asdict(run), "history": {"best_cross_entropy": 2.0}})
+        study.write(run, {"history": {"best_cross_entropy": 2.0}})
     table = report.tuning_table("core").reset_index()
     assert sorted(table["study"]) == sorted(name.removesuffix("-tuning") for name in names)
     weights = dict(zip(table["study"], table["weight of the extra loss"], strict=True))

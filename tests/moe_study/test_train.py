@@ -1,13 +1,23 @@
 """The loop: schedule, selection, NaN, time limit, and resuming with the same numbers."""
 
 import math
+import os
 import time
 
 import pytest
 import torch
 from torch import nn
 
-from moe_study.train import History, OutOfTime, TrainConfig, TrainingError, fit, set_learning_rate
+from moe_study.train import (
+    History,
+    OutOfTime,
+    TrainConfig,
+    TrainingError,
+    fit,
+    load_checkpoint,
+    save_checkpoint,
+    set_learning_rate,
+)
 
 
 class Line(nn.Module):
@@ -32,7 +42,8 @@ class Line(nn.Module):
         return {"cross_entropy": loss, "total": loss}
 
     def measure(self):
-        return {"cross_entropy": float((self.slope.detach() - 2).square())}
+        loss = float((self.slope.detach() - 2).square())
+        return {"cross_entropy": loss, "accuracy": math.exp(-loss)}
 
 
 CONFIG = TrainConfig(epochs=6, learning_rate=0.25, schedule="constant")
@@ -44,7 +55,7 @@ def test_learns_and_selects_the_epoch_with_the_lowest_validation_loss():
     losses = history.validation["cross_entropy"]
     assert losses[-1] < losses[0]
     assert history.best_epoch == losses.index(min(losses))
-    assert float((best["slope"] - 2).square()) == pytest.approx(min(losses))
+    assert float((best["best_cross_entropy"]["slope"] - 2).square()) == pytest.approx(min(losses))
     assert len(history.train["total"]) == CONFIG.epochs
 
 
@@ -64,7 +75,8 @@ def test_resumed_run_ends_with_the_same_numbers(tmp_path):
     found, found_best = fit(resumed, CONFIG, resumed.measure, label="line", checkpoint=checkpoint)
     assert found.validation == expected.validation
     assert found.train == expected.train
-    assert torch.equal(found_best["slope"], expected_best["slope"])
+    for name in ("best_cross_entropy", "best_accuracy"):
+        assert torch.equal(found_best[name]["slope"], expected_best[name]["slope"])
     assert torch.equal(resumed.slope, whole.slope)
     assert not list(tmp_path.glob("*.part"))
 
@@ -78,7 +90,136 @@ def test_not_a_number_names_run_epoch_and_batch():
 def test_validation_that_is_not_finite_stops_the_run():
     task = Line()
     with pytest.raises(TrainingError, match="validation"):
-        fit(task, CONFIG, lambda: {"cross_entropy": math.nan}, label="line")
+        fit(task, CONFIG, lambda: {"cross_entropy": math.nan, "accuracy": 0.5}, label="line")
+
+
+def test_validation_accuracy_that_is_not_finite_stops_the_run():
+    task = Line()
+    with pytest.raises(TrainingError, match="line, epoch 0: validation accuracy is not finite"):
+        fit(task, CONFIG, lambda: {"cross_entropy": 1.0, "accuracy": math.nan}, label="line")
+
+
+@pytest.mark.parametrize("error", [ValueError("features must be finite"), OverflowError("too large")])
+def test_a_measure_that_raises_names_the_run(error):
+    def measure():
+        raise error
+
+    with pytest.raises(TrainingError, match=f"snnl seed 7, epoch 0, validation: {error}"):
+        fit(Line(), CONFIG, measure, label="snnl seed 7")
+
+
+class Broken(Line):
+    """A finite loss whose gradient is NaN, in one batch."""
+
+    def __init__(self, at: tuple[int, int]) -> None:
+        super().__init__()
+        self.at, self.step = at, 0
+
+    def batches(self, epoch):
+        for self.step, batch in enumerate(super().batches(epoch)):
+            yield batch
+
+    def losses(self, x, epoch):
+        losses = super().losses(x, epoch)
+        if (epoch, self.step) == self.at:  # the root of 0 has an infinite slope
+            losses["total"] = losses["total"] + ((self.slope - self.slope.detach()) * 0).abs().sqrt().sum()
+        return losses
+
+
+def test_weights_that_turn_nan_in_the_last_batch_name_the_epoch():
+    """Before any measure meets them; in an earlier batch, the next loss tells."""
+    task, measured = Broken((2, 3)), []
+
+    def measure():
+        measured.append(float(task.slope))
+        return task.measure()
+
+    with pytest.raises(TrainingError, match="snnl seed 7, epoch 2: the weights are not finite after"):
+        fit(task, CONFIG, measure, label="snnl seed 7")
+    assert len(measured) == 2
+    assert all(map(math.isfinite, measured))
+    with pytest.raises(TrainingError, match="snnl seed 7, epoch 2, batch 2: the loss is not finite"):
+        fit(task := Broken((2, 1)), CONFIG, task.measure, label="snnl seed 7")
+
+
+def halfway(path, run_id="0123456789"):
+    """A checkpoint after three of six epochs."""
+    task = Line()
+
+    def stop(epoch: int, history: History) -> None:
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(task, CONFIG, task.measure, label="line", checkpoint=path, run_id=run_id, on_epoch=stop)
+
+
+def test_a_damaged_optimiser_ends_in_an_error_of_the_run(tmp_path):
+    """A checkpoint whose moments are NaN, whatever made them so."""
+    path = tmp_path / "checkpoint.pt"
+    halfway(path)
+    state = load_checkpoint(path, "0123456789")
+    state["optimizer"]["state"][0]["exp_avg"].fill_(math.nan)
+    save_checkpoint(state, path, "0123456789")
+    task = Line()
+    with pytest.raises(TrainingError, match="line, epoch 3, batch 1: the loss is not finite"):
+        fit(task, CONFIG, task.measure, label="line", checkpoint=path, run_id="0123456789")
+
+
+def edited(**changes):
+    def damage(path):
+        save_checkpoint(load_checkpoint(path, "0123456789") | changes, path, "0123456789")
+
+    return damage
+
+
+def flip(position):
+    def damage(path):
+        content = bytearray(path.read_bytes())
+        content[int(position * len(content))] ^= 1
+        path.write_bytes(content)
+
+    return damage
+
+
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "text": lambda path: path.write_text("torn"),
+    "another seed's": lambda path: (path.unlink(), halfway(path, "9876543210")),
+    "without a header": lambda path: path.write_bytes(path.read_bytes().partition(b"\n")[2]),
+    "late epoch": edited(epoch=99),
+    "early epoch": edited(epoch=1),
+    "no history": edited(history={}),
+    "other weights": edited(task={"slope": torch.zeros(2)}),
+    "no optimiser": edited(optimizer={}),
+    "folder": as_folder,
+    "link to itself": lambda path: (path.unlink(), path.symlink_to(path)),
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    **{f"bit flipped at {at}": flip(at) for at in (0.0, 0.02, 0.3, 0.5, 0.7, 0.9, 0.999)},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_an_invalid_checkpoint_is_set_aside_and_the_run_starts_anew(damage, tmp_path):
+    whole = Line()
+    expected, expected_best = fit(whole, CONFIG, whole.measure, label="line")
+    path = tmp_path / "checkpoint.pt"
+    halfway(path)
+    DAMAGE[damage](path)
+    task = Line()
+    with pytest.warns(UserWarning, match="line: the checkpoint is not valid .*starts anew") as warned:
+        found, best = fit(task, CONFIG, task.measure, label="line", checkpoint=path, run_id="0123456789")
+    assert "weights_only" not in str(warned[0].message)
+    assert os.path.lexists(tmp_path / "checkpoint.invalid")
+    assert vars(found) | {"seconds": 0} == vars(expected) | {"seconds": 0}
+    assert torch.equal(best["best_accuracy"]["slope"], expected_best["best_accuracy"]["slope"])
+    assert load_checkpoint(path, "0123456789")["epoch"] == 6
 
 
 def test_time_limit_keeps_the_checkpoint(tmp_path):

@@ -64,6 +64,29 @@ def snnl(features_ND, labels_N, temperature, distance="cosine", reduction="mean"
     return total / max(anchors_with_positive, 1)
 
 
+def snnl_slope(features_ND, labels_N, temperature, distance="cosine"):
+    """d/dT of the summed loss: of each anchor, (mean distance to everyone - to its positives) / T^2, the
+    means weighted by exp(-distance / T)."""
+    features_ND, labels_N = array(features_ND), array(labels_N)
+    slopes = []
+    for i in range(len(labels_N)):
+        pairs = [
+            (distance_of(features_ND[i], features_ND[j], distance), labels_N[i] == labels_N[j])
+            for j in range(len(labels_N))
+            if j != i
+        ]
+        means = []
+        for wanted in (lambda same: same, lambda same: True):
+            distances = [d for d, same in pairs if wanted(same)]
+            least = min(distances, default=0.0)
+            masses = [math.exp((least - d) / temperature) for d in distances]
+            weighted = math.fsum(d * mass for d, mass in zip(distances, masses, strict=True))
+            means.append(weighted / math.fsum(masses) if masses else None)
+        if means[0] is not None:
+            slopes.append((means[1] - means[0]) / temperature / temperature)
+    return math.fsum(slopes)
+
+
 def snnl_with_eps(features_ND, labels_N, temperature, eps=1e-5):
     """The form of the authors' public code (cosine, mean over all): caps at -log(eps), or turns NaN.
 

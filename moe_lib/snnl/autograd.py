@@ -1,0 +1,200 @@
+"""The soft nearest neighbor loss as an operator of torch: which kernel runs, in which type, and its gradient.
+
+Shapes: L layers, N samples (anchors), D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lib.products import differentiable_gradient, product, traced
+from moe_lib.snnl.dense import (
+    RANGES,
+    Distance,
+    Gradient,
+    Options,
+    Parts,
+    Reduction,
+    Route,
+    centred,
+    dense,
+    direct,
+    plain,
+)
+from moe_lib.snnl.streaming import by_tiles
+
+DENSE_UP_TO, PANELS_UP_TO = 512, 1536  # samples, on a CPU; measured
+DENSE_UP_TO_GPU = 2048
+
+
+def losses(
+    layers: Sequence[Tensor],
+    labels_N: Tensor,
+    temperature: float | Tensor,
+    distance: Distance,
+    reduction: Reduction,
+    route: Route,
+) -> Tensor:
+    """[L] losses of L layers [N, D_l] of one type (float32 or float64) and device; [L, N] for "none"."""
+    if not len(labels_N):  # connected to the features, as a sum over nothing is
+        return torch.stack([x_ND.sum(1) if reduction == "none" else x_ND.sum() for x_ND in layers])
+    if traced():
+        return _plain_losses(distance, reduction, temperature, labels_N, *layers)
+    if route == "auto":
+        route = choose(len(labels_N), labels_N.device.type)
+    learned = isinstance(temperature, Tensor) and temperature.requires_grad
+    options = Options(distance, reduction, route, torch.is_grad_enabled(), learned)
+    return _SNNL.apply(options, temperature, labels_N, *layers)
+
+
+def choose(num_samples: int, device: str) -> Route:
+    if num_samples <= (DENSE_UP_TO if device == "cpu" else DENSE_UP_TO_GPU):
+        return "dense"
+    return "panels" if device == "cpu" and num_samples <= PANELS_UP_TO else "streaming"
+
+
+def _plain_losses(
+    distance: Distance,
+    reduction: Reduction,
+    temperature: float | Tensor,
+    labels_N: Tensor,
+    *layers: Tensor,
+) -> Tensor:
+    with _without_autocast(labels_N.device.type):
+        return torch.stack([plain(x_ND, labels_N, temperature, distance, reduction) for x_ND in layers])
+
+
+class _SNNL(torch.autograd.Function):
+    """Forms the gradient in the forward pass; for "none" in the backward pass, which knows the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, options: Options, temperature: float | Tensor, labels_N: Tensor, *layers: Tensor
+    ) -> Tensor:
+        later = options.reduction == "none"
+        wanted = options.wanted and any(ctx.needs_input_grad)
+        parts = _compute(
+            options._replace(wanted=wanted and not later), layers, labels_N, temperature, weight_LN=None
+        )
+        if wanted:
+            is_tensor = isinstance(temperature, Tensor)
+            ctx.options, ctx.temperature = options, None if is_tensor else temperature
+            flat = [] if later else [tensor for gradient in parts.gradients for tensor in gradient]
+            ctx.save_for_backward(temperature if is_tensor else None, labels_N, parts.slope_L, *layers, *flat)
+        return parts.loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        number, options = len(ctx.needs_input_grad) - 3, ctx.options
+        temperature, labels_N, slope_L, *rest = ctx.saved_tensors
+        temperature = ctx.temperature if temperature is None else temperature
+        layers, flat = rest[:number], rest[number:]
+        if torch.is_grad_enabled():  # a second derivative is asked for
+            inputs = (options.distance, options.reduction, temperature, labels_N, *layers)
+            found = differentiable_gradient(_plain_losses, inputs, grads[0])
+            return None, *found[2:]
+        scale_L = grads[0]
+        gradients = [Gradient(*pair) for pair in zip(flat[::2], flat[1::2], strict=True)]
+        if options.reduction == "none":
+            largest = grads[0].abs().amax()
+            largest = largest.where(largest > 0, 1)
+            # The anchors' weights are at most 1, so that none leaves the range of the type.
+            parts = _compute(options, layers, labels_N, temperature, weight_LN=grads[0] / largest)
+            slope_L, gradients = parts.slope_L, parts.gradients
+            scale_L = largest.expand(number)
+        # On the CPU it costs nothing to look: a layer that "min" leaves out needs no product.
+        scales = scale_L.tolist() if scale_L.device.type == "cpu" else list(scale_L)
+        with _without_autocast(scale_L.device.type):
+            out = [
+                _times(gradient, scale).to(x_ND.dtype) if wanted else None
+                for gradient, scale, x_ND, wanted in zip(
+                    gradients, scales, layers, ctx.needs_input_grad[3:], strict=True
+                )
+            ]
+        slope = None if slope_L is None else (scale_L * slope_L).sum().to(temperature)
+        return (None, slope, None, *out)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Products stay in the type of the features."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _times(gradient: Gradient, scale: float | Tensor) -> Tensor:
+    coefficient_NN, x_ND = gradient
+    if isinstance(scale, float) and scale == 0:
+        return torch.zeros_like(x_ND)
+    if coefficient_NN is None:
+        return x_ND * scale
+    product_ND = product(coefficient_NN, x_ND)
+    return product_ND if isinstance(scale, float) and scale == 1 else product_ND.mul_(scale)
+
+
+def _compute(
+    options: Options,
+    layers: Sequence[Tensor],
+    labels_N: Tensor,
+    temperature: float | Tensor,
+    weight_LN: Tensor | None,
+) -> Parts:
+    """`weight_LN`: the anchors' weights in the total; None: the reduction's."""
+    if isinstance(temperature, Tensor):  # a GPU's stays there: nothing waits for it under "dense"
+        on_gpu = temperature.device.type != "cpu"
+        temperature = temperature.detach().to(layers[0].dtype) if on_gpu else temperature.item()
+    dtype = layers[0].dtype
+    with _without_autocast(labels_N.device.type):
+        # The derivative by the temperature is a small difference of large sums: it needs the digits.
+        spread = _spread(options, layers, temperature)
+        if dtype != torch.float64 and (options.learned or not spread <= RANGES[dtype].precise):
+            layers = [x_ND.double() for x_ND in layers]
+            weight_LN = None if weight_LN is None else weight_LN.double()
+            spread = _spread(options, layers, temperature)
+        if not spread <= RANGES[layers[0].dtype].precise:
+            kernel = direct
+        elif options.route == "dense":
+            return _in_type(dtype, dense(options, layers, labels_N, temperature, weight_LN))
+        else:
+            kernel = by_tiles
+        weights = [None] * len(layers) if weight_LN is None else list(weight_LN)
+        parts = [
+            kernel(options, x_ND, labels_N, float(temperature), weight_N)
+            for x_ND, weight_N in zip(layers, weights, strict=True)
+        ]
+    slopes = [part.slope_L for part in parts if part.slope_L is not None]
+    joined = Parts(
+        torch.cat([part.loss for part in parts]),
+        [gradient for part in parts for gradient in part.gradients],
+        torch.cat(slopes) if slopes else None,
+    )
+    return _in_type(dtype, joined)
+
+
+def _spread(options: Options, layers: Sequence[Tensor], temperature: float | Tensor) -> float:
+    """A bound on scores in units of log 2: their rounding error is this times the type's.
+
+    0 where a GPU would have to be waited for.
+    """
+    if isinstance(temperature, Tensor) or (options.route == "dense" and layers[0].device.type != "cpu"):
+        return 0.0
+    base2 = math.log2(math.e) / temperature
+    if options.distance == "cosine":
+        return base2
+    largest = [torch.linalg.vector_norm(centred(x_ND), dim=1).max().item() for x_ND in layers]
+    return 4 * max(largest) ** 2 * base2
+
+
+def _in_type(dtype: torch.dtype, parts: Parts) -> Parts:
+    """The loss in the features' type; gradients stay in the type that they were formed in."""
+    loss = parts.loss.to(dtype)
+    if loss.dtype != parts.loss.dtype and loss.device.type == "cpu" and not loss.isfinite().all():
+        raise ValueError(
+            f"features are too large for the temperature: the loss leaves the range of {dtype}; "
+            "scale the features down, raise the temperature or use distance='cosine'"
+        )
+    return parts._replace(loss=loss)

@@ -1,0 +1,333 @@
+"""Every family of blocks against counts by plain hooks; both major versions of transformers.
+
+Shapes: N tokens, K slots, D width, E experts.
+"""
+
+import importlib.util
+import math
+
+import pytest
+import tiny_moes
+import torch
+from torch import nn
+
+from moe_lib.inspect import Adapter, Dispatch, inspect_moe, rows
+from moe_lib.moe.experts import MoE
+from moe_lib.moe.routing import AdaptiveClusteringRouter
+
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed: .[test-hf]"
+)
+quiet = pytest.mark.filterwarnings("ignore")  # of transformers, about its own affairs
+
+
+@quiet
+@needs_transformers
+@pytest.mark.parametrize("family", [*tiny_moes.FAMILIES, *tiny_moes.OTHERS])
+def test_counts_are_those_of_plain_hooks(family):
+    model = tiny_moes.causal_lm(family)
+    if model is None:
+        pytest.skip(f"the installed transformers has no {family}")
+    data = tiny_moes.batches(family)
+    counts, stop = tiny_moes.count_choices(model)
+    clean = []
+    with torch.no_grad():
+        clean = [model(**batch).logits for batch in data]
+    stop()
+    panel = inspect_moe(model, data, max_batches=len(data))
+    with torch.no_grad():
+        for batch, logits in zip(data, clean, strict=True):
+            torch.testing.assert_close(model(**batch).logits, logits, rtol=0, atol=0)
+    assert len(panel) == len(counts) > 0
+    for layer, (name, count_E) in zip(panel.layers, counts.items(), strict=True):
+        assert layer.name.startswith(name)
+        assert layer.state.count_E.tolist() == count_E.tolist()
+        share_E = (count_E / count_E.sum()).double()
+        assert layer.load_E == pytest.approx(share_E.tolist())
+        assert layer["largest load"] == pytest.approx(float(share_E.max()))
+        assert layer["never chosen"] == int((count_E == 0).sum())
+        entropy = -sum(p * math.log(p) for p in share_E.tolist() if p)
+        assert layer["effective experts"] == pytest.approx(math.exp(entropy))
+        assert layer["mixture error"] < 1e-5, layer.explanation
+
+
+@quiet
+@needs_transformers
+def test_nllb_in_transformers_5_runs_two_experts_only():
+    import transformers
+
+    panel = inspect_moe(tiny_moes.causal_lm("NllbMoe"), tiny_moes.batches("NllbMoe"))
+    dead = {layer["never chosen"] for layer in panel.layers}
+    if transformers.__version__.startswith("5"):
+        assert dead == {2}
+        assert any(alarm.kind == "dead" for alarm in panel.alarms)
+
+
+@quiet
+@needs_transformers
+def test_capacity_drops_tokens():
+    model = tiny_moes.causal_lm("SwitchTransformers")
+    data = tiny_moes.batches("SwitchTransformers")
+    panel = inspect_moe(model, data)
+    for layer in panel.layers:
+        read = sum(b["decoder_input_ids" if "decoder" in layer.name else "input_ids"].numel() for b in data)
+        served = int(layer.state.count_E.sum())
+        assert layer.num_tokens == read
+        assert layer["dropped"] == pytest.approx(1 - served / read)
+        assert layer["dropped"] > 0.1
+
+
+@quiet
+@needs_transformers
+@pytest.mark.parametrize("balanced", [False, True])
+def test_selection_bias_is_seen(balanced):
+    """Sigmoid scores with a selection bias: what the scores say is not what is dispatched."""
+    model = tiny_moes.causal_lm("DeepseekV3", n_group=1, topk_group=1)
+    for name, buffer in [*model.named_buffers(), *model.named_parameters()]:
+        if name.endswith("e_score_correction_bias"):
+            buffer.data[:2] += -0.6 if balanced else 0.6
+    counts, stop = tiny_moes.count_choices(model)
+    with torch.no_grad():
+        model(input_ids=tiny_moes.ids())
+    stop()
+    panel = inspect_moe(model, [{"input_ids": tiny_moes.ids()}])
+    for layer, count_E in zip(panel.layers, counts.values(), strict=True):
+        assert layer.state.count_E.tolist() == count_E.tolist()
+        if layer.measures["follows scores"].value == layer.measures["follows scores"].value:  # not NaN
+            assert layer["follows scores"] < 0.99
+
+
+# ------------------------------------------------------------------------- without transformers
+
+
+def tokens(n=60, seed=0):
+    return torch.randn(n, 16, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_our_own_mixture(top_k, adaptive):
+    torch.manual_seed(0)
+    router = AdaptiveClusteringRouter(16, 4) if adaptive else None
+    moe = MoE(16, 4, 8, top_k=top_k, router=router)
+    panel = inspect_moe(moe, [tokens()])
+    routing = moe.route(tokens())
+    first_E = routing.first_choices().bincount(minlength=4)
+    assert panel[0].state.first_E.tolist() == first_E.tolist()
+    torch.testing.assert_close(
+        torch.tensor(panel[0].weight_E), routing.dense_weights().mean(0).detach(), rtol=1e-5, atol=1e-6
+    )
+    assert panel[0]["mixture error"] < 1e-5
+    if top_k:
+        assert panel[0].state.count_E.tolist() == routing.indices_NK.flatten().bincount(minlength=4).tolist()
+
+
+class Handwritten(nn.Module):
+    """A gate by F.linear, sigmoid scores that are not normalised, a norm inside, a residual connection."""
+
+    def __init__(self, container=nn.ModuleList, top_k=2):
+        super().__init__()
+        self.top_k = top_k
+        self.norm = nn.LayerNorm(16)
+        self.centres = nn.Parameter(torch.randn(4, 16))
+        nets = [nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 16)) for _ in range(4)]
+        self.nets = container({str(i): n for i, n in enumerate(nets)} if container is nn.ModuleDict else nets)
+
+    def choose(self, x_ND):
+        return nn.functional.linear(self.norm(x_ND), self.centres).sigmoid().topk(self.top_k, 1)
+
+    def forward(self, x_ND):
+        weight_NK, index_NK = self.choose(x_ND)
+        h_ND, out_ND = self.norm(x_ND), x_ND.clone()
+        for e, net in enumerate(self.nets.children()):
+            row, slot = torch.where(index_NK == e)
+            if len(row):
+                out_ND = out_ND.index_add(0, row, net(h_ND[row]) * weight_NK[row, slot, None])
+        return out_ND
+
+
+@pytest.mark.parametrize("container", [nn.ModuleList, nn.ModuleDict])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_list_under_any_name_behind_any_gate(container, top_k):
+    torch.manual_seed(0)
+    block = Handwritten(container, top_k)
+    model = nn.Sequential(nn.Linear(16, 16), block, nn.Linear(16, 3))
+    panel = inspect_moe(model, [tokens(), tokens(seed=1)])
+    read_ND = torch.cat([model[0](tokens()), model[0](tokens(seed=1))])
+    weight_NK, index_NK = block.choose(read_ND)
+    (layer,) = panel.layers
+    assert layer.name == "1"
+    assert layer.state.count_E.tolist() == index_NK.flatten().bincount(minlength=4).tolist()
+    dense_NE = torch.zeros(len(read_ND), 4).scatter(1, index_NK, weight_NK)
+    share_E = (dense_NE / dense_NE.sum(1, keepdim=True)).mean(0)
+    torch.testing.assert_close(torch.tensor(layer.weight_E), share_E.detach(), rtol=1e-5, atol=1e-6)
+    assert "residual" in layer.explanation
+    assert layer["mixture error"] < 1e-5
+
+
+class Dense(nn.Module):
+    """Every expert answers every token of [B, T, D]; the gate weighs them."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(16, 3)
+        self.branches = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x_BTD):
+        gate_BTE = self.gate(x_BTD).softmax(-1)
+        return torch.einsum("bte,btde->btd", gate_BTE, torch.stack([f(x_BTD) for f in self.branches], -1))
+
+
+def test_a_soft_mixture():
+    torch.manual_seed(0)
+    model = Dense()
+    x_BTD = torch.randn(5, 7, 16)
+    panel = inspect_moe(model, [x_BTD])
+    gate_NE = model.gate(x_BTD).detach().softmax(-1).flatten(0, 1).double()
+    assert panel[0].weight_E == pytest.approx(gate_NE.mean(0).tolist(), rel=1e-5)
+    entropy = float(torch.special.entr(gate_NE).sum(1).mean())
+    assert panel[0]["H(E|x)"] == pytest.approx(entropy, rel=1e-5)
+    assert panel[0]["mixture error"] < 1e-5
+
+
+class Stack(nn.Module):
+    def __init__(self, words="layers"):
+        super().__init__()
+        setattr(self, words, nn.ModuleList(nn.Linear(16, 16) for _ in range(3)))
+        self.words = words
+
+    def forward(self, x):
+        for layer in getattr(self, self.words):
+            x = layer(x).relu()
+        return x
+
+
+class Ensemble(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.members = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        return sum(member(x) for member in self.members) / 3
+
+
+@pytest.mark.parametrize("model", [Stack(), Ensemble(), nn.Linear(16, 16)])
+def test_what_is_no_mixture_is_not_taken_for_one(model):
+    with pytest.raises(ValueError, match="no mixture-of-experts block was recognised"):
+        inspect_moe(model, [tokens()])
+
+
+def test_what_looks_like_a_mixture_and_is_not_read_is_named():
+    class OddMoE(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 16, 16))
+
+        def forward(self, x):
+            return torch.einsum("nd,edo,e->no", x, self.w, torch.ones(3))
+
+    panel = inspect_moe(nn.Sequential(Handwritten(), OddMoE(), Stack("experts")), [tokens()])
+    assert len(panel) == 1
+    assert any("1 (OddMoE)" in entry and "Adapter" in entry for entry in panel.unread)
+    assert any("one after the other" in entry for entry in panel.unread)
+
+
+class TenLines(Adapter):
+    classes = ("FusedMoE",)
+    watch = ("pick",)
+
+    def dispatch(self, call):
+        weight_NK, index_NK = call.seen["pick"]
+        return Dispatch(rows(call.tokens), index_NK, weight_NK, rows(call.output))
+
+    def answer(self, e, tokens_MD):
+        return tokens_MD @ self.block.stacked[e]
+
+
+class Pick(nn.Linear):
+    def forward(self, x_ND):
+        return super().forward(x_ND).softmax(1).topk(2, 1)
+
+
+class FusedMoE(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pick = Pick(16, 4)
+        self.stacked = nn.Parameter(torch.randn(4, 16, 16))
+
+    def forward(self, x_ND):
+        weight_NK, index_NK = self.pick(x_ND)
+        return torch.einsum("nd,nkdo,nk->no", x_ND, self.stacked[index_NK], weight_NK)
+
+
+def test_an_adapter_of_ones_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(FusedMoE())
+    with pytest.raises(ValueError, match=r"0 \(FusedMoE\).*Adapter"):
+        inspect_moe(model, [tokens()])
+    panel = inspect_moe(model, [tokens()], adapters=[TenLines])
+    _, index_NK = model[0].pick(tokens())
+    assert panel[0].state.count_E.tolist() == index_NK.flatten().bincount(minlength=4).tolist()
+    assert panel[0]["mixture error"] < 1e-5
+
+
+class TitanRouter(nn.Linear):
+    def forward(self, x_ND, bias=None):
+        top, index = super().forward(x_ND).sigmoid().topk(2, 1)
+        return top, index, index.flatten().bincount(minlength=4)
+
+
+class TitanExperts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name, shape in (("w1", (4, 8, 16)), ("w2", (4, 16, 8)), ("w3", (4, 8, 16))):
+            setattr(self, name, nn.Parameter(torch.randn(shape) / 4))
+
+
+class TitanMoE(nn.Module):
+    """Experts stacked as in torchtitan: w1, w2, w3."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = TitanRouter(16, 4), TitanExperts()
+
+    def forward(self, x_BTD):
+        x_ND = x_BTD.flatten(0, 1)
+        top_NK, index_NK, _ = self.router(x_ND)
+        w1, w2, w3 = (getattr(self.experts, name)[index_NK] for name in ("w1", "w2", "w3"))
+        hidden = torch.einsum("nd,nkhd->nkh", x_ND, w1)
+        hidden = nn.functional.silu(hidden) * torch.einsum("nd,nkhd->nkh", x_ND, w3)
+        return torch.einsum("nkh,nkdh,nk->nd", hidden, w2, top_NK).view(x_BTD.shape)
+
+
+def test_experts_stacked_as_in_torchtitan():
+    torch.manual_seed(0)
+    model = TitanMoE()
+    panel = inspect_moe(model, [torch.randn(3, 5, 16)])
+    assert panel[0]["mixture error"] < 1e-5
+    assert panel[0].state.slots == 30
+
+
+@quiet
+@pytest.mark.parametrize("package", ["mixture_of_experts", "st_moe_pytorch", "soft_moe_pytorch"])
+def test_packages_of_pypi(package):
+    module = pytest.importorskip(package, reason=f"{package} is not installed")
+    torch.manual_seed(0)
+    if package == "soft_moe_pytorch":
+        model, x_BTD = module.SoftMoE(16, num_experts=4, seq_len=8), torch.randn(3, 8, 16)
+    else:
+        model, x_BTD = module.MoE(16, num_experts=4), torch.randn(3, 32, 16)
+    seen = []
+    if package != "soft_moe_pytorch":
+        model.gate.register_forward_hook(lambda m, a, output: seen.append(output[1]))
+    panel = inspect_moe(nn.Sequential(model), [x_BTD])
+    (layer,) = panel.layers
+    if package == "soft_moe_pytorch":
+        logits = torch.einsum("bnd,esd->bnes", model.norm(x_BTD), model.slot_norm(model.slot_embeds))
+        weight_E = logits.flatten(2).softmax(-1).view(logits.shape).sum(3).mean((0, 1))
+        torch.testing.assert_close(torch.tensor(layer.weight_E), weight_E.detach(), rtol=1e-5, atol=1e-6)
+    else:
+        combine_BTEC = seen[-1]
+        count_E = (combine_BTEC.sum(-1) > 0).flatten(0, 1).sum(0)
+        assert layer.state.count_E.tolist() == count_E.tolist()
+        assert layer["mixture error"] < 1e-5

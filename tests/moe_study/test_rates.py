@@ -1,0 +1,126 @@
+"""The rule on simulated studies whose truth is known, drawn from the committed runs.
+
+Shapes: R simulated studies, S seeds, U units, P endpoints.
+"""
+
+import numpy as np
+import pytest
+
+from moe_study import rates, stats, store, study, verdicts
+from moe_study.claims import BY_KEY
+from moe_study.data import ROOT
+from moe_study.report import verdicts as words
+
+REPEATS = 1000
+ERROR = 3 * (0.05 * 0.95 / REPEATS) ** 0.5  # of a rate of 5 %
+
+
+@pytest.fixture(scope="module")
+def known():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MOE_RESULTS_DIR", raising=False)
+        return rates.residuals(study.results(study.runs("core", "snnl")))
+
+
+def share(found_RU, word):
+    return (found_RU == rates.WORDS.index(word)).mean(0)
+
+
+def test_residuals_are_the_real_differences_about_their_mean(known):
+    assert {dataset for _, dataset in known.units} == {"fashion_mnist", "cifar10", "cifar100"}
+    np.testing.assert_allclose(known.values_SUP[:, :, 0].mean(0), 0, atol=1e-12)
+    results = study.results(study.runs("core", "snnl", "cifar10"))
+    u = known.units.index(("snnl-accuracy", "cifar10"))
+    for p, name in enumerate(("last_epoch", "best_accuracy", "best_cross_entropy")):
+        own = verdicts.pairs(results, BY_KEY["snnl-accuracy"].measure, "snnl", "base", name)
+        if len(own[0]):  # drawn with replacement: their variance is that of a sample
+            assert known.values_SUP[:, u, p].std() == pytest.approx(np.subtract(*own).std(ddof=1))
+        else:
+            assert np.isnan(known.values_SUP[:, u, p]).all()
+
+
+def test_words_are_those_of_the_rule_study_by_study():
+    """Three units at two endpoints, some of them sure, some not, some without the second endpoint."""
+    draw = np.random.default_rng(0)
+    margins_U = np.array([1.0, 0.5, 1.5])
+    seen = set()
+    for seeds in (9, 12):
+        signed_RSUP = draw.normal(0, 1, (60, seeds, 3, 2)) + draw.normal(0, 1, (60, 1, 3, 2))
+        signed_RSUP[:, :, 2, 1] = np.nan
+        found_RU = rates.words(signed_RSUP, margins_U)
+        for signed_SUP, found_U in zip(signed_RSUP, found_RU, strict=True):
+            p = [
+                stats.sign_flip_p(signed_SUP[:, u, 0]) if signed_SUP[:, u, 0].mean() > 0 else 1.0
+                for u in range(3)
+            ]
+            for u, p_holm in enumerate(stats.holm(p)):
+                elsewhere = stats.t_interval(signed_SUP[:, u, 1], 0.9)[1] < 0
+                word = verdicts.decide(signed_SUP[:, u, 0], margins_U[u], p_holm, elsewhere)
+                assert rates.WORDS[found_U[u]] == word
+                seen.add(word)
+    assert seen == {"supported", "contradicted", "smaller than claimed", "undecided"}
+
+
+@pytest.mark.parametrize("seeds", [2, 7, 10])
+def test_sign_flips_of_many_studies_are_those_of_one(seeds):
+    differences_RS = np.random.default_rng(seeds).normal(0.2, 1, (30, seeds)).round(1)
+    differences_RS[0] = 0
+    expected = [stats.sign_flip_p(row) for row in differences_RS]
+    assert rates.sign_flip_p(differences_RS).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seeds", rates.SEED_COUNTS)
+def test_without_an_effect_little_is_supported(seeds, known):
+    """Each unit, as the residuals were; any unit of a study, where they are as the test assumes."""
+    assert share(rates.simulate(known, 0.0, seeds, REPEATS), "supported").max() <= 0.05 + ERROR
+    found_RU = rates.simulate(known, 0.0, seeds, REPEATS, symmetric=True)
+    assert (found_RU == rates.WORDS.index("supported")).any(1).mean() <= 0.05 + ERROR
+    assert share(found_RU, "contradicted").max() <= 0.05 + ERROR
+
+
+def test_an_effect_of_the_margin_is_rarely_called_smaller(known):
+    found_RU = rates.simulate(known, 1.0, 20, REPEATS, symmetric=True)
+    small = share(found_RU, "smaller than claimed") + share(found_RU, "contradicted")
+    assert small.max() <= 0.05 + ERROR
+
+
+def test_power_grows_with_effect_and_seeds(known):
+    supported = {
+        (seeds, effect): share(rates.simulate(known, effect, seeds, 200), "supported").mean()
+        for seeds in rates.SEED_COUNTS
+        for effect in rates.EFFECTS
+    }
+    for seeds in rates.SEED_COUNTS:
+        by_effect = [supported[seeds, effect] for effect in rates.EFFECTS]
+        assert by_effect == sorted(by_effect)
+    assert all(supported[20, effect] > supported[10, effect] for effect in (0.5, 1.0, 2.0))
+
+
+def test_simulated_studies_need_two_seeds():
+    with pytest.raises(ValueError, match="results of two seeds with every unit, found 0"):
+        rates.residuals([])
+
+
+def test_what_is_written_and_shown(known, folders, monkeypatch):
+    monkeypatch.setattr(rates, "STUDIES", 20)
+    monkeypatch.setattr(rates, "residuals", lambda results: known)
+    rates.write()
+    found = store.read(rates.path())
+    assert len(found["rates"]) == len(known.units) * len(rates.EFFECTS) * len(rates.SEED_COUNTS)
+    assert all(sum(row["words"].values()) == pytest.approx(1) for row in found["rates"])
+    table = words.rates_table(found)
+    assert len(table) == len(rates.CLAIMS) * len(rates.EFFECTS) * len(rates.SEED_COUNTS)
+    row = table.loc[("more accurate", "20", "2 x")]
+    own = [r["words"]["supported"] for r in found["rates"]
+           if (r["claim"], r["seeds"], r["effect"]) == ("snnl-accuracy", 20, 2.0)]  # fmt: skip
+    assert row["supported"] == f"{100 * np.mean(own):.1f}"
+    assert "at least one unit of a study is supported in" in words.false_support(found)
+    assert words.rates_table({"rates": []}).empty
+
+
+@pytest.mark.slow
+def test_committed_rates_are_what_the_command_writes(known):
+    path = ROOT / "results" / "planted" / "verdicts.json"
+    committed = store.read(path)
+    assert store.compact(rates.rates(known, committed["studies"])) == committed["rates"]
+    assert store.compact(rates.false_support(known, committed["studies"])) == committed["false_support"]

@@ -1,0 +1,161 @@
+"""Tiny models of every family that the inspector reads, and independent counts of what their experts did.
+
+Counts come from plain hooks: rows that each expert module was given, or the indices that a router returned.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+V, D, B, T = 64, 32, 3, 10
+
+
+def ids(seed: int = 0, batch: int = B, length: int = T) -> Tensor:
+    return torch.randint(0, V, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+COMMON = {
+    "vocab_size": V, "hidden_size": D, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+TOP2 = {"num_experts_per_tok": 2}
+DEEPSEEK = {
+    "n_routed_experts": 8, "moe_intermediate_size": 16, "n_shared_experts": 1, "first_k_dense_replace": 0,
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    **TOP2,
+}  # fmt: skip
+FAMILIES: dict[str, dict] = {
+    "Mixtral": {"num_local_experts": 4, **TOP2},
+    "Qwen2Moe": {
+        "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, **TOP2,
+    },
+    "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 16, **TOP2},
+    "Olmoe": {"num_experts": 4, **TOP2},
+    "DeepseekV2": {**DEEPSEEK, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
+    "DeepseekV3": {**DEEPSEEK, "n_group": 2, "topk_group": 1},
+    "Glm4Moe": {
+        "n_routed_experts": 8, "moe_intermediate_size": 16, "n_shared_experts": 1,
+        "first_k_dense_replace": 0, "head_dim": 16, **TOP2,
+    },
+    "MiniMaxM2": {"num_local_experts": 4, "head_dim": 16, **TOP2},
+    "GptOss": {"num_local_experts": 4, "head_dim": 16, **TOP2},
+    "Phimoe": {"num_local_experts": 4, **TOP2},
+    "GraniteMoe": {"num_local_experts": 4, **TOP2},
+    "Jamba": {
+        "num_experts": 4, "expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 1,
+        "attn_layer_offset": 0, "use_mamba_kernels": False, **TOP2,
+    },
+    "JetMoe": {"num_local_experts": 4, "kv_channels": 16, "num_attention_heads": 4, **TOP2},
+    "Ernie4_5_Moe": {
+        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 0,
+    },
+    "HunYuanMoEV1": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
+    "Lfm2Moe": {
+        "num_experts": 4, "moe_intermediate_size": 16, "num_dense_layers": 0,
+        "layer_types": ["full_attention", "conv"], **TOP2,
+    },
+}  # fmt: skip
+OTHERS = ("Dbrx", "Llama4", "SwitchTransformers", "NllbMoe")
+
+
+def causal_lm(family: str, seed: int = 0, **changes: object) -> nn.Module | None:
+    """None where the installed transformers has no such family."""
+    import transformers
+
+    if not hasattr(transformers, f"{family}Config"):
+        return None
+    torch.manual_seed(seed)
+    if family == "Dbrx":
+        config = transformers.DbrxConfig(
+            vocab_size=V, d_model=D, n_heads=2, n_layers=2,
+            attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+            ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+        )  # fmt: skip
+        return transformers.DbrxForCausalLM(config).eval()
+    if family == "Llama4":
+        config = transformers.Llama4TextConfig(
+            **COMMON, intermediate_size_mlp=24, head_dim=16, num_local_experts=4, num_experts_per_tok=1,
+            interleave_moe_layer_step=1,
+        )  # fmt: skip
+        return transformers.Llama4ForCausalLM(config).eval()
+    if family == "SwitchTransformers":
+        config = transformers.SwitchTransformersConfig(
+            vocab_size=V, d_model=D, d_kv=16, d_ff=24, num_heads=2, num_layers=2, num_decoder_layers=2,
+            num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=4, expert_capacity=2,
+            decoder_start_token_id=0,
+        )  # fmt: skip
+        return transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    if family == "NllbMoe":
+        config = transformers.NllbMoeConfig(
+            vocab_size=V, d_model=D, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, encoder_sparse_step=1,
+            decoder_sparse_step=1, num_experts=4, expert_capacity=64,
+        )  # fmt: skip
+        return transformers.NllbMoeForConditionalGeneration(config).eval()
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, **FAMILIES[family], **changes})
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def batches(family: str, num: int = 2) -> list[dict[str, Tensor]]:
+    if family in ("SwitchTransformers", "NllbMoe"):
+        return [
+            {"input_ids": ids(i), "attention_mask": torch.ones(B, T), "decoder_input_ids": ids(9 + i)[:, :7]}
+            for i in range(num)
+        ]
+    return [{"input_ids": ids(i)} for i in range(num)]
+
+
+def count_choices(model: nn.Module) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """Hook every block with plain hooks: by its name, how often each expert was chosen; and how to stop."""
+    found: dict[str, Tensor] = {}
+    handles = []
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        router = children.get("gate", children.get("router"))
+        experts = children.get("experts", children.get("input_linear"))
+        if router is None or experts is None or "MoA" in type(module).__name__:  # of attention: not read
+            continue
+        members = [m for m in experts.children() if any(True for _ in m.parameters())]
+        kind = type(module).__name__
+        if len(members) > 1 and len({type(m) for m in members}) == 1:
+            found[name] = torch.zeros(len(members))
+            for e, member in enumerate(members):
+                handles.append(member.register_forward_pre_hook(_rows(found[name], e, kind)))
+        else:
+            count = next((p.shape[0] for p in experts.parameters() if p.ndim > 2), 4)
+            found[name] = torch.zeros(count)
+            handles.append(router.register_forward_hook(_returned(found[name], kind)))
+
+    def stop() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return found, stop
+
+
+def _rows(count_E: Tensor, e: int, kind: str) -> Callable:
+    def hook(module: nn.Module, args: tuple) -> None:
+        rows = args[0].reshape(-1, args[0].shape[-1])
+        # NllbMoe in transformers 5 hands a token over several times: distinct rows are tokens.
+        count_E[e] += len(rows.unique(dim=0)) if kind == "NllbMoeSparseMLP" else len(rows)
+
+    return hook
+
+
+def _returned(count_E: Tensor, kind: str) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: object) -> None:
+        if isinstance(output, Tensor):  # Dbrx in transformers 5: logits alone
+            count_E.add_(output.topk(2, -1).indices.flatten().bincount(minlength=len(count_E)))
+        elif (
+            isinstance(output[3:4], tuple) and output[3:4] and isinstance(output[3], list)
+        ):  # sizes by expert
+            count_E.add_(torch.tensor(output[3]))
+        elif kind == "Llama4TextMoe":
+            count_E.add_((output[0] > 0).reshape(-1, len(count_E)).sum(0))
+        else:
+            chosen = next(t for t in output if isinstance(t, Tensor) and t.dtype == torch.int64)
+            count_E.add_(chosen.flatten().bincount(minlength=len(count_E)))
+
+    return hook
