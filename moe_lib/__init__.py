@@ -12,15 +12,16 @@ from moe_lib.metrics import (
     routing_entropy,
     similarity_floor,
 )
-from moe_lib.moe.adaptive import adaptive_scales
-from moe_lib.moe.experts import Experts, MoE
-from moe_lib.moe.routing import (
+from moe_lib.moe import (
     ACConfig,
     AdaptiveClusteringRouter,
     CosineRouter,
+    Experts,
     HashRouter,
     LinearRouter,
+    MoE,
     Routing,
+    adaptive_scales,
     load_balancing_loss,
     route,
     router_z_loss,

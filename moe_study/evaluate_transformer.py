@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from moe_lib import metrics
 from moe_lib.models.transformer import Seen, moe_layers, watching
-from moe_lib.moe.experts import MoE
-from moe_lib.moe.routing import Routing, adaptive_routers, frozen_scales, gradient_through_scales, joined
+from moe_lib.moe import MoE, Routing, adaptive_routers, frozen_scales, gradient_through_scales, joined
 from moe_lib.rng import generator
 from moe_lib.robustness.attacks import fgsm, pgd, spsa
 from moe_lib.robustness.corruptions import CORRUPTIONS, corrupt

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from moe_study import data, store
+from moe_study import data, store, study
 from moe_study.data import text
 from moe_study.study import Run, read
 
@@ -70,18 +70,27 @@ def plan(wanted: list[Run], workers: int | None = None) -> str:
     peak = max((times.memory.get(run.study, 0.0) for run in todo), default=0.0)
     lines += [
         "",
-        f"time: {total / 60:.0f} core-minutes{and_more}, "
-        f"about {total / 60 / workers:.0f} minutes with {workers} processes",
+        f"time: {duration(total)} of one core{and_more}, about {duration(total / workers)} with "
+        f"{workers} processes",
+        f"notebooks: {len(study.notebooks(wanted)) + 2} after the runs, with tour and report (`make report`)",
         *([f"memory: up to {workers * peak:.0f} MB ({peak:.0f} MB a process)"] if peak else []),
-        _download(wanted),
+        _download(todo),
         f"disk: about {len(todo) * 0.012:.1f} MB of results under "
         f"{store.results_dir()}, and up to {30 * workers} MB of checkpoints while it works",
     ]
     return "\n".join(lines)
 
 
-def _download(wanted: list[Run]) -> str:
-    datasets = {run.dataset for run in wanted}
+def duration(seconds: float) -> str:
+    """In the unit that a person would choose."""
+    for unit, size, least in (("days", 86_400, 2), ("hours", 3_600, 2)):
+        if seconds >= least * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} minutes"
+
+
+def _download(todo: list[Run]) -> str:
+    datasets = {run.dataset for run in todo}
     missing = sorted(name for name in datasets if not (text if text.is_corpus(name) else data).present(name))
     known = data.DATASETS | text.CORPORA
     infos = [known[name] for name in missing if name in known]

@@ -20,7 +20,7 @@ from moe_lib.models.classifier import Classifier, ClassifierConfig, ClassifierOu
 from moe_lib.models.language import LanguageConfig, LanguageModel
 from moe_lib.models.transformer import routing_losses
 from moe_lib.models.vision import VisionConfig, VisionOutput, VisionTransformer
-from moe_lib.moe.routing import joined, load_balancing_loss
+from moe_lib.moe import joined, load_balancing_loss
 from moe_lib.rng import generator, initialise
 from moe_lib.snnl import LayerwiseSNNL, SNNLConfig
 from moe_study.data import Dataset, Split, pixels

@@ -175,6 +175,69 @@ def test_make_test_runs_every_kind_of_check():
         assert (f"notebooks/{path.name}" in notebooks) != (path.stem == "40_your_model")
 
 
+def make(goal: str, *variables: str, **environment: str) -> subprocess.CompletedProcess:
+    """What a goal would run, dry."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    return subprocess.run(
+        ["make", "--dry-run", "--old-file=.venv/ready", goal, *variables],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("goal", ["report", "render", "plan"])
+@pytest.mark.parametrize(
+    "value",
+    *[
+        [
+            "$$(touch made-by-a-test)",
+            "$(shell touch made-by-a-test)",
+            "../../x",
+            "digits core",
+            "",
+            "%",
+            "Core",
+        ]
+    ],
+)
+def test_make_refuses_a_profile_that_there_is_not(goal, value):
+    done = make(goal, f"PROFILE={value}")
+    assert done.returncode == 2
+    assert re.search(r"PROFILE must be digits, core or paper, got '.*'", done.stderr)
+    assert done.stdout == ""
+    assert not (ROOT / "made-by-a-test").exists()
+
+
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "1.5", "two", "", "2 3", "012", "1,2", "1;touch made-by-a-test", "２"]
+)
+def test_make_refuses_a_number_of_cores_that_is_none(value):
+    for goal, name in (("report", "CORES"), ("test", "CORES"), ("faults", "KILLS")):
+        done = make(goal, f"{name}={value}")
+        assert done.returncode == 2
+        assert f"{name} must be an integer of 1 or more" in done.stderr
+    assert not (ROOT / "made-by-a-test").exists()
+
+
+def test_make_counts_cores_whatever_the_number_of_threads():
+    unset = make("report").stdout
+    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
+        assert make("report", **{name: "1"}).stdout == unset
+    cores = len(os.sched_getaffinity(0))
+    assert f"--cores {cores} " in unset
+    assert "--cores 1234 " in make("report", "CORES=1234").stdout
+
+
+def test_make_checks_only_what_a_goal_uses():
+    """PROFILE may be anything in somebody's environment."""
+    assert make("test", PROFILE="dev").returncode == 0
+    assert make("clean", PROFILE="dev", CORES="many").returncode == 0
+
+
 def test_readme_names_both_commands():
     text = (ROOT / "README.md").read_text()
     assert "make report" in text
@@ -218,8 +281,8 @@ BARE = {"torch", "torchvision", "numpy", "scipy", "sklearn"}
 BARE |= {"filelock", "PIL"}  # PIL comes with torchvision
 # What moe_study may import beside the bare machine's packages: pictures, tables and pages of results.
 STUDY_ONLY = {
-    *("moe_study.report", "moe_study.notebook", "moe_study.claims", "moe_study.tour", "moe_study.trust"),
-    *("moe_study.theory", "moe_lib.inspect"),
+    *("moe_study.report", "moe_study.notebook", "moe_study.claims", "moe_study.verdicts", "moe_study.rates"),
+    *("moe_study.tour", "moe_study.trust", "moe_study.theory"),
 }
 
 

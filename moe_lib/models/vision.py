@@ -16,7 +16,7 @@ from moe_lib.models.transformer import (
     Projection,
     TransformerConfig,
 )
-from moe_lib.moe.routing import Routing
+from moe_lib.moe import Routing
 
 
 @dataclass(frozen=True)

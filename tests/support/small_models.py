@@ -11,7 +11,7 @@ from torch import nn
 from moe_lib.models.language import LanguageConfig, LanguageModel
 from moe_lib.models.transformer import Embedding, TransformerConfig
 from moe_lib.models.vision import VisionConfig
-from moe_lib.moe.routing import route
+from moe_lib.moe import route
 from moe_lib.rng import initialise
 from moe_study.data import Dataset, Split
 from moe_study.data.text import Corpus, Text
