@@ -2,7 +2,8 @@
 
 A router is any module `forward(tokens_ND, previous=None) -> Routing`, with the decision of the MoE layer
 before it as `previous`. One whose experts are to see something else than the tokens has a second method,
-`experts_see(tokens_ND, previous=None) -> (Routing, Tensor)`. Gates run in float32 or better, also under autocast.
+`experts_see(tokens_ND, previous=None) -> (Routing, Tensor)`. Gates run in float32 or better, also under
+autocast.
 
 Shapes: N samples or tokens, D width, H gate hidden width, E experts, K experts chosen per token,
 R keys of a `HashRouter`.
