@@ -281,5 +281,5 @@ def test_a_hash_router_needs_a_key_for_every_token():
         router(random_tokens())
     with pytest.raises(ValueError, match="keys"):
         router(random_tokens(), keys_N=torch.zeros(8, dtype=torch.int64))
-    with pytest.raises(ValueError, match="num_keys must be .*at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"num_keys must be .*at least 1, got 0"):
         HashRouter(4, 0)
