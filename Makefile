@@ -1,27 +1,51 @@
-# make report | render | test | lab | data | plan | bench | readme | notebooks | clean
+# make report | render | test | faults | lab | data | plan | bench | readme | notebooks | clean
 #   PROFILE=digits|core|paper   whose results (report, plan)
 #   CORES=n                     how many processes
+#   KILLS=n                     how many random kills (faults)
 #   PYTHON=python3.12           which Python makes .venv
 #   TORCH_INDEX=URL             take torch from there: https://download.pytorch.org/whl/cpu is without CUDA
 PROFILE ?= digits
-CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+ifeq ($(origin CORES),undefined) # nproc believes OMP_NUM_THREADS, which is about threads
+CORES := $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || sysctl -n hw.ncpu)
+endif
 PYTHON ?= python3
 TORCH_INDEX ?=
+KILLS ?= 5
 BIN := .venv/bin
 export JUPYTER_PREFER_ENV_PATH := 1# a kernel in the user's home must not shadow the one in .venv
 
 .DEFAULT_GOAL := report
-.PHONY: report render test lab data plan bench readme notebooks clean
+.PHONY: report render test faults lab data plan bench readme notebooks clean
+
+no_digits = $(subst 9,,$(subst 8,,$(subst 7,,$(subst 6,,$(subst 5,,$(subst 4,,$(subst 3,,$(subst 2,,$(subst \
+  1,,$(subst 0,,$(1)))))))))))
+positive = $(filter 1,$(words $(1))$(call no_digits,$(1))$(filter 0%,$(1)))# one word, digits alone, no 0 ahead
+# Whatever else these hold never reaches a shell. `value`: not even make expands it.
+ifneq ($(filter report render plan,$(or $(MAKECMDGOALS),report)),)
+ifneq ($(words $(value PROFILE))$(filter-out digits core paper,$(value PROFILE)),1)
+$(error PROFILE must be digits, core or paper, got '$(value PROFILE)')
+endif
+endif
+ifneq ($(filter report test plan,$(or $(MAKECMDGOALS),report)),)
+ifeq ($(call positive,$(value CORES)),)
+$(error CORES must be an integer of 1 or more, got '$(value CORES)')
+endif
+endif
+ifneq ($(filter faults,$(MAKECMDGOALS)),)
+ifeq ($(call positive,$(value KILLS)),)
+$(error KILLS must be an integer of 1 or more, got '$(value KILLS)')
+endif
+endif
 
 .venv/ready: requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or later is needed; name one: make PYTHON=python3.12"; exit 1; }
 	@echo "installing the locked packages into .venv, once; this takes some minutes"
-	@$(PYTHON) -m venv --clear .venv
+	@"$(PYTHON)" -m venv --clear .venv
 ifeq ($(TORCH_INDEX),)
 	@cp requirements.lock .venv/requirements.lock
 else # that index has other files, so other hashes: torch by version, everything else by hash
-	@$(BIN)/pip install --quiet --no-deps --index-url $(TORCH_INDEX) \
+	@$(BIN)/pip install --quiet --no-deps --index-url "$(TORCH_INDEX)" \
 	  $$(grep -oE '^(torch|torchvision)==[0-9.]+' requirements.lock)
 	@awk '/^[^ #]/ { keep = !/^(torch==|torchvision==|triton==|nvidia-|cuda-)/ } keep' \
 	  requirements.lock > .venv/requirements.lock
@@ -32,6 +56,7 @@ endif
 
 # --nolock: after a kill Snakemake's lock stays and would refuse to go on; the engine locks each run itself.
 report: .venv/ready
+	@$(if $(filter-out digits,$(PROFILE)),$(BIN)/python -m moe_study data --profile $(PROFILE))
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) --keep-going --rerun-incomplete \
 	  --nolock --rerun-triggers mtime input --show-failed-logs --quiet rules host
 	@echo "The report: $$($(BIN)/python -m moe_study where --profile $(PROFILE))"
@@ -43,11 +68,14 @@ render: .venv/ready # the report of what is finished; trains nothing
 	@page=$$($(BIN)/python -m moe_study where --profile $(PROFILE)) && \
 	  $(BIN)/python -m moe_study.report.page build/$(PROFILE)/90_report.ipynb "$$page" && echo "The report: $$page"
 
+faults: .venv/ready # kills, damaged files, full disks: some minutes; KILLS=100 for the whole campaign
+	@FAULTS_KILLS=$(KILLS) $(BIN)/pytest -n 0 -s -m slow tests/faults
+
 test: .venv/ready
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
-	@$(BIN)/pytest -n $(CORES) --dist loadscope tests
+	@$(BIN)/pytest -n $(CORES) --dist loadscope -m "not slow" tests
 	@tests/notebooks.sh $(BIN)
 
 lab: .venv/ready

@@ -5,35 +5,27 @@
 import os
 from pathlib import Path
 
+from snakemake.exceptions import WorkflowError
+
 from moe_study import store, study
 
 os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
 
+if unknown := sorted(set(config) - {"profile", "study", "shards"}):
+    raise WorkflowError(f"unknown --config {unknown[0]}; known: profile, study, shards")
 PROFILE = config.get("profile", "digits")
 STUDY = config.get("study")  # one study alone: --config study=ac-vision
 RUNS = study.runs(PROFILE, STUDY)
 CODE = [path for package in store.PACKAGES for path in sorted(Path(package).rglob("*.py"))]
 # As many shards as cores keep every core busy; a cluster executor may want more: --config shards=40
-SHARDS = int(config.get("shards", workflow.cores or 1))
+SHARDS = config.get("shards", workflow.cores or 1)
+if type(SHARDS) is not int or SHARDS < 1:
+    raise WorkflowError(f"--config shards must be an integer of 1 or more, got {SHARDS!r}")
 RESULTS = store.results_dir() / PROFILE
 # The planned runs name the shards' folder: a changed plan asks for new DONE files by itself.
 DONE = RESULTS / ".work" / ("shards-" + store.digest([run.id for run in RUNS]))
 BUILD = Path("build") / PROFILE
-# The notebook of a study, once for each of its data sets.
-NOTEBOOKS = {
-    "snnl": "10_snnl_moe",
-    "snnl-confirm": "10_snnl_moe",
-    "collapse": "11_collapse",
-    "ac-vision": "20_ac_vision",
-    "ac-language": "21_ac_language",
-    "crossed": "30_snnl_x_ac",
-    "snnl-dose": "50_dose_response",
-    "snnl-batches": "50_dose_response",
-    "ac-dose": "50_dose_response",
-}
-EXECUTED = list(
-    dict.fromkeys(BUILD / f"{NOTEBOOKS[r.study]}-{r.dataset}.ipynb" for r in RUNS if r.study in NOTEBOOKS)
-)
+EXECUTED = [BUILD / f"{name}.ipynb" for name in study.notebooks(RUNS)]
 
 if not (RESULTS / "report.html").exists():
     (BUILD / "90_report.ipynb").unlink(missing_ok=True)
@@ -55,7 +47,7 @@ rule shard:
         study=f"--study {STUDY}" if STUDY else "",
     shell:
         "python -m moe_study run --profile {PROFILE} {params.study} --shard {wildcards.i}/{wildcards.n} --workers 1"
-        " --done {output:q}"
+        " --done {output:q} --follow $PPID"  # a shard ends with Snakemake, even if that is killed
 
 
 rule tour:

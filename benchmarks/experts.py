@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.measure import Contestant, Machine, Row, Step, Work, ratio
-from moe_lib.moe.experts import MoE
-from moe_lib.moe.routing import AdaptiveClusteringRouter, LinearRouter, Routing, route
+from moe_lib.moe import AdaptiveClusteringRouter, LinearRouter, MoE, Routing, route
 
 BATCHES = 8
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from benchmarks import cost as bench_cost
 from benchmarks import experts as bench_moe
 from benchmarks import profile as bench_profile
 from benchmarks import scaling as bench_scaling
@@ -51,7 +50,6 @@ def benches() -> dict[str, Bench]:
             {"exponents": bench_scaling.exponents},
         ),
         "profile": Bench(lambda quick: [], {"profiles": bench_profile.missed}, bench_profile.figure),
-        "cost": Bench(lambda quick: [], {"fit": bench_cost.check}, bench_cost.figure),
     }
 
 

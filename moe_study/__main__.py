@@ -3,39 +3,77 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import select
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import NoReturn
 
-from moe_study import cost, data, store, study
+import moe_lib
+from moe_study import data, plan, store, study
 from moe_study.data import text
 from moe_study.train import TrainingError
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def _integer(text: str) -> int:
+    if not re.fullmatch("-?[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds of 0 or more")
+    return float(text)
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_study", description=__doc__)
+    parser = _Parser(prog="python -m moe_study", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"moe-collapse {moe_lib.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser("run", help="train what has no result file yet")
     plan = commands.add_parser("plan", help="what is done, what is left, and what that will take")
+    profiles = f"how much is run: {', '.join(study.PROFILES)}"
     for command in (run, plan):
-        command.add_argument("--profile", required=True, help=", ".join(study.PROFILES))
-        command.add_argument("--study", help=", ".join(study.STUDIES))
-        command.add_argument("--dataset")
-        command.add_argument("--arm")
-        command.add_argument("--workers", type=int, help="processes (default: one per core, one on a GPU)")
+        command.add_argument("--profile", required=True, help=profiles)
+        command.add_argument("--study", help=f"one study alone: {', '.join(study.STUDIES)}")
+        command.add_argument("--dataset", help="one data set alone, such as cifar10")
+        command.add_argument(
+            "--arm", help="one arm alone, such as base; of several (base,snnl) all seed by seed"
+        )
+        command.add_argument(
+            "--workers", type=_integer, metavar="N", help="processes (default: one per core, one on a GPU)"
+        )
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: what there is")
     run.add_argument("--shard", default="1/1", help="i/n: the i-th of n equal parts, counted from 1")
-    run.add_argument("--time-limit", type=float, metavar="S", help="start no epoch after S seconds")
-    run.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: MOE_RESULTS_DIR)")
-    run.add_argument("--done", type=Path, metavar="FILE", help="write this when every run has its file")
+    run.add_argument("--time-limit", type=_seconds, metavar="S", help="start no epoch after S seconds")
+    run.add_argument("--out", type=_path, metavar="DIR", help="results folder (default: MOE_RESULTS_DIR)")
+    run.add_argument("--done", type=_path, metavar="FILE", help="write this when every run has its file")
+    run.add_argument("--follow", type=_integer, metavar="PID", help="end when this process ends")
 
     where = commands.add_parser("where", help="the report's path")
-    where.add_argument("--profile", required=True)
+    where.add_argument("--profile", required=True, help=profiles)
 
     fetch = commands.add_parser("data", help="download and check data sets")
     fetch.add_argument(
         "names", nargs="*", help=f"of {', '.join([*data.DATASETS, *text.CORPORA])} (default: all)"
     )
+    fetch.add_argument("--profile", help="only fetch what the runs left of this profile need")
 
     readme = commands.add_parser("readme", help="rewrite the README's result tables from results/")
     readme.add_argument("--check", action="store_true", help="change nothing; fail if it is out of date")
@@ -45,7 +83,12 @@ def main(argv: list[str] | None = None) -> int:
 
     arguments = parser.parse_args(argv)
     try:
-        return COMMANDS[arguments.command](arguments)
+        status = COMMANDS[arguments.command](arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as in `plan | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 0
     except (data.DataError, store.StoreError, study.StudyError, TrainingError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -57,20 +100,40 @@ def _selected(arguments: argparse.Namespace) -> list[study.Run]:
     return study.runs(arguments.profile, arguments.study, arguments.dataset, arguments.arm)
 
 
+def _follow(pid: int) -> None:
+    """End this process, and so its workers, as soon as another one has ended."""
+
+    def watch() -> None:
+        try:
+            if hasattr(os, "pidfd_open"):
+                select.select([os.pidfd_open(pid)], [], [])
+            else:
+                while True:
+                    os.kill(pid, 0)
+                    time.sleep(1)
+        except ProcessLookupError:
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _run(arguments: argparse.Namespace) -> int:
     runs = study.shard(_selected(arguments), arguments.shard)
     if arguments.out is not None:
         store.use_results_dir(arguments.out)
+    if arguments.follow is not None:
+        _follow(arguments.follow)
     study.ensure(runs, arguments.workers, arguments.device, arguments.time_limit)
     missing = sum(not run.path.exists() for run in runs)
-    print(f"{len(runs) - missing} of {len(runs)} runs have their result under {store.results_dir()}")
     if arguments.done is not None and not missing:
         store.write(arguments.done, {"runs": [run.id for run in runs]})
+    print(f"{len(runs) - missing} of {len(runs)} runs have their result under {store.results_dir()}")
     return 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    print(cost.plan(_selected(arguments), arguments.workers))
+    print(plan.plan(_selected(arguments), arguments.workers))
     return 0
 
 
@@ -81,6 +144,8 @@ def _where(arguments: argparse.Namespace) -> int:
 
 
 def _data(arguments: argparse.Namespace) -> int:
+    if arguments.profile is not None:
+        return _data_of(arguments.profile)
     for name in arguments.names or [*data.DATASETS, *text.CORPORA]:
         if text.is_corpus(name):
             corpus = text.load(name)
@@ -91,6 +156,18 @@ def _data(arguments: argparse.Namespace) -> int:
             f"{name}: {len(loaded.train) + len(loaded.validation)} training, {len(loaded.test)} test images"
         )
     print(f"data folder: {data.data_dir()}")
+    return 0
+
+
+def _data_of(profile: str) -> int:
+    """Fetch what the runs left of a profile need; an error only if then nothing of it can be shown."""
+    runs = study.runs(profile)
+    todo = [run for run in runs if not run.path.exists()]
+    missing = study.missing_data(todo)
+    for reason in missing.values():
+        print(f"warning: {reason}", file=sys.stderr)
+    if len(todo) == len(runs) and all(run.dataset in missing for run in todo):
+        raise data.DataError(f"profile {profile!r} has no results, and none of its data can be had")
     return 0
 
 

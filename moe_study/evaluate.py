@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from moe_lib import metrics
 from moe_lib.metrics.interventions import expert_ablations
 from moe_lib.models.classifier import ClassifierOutput
-from moe_lib.moe.experts import Experts
+from moe_lib.moe import Experts
 from moe_lib.rng import generator, initialise
 from moe_lib.snnl import soft_nearest_neighbor_loss
 from moe_study import store

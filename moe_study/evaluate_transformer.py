@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from moe_lib import metrics
 from moe_lib.models.transformer import Seen, moe_layers, watching
-from moe_lib.moe.experts import MoE
-from moe_lib.moe.routing import Routing, adaptive_routers, frozen_scales, gradient_through_scales, joined
+from moe_lib.moe import MoE, Routing, adaptive_routers, frozen_scales, gradient_through_scales, joined
 from moe_lib.rng import generator
 from moe_lib.robustness.attacks import fgsm, pgd, spsa
 from moe_lib.robustness.corruptions import CORRUPTIONS, corrupt
@@ -417,7 +416,7 @@ class LanguageExperiment:
     def __init__(self, task: LanguageTask, test_tokens: int) -> None:
         self.task = task
         corpus = task.corpus
-        self.test = head(corpus, corpus.test, test_tokens)
+        self.test = head(corpus.test, test_tokens)
         if len(self.test) < 4 * task.config.context:  # half of it is scored again, with shorter words
             raise ValueError(
                 f"a context of {task.config.context} needs four times that many tokens of test text, but "
@@ -426,7 +425,7 @@ class LanguageExperiment:
 
     def validation(self) -> dict[str, float]:
         corpus = self.task.corpus
-        score = self._score(head(corpus, corpus.validation, EVALUATION_TOKENS))
+        score = self._score(head(corpus.validation, EVALUATION_TOKENS))
         with torch.no_grad():
             batch = self._sequences(corpus.validation.tokens_N, self.task.batch_size)
             routings = self.task.model(batch[:, :-1]).routings
@@ -455,7 +454,7 @@ class LanguageExperiment:
         mean = losses_M.mean().item()
         bits = losses_M.sum().item() / math.log(2)
         perplexity = math.exp(mean) if mean < 700 else math.inf
-        return LanguageScore(mean, perplexity, bits / text.num_bytes, right_M.double().mean().item())
+        return LanguageScore(mean, perplexity, bits / len(text), right_M.double().mean().item())
 
     def _sequences(self, tokens_M: Tensor, count: int) -> Tensor:
         """[count, T + 1] windows of a text, side by side; fewer if it is shorter."""
@@ -535,12 +534,11 @@ class LanguageExperiment:
     def _swap(self) -> dict[str, dict[str, float]]:
         """Cross-entropy with a share of the words replaced by <unk>: on the targets that belong to words left
         alone, in the clean and in the swapped text, and on all targets of the swapped text."""
-        corpus = self.task.corpus
-        clean = head(corpus, self.test, max(len(self.test) // 2, 1))
+        clean = head(self.test, max(len(self.test) // 2, 1))
         clean_M, _ = self.task.score(clean.tokens_N)
         found = {}
         for share in SWAP_SHARES:
-            swapped = swap_words(corpus, clean, share, generator(self.task.seed, "word swap"))
+            swapped = swap_words(clean, share, generator(self.task.seed, "word swap"))
             losses_M, _ = self.task.score(swapped.tokens_M)
             scored = swapped.clean_positions_U > 0  # the first token of a text is no target
             scored &= swapped.swapped_positions_U > 0

@@ -5,15 +5,29 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from moe_study import study
 from moe_study.report import plots
 
+# Every parameter of a notebook: its type, its least value, and both in words. Names of profiles and data sets
+# are checked where they are used.
+PARAMETERS: dict[str, tuple[type, int | None, str]] = {
+    "profile": (str, None, "a name"),
+    "dataset": (str, None, "a name"),
+    "workers": (int, 0, "an integer of 0 or more"),
+    "train": (bool, None, "True or False"),
+    "seed": (int, 0, "an integer of 0 or more"),
+    "experts": (int, 1, "an integer of 1 or more"),
+    "top_k": (int, 1, "an integer of 1 or more"),
+    "epochs": (int, 1, "an integer of 1 or more"),
+}
+
 
 def check_parameters(executed: Sequence[str], allowed: Iterable[str]) -> None:
-    """Refuse parameters that the notebook does not have: papermill itself only warns.
+    """Refuse parameters that the notebook does not have (papermill itself only warns), and wrong values.
 
     Args:
         executed: IPython's `In`, the source of every cell run so far. Papermill injects its parameters as
@@ -21,8 +35,9 @@ def check_parameters(executed: Sequence[str], allowed: Iterable[str]) -> None:
         allowed: the names in the notebook's own parameters cell.
 
     Raises:
-        StudyError: naming the unknown parameter.
+        StudyError: naming the unknown parameter, or the one with a wrong value.
     """
+    values: dict[str, Any] = {}
     for source in executed:
         if source.startswith("# Parameters\n"):
             names = {
@@ -36,6 +51,20 @@ def check_parameters(executed: Sequence[str], allowed: Iterable[str]) -> None:
                 raise study.StudyError(
                     f"unknown parameter {unknown[0]!r}; this notebook has {', '.join(sorted(allowed))}"
                 )
+        values |= _literals(source)
+    for name in sorted(set(allowed) & set(values) & set(PARAMETERS)):
+        kind, least, words = PARAMETERS[name]
+        if type(values[name]) is not kind or (least is not None and values[name] < least):
+            raise study.StudyError(f"parameter {name} must be {words}, got {values[name]!r}")
+
+
+def _literals(source: str) -> dict[str, Any]:
+    """Names and values of a cell that assigns literals and does nothing else; of any other cell nothing."""
+    try:
+        body = ast.parse(source).body
+        return {node.targets[0].id: ast.literal_eval(node.value) for node in body}  # type: ignore[attr-defined]
+    except (SyntaxError, ValueError, AttributeError):
+        return {}
 
 
 def show(figure: Figure, path: str, runs: Sequence[study.Run] = (), files: Sequence[Path] = ()) -> None:

@@ -126,7 +126,7 @@ def sign_flip_p(differences_RS: np.ndarray) -> np.ndarray:
     return np.where(least_R <= 0, 1.0, np.minimum(2 * (1 - np.array(below_R) / 2.0**seeds), 1.0))
 
 
-def rates(known: Residuals, studies: int | None = None) -> list[dict[str, Any]]:
+def rates(known: Residuals, studies: int) -> list[dict[str, Any]]:
     """Share of each word for each number of seeds, effect and unit."""
     rows: list[dict[str, Any]] = []
     for seeds, effect in itertools.product(SEED_COUNTS, EFFECTS):
@@ -138,7 +138,7 @@ def rates(known: Residuals, studies: int | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def false_support(known: Residuals, studies: int | None = None) -> list[dict[str, Any]]:
+def false_support(known: Residuals, studies: int) -> list[dict[str, Any]]:
     """Without any effect: the share of studies in which at least one unit is supported."""
 
     def share(seeds: int, symmetric: bool) -> float:
@@ -159,5 +159,5 @@ def write() -> None:
     """Simulate from the finished SNNL runs of profile "core" and write `path()`."""
     known = residuals(study.results(study.runs("core", "snnl")))
     content = {"studies": STUDIES, "real_seeds": len(known.values_SUP)}
-    found = {"rates": rates(known), "false_support": false_support(known)}
+    found = {"rates": rates(known, STUDIES), "false_support": false_support(known, STUDIES)}
     store.write(path(), content | found | store.provenance())

@@ -10,6 +10,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import re
 import sys
 import threading
 import time
@@ -68,7 +69,11 @@ from moe_study.train import History, OutOfTime, TrainConfig, TrainingError, fit
 
 
 class StudyError(RuntimeError):
-    """A study, profile, data set or arm is unknown, or runs have failed."""
+    """A study, profile, data set, arm or parameter is unknown or wrong, or runs have failed."""
+
+    def _render_traceback_(self) -> list[str]:
+        """In a notebook: the message says it all, so no traceback."""
+        return [f"StudyError: {self}"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def snnl_runs(study: str, profile: str) -> Iterator[Run]:
     """The SNNL study or its confirmation, seed by seed, so that an unfinished profile still has pairs."""
     confirm = study == "snnl-confirm"
     seeds = CONFIRMATORY_SEEDS if confirm else SEEDS
-    counts = CONFIRMATORY_SEED_COUNTS.get(profile, {}) if confirm else SEED_COUNTS[profile]
+    counts = CONFIRMATORY_SEED_COUNTS.get(profile, {}) if confirm else SEED_COUNTS.get(profile, {})
     for dataset, groups in counts.items():
         settings = SETTINGS[profile][dataset]
         arms = snnl_arms(settings)
@@ -308,6 +313,9 @@ def runs(
 ) -> list[Run]:
     """The runs of a profile, narrowed to a study, data set or arm.
 
+    Args:
+        arm: one name, or several with commas between them: then all arms of a seed come before the next seed.
+
     Raises:
         StudyError: one of the names is unknown, or the profile has no such combination.
     """
@@ -316,15 +324,20 @@ def runs(
     if study is not None and study not in STUDIES:
         raise StudyError(f"unknown study {study!r}; known: {', '.join(STUDIES)}")
     found = [run for name, plan in STUDIES.items() if study in (None, name) for run in plan(profile)]
-    for field, wanted in (("dataset", dataset), ("arm", arm)):
+    arms = None if arm is None else arm.split(",")
+    for field, wanted in (("dataset", None if dataset is None else [dataset]), ("arm", arms)):
         if wanted is not None:
             known = sorted({getattr(run, field) for run in found})
-            found = [run for run in found if getattr(run, field) == wanted]
-            if not found:
+            if unknown := [name for name in wanted if name not in known]:
                 where = f"study {study!r} of profile" if study else "profile"
                 raise StudyError(
-                    f"unknown {field} {wanted!r} in {where} {profile!r}; known: {', '.join(known) or 'none'}"
+                    f"unknown {field} {unknown[0]!r} in {where} {profile!r}; "
+                    f"known: {', '.join(known) or 'none'}"
                 )
+            found = [run for run in found if getattr(run, field) in wanted]
+    if arms is not None and len(arms) > 1:
+        seeds = list(dict.fromkeys(run.seed for run in found))
+        found.sort(key=lambda run: seeds.index(run.seed))
     return found
 
 
@@ -340,13 +353,32 @@ def with_text(wanted: Sequence[Run], path: str) -> list[Run]:
 
 def shard(wanted: list[Run], part: str) -> list[Run]:
     """The i-th of n interleaved parts of a list of runs; `part` is "i/n", counted from 1."""
-    try:
-        i, n = (int(number) for number in part.split("/"))
-        if not 1 <= i <= n:
-            raise ValueError
-    except ValueError:
-        raise StudyError(f"a shard is written i/n with 1 <= i <= n, got {part!r}") from None
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", part)
+    i, n = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= i <= n:
+        raise StudyError(f"a shard is written i/n with 1 <= i <= n, got {part!r}")
     return wanted[i - 1 :: n]
+
+
+# The notebook of a study, which `make report` runs once for each of its data sets.
+NOTEBOOKS = {
+    "snnl": "10_snnl_moe",
+    "snnl-confirm": "10_snnl_moe",
+    "collapse": "11_collapse",
+    "ac-vision": "20_ac_vision",
+    "ac-language": "21_ac_language",
+    "crossed": "30_snnl_x_ac",
+    "snnl-dose": "50_dose_response",
+    "snnl-batches": "50_dose_response",
+    "ac-dose": "50_dose_response",
+}
+
+
+def notebooks(wanted: Sequence[Run]) -> list[str]:
+    """Names of the executed notebooks of these runs, without those of the tour and the report."""
+    return list(
+        dict.fromkeys(f"{NOTEBOOKS[run.study]}-{run.dataset}" for run in wanted if run.study in NOTEBOOKS)
+    )
 
 
 # ----------------------------------------------------------------------------------------- engine
@@ -359,9 +391,7 @@ def prepare(run: Run, device: str) -> Experiment:
         raise StudyError(f"{run.label}: bfloat16 is for the convolutional extractor alone; use float32")
     if isinstance(run.model, LanguageConfig):
         assert isinstance(run.objective, RoutedObjective)
-        corpus = text.load(
-            run.dataset, device=device, level=run.model.level, vocabulary_size=run.model.vocabulary_size
-        )
+        corpus = text.load(run.dataset, device=device)
         return LanguageExperiment(
             LanguageTask(
                 corpus,

@@ -20,7 +20,7 @@ from moe_lib.models.classifier import Classifier, ClassifierConfig, ClassifierOu
 from moe_lib.models.language import LanguageConfig, LanguageModel
 from moe_lib.models.transformer import routing_losses
 from moe_lib.models.vision import VisionConfig, VisionOutput, VisionTransformer
-from moe_lib.moe.routing import joined, load_balancing_loss
+from moe_lib.moe import joined, load_balancing_loss
 from moe_lib.rng import generator, initialise
 from moe_lib.snnl import LayerwiseSNNL, SNNLConfig
 from moe_study.data import Dataset, Split, pixels
@@ -210,14 +210,12 @@ class RoutedObjective:
     """What is trained on beside the cross-entropy; the losses of routing are means over MoE layers."""
 
     balance: float = 0.01  # weight of the load-balancing loss, on top-k assignments
-    router_z: float = 0.0  # weight of the router z-loss
     snnl: SNNLConfig | None = None  # vision only: on the mean token in front of the first MoE layer
 
 
 def weighted_total(losses: dict[str, Tensor], objective: RoutedObjective) -> dict[str, Tensor]:
     """The named losses and their weighted sum, "total"."""
     total = losses["cross_entropy"] + objective.balance * losses["balance"]
-    total = total + objective.router_z * losses["router_z"]
     if objective.snnl is not None:
         total = total + objective.snnl.factor * losses["snnl"]
     return losses | {"total": total}

@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from moe_lib.moe.adaptive import Dispersion, adaptive_scales, scales_of_dispersion
+from moe_lib.moe.scaling import Dispersion, adaptive_scales, scales_of_dispersion
 from moe_lib.rng import generator
 from moe_study import stats
 from moe_study.data.planted import ClusterConfig, FeatureClusters, feature_clusters

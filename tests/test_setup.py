@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -174,6 +175,69 @@ def test_make_test_runs_every_kind_of_check():
         assert (f"notebooks/{path.name}" in notebooks) != (path.stem == "40_your_model")
 
 
+def make(goal: str, *variables: str, **environment: str) -> subprocess.CompletedProcess:
+    """What a goal would run, dry."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    return subprocess.run(
+        ["make", "--dry-run", "--old-file=.venv/ready", goal, *variables],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("goal", ["report", "render", "plan"])
+@pytest.mark.parametrize(
+    "value",
+    *[
+        [
+            "$$(touch made-by-a-test)",
+            "$(shell touch made-by-a-test)",
+            "../../x",
+            "digits core",
+            "",
+            "%",
+            "Core",
+        ]
+    ],
+)
+def test_make_refuses_a_profile_that_there_is_not(goal, value):
+    done = make(goal, f"PROFILE={value}")
+    assert done.returncode == 2
+    assert re.search(r"PROFILE must be digits, core or paper, got '.*'", done.stderr)
+    assert done.stdout == ""
+    assert not (ROOT / "made-by-a-test").exists()
+
+
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "1.5", "two", "", "2 3", "012", "1,2", "1;touch made-by-a-test", "２"]
+)
+def test_make_refuses_a_number_of_cores_that_is_none(value):
+    for goal, name in (("report", "CORES"), ("test", "CORES"), ("faults", "KILLS")):
+        done = make(goal, f"{name}={value}")
+        assert done.returncode == 2
+        assert f"{name} must be an integer of 1 or more" in done.stderr
+    assert not (ROOT / "made-by-a-test").exists()
+
+
+def test_make_counts_cores_whatever_the_number_of_threads():
+    unset = make("report").stdout
+    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
+        assert make("report", **{name: "1"}).stdout == unset
+    cores = len(os.sched_getaffinity(0))
+    assert f"--cores {cores} " in unset
+    assert "--cores 1234 " in make("report", "CORES=1234").stdout
+
+
+def test_make_checks_only_what_a_goal_uses():
+    """PROFILE may be anything in somebody's environment."""
+    assert make("test", PROFILE="dev").returncode == 0
+    assert make("clean", PROFILE="dev", CORES="many").returncode == 0
+
+
 def test_readme_names_both_commands():
     text = (ROOT / "README.md").read_text()
     assert "make report" in text
@@ -214,14 +278,12 @@ def test_nothing_that_is_made_again_is_tracked():
 
 PACKAGES = store.PACKAGES
 BARE = {"torch", "torchvision", "numpy", "scipy", "sklearn"}
-BARE |= {"filelock", "PIL"}  # what torch and torchvision bring along
+BARE |= {"filelock", "PIL"}  # PIL comes with torchvision
 # What moe_study may import beside the bare machine's packages: pictures, tables and pages of results.
 STUDY_ONLY = {
     *("moe_study.report", "moe_study.notebook", "moe_study.claims", "moe_study.tour", "moe_study.trust"),
     *("moe_study.theory", "moe_lib.inspect"),
 }
-# Imports against the direction that are still to be removed.
-AGAINST = {("moe_lib", "moe_study"), ("moe_study", "benchmarks")}
 
 
 def module_name(path: Path) -> str:
@@ -231,10 +293,14 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
 
 
-def imported(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it: `from moe_lib import rng` is moe_lib.rng."""
+def imported(path: Path, lazy: bool = True) -> set[str]:
+    """Every module that a file imports: `from moe_lib import rng` is moe_lib.rng.
+
+    Without `lazy` only what its import needs: nothing inside functions or under TYPE_CHECKING.
+    """
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if lazy else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -269,7 +335,7 @@ def test_packages_are_layers():
         (name.split(".")[0], other.split(".")[0]) for name, path in MODULES.items() for other in own(path)
     }
     allowed = {("moe_study", "moe_lib"), ("benchmarks", "moe_lib"), ("benchmarks", "moe_study")}
-    assert {(a, b) for a, b in crossings if a != b} <= allowed | AGAINST
+    assert {(a, b) for a, b in crossings if a != b} <= allowed
 
 
 def test_core_imports_core_and_a_bare_machine_alone():
@@ -277,7 +343,8 @@ def test_core_imports_core_and_a_bare_machine_alone():
         if name.startswith("benchmarks") or name == "moe_study.__main__":
             continue
         assert all(map(core, own(MODULES[name]))), name
-        outside = {module.split(".")[0] for module in imported(MODULES[name])} - set(PACKAGES)
+        lazy = not name.startswith("moe_lib.inspect")  # pictures and tables import what they need when drawn
+        outside = {module.split(".")[0] for module in imported(MODULES[name], lazy)} - set(PACKAGES)
         extra = outside - set(sys.stdlib_module_names) - BARE
         optional = {"moe_study.study": {"tqdm"}, "moe_study.store": {"fastjsonschema"}}  # if they are there
         assert extra <= optional.get(name, set()), name
@@ -290,6 +357,40 @@ def test_command_line_imports_the_core_alone_at_its_head():
     names = {f"{node.module}.{alias.name}" for node in head for alias in node.names} & set(MODULES)
     assert names
     assert all(map(core, names))
+
+
+def test_public_names_are_there_and_documented():
+    import moe_lib
+
+    assert sorted(moe_lib.__all__) == moe_lib.__all__
+    for name in moe_lib.__all__:
+        assert getattr(moe_lib, name).__doc__, name
+    assert (ROOT / "moe_lib" / "py.typed").exists()
+
+
+@pytest.mark.slow
+def test_the_library_works_installed_elsewhere(tmp_path):
+    """A wheel, unpacked into an empty folder and imported from outside the checkout."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    for name in (*PACKAGES, "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(source)], check=True, cwd=tmp_path)
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(site)
+    code = "import moe_lib, torch; print(moe_lib.__file__, moe_lib.MoE(4, 2, 3)(torch.ones(5, 4))[0].shape)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{site / 'moe_lib' / '__init__.py'} torch.Size([5, 4])\n"
+    assert (site / "moe_lib" / "py.typed").exists()
+    assert list(site.glob("*.dist-info/licenses/LICENSE"))
 
 
 def test_nothing_imports_a_notebook_or_a_test():

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lib.moe.experts import MoE
-from moe_lib.moe.routing import MLPRouter, Routing, UniformRouter
+from moe_lib.moe import MLPRouter, MoE, Routing, UniformRouter
 
 Mixture = Literal["logits", "likelihood", "jacobs"]
 

@@ -6,7 +6,7 @@ Shapes: B sequences, T positions (the context), N = B * T tokens, D width, V voc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,21 +16,17 @@ from moe_lib.models.transformer import (
     Projection,
     TransformerConfig,
 )
-from moe_lib.moe.routing import Routing
+from moe_lib.moe import Routing
 
 
 @dataclass(frozen=True)
 class LanguageConfig:
     trunk: TransformerConfig = TransformerConfig(depth=3, moe_blocks=(0, 1, 2))
-    level: Literal["byte", "word"] = "byte"
-    vocabulary_size: int = 10_000  # of "word"
     context: int = 128
 
     def __post_init__(self) -> None:
         if self.context < 1:
             raise ValueError(f"context must be at least 1, got {self.context}")
-        if self.level == "byte" and self.vocabulary_size != 10_000:
-            raise ValueError(f"vocabulary_size has no effect with level='byte', got {self.vocabulary_size}")
 
 
 class LanguageOutput(NamedTuple):

@@ -13,19 +13,19 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moe_lib.moe.experts import MoE
-from moe_lib.moe.routing import (
+from moe_lib.moe import (
     ACConfig,
     AdaptiveClusteringRouter,
     CosineRouter,
     HashRouter,
     LinearRouter,
+    MoE,
     Routing,
+    load_balancing_loss,
 )
-from moe_lib.products import product
+from moe_lib.products import differentiable_gradient, product, traced
 
 Router = Literal["linear", "cosine", "ac", "hash", "hash-token"]  # by position, by token id
 
@@ -76,7 +76,7 @@ class Projection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        if not plain:
+        if not plain or traced():
             return super().forward(x)
         return _Linear.apply(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
 
@@ -87,14 +87,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
         x_NI = x_NI.contiguous()
-        ctx.save_for_backward(x_NI, weight_OI)
+        ctx.save_for_backward(x_NI, weight_OI, bias_O)
         return product(x_NI, weight_OI.T, bias_O)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, weight_OI = ctx.saved_tensors
-        grad_NO = grad_NO.contiguous()
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, weight_OI, bias_O = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is asked for
+            return differentiable_gradient(F.linear, (x_NI, weight_OI, bias_O), grads[0])
+        grad_NO = grads[0].contiguous()
         for_x, for_weight, for_bias = ctx.needs_input_grad
         dx_NI = product(grad_NO, weight_OI) if for_x else None
         dweight_OI = None
@@ -191,9 +192,8 @@ def moe_layers(model: nn.Module) -> list[MoE]:
 
 
 def routing_losses(routings: Iterable[Routing]) -> dict[str, Tensor]:
-    """Load-balancing and router z-loss, unweighted, each the mean over the MoE layers."""
-    layers = [routing.losses() for routing in routings]
-    return {name: torch.stack([losses[name] for losses in layers]).mean() for name in layers[0]}
+    """The load-balancing loss, unweighted: the mean over the MoE layers."""
+    return {"balance": torch.stack([load_balancing_loss(routing) for routing in routings]).mean()}
 
 
 @dataclass

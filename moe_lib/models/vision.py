@@ -16,14 +16,13 @@ from moe_lib.models.transformer import (
     Projection,
     TransformerConfig,
 )
-from moe_lib.moe.routing import Routing
+from moe_lib.moe import Routing
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     trunk: TransformerConfig = TransformerConfig()
     patch: int = 8  # side of a patch, pixels
-    merge_before: tuple[int, ...] = ()  # blocks in front of which 2 x 2 tokens become one of double width
     stem: Literal["patch", "conv"] = "patch"  # what makes a token of a patch: one linear map, or `ConvStem`
 
     def __post_init__(self) -> None:
@@ -31,16 +30,13 @@ class VisionConfig:
             raise ValueError(f"unknown stem {self.stem!r}; use 'patch' or 'conv'")
         if self.stem == "conv" and (self.patch < 2 or self.patch & (self.patch - 1)):
             raise ValueError(f"stem 'conv' halves the image: patch must be 2, 4, 8, ..., got {self.patch}")
-        depth = self.trunk.depth
         if self.trunk.router == "hash-token":
             raise ValueError("router 'hash-token' is for text: an image's tokens have no ids; use 'hash'")
-        if any(not 0 <= block < depth for block in self.merge_before):
-            raise ValueError(f"merge_before names blocks 0 to {depth - 1}, got {self.merge_before}")
 
 
 class VisionOutput(NamedTuple):
     log_probs_NC: Tensor
-    routings: list[Routing]  # one per MoE layer, of N * T tokens or fewer after merging
+    routings: list[Routing]  # one per MoE layer, of N * T tokens
     activations: dict[str, Tensor]  # "stem": the mean token in front of the first MoE block [N, D]
 
 
@@ -77,26 +73,8 @@ class ConvStem(nn.Sequential):
         return super().forward(images_NCHW).transpose(1, 2)
 
 
-class PatchMerging(nn.Module):
-    """2 x 2 neighbouring tokens become one of double width (Liu et al., "Swin Transformer", 2021)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
-        self.project = Projection(4 * dim, 2 * dim)
-
-    def forward(self, x_NTD: Tensor, side: tuple[int, int]) -> Tensor:
-        (images, _, dim), (h, w) = x_NTD.shape, side
-        x = x_NTD.view(images, h // 2, 2, w // 2, 2, dim).permute(0, 1, 3, 2, 4, 5)
-        return self.project(self.norm(x.reshape(images, h * w // 4, 4 * dim)))
-
-
 class VisionTransformer(nn.Module):
-    """Patches -> blocks -> mean token -> classes.
-
-    Each MoE block hands its decision to the next; where tokens are merged, and so the width changes, the
-    chain starts anew, as between the stages of the published Swin models.
-    """
+    """Patches -> blocks -> mean token -> classes. Each MoE block hands its decision to the next."""
 
     def __init__(self, config: VisionConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
@@ -108,20 +86,13 @@ class VisionTransformer(nn.Module):
         if num_classes < 2:
             raise ValueError(f"a classifier needs at least two classes, got {num_classes}")
         trunk, dim = config.trunk, config.trunk.dim
-        side = self.side = height // config.patch, width // config.patch
+        num_tokens = (height // config.patch) * (width // config.patch)
         stem = PatchStem if config.stem == "patch" else ConvStem
         self.embed = stem(channels, config.patch, dim)
-        self.position = Embedding(side[0] * side[1], dim)
-        self.merges = nn.ModuleDict()
-        self.blocks = nn.ModuleList()
-        for index in range(trunk.depth):
-            if index in config.merge_before:
-                if side[0] % 2 or side[1] % 2:
-                    raise ValueError(f"cannot merge 2 x 2 of {side[0]} x {side[1]} tokens at block {index}")
-                side = side[0] // 2, side[1] // 2
-                self.merges[str(index)] = PatchMerging(dim)
-                dim *= 2
-            self.blocks.append(Block(dim, trunk, index, side[0] * side[1], causal=False))
+        self.position = Embedding(num_tokens, dim)
+        self.blocks = nn.ModuleList(
+            Block(dim, trunk, index, num_tokens, causal=False) for index in range(trunk.depth)
+        )
         self.norm = nn.LayerNorm(dim)
         self.head = Projection(dim, num_classes)
         self.first_moe_block = min(trunk.moe_blocks)
@@ -129,11 +100,8 @@ class VisionTransformer(nn.Module):
     def forward(self, images_NCHW: Tensor) -> VisionOutput:
         """Images in [0, 1]."""
         x_NTD = self.embed(images_NCHW * 2 - 1) + self.position.weight
-        previous, side, routings, activations = None, self.side, [], {}
+        previous, routings, activations = None, [], {}
         for index, block in enumerate(self.blocks):
-            if str(index) in self.merges:
-                x_NTD = self.merges[str(index)](x_NTD, side)
-                previous, side = None, (side[0] // 2, side[1] // 2)
             if index == self.first_moe_block:
                 activations["stem"] = x_NTD.mean(1)
             x_NTD, routing = block(x_NTD, previous)

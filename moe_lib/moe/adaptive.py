@@ -1,193 +1,277 @@
-"""The statistics of the Adaptive Clustering (AC) router: how tightly clusters sit along each feature.
+"""The Adaptive Clustering (AC) router: it scores h^T M e for a token h and an expert's embedding e, with the
+scaling matrix M of the cluster that the MoE layer before put the token in. Source and formula: scaling.py.
 
-Source: Nielsen, Teo, Abdullaev, Nguyen, "Tight Clusters Make Specialized Experts", ICLR 2025 (arXiv
-2502.15315) and its public code. The router itself is in routing.py.
-
-Shapes: N tokens, R of a block, D width, E experts, and so clusters: each holds the tokens that
-its expert was given.
+Shapes: N tokens, D width, E experts, and so clusters.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from moe_lib.products import add_product, blocks_of_rows, product
+from moe_lib.moe.routing import CosineRouter, Routing, route
+from moe_lib.moe.scaling import (
+    Dispersion,
+    Normalize,
+    check_scale_options,
+    cluster_dispersion,
+    scaled_scores,
+    scales_of_dispersion,
+)
+from moe_lib.products import at_least_float32, traced
 
-Dispersion = Literal["mad", "variance"]
-Normalize = Literal["feature", "row", "global", "none"]
+
+@dataclass(frozen=True)
+class ACConfig:
+    """Options and controls of the AC router; the defaults are the paper's, for language models.
+
+    A control changes one thing about M and can be combined with the others:
+
+    - shuffled: clusters use each other's rows, by a permutation that moves all of them, drawn once.
+    - pooled: one row from all tokens, for all clusters: whitening without clustering. "feature" would
+      divide that row by itself, so both this arm and its partner take another `normalize`.
+    - matched: |M h| is rescaled to |h| token by token: the direction without the gate's sharpness.
+    - causal: running averages of the dispersion from earlier training steps, not the batch's own.
+
+    Two options of the published code:
+
+    - mixed: a token's M is the mean of the rows of all clusters that its previous top-k names, by its
+      previous weights, not the row of its top-1 cluster alone.
+    - scale_experts: the experts see M h too, not only the router (the published Swin models).
+    """
+
+    dispersion: Dispersion = "mad"  # this and the next three: see adaptive_scales
+    eps: float = 1e-4
+    normalize: Normalize = "feature"
+    max_ratio: float | None = 10.0
+    gradient: bool = False  # through M
+    shuffled: bool = False
+    pooled: bool = False
+    matched: bool = False
+    causal: bool = False
+    momentum: float | None = None  # causal: share of the newest step in the running averages; None: 0.1
+    mixed: bool = False
+    scale_experts: bool = False
+
+    def __post_init__(self) -> None:
+        check_scale_options(self.dispersion, self.eps, self.normalize, self.max_ratio)
+        if self.pooled and self.normalize == "feature":
+            raise ValueError(
+                "pooled with normalize='feature' scales nothing: use 'row' here and in its partner"
+            )
+        if self.pooled and self.shuffled:
+            raise ValueError("shuffled has no effect with pooled: all rows are equal")
+        if self.pooled and self.mixed:
+            raise ValueError("mixed has no effect with pooled: all rows are equal")
+        if self.causal and self.gradient:
+            raise ValueError("gradient has no effect with causal: its M comes from earlier steps")
+        if self.momentum is not None and not self.causal:
+            raise ValueError(f"momentum has no effect without causal, got {self.momentum}")
+        if self.momentum is not None and not 0 < self.momentum <= 1:
+            raise ValueError(f"momentum must lie in (0, 1], got {self.momentum}")
 
 
-def adaptive_scales(
-    tokens_ND: Tensor,
-    assignment_N: Tensor,
-    num_experts: int,
-    dispersion: Dispersion = "mad",
-    eps: float = 1e-4,
-    normalize: Normalize = "feature",
-    max_ratio: float | None = 10.0,
-) -> Tensor:
-    """How tightly each cluster of tokens sits along each feature: row k is the diagonal of M_k.
+class AdaptiveClusteringRouter(CosineRouter):
+    """The cosine router on tokens that were scaled by their cluster's tightness: h^T M_k e.
 
-    With s_kq the dispersion of cluster k along feature q,
+    A token's cluster k is its top-1 expert in the previous MoE layer, which must have the same number
+    of experts. M_k is the scaling matrix of that cluster, see `adaptive_scales`. Without a previous decision
+    nothing is scaled.
 
-        W_kq = 1 / (s_kq + eps),    m = mean of W,    W = min(W, max_ratio * m),
+    If every cluster is isotropic (its dispersion the same along all features), "row" scales nothing and the
+    router equals `CosineRouter`. Other normalisations leave one positive factor per cluster: the experts
+    keep their order, tight clusters get a sharper gate; with one dispersion for all of them, "feature"
+    and "global" scale nothing either.
 
-    then divided as `normalize` says. The defaults are the form of the authors' language models; that of
-    their Swin models is normalize="global", max_ratio=1.5. In their code a cluster of 0 or 1 tokens has
-    dispersion 0, hence an enormous W that shrinks all others. Here only clusters of 2 tokens or more are
-    valid: means run over these alone, and the row of any other is ones (under "none", where rows have no
-    common scale, it is m; 1 if no cluster is valid).
-
-    Differentiable in the tokens; a caller detaches them where M is to be a constant.
+    Statistics of the current batch (the paper's form) let each token see the others, later positions and
+    other sequences included, in training and in evaluation. With `causal` they don't: a step uses the
+    averages of the steps before it, then, in training mode only, adds its own. A cluster that had no
+    step with 2 tokens so far is not scaled. A forward pass that activation checkpointing repeats in the
+    backward pass uses the same averages again and counts once, as long as each forward pass is followed by
+    its own backward pass.
 
     Args:
-        tokens_ND: [N, D]. Sub-float32 types are computed in float32, also under autocast.
-        assignment_N: [N] integer clusters, 0 to `num_experts` - 1.
-        num_experts: E, the number of clusters.
-        dispersion: "mad", the mean absolute deviation from the cluster's mean, or "variance" (biased).
-        eps: at least 0; 0 asks that every feature varies within every valid cluster.
-        normalize: "feature" divides W by its mean over valid clusters, "row" by its mean over features,
-            "global" by m (taken before the limit), "none" by nothing.
-        max_ratio: the limit on W as a multiple of m; None for no limit.
-
-    Returns:
-        [E, D] scales, positive.
-
-    Raises:
-        ValueError: shapes or an option are unusable, or (checked on the CPU only: on a GPU it would wait
-            for the device) an assignment lies outside 0 to E - 1.
+        dim: D.
+        num_experts: E.
+        top_k, renormalize: as in `route`.
+        config: `ACConfig()` if None.
     """
-    if num_experts < 1:
-        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
-    check_scale_options(dispersion, eps, normalize, max_ratio)
-    if tokens_ND.ndim != 2 or assignment_N.shape != tokens_ND.shape[:1]:
-        raise ValueError(
-            f"expected tokens [N, D] and assignment [N], got {tuple(tokens_ND.shape)} "
-            f"and {tuple(assignment_N.shape)}"
-        )
-    if assignment_N.is_floating_point() or assignment_N.dtype == torch.bool:
-        raise ValueError(f"assignment must hold integers, got {assignment_N.dtype}")
-    assignment_N = assignment_N.long()
-    if assignment_N.device.type == "cpu":
-        outside = assignment_N[(assignment_N < 0) | (assignment_N >= num_experts)]
-        if len(outside):
-            raise ValueError(f"assignment must lie in 0 to {num_experts - 1}, got {outside[0].item()}")
-    with torch.autocast(tokens_ND.device.type, enabled=False):
-        dispersion_ED, valid_E = cluster_dispersion(
-            at_least_float32(tokens_ND), assignment_N, num_experts, dispersion
-        )
-        return scales_of_dispersion(dispersion_ED, valid_E, eps, normalize, max_ratio)
+
+    running_ED: Tensor  # one row if pooled
+    seen_E: Tensor
+    derangement_E: Tensor
+    keep_rows = False  # these two: see `frozen_scales`
+    frozen_ED: Tensor | None = None
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int | None = None,
+        config: ACConfig | None = None,
+        renormalize: bool | None = None,
+    ) -> None:
+        super().__init__(dim, num_experts, top_k, renormalize)
+        self.config = config = ACConfig() if config is None else config
+        if config.shuffled:
+            if num_experts == 1:
+                raise ValueError("shuffled needs at least 2 experts, got 1")
+            self.register_buffer("derangement_E", _derangement(num_experts))
+        if config.causal:
+            num_rows = 1 if config.pooled else num_experts
+            self.register_buffer("running_ED", torch.zeros(num_rows, dim))
+            self.register_buffer("seen_E", torch.zeros(num_rows, dtype=torch.bool))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # first, so that the embeddings equal CosineRouter's under one seed
+        if self.config.shuffled:
+            self.derangement_E.copy_(_derangement(len(self.derangement_E)))
+        if self.config.causal:
+            self.running_ED.zero_()
+            self.seen_E.zero_()
+
+    def forward(self, tokens_ND: Tensor, previous: Routing | None = None) -> Routing:
+        if previous is None or self.config.mixed or self.config.matched:
+            return self.route_and_scale(tokens_ND, previous)[0]
+        tokens_ND = self._tokens(tokens_ND)
+        with torch.autocast(tokens_ND.device.type, enabled=False):
+            assignment_N, rows_ED = self._assign(tokens_ND, previous)
+            directions_ED = self._directions(tokens_ND.dtype)
+            scores_NE = scaled_scores(tokens_ND, assignment_N, rows_ED, directions_ED)
+        return route(scores_NE, self.top_k, self.renormalize)
+
+    def experts_see(self, tokens_ND: Tensor, previous: Routing | None = None) -> tuple[Routing, Tensor]:
+        """The decision, and the tokens: with `scale_experts`, as they are scaled for the decision."""
+        if not self.config.scale_experts:
+            return self(tokens_ND, previous), tokens_ND
+        routing, scaled_ND = self.route_and_scale(tokens_ND, previous)
+        return routing, scaled_ND.to(tokens_ND.dtype)
+
+    def route_and_scale(self, tokens_ND: Tensor, previous: Routing | None = None) -> tuple[Routing, Tensor]:
+        """The decision, and the scaled tokens M_k h [N, D] behind it, in float32 or better."""
+        config, tokens_ND = self.config, self._tokens(tokens_ND)
+        if previous is None:
+            return super().forward(tokens_ND), tokens_ND
+        with torch.autocast(tokens_ND.device.type, enabled=False):
+            assignment_N, rows_ED = self._assign(tokens_ND, previous)
+            if config.mixed:
+                shares_NE = previous.dense_weights().to(rows_ED.dtype)
+                total_N1 = shares_NE.sum(1, keepdim=True)  # not 1 where weights were not renormalised
+                shares_NE = shares_NE / total_N1.where((total_N1 - 1).abs() > 1e-3, 1)
+                scales_ND = (shares_NE if config.gradient else shares_NE.detach()) @ rows_ED
+            else:
+                scales_ND = rows_ED.index_select(0, assignment_N)
+            scaled_ND = tokens_ND * scales_ND
+            if config.matched:
+                norm_N1 = torch.linalg.vector_norm(scaled_ND, dim=1, keepdim=True)
+                target_N1 = torch.linalg.vector_norm(tokens_ND, dim=1, keepdim=True)
+                scaled_ND = scaled_ND * (target_N1 / norm_N1.where(norm_N1 > 0, torch.ones_like(norm_N1)))
+        return super().forward(scaled_ND), scaled_ND
+
+    def _assign(self, tokens_ND: Tensor, previous: Routing) -> tuple[Tensor, Tensor]:
+        """[N] clusters of the tokens, and [E, D] the rows of M."""
+        expected, found = (len(tokens_ND), len(self.embeddings_ED)), tuple(previous.probs_NE.shape)
+        if found != expected:
+            raise ValueError(f"previous must hold a decision [N, E] = {expected}, got {found}")
+        assignment_N = previous.first_choices()
+        rows_ED = self._rows(tokens_ND, assignment_N) if self.frozen_ED is None else self.frozen_ED
+        if self.keep_rows:
+            self.frozen_ED = rows_ED.detach()
+        return assignment_N, rows_ED
+
+    def _rows(self, tokens_ND: Tensor, assignment_N: Tensor) -> Tensor:
+        """[E, D]: the rows of M that the clusters use in this step."""
+        config = self.config
+        num_experts = len(self.embeddings_ED)
+        observed_ND = tokens_ND if config.gradient else tokens_ND.detach()
+        if config.causal:
+            again = self.training and _in_backward()
+            if not again:
+                self._before = self.running_ED.clone(), self.seen_E.clone()
+                if self.training:
+                    self._count_step(*self._batch_dispersion(observed_ND, assignment_N))
+            dispersion_ED, valid_E = self._before
+        else:
+            dispersion_ED, valid_E = self._batch_dispersion(observed_ND, assignment_N)
+        rows_ED = scales_of_dispersion(
+            dispersion_ED, valid_E, config.eps, config.normalize, config.max_ratio
+        ).expand(num_experts, -1)
+        return rows_ED.index_select(0, self.derangement_E) if config.shuffled else rows_ED
+
+    def _batch_dispersion(self, tokens_ND: Tensor, assignment_N: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.pooled:
+            return cluster_dispersion(tokens_ND, torch.zeros_like(assignment_N), 1, self.config.dispersion)
+        return cluster_dispersion(tokens_ND, assignment_N, len(self.embeddings_ED), self.config.dispersion)
+
+    @torch.no_grad()
+    def _count_step(self, dispersion_ED: Tensor, valid_E: Tensor) -> None:
+        momentum = 0.1 if self.config.momentum is None else self.config.momentum
+        # A cluster's first valid step is taken whole; a step in which it is not valid changes nothing.
+        weight_E = (valid_E & ~self.seen_E) + momentum * (valid_E & self.seen_E)
+        self.running_ED.lerp_(dispersion_ED.to(self.running_ED.dtype), weight_E[:, None].to(self.running_ED))
+        self.seen_E |= valid_E
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keeps the running averages in float32 or better, whatever the weights are cast to."""
+        if not self.config.causal:
+            return super()._apply(fn, recurse)
+        before_ED = self.running_ED
+        super()._apply(fn, recurse)
+        if self.running_ED.dtype.itemsize < 4:
+            self.running_ED = before_ED.to(at_least_float32(self.running_ED))
+        return self
 
 
-def check_scale_options(dispersion: str, eps: float, normalize: str, max_ratio: float | None) -> None:
-    if dispersion not in get_args(Dispersion):
-        raise ValueError(f"unknown dispersion {dispersion!r}; use 'mad' or 'variance'")
-    if normalize not in get_args(Normalize):
-        raise ValueError(f"unknown normalize {normalize!r}; use 'feature', 'row', 'global' or 'none'")
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"eps must be finite and not negative, got {eps}")
-    if max_ratio is not None and not max_ratio > 0:
-        raise ValueError(f"max_ratio must be positive, or None for no limit, got {max_ratio}")
+def adaptive_routers(model: nn.Module) -> list[AdaptiveClusteringRouter]:
+    return [module for module in model.modules() if isinstance(module, AdaptiveClusteringRouter)]
 
 
-def cluster_dispersion(
-    tokens_ND: Tensor, assignment_N: Tensor, num_experts: int, dispersion: Dispersion
-) -> tuple[Tensor, Tensor]:
-    """[E, D] dispersion of each cluster, 0 if empty, and [E] whether it has the 2 tokens that this takes."""
-    if tokens_ND.device.type == "cpu" and not torch.compiler.is_compiling():
-        count_E = torch.bincount(assignment_N, minlength=num_experts)
-        order_N, starts_E = assignment_N.argsort(stable=True), count_E.cumsum(0) - count_E
+@contextmanager
+def gradient_through_scales(model: nn.Module) -> Iterator[None]:
+    """Differentiate through the batch statistics of every AC router, for attacks that must not be masked.
 
-        def means(x_ND: Tensor) -> Tensor:
-            return F.embedding_bag(order_N, x_ND, starts_E, mode="mean")
-
-        def spread(x_ED: Tensor) -> Tensor:
-            return x_ED.index_select(0, assignment_N)
-    else:
-        # Products with the one-hot assignment: shapes depend on no value, nothing waits for the device, and
-        # (unlike atomic adds) a GPU repeats them to the last digit.
-        clusters_E = torch.arange(num_experts, device=assignment_N.device)
-        member_NE = (assignment_N[:, None] == clusters_E).to(tokens_ND.dtype)
-        count_E = member_NE.sum(0)
-        share_EN = (member_NE / count_E.clamp(min=1)).T
-
-        def means(x_ND: Tensor) -> Tensor:
-            return share_EN @ x_ND
-
-        def spread(x_ED: Tensor) -> Tensor:
-            return member_NE @ x_ED
-
-    away_ND = spread(means(tokens_ND)).sub_(tokens_ND)  # in place, of any sign: one [N, D] is held
-    return means(away_ND.abs_() if dispersion == "mad" else away_ND.square_()), count_E >= 2
+    A causal router stays as it is: its M does not depend on the batch.
+    """
+    routers = [router for router in adaptive_routers(model) if not router.config.causal]
+    before = [router.config for router in routers]
+    try:
+        for router in routers:
+            router.config = replace(router.config, gradient=True)
+        yield
+    finally:
+        for router, config in zip(routers, before, strict=True):
+            router.config = config
 
 
-def scaled_scores(
-    tokens_ND: Tensor, assignment_N: Tensor, scales_ED: Tensor, embeddings_ED: Tensor
-) -> Tensor:
-    """[N, E]: (M_k h)^T e of each token h, k its cluster, with each expert's embedding e."""
-    return _ScaledScores.apply(tokens_ND, assignment_N, scales_ED, embeddings_ED)
+@contextmanager
+def frozen_scales(model: nn.Module, forward: Callable[[], object]) -> Iterator[None]:
+    """Hold the M of every AC router at its value in `forward()`, one call of the model on clean data.
+
+    The model must be in evaluation mode, or a causal router would count the clean data as a step.
+    """
+    routers = adaptive_routers(model)
+    try:
+        for router in routers:
+            router.keep_rows = True
+        with torch.no_grad():
+            forward()
+        yield
+    finally:
+        for router in routers:
+            router.keep_rows, router.frozen_ED = False, None
 
 
-class _ScaledScores(torch.autograd.Function):
-    """By blocks of tokens, whose scaled forms are not kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, tokens_ND: Tensor, assignment_N: Tensor, scales_ED: Tensor, embeddings_ED: Tensor
-    ) -> Tensor:
-        tokens_ND, embeddings_ED = tokens_ND.contiguous(), embeddings_ED.contiguous()
-        scores_NE = tokens_ND.new_empty(len(tokens_ND), len(embeddings_ED))
-        # Of twice as many rows as in backward, which holds two such matrices.
-        for rows in blocks_of_rows(tokens_ND, max(1, tokens_ND.shape[1] // 2)):
-            scaled_RD = scales_ED.index_select(0, assignment_N[rows]).mul_(tokens_ND[rows])
-            scores_NE[rows] = product(scaled_RD, embeddings_ED.T)
-        ctx.save_for_backward(tokens_ND, assignment_N, scales_ED, embeddings_ED)
-        return scores_NE
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor | None, ...]:
-        tokens_ND, assignment_N, scales_ED, embeddings_ED = ctx.saved_tensors
-        grad_NE = grad_NE.contiguous()
-        dtokens_ND, dembeddings_ED = torch.empty_like(tokens_ND), torch.zeros_like(embeddings_ED)
-        dscales_ED = torch.zeros_like(scales_ED) if ctx.needs_input_grad[2] else None
-        for rows in blocks_of_rows(tokens_ND, tokens_ND.shape[1]):
-            scales_RD = scales_ED.index_select(0, assignment_N[rows])
-            dscaled_RD = product(grad_NE[rows], embeddings_ED)
-            torch.mul(dscaled_RD, scales_RD, out=dtokens_ND[rows])
-            add_product(dembeddings_ED, grad_NE[rows].T, scales_RD.mul_(tokens_ND[rows]))
-            if dscales_ED is not None:
-                dscales_ED.index_add_(0, assignment_N[rows], dscaled_RD.mul_(tokens_ND[rows]))
-        return dtokens_ND, None, dscales_ED, dembeddings_ED
+def _in_backward() -> bool:
+    """Whether a backward pass is running: then a forward pass is one that checkpointing repeats."""
+    return not traced() and torch._C._current_graph_task_id() != -1
 
 
-def scales_of_dispersion(
-    dispersion_ED: Tensor, valid_E: Tensor, eps: float, normalize: Normalize, max_ratio: float | None
-) -> Tensor:
-    """The second half of `adaptive_scales`, after `cluster_dispersion`."""
-    valid_E1 = valid_E[:, None]
-    one = dispersion_ED.new_ones(())
-    # Masked before the reciprocal: afterwards, with eps = 0, an infinity would survive as 0 * inf.
-    scales_ED = 1 / (dispersion_ED + eps).where(valid_E1, one)
-    # If no cluster is valid, all rows are ones by now, and the means run over them.
-    counted_E1 = (valid_E1 | ~valid_E.any()).to(scales_ED.dtype)
-    share_E1 = counted_E1 / counted_E1.sum()
-    mean = (share_E1 * scales_ED).sum(0).mean()
-    if max_ratio is not None:
-        scales_ED = torch.minimum(scales_ED, max_ratio * mean)
-    if normalize == "feature":
-        scales_ED = scales_ED / (share_E1 * scales_ED).sum(0)
-    elif normalize == "row":
-        scales_ED = scales_ED / scales_ED.mean(1, keepdim=True)
-    elif normalize == "global":
-        scales_ED = scales_ED / mean
-    return scales_ED.where(valid_E1, mean if normalize == "none" else one)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _derangement(num_experts: int) -> Tensor:
+    """A random permutation that moves everything: one cycle through all, from torch's current seed."""
+    order_E = torch.randperm(num_experts)
+    return torch.empty_like(order_E).scatter_(0, order_E, order_E.roll(1))

@@ -1,14 +1,15 @@
 """How a mixture of experts is computed: sum_e gate_e (relu(x W1_e + b1_e) W2_e + b2_e) and its gradient.
 
     soft     all experts side by side are one network of width E * H whose hidden activations the gates
-             weigh: outputs of single experts are never formed. Large batches go through it in blocks, and
-             their hidden activations are formed again for the gradient, not kept: O(N (D + O)) of memory
+             weigh: outputs of single experts are never formed
     top-k    expert by expert, each on the rows that chose it; gradients go straight into the stacked weights
     grouped  top-k on a GPU that has one product for all experts
 
-Shapes: N rows, D width, H expert hidden width, O output width, E experts, K chosen; F = E * H; M = N * K
-choices; R rows of a block or a group of experts; S rows of one expert;
-I, J widths in and out of a layer.
+Second derivatives come from the same operations, recorded by torch.
+
+Shapes: N rows, D width, H expert hidden width, O output width, E experts, K chosen; F = E * H;
+M = N * K choices; R rows of a block or a group of experts; S rows of one expert; I, J widths in and out of a
+layer.
 """
 
 from __future__ import annotations
@@ -18,12 +19,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moe_lib.moe.adaptive import at_least_float32
 from moe_lib.moe.routing import Routing
-from moe_lib.products import BLOCK, ONEDNN_FROM, add_product, blocks_of_rows, product, relu_product
+from moe_lib.products import (
+    BLOCK,
+    ONEDNN_FROM,
+    add_product,
+    at_least_float32,
+    differentiable_gradient,
+    product,
+    relu_product,
+    traced,
+)
 
 
 class Stacked(NamedTuple):
@@ -36,77 +44,28 @@ class Stacked(NamedTuple):
 
 
 def mixture(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
-    """Each row's experts, weighted as its decision says: [N, O]. There is no second derivative."""
+    """Each row's experts, weighted as its decision says: [N, O].
+
+    While torch.compile, torch.export or torch.func is at work, every expert runs on every row (but for the
+    grouped form), since no shape may depend on the decisions: E / K times the products.
+    """
     device = x_ND.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x_ND, experts = x_ND.to(dtype), Stacked(*(weight.to(dtype) for weight in experts))
-    if routing.indices_NK.shape[1] == len(experts.b1_EH):
-        w1_DF = experts.w1_EDH.transpose(0, 1).flatten(1)
-        weights_NE = routing.dense_weights().to(x_ND.dtype)
-        return _Soft.apply(
-            x_ND, weights_NE, w1_DF, experts.b1_EH.flatten(), experts.w2_EHO.flatten(0, 1), experts.b2_EO
-        )
-    if _has_grouped_products(experts):
-        return _by_grouped_products(x_ND, routing, experts)
-    return _by_expert(x_ND, routing, experts)
+    if routing.indices_NK.shape[1] < len(experts.b1_EH):
+        if _has_grouped_products(experts):
+            return _by_grouped_products(x_ND, routing, experts)
+        if not traced():
+            return _by_expert(x_ND, routing, experts)
+    return _soft(x_ND, routing.dense_weights().to(x_ND.dtype), experts)
 
 
-# ------------------------------------------------------------------------------------------- soft
-
-
-class _Soft(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_ND: Tensor, gate_NE: Tensor, w1_DF: Tensor, b1_F: Tensor, w2_FO: Tensor, b2_EO: Tensor
-    ) -> Tensor:
-        x_ND = x_ND.contiguous()
-        out_NO = gate_NE @ b2_EO
-        blocks = blocks_of_rows(x_ND, len(b1_F))
-        for rows in blocks:
-            hidden_RF = relu_product(x_ND[rows], w1_DF, b1_F)
-            out_NO[rows] += product(_weighed(hidden_RF, gate_NE[rows]), w2_FO)
-        kept = hidden_RF if len(blocks) == 1 else None
-        ctx.save_for_backward(x_ND, gate_NE, w1_DF, b1_F, w2_FO, b2_EO, kept)
-        return out_NO
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, gate_NE, w1_DF, b1_F, w2_FO, b2_EO, kept = ctx.saved_tensors
-        grad_NO = grad_NO.contiguous()
-        dx_ND, dgate_NE = torch.empty_like(x_ND), grad_NO @ b2_EO.T
-        for_weights = any(ctx.needs_input_grad[2:])
-        sums: list[Tensor] = []
-        for rows in blocks_of_rows(x_ND, len(b1_F)):
-            x_RD, gate_RE, grad_RO = x_ND[rows], gate_NE[rows], grad_NO[rows]
-            hidden_RF = relu_product(x_RD, w1_DF, b1_F) if kept is None else kept
-            d_RF = product(grad_RO, w2_FO.T)
-            dgate_NE[rows] += _by_expert_of(d_RF * hidden_RF, gate_RE).sum(2)
-            _mask(d_RF, hidden_RF)
-            _by_expert_of(d_RF, gate_RE).mul_(gate_RE[:, :, None])
-            dx_ND[rows] = product(d_RF, w1_DF.T)
-            if for_weights:
-                dw2_OF = product(grad_RO.T, _weighed(hidden_RF, gate_RE))  # this way round, twice as fast
-                parts = [product(x_RD.T, d_RF), d_RF.sum(0), dw2_OF.T]
-                sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
-        if not for_weights:
-            return dx_ND, dgate_NE, None, None, None, None
-        return dx_ND, dgate_NE, *sums, gate_NE.T @ grad_NO
-
-
-def _by_expert_of(hidden_RF: Tensor, gate_RE: Tensor) -> Tensor:
-    """[R, E, H]"""
-    return hidden_RF.unflatten(1, (gate_RE.shape[1], -1))
-
-
-def _weighed(hidden_RF: Tensor, gate_RE: Tensor) -> Tensor:
-    return (_by_expert_of(hidden_RF, gate_RE) * gate_RE[:, :, None]).flatten(1)
-
-
-def _mask(d_RF: Tensor, hidden_RF: Tensor) -> None:
-    """The derivative of a ReLU with these outputs, in place."""
-    torch.ops.aten.threshold_backward.grad_input(d_RF, hidden_RF, 0, grad_input=d_RF)
+def _soft(x_ND: Tensor, gate_NE: Tensor, experts: Stacked) -> Tensor:
+    w1_EDH, b1_EH, w2_EHO, b2_EO = experts
+    hidden_NF = torch.addmm(b1_EH.flatten(), x_ND, w1_EDH.transpose(0, 1).flatten(1)).relu()
+    weighed_NEH = hidden_NF.unflatten(1, b1_EH.shape) * gate_NE[:, :, None]
+    return torch.addmm(gate_NE @ b2_EO, weighed_NEH.flatten(1), w2_EHO.flatten(0, 1))
 
 
 # ------------------------------------------------------------------------------------------ top-k
@@ -169,33 +128,21 @@ class _Chosen(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        groups: Sequence[_Group],
-        keep: bool,
-        x_ND: Tensor,
-        gate_M: Tensor,
-        w1_EDH: Tensor,
-        b1_EH: Tensor,
-        w2_EHO: Tensor,
-        b2_EO: Tensor,
+        ctx: Any, groups: Sequence[_Group], keep: bool, x_ND: Tensor, gate_M: Tensor, *weights: Tensor
     ) -> Tensor:
-        sum_NO = at_least_float32(x_ND.new_zeros(len(x_ND), b2_EO.shape[1]))
-        kept = []
-        for experts, places, row_R, sizes in groups:
-            x_RD = x_ND.index_select(0, row_R)
-            hidden_RH = _each(relu_product, x_RD.split(sizes), w1_EDH[experts], b1_EH[experts])
-            out_RO = _each(product, hidden_RH.split(sizes), w2_EHO[experts], b2_EO[experts])
-            sum_NO.index_add_(0, row_R, (gate_M[places, None] * out_RO).to(sum_NO.dtype))
-            if keep:
-                kept += [hidden_RH, out_RO]
+        kept: list[Tensor] | None = [] if keep else None
+        out_NO = _chosen(groups, kept, x_ND, gate_M, *weights)
         ctx.groups = groups
-        ctx.save_for_backward(x_ND, gate_M, w1_EDH, b1_EH, w2_EHO, b2_EO, *kept)
-        return sum_NO.to(x_ND.dtype)
+        ctx.save_for_backward(x_ND, gate_M, *weights, *(kept or ()))
+        return out_NO
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, gate_M, w1_EDH, b1_EH, w2_EHO, b2_EO, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is asked for
+            inputs = (ctx.groups, None, x_ND, gate_M, w1_EDH, b1_EH, w2_EHO, b2_EO)
+            return differentiable_gradient(_chosen, inputs, grads[0])
+        grad_NO = grads[0]
         dx_ND, dgate_M = torch.zeros_like(x_ND), torch.empty_like(gate_M)
         for_weights = any(ctx.needs_input_grad[4:])
         dw1_EDH, db1_EH, dw2_EHO, db2_EO = map(torch.zeros_like, (w1_EDH, b1_EH, w2_EHO, b2_EO))
@@ -222,6 +169,33 @@ class _Chosen(torch.autograd.Function):
                         torch.sum(d_SJ, 0, out=db_J)
         dweights = (dw1_EDH, db1_EH, dw2_EHO, db2_EO) if for_weights else (None,) * 4
         return None, None, dx_ND, dgate_M, *dweights
+
+
+def _chosen(
+    groups: Sequence[_Group],
+    kept: list[Tensor] | None,
+    x_ND: Tensor,
+    gate_M: Tensor,
+    w1_EDH: Tensor,
+    b1_EH: Tensor,
+    w2_EHO: Tensor,
+    b2_EO: Tensor,
+) -> Tensor:
+    """[N, O]; adds what a backward pass needs to `kept`."""
+    sum_NO = at_least_float32(x_ND.new_zeros(len(x_ND), b2_EO.shape[1]))
+    for experts, places, row_R, sizes in groups:
+        x_RD = x_ND.index_select(0, row_R)
+        hidden_RH = _each(relu_product, x_RD.split(sizes), w1_EDH[experts], b1_EH[experts])
+        out_RO = _each(product, hidden_RH.split(sizes), w2_EHO[experts], b2_EO[experts])
+        sum_NO.index_add_(0, row_R, (gate_M[places, None] * out_RO).to(sum_NO.dtype))
+        if kept is not None:
+            kept += [hidden_RH, out_RO]
+    return sum_NO.to(x_ND.dtype)
+
+
+def _mask(d_RF: Tensor, hidden_RF: Tensor) -> None:
+    """The derivative of a ReLU with these outputs, in place."""
+    torch.ops.aten.threshold_backward.grad_input(d_RF, hidden_RF, 0, grad_input=d_RF)
 
 
 def _each(function: Callable[..., Tensor], parts: Sequence[Tensor], *weights: Tensor) -> Tensor:

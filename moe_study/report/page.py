@@ -258,6 +258,11 @@ def as_html(table: pd.DataFrame) -> HTML:
     return HTML(table.reset_index().to_html(index=False, border=0, justify="left"))
 
 
+def folded(title: str, table: pd.DataFrame) -> HTML:
+    """A table that is shown on a click."""
+    return HTML(f"<details><summary>{html.escape(title)}</summary>{as_html(table).data}</details>")
+
+
 def budget_table(profile: str) -> pd.DataFrame:
     """What each study trained, data set by data set; the time is in `provenance_table`."""
     rows = []
@@ -333,22 +338,6 @@ BENCH_TITLES = {
     "router": "The AC router (statistics and decision)",
     "train": "Training steps (our CNN in bfloat16, which may pass the limit; peers in float32)",
 }
-
-
-def cost_table() -> pd.DataFrame:
-    """Predicted and actual minutes of a run, from results/bench/cost.json; empty where that is not there."""
-    path = store.results_dir() / "bench" / "cost.json"
-    found = pd.DataFrame(store.read(path)["fit"]["groups"] if path.exists() else [])
-    if found.empty:
-        return found
-    found["error"] = (found["without_study"] / found["seconds"] - 1).abs()
-    table = found.groupby(["study", "dataset"], sort=False)
-    minutes = table[["seconds", "without_study"]].median() / 60
-    minutes.columns = ["actual minutes", "predicted minutes"]
-    minutes.insert(0, "runs", table["runs"].sum())
-    minutes = minutes.round(1)
-    minutes["median error of an arm"] = table["error"].median().map("{:.0%}".format)
-    return minutes.reset_index().set_index("study")
 
 
 def scaling_table() -> pd.DataFrame:
@@ -492,14 +481,6 @@ def speed_sections() -> list[str]:
         )
     if not (profiles := profile_table()).empty:
         sections += [MISSED, markdown(profiles)]
-    if not (costs := cost_table()).empty:
-        sections += [
-            "What a run takes, foretold from its configuration by rates fitted without the runs of its own "
-            "study on that data set (`python -m benchmarks cost`). `make plan` uses the rates of all, the "
-            "speed of the machine it runs on and what processes do at the same time, and says what memory "
-            "they need.",
-            markdown(costs),
-        ]
     if not (powers := scaling_table()).empty:
         sections += [
             "Time and memory of a step of ours grow as powers of each size alone: exponents, 95 % intervals "

@@ -27,7 +27,8 @@ from moe_lib import metrics
 from moe_lib.metrics.collapse import collapse, trajectory
 from moe_study import stats, store
 from moe_study.configs.dose import Panel
-from moe_study.data import ROOT
+from moe_study.data import DATASETS, ROOT
+from moe_study.data.text import CORPORA
 from moe_study.report import tables
 from moe_study.report.tables import Result, look_up
 from moe_study.trust import TRUTH
@@ -72,26 +73,7 @@ STYLE: Any = {
     "lines.linewidth": 1.6,
     "figure.constrained_layout.use": True,
 }
-DATASET_TITLES = {
-    "digits": "Digits (8×8)",
-    "digit_domains": "Digits, three forms",
-    "domains": "Three domains",
-    "mnist": "MNIST",
-    "fashion_mnist": "FashionMNIST",
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "docs": "scikit-learn's descriptions (bytes)",
-    "wikitext2": "WikiText-2 (bytes)",
-}
-CLASS_NAMES = {  # in torchvision's order
-    "fashion_mnist": (
-        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-        "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-    ),
-    "cifar10": (
-        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-    ),
-}  # fmt: skip
+DATASET_TITLES = {name: info.title for name, info in (DATASETS | CORPORA).items()}
 UNITS = {  # of a column of `tables`: shown is the value times this, in this unit; others as they are
     **dict.fromkeys(("accuracy", "lost to corruption", "lost to attack"), (100.0, "points")),
     **dict.fromkeys(("cross-entropy", "validation area", "lost to swap"), (1.0, "nats")),
@@ -224,7 +206,7 @@ def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "s
         picture = axis.imshow(gates_CE[order], cmap="viridis", vmin=0, vmax=1, aspect="auto")
         axis.set(title=f"{arm}, seed {result['run']['seed']}", xlabel="expert")
         axis.set_xticks(range(gates_CE.shape[1]))
-    names = CLASS_NAMES.get(result["run"]["dataset"], [""] * len(order))
+    names = DATASETS[result["run"]["dataset"]].classes or [""] * len(order)
     labels = [f"{c} {names[c]}".strip() for c in order] if few else []
     axes[0, 0].set_yticks(range(len(labels)), labels)
     whole = "class" if few else f"{len(order)} classes"

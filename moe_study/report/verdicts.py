@@ -151,8 +151,8 @@ def rates_table(found: Mapping[str, Any]) -> pd.DataFrame:
     for row in found["rates"]:
         claim = BY_KEY[row["claim"]]
         effect = "none" if row["effect"] == 0 else f"{row['effect']:g} x"
-        keys = {"claim": claim.wording, "seeds": str(row["seeds"]), "true effect": effect}
-        rows.append(keys | {word: 100 * row["words"][word] for word in _SIMULATED})
+        labels = {"claim": claim.wording, "seeds": str(row["seeds"]), "true effect": effect}
+        rows.append(labels | {word: 100 * row["words"][word] for word in _SIMULATED})
     keys = ["claim", "seeds", "true effect"]
     if not rows:
         return pd.DataFrame()

@@ -18,7 +18,7 @@ from benchmarks import run as bench
 from benchmarks import snnl as bench_snnl
 from benchmarks import training as bench_train
 from benchmarks.measure import Contestant, Machine, Rates, Row, Work
-from moe_lib.moe.routing import AdaptiveClusteringRouter, route
+from moe_lib.moe import AdaptiveClusteringRouter, route
 from moe_study import store
 
 

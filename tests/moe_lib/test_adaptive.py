@@ -13,13 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from moe_lib.moe.experts import MoE
-from moe_lib.moe.routing import (
+from moe_lib.moe import (
     ACConfig,
     AdaptiveClusteringRouter,
     CosineRouter,
     LinearRouter,
+    MoE,
     Routing,
     adaptive_scales,
     frozen_scales,
@@ -263,11 +264,11 @@ def test_unusable_tokens_and_assignments_are_named():
     for outside in (-1, E, 99):
         wrong_N = assignment_N.clone()
         wrong_N[5] = outside
-        with pytest.raises(ValueError, match=f"0 to {E - 1}, got {outside}$"):
+        with pytest.raises(ValueError, match=f"assignment must lie in 0 to {E - 1}, got .*{outside}"):
             adaptive_scales(tokens_ND, wrong_N, E)
-    with pytest.raises(ValueError, match=r"\(24, 6\) and \(23,\)"):
+    with pytest.raises(ValueError, match=r"assignment must have shape \[24\].*got \[23\]"):
         adaptive_scales(tokens_ND, assignment_N[1:], E)
-    with pytest.raises(ValueError, match=r"\(2, 12, 6\)"):
+    with pytest.raises(ValueError, match=r"tokens must have shape \[N, D\], got \[2, 12, 6\]"):
         adaptive_scales(tokens_ND.view(2, 12, D), assignment_N.view(2, 12), E)
     with pytest.raises(ValueError, match=r"num_experts.*0"):
         adaptive_scales(tokens_ND, assignment_N, 0)
@@ -589,7 +590,7 @@ def test_unusable_arguments_of_routers_are_named(make):
         with pytest.raises(ValueError, match=message):
             make(D, num_experts, top_k)
     for shape in ((5, D + 1), (2, 5, D), (D,)):
-        with pytest.raises(ValueError, match=rf"\[N, {D}\], got \({shape[0]}"):
+        with pytest.raises(ValueError, match=rf"\[N, {D}\], got \[{shape[0]}"):
             make(D, E)(torch.zeros(shape))
 
 
@@ -877,6 +878,7 @@ def test_mixed_scales_equal_the_loops(options, top_k):
     expected_ND = np.zeros((30, D))
     for n in range(30):
         for k, weight in zip(previous.indices_NK[n].tolist(), previous.weights_NK[n].tolist(), strict=True):
+            weight /= previous.weights_NK[n].sum().item()  # 1, but for the probability of a single expert
             expected_ND[n] += weight * rows_ED[k] * reference.array(tokens_ND[n])
         if "matched" in options:
             expected_ND[n] *= np.linalg.norm(tokens_ND[n]) / np.linalg.norm(expected_ND[n])
@@ -1047,3 +1049,56 @@ def test_causal_scales_have_no_gradient_to_ask_for():
     with gradient_through_scales(model):
         assert model.second.config == ACConfig(causal=True)
         assert torch.equal(input_gradient(model, tokens_ND), expected_ND)
+
+
+# ------------------------------------------------------------------- second derivatives and checkpoints
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": True}, {"scale_experts": True, "gradient": True}])
+def test_second_derivatives_by_finite_differences(options):
+    tokens_ND, assignment_N = clustered()
+    router, previous = router_of(**options), decision(assignment_N)
+
+    def scores(tokens_ND, embeddings_ED):
+        router.embeddings_ED.data = embeddings_ED.detach()
+        return torch.func.functional_call(
+            router, {"embeddings_ED": embeddings_ED}, (tokens_ND, previous)
+        ).logits_NE.tanh()
+
+    inputs = tokens_ND.clone().requires_grad_(), router.embeddings_ED.detach().clone().requires_grad_()
+    if options:
+        assert torch.autograd.gradgradcheck(scores, inputs)
+        return
+    # A scaling matrix without gradient follows the tokens: its value is not constant under their differences.
+    x_ND, embeddings_ED = inputs
+    (gradient_ND,) = torch.autograd.grad(scores(x_ND, embeddings_ED).sum(), x_ND, create_graph=True)
+    found = torch.autograd.grad(gradient_ND.square().sum(), [x_ND, embeddings_ED])
+    rows_ND = router.route_and_scale(x_ND, previous)[1].detach() / x_ND.detach()
+    plain = ((x_ND * rows_ND) @ nn.functional.normalize(embeddings_ED, dim=1).T).tanh()
+    (gradient_ND,) = torch.autograd.grad(plain.sum(), x_ND, create_graph=True)
+    expected = torch.autograd.grad(gradient_ND.square().sum(), [x_ND, embeddings_ED])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_counts_a_step_once(reentrant):
+    """Averages, decisions and gradients are those without it, over three steps."""
+    results = []
+    for checkpointed in (False, True):
+        router = router_of(causal=True).train()
+        found = []
+        for seed in range(3):
+            tokens_ND, assignment_N = clustered(seed=seed)
+            x_ND, previous = tokens_ND.clone().requires_grad_(), decision(assignment_N)
+
+            def forward(x_ND, router=router, previous=previous):
+                return router(x_ND, previous).logits_NE
+
+            kept = {"use_reentrant": reentrant}
+            logits_NE = checkpoint(forward, x_ND, **kept) if checkpointed else forward(x_ND)
+            logits_NE.square().sum().backward()
+            found += [logits_NE.detach(), x_ND.grad, router.running_ED.clone()]
+        results.append(found)
+    for plain, checkpointed in zip(*results, strict=True):
+        assert torch.equal(plain, checkpointed)

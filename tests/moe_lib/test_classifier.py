@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from moe_lib.models.classifier import Classifier, ClassifierConfig, build_extractor, jacobs_loss, mix
-from moe_lib.moe.routing import route
+from moe_lib.moe import route
 from moe_lib.rng import generator, initialise, seed_of
 from moe_lib.snnl import SNNLConfig
 from moe_study.data import Dataset, Split, pixels

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from moe_lib.models.transformer import Projection
+from moe_lib.moe import ACConfig, AdaptiveClusteringRouter, HashRouter, MoE, route
 from moe_lib.snnl import soft_nearest_neighbor_loss
 
 
@@ -32,8 +34,9 @@ def same_gradients(function, compiled, *inputs):
 
 
 class TestLoss:
-    @pytest.mark.parametrize(("distance", "temperature"), [("cosine", 0.5), ("sqeuclidean", 200.0)])
-    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize(
+        ("distance", "temperature", "reduction"), [("cosine", 0.5, "mean"), ("sqeuclidean", 200.0, "none")]
+    )
     def test_compiled_whole(self, distance, temperature, reduction):
         """At a size at which the eager kernels take oneDNN's products."""
         features_ND, labels_N = normal(256, 128).requires_grad_(), torch.arange(256) % 10
@@ -66,3 +69,71 @@ class TestLoss:
         torch.testing.assert_close(torch.func.grad(loss)(x_ND.detach()), expected_ND)
         jacobian_NND = torch.func.jacrev(lambda x_ND: loss(x_ND, "none"))(x_ND.detach())
         torch.testing.assert_close(jacobian_NND.mean(0), expected_ND)
+
+
+def layer_of(kind, top_k, dtype=torch.float32):
+    torch.manual_seed(0)
+    router = {
+        "linear": lambda: None,
+        "ac": lambda: AdaptiveClusteringRouter(64, 8, top_k, ACConfig(gradient=True)),
+        "swin": lambda: AdaptiveClusteringRouter(64, 8, top_k, ACConfig(scale_experts=True)),
+    }[kind]()
+    return MoE(64, 8, 64, top_k=top_k, router=router).to(dtype)
+
+
+class TestLayer:
+    @pytest.mark.parametrize(("kind", "top_k"), [("linear", 2), ("ac", 1)])
+    def test_compiled_whole(self, kind, top_k):
+        """At a size at which the eager kernels take oneDNN's products."""
+        layer, x_ND = layer_of(kind, top_k), normal(512, 64).requires_grad_()
+        previous = route(normal(512, 8, seed=1), 2)
+
+        def forward(x_ND):
+            return layer(x_ND, previous)[0]
+
+        same_gradients(forward, torch.compile(forward, fullgraph=True), x_ND)
+
+    def test_a_hash_router_compiled_whole(self):
+        layer, keys_N = MoE(6, 4, 8, router=HashRouter(4, 5, 2)), torch.arange(20) % 5
+        compiled = torch.compile(layer, fullgraph=True)
+        torch.testing.assert_close(
+            compiled(normal(20, 6), None, keys_N)[0], layer(normal(20, 6), None, keys_N)[0]
+        )
+
+    @pytest.mark.parametrize("top_k", [2])
+    def test_exported(self, top_k):
+        layer, x_ND = layer_of("linear", top_k), normal(20, 64)
+        exported = torch.export.export(layer, (x_ND,)).module()
+        torch.testing.assert_close(exported(x_ND)[0], layer(x_ND)[0])
+
+    @pytest.mark.parametrize("top_k", [2, None])
+    def test_torch_func(self, top_k):
+        layer, x_BND = layer_of("linear", top_k, torch.float64), normal(3, 10, 64, dtype=torch.float64)
+
+        def loss(x_ND):
+            return layer(x_ND)[0].square().sum()
+
+        mapped = torch.func.vmap(lambda x_ND: layer(x_ND)[0])(x_BND)
+        torch.testing.assert_close(mapped, torch.stack([layer(x_ND)[0] for x_ND in x_BND]))
+        x_ND = x_BND[0].clone().requires_grad_()
+        expected_ND = torch.autograd.grad(loss(x_ND), x_ND)[0]
+        torch.testing.assert_close(torch.func.grad(loss)(x_ND.detach()), expected_ND)
+        parameters = dict(layer.named_parameters())
+        found = torch.func.grad(lambda p: torch.func.functional_call(layer, p, x_ND)[0].square().sum())(
+            parameters
+        )
+        expected = torch.autograd.grad(loss(x_ND), list(parameters.values()))
+        for one, other in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_projection_compiles_and_has_second_derivatives():
+    layer, x_NI = Projection(128, 256), normal(256, 128).requires_grad_()
+    same_gradients(layer, torch.compile(layer, fullgraph=True), x_NI)
+
+    def penalty(function):
+        (gradient_NI,) = torch.autograd.grad(function(x_NI).sum(), x_NI, create_graph=True)
+        return torch.autograd.grad(gradient_NI.square().sum(), layer.weight)[0]
+
+    expected_OI = penalty(lambda x_NI: nn.functional.linear(x_NI, layer.weight, layer.bias))
+    torch.testing.assert_close(penalty(layer), expected_OI)

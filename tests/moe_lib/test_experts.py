@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moe_lib import products
-from moe_lib.moe import dispatch as expert_kernels
-from moe_lib.moe.experts import Experts, MoE
-from moe_lib.moe.routing import (
+from moe_lib.moe import (
     ACConfig,
     AdaptiveClusteringRouter,
     CosineRouter,
+    Experts,
     LinearRouter,
+    MoE,
     UniformRouter,
     route,
 )
+from moe_lib.moe import dispatch as expert_kernels
 
 
 class FixedRouter(nn.Module):
@@ -484,13 +485,57 @@ def test_inputs_alone_are_differentiated_where_weights_are_frozen(top_k):
     torch.testing.assert_close(found_ND, expected_ND)
 
 
-@pytest.mark.parametrize("top_k", [2, 5])
-def test_a_second_derivative_is_refused(top_k):
-    x_ND = tokens().requires_grad_()
-    out_NO, _ = moe_layer(top_k=top_k)(x_ND)
-    (gradient_ND,) = torch.autograd.grad(out_NO.square().sum(), x_ND, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient_ND.sum().backward()
+@pytest.mark.parametrize("top_k", [1, 2, None])
+def test_second_derivatives_by_finite_differences(top_k):
+    """Of smooth points: no hidden unit and no choice of an expert changes within the step."""
+    layer, x_ND = moe_layer(top_k=top_k), tokens().requires_grad_()
+    weights = list(layer.parameters())
+    assert torch.autograd.gradgradcheck(lambda *inputs: layer(inputs[0])[0].tanh(), (x_ND, *weights))
+
+
+def test_a_penalty_on_the_gradient_of_a_sum():
+    """Whose incoming gradient is a constant: the case in which a second derivative was silently wrong."""
+    layer, x_ND = moe_layer(top_k=2), tokens().requires_grad_()
+
+    def penalty(x_ND):
+        (gradient_ND,) = torch.autograd.grad(layer(x_ND)[0].sum(), x_ND, create_graph=True)
+        return gradient_ND.square().sum()
+
+    penalty(x_ND).backward()
+    step_ND, size = torch.randn(x_ND.shape, generator=torch.Generator().manual_seed(5)).double(), 1e-6
+    above, below = (penalty((x_ND + sign * size * step_ND).detach().requires_grad_()) for sign in (1, -1))
+    slope = (above - below).item() / (2 * size)
+    assert (x_ND.grad * step_ND).sum().item() == pytest.approx(slope, rel=1e-5)
+
+
+def test_a_top_1_router_is_trained_by_the_tasks_loss():
+    """The chosen expert's probability is its weight (Switch), so the gate has the softmax's gradient."""
+    x_ND = tokens()
+    layer = MoE(x_ND.shape[1], 4, 16, top_k=1).double()
+    out_NO, routing = layer(x_ND)
+    grad_NE, *_ = torch.autograd.grad((x_ND - out_NO).square().sum(), routing.logits_NE)
+    for n in range(len(x_ND)):
+        e, p_E = routing.indices_NK[n, 0].item(), routing.probs_NE[n].detach()
+        answer_O = layer.experts.expert(e, x_ND[n : n + 1])[0].detach()
+        slope = (2 * (p_E[e] * answer_O - x_ND[n]) * answer_O).sum()
+        expected_E = slope * p_E[e] * (torch.eye(4).double()[e] - p_E)
+        torch.testing.assert_close(grad_NE[n], expected_E)
+
+
+def test_renormalize_reaches_the_decision():
+    x_ND = tokens()
+    for renormalize, whole in ((None, True), (True, True), (False, False)):
+        routing = MoE(x_ND.shape[1], 4, 8, top_k=2, renormalize=renormalize).double().route(x_ND)
+        sums_N = routing.weights_NK.sum(1)
+        assert torch.allclose(sums_N, torch.ones_like(sums_N)) == whole
+    with pytest.raises(ValueError, match="renormalize"):
+        MoE(8, 4, 16, top_k=1, renormalize=True)
+
+
+def test_a_batch_of_sequences_is_refused_with_the_remedy():
+    layer = MoE(8, 4, 16, top_k=2)
+    with pytest.raises(ValueError, match=r"tokens must have shape \[N, 8\], got \[2, 3, 8\].*flatten"):
+        layer(torch.zeros(2, 3, 8))
 
 
 @pytest.mark.parametrize("top_k", [2, 5])

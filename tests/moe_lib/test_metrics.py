@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lib import metrics
-from moe_lib.moe.experts import Experts
+from moe_lib.moe import Experts
 
 
 def randn(*shape, seed=0):
@@ -308,6 +308,29 @@ def test_output_similarity_equals_the_loops_and_ignores_constants():
     assert metrics.output_similarity(shifted) == pytest.approx(measured, rel=1e-9)
     assert metrics.output_similarity(logits_NEC[:, [0, 0, 0]]) == pytest.approx(1)
     assert math.isnan(metrics.output_similarity(logits_NEC[:, :1]))
+
+
+@pytest.mark.parametrize("measure", ["output_similarity", "expert_cka"])
+def test_similarity_by_use_weighs_each_pair_by_the_product_of_its_usage(measure):
+    logits_NEC, usage_E = randn(8, 3, 4), torch.tensor([0.5, 0.3, 0.2])
+    function = getattr(metrics, measure)
+    weighted = total = 0.0
+    for a in range(3):
+        for b in range(a):
+            one = logits_NEC[:, [a, b]]
+            value = (
+                reference.output_similarity(one)
+                if measure == "output_similarity"
+                else reference.linear_cka(one[:, 0], one[:, 1])
+            )
+            weight = float(usage_E[a] * usage_E[b])
+            weighted, total = weighted + weight * value, total + weight
+    assert function(logits_NEC, usage_E=usage_E) == pytest.approx(weighted / total, rel=1e-6)
+    plain = function(logits_NEC)
+    assert function(logits_NEC, usage_E=torch.full((3,), 1 / 3)) == pytest.approx(plain, rel=1e-6)
+    dead = torch.tensor([0.6, 0.4, 0.0])  # a dead expert is not a different one
+    assert function(logits_NEC, usage_E=dead) == pytest.approx(function(logits_NEC[:, :2]), rel=1e-6)
+    assert math.isnan(function(logits_NEC, usage_E=torch.tensor([1.0, 0.0, 0.0])))
 
 
 # -------------------------------------------------------------------------------------------- CKA

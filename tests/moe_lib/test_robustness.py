@@ -11,7 +11,7 @@ import reference
 import torch
 
 from moe_lib.metrics.interventions import expert_ablations
-from moe_lib.moe.routing import route
+from moe_lib.moe import route
 
 RULES = ("logits", "likelihood", "jacobs")
 

@@ -9,7 +9,8 @@ import reference
 import reference_ac
 import torch
 
-from moe_lib.moe.routing import (
+from moe_lib.moe import (
+    HashRouter,
     LinearRouter,
     MLPRouter,
     Routing,
@@ -43,15 +44,22 @@ def test_soft_routing_keeps_every_expert_in_order():
     assert torch.equal(routing.dense_weights(), routing.probs_NE)
 
 
+@pytest.mark.parametrize("renormalize", [None, True, False])
 @pytest.mark.parametrize("k", [1, 2, 4, 5])
-def test_top_k_chooses_the_best_and_renormalises(k):
-    routing = route(random_logits(), top_k=k)
+def test_top_k_chooses_the_best(k, renormalize):
+    """Weights are the probabilities, divided by their sum where asked for, and by default for k > 1."""
+    if k == 1 and renormalize:
+        with pytest.raises(ValueError, match="renormalize"):
+            route(random_logits(), 1, True)
+        return
+    routing = route(random_logits(), k, renormalize)
     assert routing.indices_NK.shape == routing.weights_NK.shape == (9, k)
+    divided = k > 1 if renormalize is None else renormalize
     for n in range(9):
-        chosen, weights = reference.top_k(routing.probs_NE[n].tolist(), k)
+        chosen, shares = reference.top_k(routing.probs_NE[n].tolist(), k)
         assert routing.indices_NK[n].tolist() == chosen
-        np.testing.assert_allclose(routing.weights_NK[n], weights, rtol=1e-12)
-    torch.testing.assert_close(routing.weights_NK.sum(1), torch.ones(9, dtype=torch.float64))
+        expected = shares if divided else [routing.probs_NE[n, e].item() for e in chosen]
+        np.testing.assert_allclose(routing.weights_NK[n], expected, rtol=1e-12)
     torch.testing.assert_close(routing.probs_NE, route(random_logits()).probs_NE)  # not cut to the top k
 
 
@@ -235,3 +243,43 @@ def test_joined_decisions_are_those_of_the_joined_tokens():
     parts = [route(part, 2) for part in logits_NE.split([5, 0, 1, 6])]
     for field, expected in zip(joined(parts), route(logits_NE, 2), strict=True):
         assert torch.equal(field, expected)
+
+
+# ----------------------------------------------------------------------------------- fixed experts
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_a_hash_router_gives_each_key_its_own_experts_whatever_the_token(top_k):
+    router = HashRouter(num_experts=5, num_keys=7, top_k=top_k)
+    keys_N = torch.tensor([0, 3, 6, 3, 0, 1, 2, 4, 5])
+    first, second = (router(random_tokens() + shift, keys_N=keys_N) for shift in (0, 10))
+    assert torch.equal(first.indices_NK, second.indices_NK)
+    assert torch.equal(first.indices_NK, router.experts_RK[keys_N])
+    assert all(len(set(row)) == top_k for row in first.indices_NK.tolist())
+    for n, chosen_K in enumerate(first.indices_NK.tolist()):
+        expected = [1 / top_k if e in chosen_K else 0.0 for e in range(5)]
+        assert first.probs_NE[n].tolist() == pytest.approx(expected)
+        assert first.dense_weights()[n].tolist() == pytest.approx(expected)
+
+
+def test_a_hash_router_learns_nothing_and_is_kept_with_the_model():
+    router, other = HashRouter(8, 40, 2), HashRouter(8, 40, 2)
+    assert list(router.parameters()) == []
+    assert not torch.equal(router.experts_RK, other.experts_RK)
+    other.load_state_dict(router.state_dict())
+    assert torch.equal(router.experts_RK, other.experts_RK)
+
+
+def test_a_hash_router_uses_all_experts_alike():
+    counts_E = HashRouter(8, 20_000, 2).experts_RK.flatten().bincount(minlength=8)
+    np.testing.assert_allclose(counts_E / 40_000, 1 / 8, atol=0.01)
+
+
+def test_a_hash_router_needs_a_key_for_every_token():
+    router = HashRouter(4, 3)
+    with pytest.raises(ValueError, match=r"one key per token, keys_N \[9\]; got none"):
+        router(random_tokens())
+    with pytest.raises(ValueError, match=r"keys_N \[9\]; got \(8,\)"):
+        router(random_tokens(), keys_N=torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="num_keys must be at least 1, got 0"):
+        HashRouter(4, 0)

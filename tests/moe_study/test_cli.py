@@ -5,14 +5,15 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-from moe_study import cost, data, store, study
+from moe_study import data, plan, store, study
 from moe_study.__main__ import main
-from moe_study.data import ROOT, text
+from moe_study.data import ROOT, datasets, text
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,9 @@ def python(arguments: list[str], cwd: Path, **environment: str) -> subprocess.Co
         ("run --profile digits --shard 3/2", "'3/2'"),
         ("run --profile digits --shard 0/2", "'0/2'"),
         ("run --profile digits --shard half", "'half'"),
+        ("run --profile digits --shard \uff11/\uff12", "'\uff11/\uff12'"),
+        ("run --profile digits --shard 1/2/3", "'1/2/3'"),
+        ("run --profile digits --arm base,nope", "'nope'"),
         ("run --profile digits --workers 0", "--workers must be at least 1, got 0"),
         ("run --profile digits --workers -3", "got -3"),
         ("plan --profile nope", "'nope'"),
@@ -87,14 +91,143 @@ def test_unknown_values_are_named_in_one_line(arguments, named, folders, capsys)
         ("run --profile digits --workers many", "'many'"),
         ("run --profile digits --time-limit soon", "'soon'"),
         ("run --profile digits --device tpu", "'tpu'"),
+        ("run --profile digits --workers 1.5", "'1.5'"),
+        ("run --profile digits --workers True", "'True'"),
+        ("run --profile digits --workers \uff12", "'\uff12'"),  # a full-width 2
+        ("run --profile digits --time-limit nan", "'nan'"),
+        ("run --profile digits --time-limit=-1", "'-1'"),
+        ("run --profile digits --time-limit inf", "'inf'"),
+        ("run --profile digits --out=", "--out: the path is empty"),
+        ("run --profile digits --done=", "--done: the path is empty"),
+        ("run --profile digits --follow me", "'me'"),
     ],
 )
 def test_what_argparse_refuses(arguments, named, folders, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments.split())
     assert stopped.value.code == 2
-    assert named in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
+    assert line.startswith("error: ")
     assert files(folders) == []
+
+
+@pytest.mark.parametrize("command", ["", "run", "plan", "where", "data", "readme", "trust"])
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), "--help"])
+    assert stopped.value.code == 0
+    options = capsys.readouterr().out.partition("options:")[2]
+    for line in re.findall(r"^  -.*(?:\n {10,}.*)?", options, re.M):
+        assert len(re.split(r"\s{2,}", line.strip(), maxsplit=1)) == 2, line
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"moe-collapse {importlib.metadata.version('moe-collapse')}\n"
+
+
+def test_several_arms_run_seed_by_seed():
+    found = study.runs("core", "snnl", "cifar10", "base,snnl")
+    alone = {arm: study.runs("core", "snnl", "cifar10", arm) for arm in ("base", "snnl")}
+    assert sorted(run.id for run in found) == sorted(run.id for runs in alone.values() for run in runs)
+    seeds = [run.seed for run in found]
+    assert seeds == [seed for seed in dict.fromkeys(seeds) for _ in range(2)]
+    assert {run.arm for run in found[:2]} == {"base", "snnl"}
+    with pytest.raises(study.StudyError, match="unknown arm 'nope'"):
+        study.runs("core", "snnl", "cifar10", "base,nope")
+
+
+def piped(arguments: str, reader: str, cwd: Path) -> subprocess.CompletedProcess:
+    """In bash: status of the command itself, what the reader said, and what came on stderr."""
+    line = f"{sys.executable} -m moe_study {arguments} | {reader}; exit ${{PIPESTATUS[0]}}"
+    return subprocess.run(
+        ["bash", "-c", line],
+        cwd=cwd,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_a_reader_that_leaves_early_ends_the_plan_quietly(folders):
+    process = piped("plan --profile digits", "head -1", ROOT)
+    assert process.stdout.startswith("study ")
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_a_broken_pipe_does_not_keep_a_run_from_its_done_file(folders):
+    done = folders / "DONE.json"
+    wanted = f"run --profile digits --study snnl --arm raw --shard 1/5 --workers 1 --done {done}"
+    process = piped(wanted, "true", ROOT)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    run = study.runs("digits", "snnl", arm="raw")[0]
+    assert store.read(done) == {"runs": [run.id]}
+    study.read(run)
+
+
+def test_a_run_ends_with_the_process_that_it_follows(folders):
+    """As a shard with Snakemake; its workers with it."""
+    followed = subprocess.Popen(["sleep", "300"])
+    wanted = [
+        "run",
+        "--profile",
+        "digits",
+        "--study",
+        "snnl",
+        "--workers",
+        "1",
+        "--follow",
+        str(followed.pid),
+    ]
+    process = subprocess.Popen([sys.executable, "-m", "moe_study", *wanted], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert b"epoch" in process.stdout.readline()  # its worker trains
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        followed.kill()
+        followed.wait()
+        assert process.wait(timeout=60) == 1
+        until = time.monotonic() + 60
+        while any(alive(child) for child in children) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert children
+        assert not any(alive(child) for child in children)
+    finally:
+        followed.kill()
+        process.kill()
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_profile_without_data_results_or_network_says_so(folders, capsys):
+    assert main(["data", "--profile", "core"]) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == "error: profile 'core' has no results, and none of its data can be had"
+    warned = re.findall(r"^warning: (?:data set|corpus) '(\w+)'", err, re.M)
+    assert len(warned) == len({run.dataset for run in study.runs("core")}) == err.count("MOE_DATA_DIR")
+
+
+def test_a_profile_whose_runs_are_finished_needs_no_data(folders, capsys, monkeypatch):
+    runs = study.runs("core", "snnl", "cifar10", "base")
+    monkeypatch.setattr(study, "runs", lambda profile: runs)
+    study.write(runs[0], {})
+    assert main(["data", "--profile", "core"]) == 0  # one is finished: a report can be made
+    assert capsys.readouterr().err.startswith("warning: ")
+    for run in runs:
+        study.write(run, {})
+    assert main(["data", "--profile", "core"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main(["data", "--profile", "digits"]) == 0
 
 
 def test_an_unknown_profile_from_another_folder(tmp_path):
@@ -174,10 +307,12 @@ def test_plan_says_what_is_to_come_and_starts_nothing(profile, folders, capsys):
     assert sum(left for _, left, _ in rows(out).values()) == len(study.runs(profile))
     assert {done for done, _, _ in rows(out).values()} == {0}
     assert re.search(
-        r"^time: \d+ core-minutes.* with 4 processes, which do [\d.]+ times the work of one$", out, re.M
+        r"^time: 0 minutes of one core and \d+ runs of unknown length, about .* with 4 processes$", out, re.M
     )
+    assert f"\nnotebooks: {len(study.notebooks(study.runs(profile))) + 2} after the runs" in out
     needed = {run.dataset for run in study.runs(profile)}
-    megabytes = sum(data_mb for name, data_mb in cost.DOWNLOAD_MB.items() if name in needed)
+    infos = data.DATASETS | text.CORPORA
+    megabytes = sum(infos[name].download_mb for name in needed)
     assert f"\ndownload: {megabytes} MB (" in out
     assert f"unpacked under {folders / 'data'}" in out
     assert re.search(rf"^disk: about [\d.]+ MB of results under {folders / 'results'}, ", out, re.M)
@@ -185,35 +320,58 @@ def test_plan_says_what_is_to_come_and_starts_nothing(profile, folders, capsys):
 
 
 def test_plan_does_not_ask_for_data_that_is_there(folders, capsys):
-    (folders / "data" / "cifar-10-batches-py").mkdir(parents=True)
+    published = datasets.PUBLISHED["cifar10"]
+    for name in published.train | published.test:
+        store.write_bytes(folders / "data" / published.folder / name, b"")
     assert main(["plan", "--profile", "core", "--dataset", "cifar10"]) == 0
     assert "\ndownload: 0 MB (nothing), 0 MB unpacked" in capsys.readouterr().out
 
 
-def test_plan_counts_a_finished_run_and_believes_its_time(monkeypatch, capsys):
-    monkeypatch.setattr(cost, "speed", lambda: 0.5)
-    monkeypatch.setattr(cost, "throughput", lambda workers: workers / 1.25)
-    runs = study.runs("digits", "snnl", arm="base")
-    study.write(runs[0], {"wall_seconds": 600.0, "machine": store.processor()})
+def test_plan_takes_the_median_of_an_arm_and_for_others_that_of_an_epoch(folders, capsys):
+    snnl = study.runs("digits", "snnl")
+    base, raw = ([run for run in snnl if run.arm == arm] for arm in ("base", "raw"))
+    for run, seconds in zip(base, (60.0, 240.0, 120.0), strict=False):
+        store.write(run.path, {"wall_seconds": seconds, "peak_memory_mb": 300.0})
     assert main(["plan", "--profile", "digits", "--study", "snnl", "--workers", "2"]) == 0
     out = capsys.readouterr().out
     table = rows(out)
-    assert table.pop(("snnl", "digits", "base")) == (1, 4, "40.0")
-    each = {arm: 2 * cost.expected_seconds(study.runs("digits", "snnl", arm=arm)[0]) for _, _, arm in table}
-    assert table == {("snnl", "digits", arm): (0, 5, f"{5 * value / 60:.1f}") for arm, value in each.items()}
-    total = 40 + 5 * sum(each.values()) / 60
-    assert (
-        f"\ntime: {total:.0f} core-minutes, about {total / 1.6:.0f} minutes with 2 processes, which do 1.60 "
-        in out
-    )
+    assert table["snnl", "digits", "base"] == (3, len(base) - 3, f"{(len(base) - 3) * 2:.1f}")
+    assert table["snnl", "digits", "raw"] == (0, len(raw), f"{len(raw) * 2:.1f}")  # as many epochs
+    total = 2 * (len(snnl) - 3)
+    one, two = plan.duration(60 * total), plan.duration(30 * total)
+    assert f"\ntime: {one} of one core, about {two} with 2 processes\n" in out
+    assert "\nmemory: up to 600 MB (300 MB a process)\n" in out
 
 
-def test_plan_does_not_invent_a_time(monkeypatch, capsys):
-    monkeypatch.setattr(cost, "fitted", lambda: None)
+def test_plan_does_not_invent_a_time(folders, capsys):
     assert main(["plan", "--profile", "digits", "--study", "snnl", "--arm", "base"]) == 0
     out = capsys.readouterr().out
-    assert rows(out) == {("snnl", "digits", "base"): (0, 5, "unknown")}
-    assert "\ntime: 0 core-minutes and more, " in out
+    (row,) = rows(out).values()
+    assert row == (0, row[1], "unknown")
+    assert f"\ntime: 0 minutes of one core and {row[1]} runs of unknown length, " in out
+
+
+def test_plan_announces_no_download_where_nothing_is_left(folders, capsys):
+    for run in study.runs("core", "snnl", "cifar10", "base"):
+        study.write(run, {"wall_seconds": 1.0})
+    assert (
+        main(["plan", "--profile", "core", "--study", "snnl", "--dataset", "cifar10", "--arm", "base"]) == 0
+    )
+    assert "\ndownload: 0 MB (nothing), 0 MB unpacked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0, "0 minutes"),
+        (600, "10 minutes"),
+        (7199, "120 minutes"),
+        (7200, "2.0 hours"),
+        (520_000, "6.0 days"),
+    ],
+)
+def test_long_times_are_said_in_hours_and_days(seconds, said):
+    assert plan.duration(seconds) == said
 
 
 # ------------------------------------------------------------------------------------- where and run
@@ -334,6 +492,6 @@ def test_run_needs_only_what_a_bare_machine_has(folders):
     assert store.read(done) == {"runs": [run.id]}
 
 
-def test_every_data_set_of_the_plan_has_its_sizes():
+def test_every_data_set_of_the_plan_is_known():
     needed = {run.dataset for profile in study.PROFILES for run in study.runs(profile)}
-    assert needed <= set(cost.DOWNLOAD_MB) & set(cost.UNPACKED_MB) & {*data.DATASETS, *text.CORPORA}
+    assert needed <= {*data.DATASETS, *text.CORPORA}

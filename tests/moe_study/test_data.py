@@ -338,3 +338,64 @@ def test_real_data_sets(name, shape, num_train, num_classes):
 
 
 MNIST_TEST_COUNTS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+# ----------------------------------------------------------------------------------------- domains
+
+
+def test_the_digits_in_three_forms_share_ten_labels():
+    """Upright, turned, inverted, one after the other; in each, another label for the same digit."""
+    dataset = load("digit_domains")
+    plain = load("digits")
+    assert dataset.num_classes == 10
+    assert len(dataset.test) == 3 * len(plain.test)
+    for n in (0, 1, 2, 100):
+        image_HW = plain.test.images_NCHW[n, 0]
+        forms = [dataset.test.images_NCHW[3 * n + domain, 0] for domain in range(3)]
+        assert torch.equal(forms[0], image_HW)
+        turned = [[int(image_HW[j, 7 - i]) for j in range(8)] for i in range(8)]
+        assert forms[1].tolist() == turned
+        assert forms[2].tolist() == (255 - image_HW).tolist()
+        label = int(plain.test.labels_N[n])
+        own = dataset.test.labels_N[3 * n : 3 * n + 3].tolist()
+        assert own == [label, (label + 3) % 10, (label + 7) % 10]
+    assert dataset.test.domains_N.tolist() == [0, 1, 2] * len(plain.test)
+
+
+def test_domains_stay_with_their_images_through_the_split():
+    """An inverted image is bright; each is marked as such in every part."""
+    dataset = load("digit_domains", seed=3)
+    for part in (dataset.train, dataset.validation, dataset.test):
+        bright_N = part.images_NCHW.double().mean((1, 2, 3)) > 128
+        assert torch.equal(bright_N, part.domains_N == 2)
+        few = part.take(slice(5, 9))
+        assert torch.equal(few.domains_N, part.domains_N[5:9])
+    assert abs((dataset.validation.domains_N == 1).double().mean().item() - 1 / 3) < 0.05
+
+
+def test_three_sets_under_one_label_space(monkeypatch, tmp_path):
+    """The first so many of each, in turn; CIFAR-10 cropped to its middle and weighed to grey."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+    stored = {
+        name: (
+            torch.randint(256, (6, *shape), generator=draw, dtype=torch.uint8),
+            torch.randint(10, (6,), generator=draw),
+        )
+        for name, shape in shapes.items()
+    }
+    monkeypatch.setattr(datasets, "_published", lambda name, root, train: stored[name])
+    found = datasets._domains(tmp_path, True, 4)
+    assert found.images_NCHW.shape == (12, 1, 28, 28)
+    assert found.domains_N.tolist() == [0, 1, 2] * 4
+    for n in range(4):
+        for domain, name in enumerate(("mnist", "fashion_mnist")):
+            assert torch.equal(found.images_NCHW[3 * n + domain], stored[name][0][n])
+            assert found.labels_N[3 * n + domain] == stored[name][1][n]
+        image_CHW = stored["cifar10"][0][n]
+        for i, j in ((0, 0), (13, 5), (27, 27)):
+            red, green, blue = (int(value) for value in image_CHW[:, i + 2, j + 2])
+            expected = 0.299 * red + 0.587 * green + 0.114 * blue
+            assert abs(int(found.images_NCHW[3 * n + 2, 0, i, j]) - expected) <= 0.5001
+        assert found.labels_N[3 * n + 2] == stored["cifar10"][1][n]
+    assert len(datasets._domains(tmp_path, False, None)) == 18

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from moe_lib.moe.routing import ACConfig
+from moe_lib.moe import ACConfig
 from moe_study import study
 from moe_study.configs import arms
 from moe_study.configs.dose import PLANS, ACDose, Panel, SNNLDose

@@ -12,9 +12,9 @@ import reference
 import torch
 
 from moe_lib.models.classifier import ClassifierConfig
-from moe_lib.moe.experts import Experts
+from moe_lib.moe import Experts
 from moe_lib.rng import generator, initialise
-from moe_study import evaluate
+from moe_study import evaluate, store
 from moe_study.data import Dataset, Split, pixels
 from moe_study.tasks import ClassifierTask, Objective
 from moe_study.train import TrainConfig
@@ -133,7 +133,7 @@ def test_routing_measures_of_a_split():
     task = make_task()
     split = task.dataset.test
     probs_NE = outputs(task, split)[2]
-    measured = evaluate.routing_measures(task, split)
+    measured = evaluate.routing_measures(task, probs_NE, split.labels_N)
     expected = reference.routing_entropy(probs_NE, split.labels_N, 3)
     np.testing.assert_allclose(measured["entropy"][:6], expected, rtol=1e-9)
     assert measured["load"].share == pytest.approx(reference.load(probs_NE)[0])
@@ -143,16 +143,18 @@ def test_routing_measures_of_a_split():
     assert isinstance(measured["class_expert"], list)
 
 
-def test_the_null_of_information_depends_on_the_seed_and_the_names_given():
+def test_the_null_of_information_depends_on_the_seed():
     task, split = make_task(), make_task().dataset.test
     probs_NE = outputs(task, split)[2]
-    draw = generator(7, "label permutation", "x")
+    draw = generator(7, "label permutation")
     orders = [torch.randperm(40, generator=draw) for _ in range(20)]
     expected = np.mean([reference.routing_entropy(probs_NE, split.labels_N[order], 3)[5] for order in orders])
-    measured = evaluate.routing_measures(task, split, "x")["information_class_null"]
-    assert measured == pytest.approx(expected, rel=1e-7)
-    assert measured == evaluate.routing_measures(task, split, "x")["information_class_null"]
-    assert measured != evaluate.routing_measures(task, split, "y")["information_class_null"]
+    measured = [
+        evaluate.routing_measures(make_task(seed=seed), probs_NE, split.labels_N)["information_class_null"]
+        for seed in (7, 7, 8)
+    ]
+    assert measured[0] == pytest.approx(expected, rel=1e-7)
+    assert measured[0] == measured[1] != measured[2]
 
 
 # -------------------------------------------------------------------------------------- embedding
@@ -200,13 +202,40 @@ def test_tsne_coordinates_are_integers_on_a_grid_and_repeatable(monkeypatch):
 # ------------------------------------------------------------------------------------------ final
 
 
+def test_domains_are_measured_apart():
+    """Accuracy and mean gate of each domain, and what the gate knows of it, from plain loops."""
+    task = make_task()
+    test = task.dataset.test
+    probs_NE, log_probs_NC = outputs(task, test)[2], outputs(task, test)[0]
+    domains_N = torch.arange(40) % 2
+    with torch.no_grad():
+        output = task.model(pixels(test.images_NCHW, torch.float64))
+    right_N = log_probs_NC.argmax(1) == test.labels_N
+    found = evaluate.domain_measures(output, right_N, domains_N)
+    for domain in (0, 1):
+        own = [n for n in range(40) if domains_N[n] == domain]
+        assert found["accuracy"][domain] == pytest.approx(np.mean([bool(right_N[n]) for n in own]))
+        mean_E = np.mean([probs_NE[n].tolist() for n in own], axis=0)
+        np.testing.assert_allclose(found["domain_expert"][domain], mean_E)
+    expected = reference.routing_entropy(probs_NE, domains_N, 2)[5]
+    assert found["information"] == pytest.approx(expected, rel=1e-7)
+
+
+def pair_cosines(logits_NEC):
+    """Of two experts' logits, each centred over samples and classes as `reference.output_similarity` does."""
+    pairs = [(a, b) for a in range(logits_NEC.shape[1]) for b in range(a)]
+    return {(a, b): reference.output_similarity(logits_NEC[:, [a, b]]) for a, b in pairs}
+
+
 @pytest.mark.parametrize("mixture", ["logits", "likelihood"])
 def test_final_measures_are_taken_on_the_test_set(mixture):
     task = make_task(mixture=mixture)
     test = task.dataset.test
     log_probs_NC, logits_NEC, probs_NE, _ = outputs(task, test)
     final = evaluate.final_measures(task)
-    assert set(final) == {"task", "routing", "similarity", "embedding", "ablation"}
+    assert {name for name, value in final.items() if value is not None} == {
+        "task", "correct", "routing", "similarity", "embedding", "ablation",
+    }  # fmt: skip
     probs_NC = log_probs_NC.exp().numpy()
     right_N, cost = reference.accuracy_and_cross_entropy(probs_NC, test.labels_N.numpy())
     calibration = reference.calibration_error(probs_NC.max(1), right_N)
@@ -214,7 +243,14 @@ def test_final_measures_are_taken_on_the_test_set(mixture):
     np.testing.assert_allclose(
         final["routing"]["entropy"][:6], reference.routing_entropy(probs_NE, test.labels_N, 3), rtol=1e-9
     )
+    assert store.unpack_bits(final["correct"]).tolist() == right_N.astype(bool).tolist()
     assert final["similarity"]["outputs"] == pytest.approx(reference.output_similarity(logits_NEC))
+    usage_E = probs_NE.mean(0).tolist()
+    cosines = pair_cosines(logits_NEC)
+    weights = {(a, b): usage_E[a] * usage_E[b] for a, b in cosines}
+    assert final["similarity"]["outputs_weighted"] == pytest.approx(
+        sum(weights[pair] * cosines[pair] for pair in cosines) / sum(weights.values())
+    )
     draw = generator(7, "permuted routing")
     orders = [torch.randperm(40, generator=draw).tolist() for _ in range(5)]
     expected = reference.expert_ablations(probs_NE, logits_NEC, test.labels_N, mixture, orders)

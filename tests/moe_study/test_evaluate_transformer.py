@@ -32,10 +32,9 @@ from torch.nn import functional as F
 
 from moe_lib.models.language import LanguageOutput
 from moe_lib.models.transformer import Seen, moe_layers, watching
-from moe_lib.moe.experts import MoE
-from moe_lib.moe.routing import ACConfig, AdaptiveClusteringRouter, adaptive_routers, route
+from moe_lib.moe import ACConfig, AdaptiveClusteringRouter, MoE, adaptive_routers, route
 from moe_lib.rng import generator
-from moe_study import evaluate_transformer
+from moe_study import evaluate_transformer, store
 from moe_study.data.text import Corpus, head, load, swap_words
 from moe_study.evaluate_transformer import (
     LanguageExperiment,
@@ -334,7 +333,7 @@ def with_averages(task):
 
 @pytest.mark.parametrize("options", INDEPENDENT.values(), ids=INDEPENDENT)
 def test_images_and_sequences_do_not_depend_on_company_where_they_should_not(options):
-    images = VisionExperiment(with_averages(vision_task_of(**options)), 8)._company()
+    images = VisionExperiment(with_averages(vision_task_of(**options)), 8, 8)._company()
     sequences = LanguageExperiment(with_averages(language_task_of(**options)), 64)
     for found in (images, sequences._alone(), sequences._later()):
         assert found.changed_choice == 0
@@ -343,7 +342,7 @@ def test_images_and_sequences_do_not_depend_on_company_where_they_should_not(opt
 
 
 def test_the_papers_form_leaks_and_company_tells():
-    images = VisionExperiment(with_averages(vision_task_of(router="ac", batch_size=16)), 8)._company()
+    images = VisionExperiment(with_averages(vision_task_of(router="ac", batch_size=16)), 8, 8)._company()
     sequences = LanguageExperiment(
         with_averages(language_task_of(corpus_of(200, 200, 200), batch_size=16, router="ac")), 128
     )
@@ -384,7 +383,7 @@ def test_no_measure_changes_a_model(options, monkeypatch):
     """Not even a fresh one, which is in training mode: its running averages would be the test set's."""
     monkeypatch.setattr(evaluate_transformer, "CORRUPTIONS", ("noise",))
     for experiment in (
-        VisionExperiment(vision_task_of(dataset=tiny_dataset(num_other=32), **options), 8),
+        VisionExperiment(vision_task_of(dataset=tiny_dataset(num_other=32), **options), 8, 8),
         LanguageExperiment(language_task_of(**options), 64),
     ):
         task = experiment.task
@@ -396,7 +395,7 @@ def test_no_measure_changes_a_model(options, monkeypatch):
         task.eval()
         before = state_of(task)
         experiment.validation()
-        experiment.score()
+        experiment.endpoint()
         first = experiment.final()
         assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
         assert all(parameter.grad is None for parameter in task.parameters())
@@ -407,10 +406,10 @@ def test_no_measure_changes_a_model(options, monkeypatch):
 
 def test_validation_and_test_scores_of_images_by_hand():
     task = shaken(vision_task_of(router="ac")).eval()
-    experiment = VisionExperiment(task, 8)
+    experiment = VisionExperiment(task, 8, 8)
     for split, found in (
         (task.dataset.validation, experiment.validation()),
-        (task.dataset.test, experiment.score()._asdict()),
+        (task.dataset.test, experiment.endpoint()["task"]._asdict()),
     ):
         log_probs_NC = torch.cat(
             [task.model(part.double() / 255).log_probs_NC for part in split.images_NCHW.split(8)]
@@ -439,29 +438,16 @@ def test_a_uniform_model_has_the_perplexity_of_the_vocabulary():
     text = text_of(tokens)
     task = language_task_of(Corpus("bytes", "byte", text, text, text, 256, ()), context=16)
     task.model = Uniform(256)
-    score = LanguageExperiment(task, 10**6).score()
+    score = LanguageExperiment(task, 10**6)._score(text)
     assert score.cross_entropy == pytest.approx(math.log(256))
     assert score.perplexity == pytest.approx(256)
     assert score.bits_per_byte == pytest.approx(8 * 300 / 301)
 
 
-def test_bits_per_byte_of_words_count_the_bytes_of_the_text(tmp_path):
-    (tmp_path / "words.txt").write_text("the naïve fox jumps over it\n" * 120)
-    corpus = load(str(tmp_path / "words.txt"), level="word", vocabulary_size=5)
-    task = language_task_of(corpus)
-    task.model = Uniform(5)
-    experiment = LanguageExperiment(task, 10**6)
-    words = 7 * corpus.test.raw.count("\n")
-    assert words == len(corpus.test)
-    bits = (words - 1) * math.log2(5)
-    assert experiment.score().bits_per_byte == pytest.approx(bits / len(corpus.test.raw.encode()))
-    assert experiment.score().perplexity == pytest.approx(5)
-
-
 def test_the_score_of_a_text_by_hand():
     task = shaken(language_task_of(router="ac", batch_size=7)).eval()
     text = task.corpus.test
-    found = LanguageExperiment(task, 10**6).score()
+    found = LanguageExperiment(task, 10**6).endpoint()["task"]
     losses_M, right_M = task.score(text.tokens_N)
     assert found.cross_entropy == pytest.approx(np.mean(losses_M.tolist()))
     assert found.perplexity == pytest.approx(math.exp(np.mean(losses_M.tolist())))
@@ -477,8 +463,8 @@ def test_the_swap_scores_the_same_targets_in_both_texts(share, monkeypatch, tmp_
     task = language_task_of(corpus, context=16, batch_size=8, router="cosine").eval()
     monkeypatch.setattr(evaluate_transformer, "SWAP_SHARES", (share,))
     found = LanguageExperiment(task, 2 * 10**6)._swap()[f"{share:g}"]
-    text = head(corpus, corpus.test, len(corpus.test) // 2)
-    swapped = swap_words(corpus, text, share, generator(task.seed, "word swap"))
+    text = head(corpus.test, len(corpus.test) // 2)
+    swapped = swap_words(text, share, generator(task.seed, "word swap"))
     losses = {name: task.score(tokens_M)[0].tolist() for name, tokens_M in (
         ("clean", text.tokens_N), ("swapped", swapped.tokens_M)
     )}  # fmt: skip
@@ -500,7 +486,7 @@ def test_the_swap_scores_the_same_targets_in_both_texts(share, monkeypatch, tmp_
 
 def test_ablations_of_both_experiments_start_from_the_scored_batches():
     vision, language = vision_task_of(router="ac").eval(), language_task_of(router="ac").eval()
-    for experiment in (VisionExperiment(vision, 8), LanguageExperiment(language, 64)):
+    for experiment in (VisionExperiment(vision, 8, 8), LanguageExperiment(language, 64)):
         found, again = experiment._ablation(), experiment._ablation()
         assert found == again
         assert [len(row) for row in found["dropped"]] == [4, 4]
@@ -520,12 +506,16 @@ def test_ablations_of_both_experiments_start_from_the_scored_batches():
 )
 def test_attacks_know_m_in_the_ways_that_matter(options, modes):
     task = shaken(vision_task_of(**options)).eval()
-    found = VisionExperiment(task, 16)._attack()
+    found, right = VisionExperiment(task, 16, 16)._attack()
     for name in ("fgsm-1", "fgsm-2", "pgd-1", "pgd-2"):
         assert set(found[name]) == modes
         assert all(0 <= accuracy <= 1 for accuracy in found[name].values())
     split = task.dataset.test.take(slice(16))
-    assert found["clean"] == pytest.approx(VisionExperiment(task, 16)._score(split).accuracy)
+    assert found["clean"] == pytest.approx(VisionExperiment(task, 16, 16)._score(split).accuracy)
+    assert store.unpack_bits(right["clean"]).mean() == found["clean"]
+    for name in found.keys() - {"clean"}:
+        for mode, packed in right[name].items():
+            assert store.unpack_bits(packed).mean() == pytest.approx(found[name][mode])
 
 
 def test_attacks_differentiate_no_weight_and_leave_training_possible():
@@ -546,9 +536,9 @@ def test_attacks_lower_the_accuracy_of_a_model_that_learned(monkeypatch):
             task.losses(batch, epoch)["total"].backward()
             optimizer.step()
     task.eval()
-    experiment = VisionExperiment(task, 16)
+    experiment = VisionExperiment(task, 16, 16)
     monkeypatch.setattr(evaluate_transformer, "ATTACK_STRENGTHS", (40,))
-    found = experiment._attack()
+    found, _ = experiment._attack()
     assert found["clean"] > 0.5
     assert found["pgd-40"]["detached"] <= found["fgsm-40"]["detached"] < found["clean"]
 
@@ -556,7 +546,7 @@ def test_attacks_lower_the_accuracy_of_a_model_that_learned(monkeypatch):
 def test_results_are_plain_numbers():
     """As the result file will hold them."""
     task = vision_task_of(**CAUSAL)
-    found = VisionExperiment(task, 4).initial()
+    found = VisionExperiment(task, 4, 4).initial()
     assert json.loads(json.dumps(found))["routing"]["layers"][1]["changed"]["best"] == 0
 
 

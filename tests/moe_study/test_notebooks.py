@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from moe_study import notebook, store, study
+from moe_study import notebook, study
 from moe_study.data import ROOT
 from moe_study.report import plots
 
@@ -236,6 +236,50 @@ def test_check_parameters_names_the_unknown(source):
         notebook.check_parameters(["seed = 0", source], {"seed", "profile"})
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"train": "no"}, "parameter train must be True or False, got 'no'"),
+        ({"train": "False"}, "train.*'False'"),
+        ({"train": 0}, "train.*0"),
+        ({"workers": -1}, "workers must be an integer of 0 or more, got -1"),
+        ({"workers": "two"}, "workers.*'two'"),
+        ({"workers": 1.5}, "workers.*1.5"),
+        ({"workers": True}, "workers.*True"),
+        ({"dataset": None}, "dataset must be a name, got None"),
+        ({"profile": ["core"]}, "profile.*core"),
+    ],
+)
+def test_check_parameters_names_a_wrong_value(given, said):
+    """As papermill injects it, and as a person writes it into the parameters cell."""
+    defaults = {"profile": "digits", "dataset": "digits", "workers": 0, "train": True}
+    own = "\n".join(f"{name} = {value!r}  # words" for name, value in defaults.items())
+    notebook.check_parameters(["", own, "import os\nworkers = -7", "workers = (", "%%time"], defaults)
+    injected = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in given.items())
+    edited = "\n".join(f"{name} = {value!r}" for name, value in (defaults | given).items())
+    for cells in (["", own, injected], ["", edited]):
+        with pytest.raises(study.StudyError, match=said):
+            notebook.check_parameters(cells, defaults)
+
+
+@every_notebook
+def test_every_parameter_has_a_type_and_its_default_fits(path):
+    (cell,) = [cell for cell in code_cells(path) if "parameters" in tags(cell)]
+    values = notebook._literals(cell.source)
+    assert set(values) <= set(notebook.PARAMETERS)
+    notebook.check_parameters([cell.source], values)
+
+
+def test_a_wrong_parameter_costs_a_line_in_the_notebook():
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shown = []
+    shell = InteractiveShell()
+    shell._showtraceback = lambda kind, error, lines: shown.extend(lines)
+    shell.run_cell("from moe_study import study\nraise study.StudyError('parameter train must be True')")
+    assert shown == ["StudyError: parameter train must be True"]
+
+
 def test_check_parameters_reads_what_papermill_writes():
     """The injected cell as papermill itself makes it, values of every kind."""
     given = {"seed": 1, "name": "x", "rate": 0.5, "flag": None, "many": [1, 2]}
@@ -257,7 +301,7 @@ def figure() -> Figure:
 def test_show_says_which_files_a_figure_came_from(folders, capsys):
     runs = study.runs("digits", "snnl", "digits", "base")[:3]
     for run in runs[:2]:
-        store.write(run.path, {})
+        study.write(run, {})
     notebook.show(figure(), "digits/snnl/digits/curves", runs)  # the third has no file yet
     path = folders / "figures" / "digits" / "snnl" / "digits" / "curves.png"
     source = "results/digits/snnl/digits/base-s*.json (2 files)"

@@ -29,7 +29,7 @@ def share(found_RU, word):
 def test_residuals_are_the_real_differences_about_their_mean(known):
     assert {dataset for _, dataset in known.units} == {"fashion_mnist", "cifar10", "cifar100"}
     np.testing.assert_allclose(known.values_SUP[:, :, 0].mean(0), 0, atol=1e-12)
-    results = [r for r in study.results(study.runs("core", "snnl", "cifar10"))]
+    results = study.results(study.runs("core", "snnl", "cifar10"))
     u = known.units.index(("snnl-accuracy", "cifar10"))
     for p, name in enumerate(("last_epoch", "best_accuracy", "best_cross_entropy")):
         own = verdicts.pairs(results, BY_KEY["snnl-accuracy"].measure, "snnl", "base", name)

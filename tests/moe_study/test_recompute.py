@@ -23,6 +23,8 @@ LAST, LOWEST = "last_epoch", "best_cross_entropy"
 ENDPOINTS = (LAST, "best_accuracy", LOWEST)
 STUDIES = {"snnl-confirm": "snnl", "snnl": "snnl", "collapse": "collapse"}  # study -> whose claims
 STUDIES |= {"ac-vision": "ac-vision", "ac-language": "ac-language"}
+# Confirmatory sets and their numbers of runs: nobody looks at one that is not whole.
+WHOLE = {"snnl-confirm": {"fashion_mnist": 40, "cifar10": 90, "cifar100": 90}, "collapse": {"domains": 360}}
 NO_UNIT = ("mnist", "digits", "digit_domains", "docs")
 
 
@@ -412,12 +414,12 @@ def decide(claims, by_dataset, gates):
 
 @functools.cache
 def read(study):
-    """data set -> files that are whole runs of the study, as they lie there."""
+    """data set -> its files, as they lie there."""
     found = {}
     for path in sorted((CORE / study).glob("*/*.json")):
         if path.parent.name not in NO_UNIT:
             found.setdefault(path.parent.name, []).append(json.loads(path.read_text()))
-    return found
+    return {name: files for name, files in found.items() if len(files) >= WHOLE.get(study, {}).get(name, 0)}
 
 
 def recompute(study):
@@ -452,6 +454,14 @@ def test_verdicts_are_what_the_files_say(study):
         assert (v.images is None) == (row["images"] is None), row
         if v.images is not None:
             assert v.images == pytest.approx(row["images"]), row
+
+
+def test_whole_sets_are_those_of_the_plan():
+    from moe_study.study import runs
+
+    for study, sizes in WHOLE.items():
+        assert sizes == {name: len(runs("core", study, name)) for name in sizes}
+        assert len(runs("core", study)) == sum(sizes.values())
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from moe_study.configs import arms
 from moe_study.data import ROOT
 from moe_study.report import page as report
 from moe_study.report import plots, tables
+from moe_study.report import verdicts as words
 from moe_study.stats import PairedComparison
 
 # ------------------------------------------------------------------------------------ made-up results
@@ -37,6 +38,7 @@ def made_up(run: study.Run, accuracy: float = 0.9, num_classes: int = 10, epochs
     score = {"accuracy": accuracy, "cross_entropy": 1 - accuracy, "calibration_error": 0.02}
     dense = experts == 1  # similarity of one expert is no number
     similarity = dict.fromkeys(("weights", "weights_aligned", "outputs", "cka"), None if dense else 0.1)
+    by_use = dict.fromkeys(("outputs_weighted", "cka_weighted"), None if dense else 0.2)
     result = {
         "id": run.id,
         "run": asdict(run),
@@ -57,8 +59,12 @@ def made_up(run: study.Run, accuracy: float = 0.9, num_classes: int = 10, epochs
                 "output_similarity": [0.6 - 0.1 * e for e in range(epochs)],
             },
         },
+        "primary_endpoint": "last_epoch",
         "task": score,
-        "last_epoch": score | {"accuracy": accuracy - 0.001},
+        "endpoints": {
+            "best_accuracy": {"epoch": 1, "task": score | {"accuracy": accuracy - 0.001}},
+            "best_cross_entropy": {"epoch": epochs - 1, "same_as": "last_epoch"},
+        },
         "routing": {
             "entropy": {
                 **{"marginal": 1.3, "per_sample": 0.4, "class_conditional": 0.5, "expert_class": 1.5},
@@ -69,7 +75,7 @@ def made_up(run: study.Run, accuracy: float = 0.9, num_classes: int = 10, epochs
             "load": {"effective_experts": 3.5, "dead_experts": 0, "adjusted_mutual_information": 0.6},
             "class_expert": draw.dirichlet(np.ones(experts), num_classes).tolist(),
         },
-        "similarity": similarity,
+        "similarity": similarity | by_use,
         "initial": {
             "similarity": {k: v and v / 2 for k, v in similarity.items()},
             "routing": {"entropy": {"marginal": 1.38}},
@@ -77,6 +83,7 @@ def made_up(run: study.Run, accuracy: float = 0.9, num_classes: int = 10, epochs
         "embedding": {"knn_accuracy": 0.9, "silhouette": 0.4, "trustworthiness": 0.95, "snnl": 1.6},
         "ablation": {"permuted": 0.3, "swapped": 0.1, "merged": 0.1, "dropped": [0.1] * experts},
         "expert_parameters": 1000,
+        "num_parameters": 1_234_567,
     }
     if run.independent_experts:
         result["null"] = {"similarity": {k: v and v * 4 for k, v in similarity.items()}}
@@ -124,16 +131,32 @@ def test_every_column_is_found_in_a_real_kind_of_result():
     assert {str(kind) for kind in frame[list(tables.COLUMNS)].dtypes} == {"float64"}
     first = frame.iloc[0]
     assert (first["arm"], first["seed"], first["accuracy"]) == ("base", 42, 0.90)
-    assert first["last-epoch accuracy"] == pytest.approx(0.899)
+    assert first["accuracy, best validation accuracy"] == pytest.approx(0.899)
+    assert first["accuracy, best validation cross-entropy"] == 0.90  # it was the last epoch
+    assert first["cos outputs, by use"] == 0.2
     assert first["cost of permuted routing"] == 0.3
     assert frame[frame["arm"] == "dense"]["|cos| weights"].isna().all()
 
 
+def test_scores_of_an_older_file_are_shown_where_it_has_them():
+    """It has the last epoch's scores, and everything else of the lowest validation cross-entropy."""
+    old = made_up(planned("base", 42))
+    old["last_epoch"] = old["task"] | {"accuracy": 0.8}
+    for key in ("primary_endpoint", "endpoints"):
+        del old[key]
+    row = tables.frame([old]).iloc[0]
+    assert row["accuracy"] == 0.8
+    assert np.isnan(row["accuracy, best validation accuracy"])
+    assert row["accuracy, best validation cross-entropy"] == 0.9
+    assert "older result files" in tables.endpoint_note([old, made_up(planned("base", 1234))])
+    assert "older" not in tables.endpoint_note([made_up(planned("base", 42))])
+
+
 def test_columns_name_what_a_run_writes(folders):
-    """The paths of COLUMNS against a result that the engine itself has made."""
-    (result,) = study.ensure([small_runs.run(epochs=1, arm="raw")], workers=1, quiet=True)
-    missing = [path for path, _ in tables.COLUMNS.values() if tables.look_up(result, path) is None]
-    assert missing == []
+    """Against a result that the engine itself has made."""
+    (result,) = study.ensure([small_runs.run(epochs=2, arm="raw")], workers=1, quiet=True)
+    row = tables.frame([result]).iloc[0]
+    assert row.index[row.isna()].tolist() == []
     for source in ("similarity", "initial.similarity"):
         for key in ("weights", "weights_aligned", "outputs", "cka"):
             assert tables.look_up(result, f"{source}.{key}") is not None
@@ -312,8 +335,13 @@ def routed(run: study.Run, value: float = 0.9, epochs: int = 3) -> dict:
                 "effective_experts": [10 * value] * epochs,
             },
         },
+        "primary_endpoint": "last_epoch",
         "task": score,
-        "last_epoch": score,
+        "endpoints": {
+            name: {"epoch": epochs - 1, "same_as": "last_epoch"}
+            for name in ("best_accuracy", "best_cross_entropy")
+        },
+        "num_parameters": 1_234_567,
         "routing": {"layers": layers, "stability": [0.1, None]},
         "company": {"other sequences": company, "later tokens": company} if text else company,
         "ablation": {"permuted": [0.1, 0.2, 0.3], "permuted_everywhere": 0.5},
@@ -404,7 +432,7 @@ def test_routed_columns_name_what_a_run_writes(study_name, dataset, folders):
     """Against a result that the engine itself has made, as short as can be."""
     run = study.runs("digits", study_name, dataset, "ac")[0]
     short = replace(run.train, epochs=1, batch_size=64 if study_name != "ac-language" else 8)
-    run = replace(run, train=short, attack_images=4, train_images=64, epoch_tokens=512)
+    run = replace(run, train=short, attack_images=4, corrupted_images=4, train_images=64, epoch_tokens=512)
     (result,) = study.ensure([run], workers=1, quiet=True)
     row = tables.frame([result], COLUMN_SETS[study_name]).iloc[0]
     assert row.index[row.isna()].tolist() == []
@@ -419,6 +447,8 @@ def test_losses_by_hand():
     assert row["lost to corruption"] == pytest.approx(0.3)  # 0.1 to 0.5, "clean" is not among them
     assert row["FGSM, 2/255"] == pytest.approx(0.3)  # through loses more than detached; frozen, more, is out
     assert row["lost to attack"] == pytest.approx((0.2 + 0.3 + 0.2 + 0.3) / 4)
+    assert row["accuracy under corruption"] == pytest.approx(0.9 - 0.3)
+    assert row["accuracy under attack"] == pytest.approx(0.9 - (0.2 + 0.3 + 0.2 + 0.3) / 4)
     assert row["SPSA, 2/255"] == pytest.approx(0.4)  # against the clean accuracy of its own images
     assert row["changed by M"] == pytest.approx(0.45)  # the first layer has none
     assert row["stability"] == pytest.approx(0.1)
@@ -428,6 +458,7 @@ def test_losses_by_hand():
     row = tables.frame([text], tables.LANGUAGE_COLUMNS).iloc[0]
     assert row["2.5 %"] == pytest.approx(0.01)
     assert row["lost to swap"] == pytest.approx(0.5 * (0.01 + 0.02 + 0.03 + 0.06) / 4)
+    assert row["cross-entropy under word swap"] == pytest.approx(2 + row["lost to swap"])
     assert row["leak, later tokens"] == pytest.approx(0.005)
 
 
@@ -526,28 +557,38 @@ def test_what_rounds_to_zero_has_no_sign():
 # -------------------------------------------------------------------------------------------- report
 
 
-def test_claims_table(core):
-    table = report.claims_table("core")
-    assert set(table.index) == {("FashionMNIST", wording) for _, _, wording in report.SNNL_CLAIMS}
-    row = table.loc[("FashionMNIST", "more accurate")]
-    assert row.to_dict() == {
-        "measure": "accuracy",
-        "difference": "+0.0167",
-        "95 % interval": "[+0.0023, +0.0310]",
-        "p": "0.2500",
-        "seeds": "3 (pilot)",
-        "reading": "as claimed",
-    }
-    assert table.loc[("FashionMNIST", "gate more flexible"), "reading"] == "interval includes 0"
-
-
-def test_claims_read_result_files_of_the_plan_alone(core):
-    """A file of an earlier setting beside the planned ones is not read."""
-    before = report.claims_table("core")
+def test_only_result_files_of_the_plan_are_read(core):
+    """A file of an earlier setting beside the planned ones is not."""
+    before = report.accuracy_table("core")
     run = planned("base", 42)
     stray = run.path.with_name(f"base-s{arms.SEEDS[3]}-0000000000.json")
     store.write(stray, made_up(run, accuracy=0.0))
-    assert report.claims_table("core").equals(before)
+    assert report.accuracy_table("core").equals(before)
+
+
+def test_verdicts_as_tables(core):
+    """Three seeds are pilots; each unit against its control, by hand."""
+    found = report.find_verdicts("core")
+    table = words.table(found).reset_index().set_index(["claim", "against"])
+    row = table.loc[("more accurate", "base: published baseline and fair control")]
+    assert row[["of", "data set", "verdict", "counts from"]].tolist() == [
+        "SNNL-MoE", "FashionMNIST", "pilot", "+0.28 points",
+    ]  # fmt: skip
+    assert row[["difference", "95 % interval"]].tolist() == ["+1.67 points", "[+0.23, +3.10]"]
+    assert row["seeds"] == "3 (pilot)"
+    assert (
+        table.loc[("a mixture beats a dense network of its size", "dense: no mixture"), "seeds"]
+        == "3 (pilot)"
+    )
+    hangs = words.firmness(found).loc[("FashionMNIST", "more accurate")]
+    assert hangs[["at half the margin", "last epoch", "best accuracy"]].tolist() == ["pilot"] * 3
+    assert hangs["interval over seeds and images"] == "-"
+    why = words.reasons(found).loc[("FashionMNIST", "more accurate")]
+    assert why["reason"] == "snnl - base +1.67 [+0.23, +3.10] points: fewer than 8 paired seeds."
+    assert "(snnl - base) - (dense-snnl - dense) +0.67" in why["attribution"]
+    assert (
+        "CNN, 4 experts of width 512, 1,234,567 parameters; 8 epochs; measured at last epoch" in why["scope"]
+    )
 
 
 def test_collapse_table_puts_the_null_beside(core):
@@ -576,7 +617,7 @@ def test_accuracy_table(core):
 
 def test_published_table(core):
     table = report.published_table("core")
-    assert table.index.tolist() == ["FashionMNIST"]
+    assert table.index.tolist() == [("snnl", "FashionMNIST")]
     shown = "91.33|91.00|91.61|92.67|+0.28|+1.67|[+0.23, +3.10]|3"
     assert table.iloc[0].tolist() == shown.split("|")
 
@@ -662,12 +703,38 @@ def test_provenance_does_not_hide_a_dirty_or_unknown_tree(core):
     assert rows["commits"] == "0123456789, unknown"
 
 
+def test_a_confirmatory_set_is_shown_when_it_is_whole(folders):
+    """Nobody is to look at a part of it."""
+    runs = study.runs("core", "snnl-confirm", "fashion_mnist")
+    for run in runs[:-1]:
+        store.write(run.path, made_up(run, 0.92 + 0.001 * (run.seed % 2) if run.arm == "snnl" else 0.9))
+    assert report.find_verdicts("core") == []
+    assert report.accuracy_table("core", "snnl-confirm").empty
+    assert f"snnl-confirm on FashionMNIST ({len(runs) - 1} of {len(runs)} runs)" in report.unfinished("core")
+    store.write(runs[-1].path, made_up(runs[-1]))
+    found = report.find_verdicts("core")
+    [accuracy] = [v for v in found if v.claim.key == "snnl-accuracy"]
+    assert (accuracy.study, accuracy.comparison.seeds) == ("snnl-confirm", 20)
+    assert "FashionMNIST" not in report.unfinished("core")
+
+
+def test_confirmation_takes_the_place_of_exploration(folders):
+    for name in ("snnl", "snnl-confirm"):
+        for run in study.runs("core", name, "fashion_mnist"):
+            if run.arm in arms.MAIN_ARMS:
+                gain = 0.001 * (run.seed % 3) * (run.arm == "snnl")
+                store.write(run.path, made_up(run, 0.9 + gain))
+    found = report.find_verdicts("core")
+    assert [v.study for v in found if v.claim.key == "snnl-accuracy"] == ["snnl-confirm", "snnl"]
+    assert [v.study for v in report.current(found) if v.claim.key == "snnl-accuracy"] == ["snnl-confirm"]
+
+
 def test_tables_of_a_profile_without_runs(folders):
     assert report.finished_runs("core", "snnl") == {}
     for table in (
-        report.claims_table("core"),
         report.accuracy_table("core"),
         report.published_table("core"),
+        report.collapse_table("core"),
         report.tuning_table("core"),
         report.routed_claims_table("core", "ac-vision"),
         report.routed_claims_table("core", "ac-language"),
@@ -676,6 +743,7 @@ def test_tables_of_a_profile_without_runs(folders):
     ):
         assert report.as_html(table).data == "<p>None in this profile.</p>"
     assert report.provenance_table("core").loc["commits", "value"] == "-"
+    assert report.find_verdicts("core") == []
 
 
 def test_html_table(core):
@@ -688,40 +756,41 @@ def test_html_table(core):
 # -------------------------------------------------------------------------------------------- README
 
 
-def test_markdown(core):
-    lines = report.markdown(report.claims_table("core")).split("\n")
-    assert lines[0] == "| data set | claim | measure | difference | 95 % interval | p | seeds | reading |"
-    assert lines[1] == "| " + " | ".join(["---"] * 8) + " |"
-    assert len(lines) == 6
-    assert "\\|cos\\| weights" in report.markdown(report.claims_table("core"))
+def test_markdown():
+    table = pd.DataFrame({"|cos| weights": ["0.1", "a | b"], "seeds": ["3", "4"]}, index=["x", "y"])
+    lines = report.markdown(table.rename_axis("arm")).split("\n")
+    assert lines[:2] == ["| arm | \\|cos\\| weights | seeds |", "| --- | --- | --- |"]
     cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
-    assert {len(row) for row in cells} == {8}
+    assert [cell.strip() for cell in cells[3]] == ["y", "a \\| b", "4"]
 
 
 README = f"# Title\n\nBefore.\n\n{report.BEGIN}\nold\n{report.END}\n\nAfter.\n"
 
 
 def test_readme_is_rewritten_between_its_markers(core):
-    path = core / "README.md"
+    path, page = core / "README.md", core / "RESULTS.md"
     path.write_text(README)
     assert report.update_readme(path) == 0
-    first = path.read_text()
+    first, results = path.read_text(), page.read_text()
     assert first.startswith(f"# Title\n\nBefore.\n\n{report.BEGIN}\n")
     assert first.endswith(f"{report.END}\n\nAfter.\n")
     assert "\nold\n" not in first
+    assert "Of 4 verdicts: 4 pilot." in first
     total = len(study.runs("core"))
-    assert f"12 of {total} planned runs finished, tuning included, 18 core-minutes on Some CPU." in first
-    verdict = "| SNNL-MoE | FashionMNIST | more accurate | pilot | +1.67 points | [+0.23, +3.10] |"
-    assert f"{verdict} +0.28 | accuracy: snnl - base | - | 3 (pilot) |" in first
-    assert "| snnl | 92.67 ± 1.15 (3) |" in first
-    assert "| FashionMNIST | 91.33 | 91.00 | 91.61 | 92.67 | +0.28 | +1.67 |" in first
+    assert f"12 of {total} planned runs finished, tuning included, 18 core-minutes on Some CPU." in results
+    verdict = (
+        "| SNNL-MoE | FashionMNIST | more accurate | base: published baseline and fair control | pilot |"
+    )
+    assert f"{verdict} +1.67 points | [+0.23, +3.10] | +0.28 points | 1.0000 | 3 (pilot) |" in results
+    assert "| snnl | 92.67 ± 1.15 (3) |" in results
+    assert "| snnl | FashionMNIST | 91.33 | 91.00 | 91.61 | 92.67 | +0.28 | +1.67 |" in results
 
     assert report.update_readme(path) == 0
-    assert path.read_text() == first
+    assert (path.read_text(), page.read_text()) == (first, results)
     assert report.update_readme(path, check=True) == 0
 
 
-def test_findings_name_what_is_decided_and_leave_pilots_out(folders):
+def test_answers_name_what_is_decided_and_leave_pilots_out(folders):
     """Ten pairs one point apart decide; three do not."""
     for arm, accuracy in (("base", 0.80), ("snnl", 0.82), ("dense", 0.85), ("dense-snnl", 0.86)):
         for place, run in enumerate(study.runs("core", "snnl", "cifar100", arm)):
@@ -730,20 +799,17 @@ def test_findings_name_what_is_decided_and_leave_pilots_out(folders):
     for arm in ("base", "snnl"):
         for run in study.runs("core", "snnl", "fashion_mnist", arm)[:3]:
             store.write(run.path, made_up(run))
-    text = report.findings("core", report.verdicts("core"))
-    assert "*Supported*: more accurate on CIFAR-100 (+2.05 [+2.01, +2.09] points)" in text
+    text = words.answers(report.find_verdicts("core"))
+    assert "Yes on CIFAR-100 (snnl - base +2.05 [+2.01, +2.09] points" in text
+    assert "; exploratory)" in text
     assert "FashionMNIST" not in text
-    assert "(snnl - base) - (dense-snnl - dense) +1.05" in text
-    assert "- **Does the mixture pay?** Accuracy, with a dense network" in text
-    assert "base - dense -5.00" in text
-    assert "dense-snnl - dense +1.00" in text
-    assert report.findings("core", []).startswith("- **Does the mixture pay?**")
+    assert words.answers([]) == ""
 
 
 def test_readme_shows_the_benchmark(core):
     row = {"row": "N=1024", "faster_than_fastest_peer": 3.06, "memory_saving": 7.0, "share_of_limit": 0.397}
     store.write(store.results_dir() / "bench" / "snnl.json", {"rows": [row]})
-    assert "| N=1024 | 3.1 | 7.0 | 0.40 |" in report.readme_section()
+    assert "| N=1024 | 3.1 | 7.0 | 0.40 |" in report.results_page()
 
 
 def test_readme_shows_how_steps_grow(core):
@@ -754,7 +820,7 @@ def test_readme_shows_how_steps_grow(core):
     rows = [{"processes": 1, "times_one": dict.fromkeys(times, 1.0)}, {"processes": 2, "times_one": times}]
     content = {"exponents": [entry, other], "throughput": rows}
     store.write(store.results_dir() / "bench" / "scaling.json", content)
-    section = report.readme_section()
+    section = report.results_page()
     assert "| step of | grows | N | K |" in section
     assert "| SNNL | time | 1.93 [1.87, 1.99] | - |" in section
     assert "| SNNL | memory | - | - |" in section
@@ -788,8 +854,8 @@ def test_readme_with_no_data_set_that_was_published(folders):
         for seed in arms.SEEDS[:2]:
             run = planned(arm, seed, "mnist")
             store.write(run.path, made_up(run, accuracy=0.99))
-    section = report.readme_section()
-    assert "| paper | data set | claim | verdict |" in section  # no row: MNIST is outside
+    section = report.results_page()
+    assert "| of | data set | claim | against | verdict |" in section  # no row: MNIST is outside
     assert "| MNIST | base | 2 |" in section
     assert "| index |" not in section
 
@@ -892,6 +958,7 @@ def test_commands_that_made_a_figure(sources, commands):
 
 def test_commands_of_figures_that_show_no_runs():
     assert report.made_by("results/planted/trust.json") == ["python -m moe_study trust"]
+    assert report.made_by("results/planted/verdicts.json") == ["python -m moe_study rates"]
     assert report.made_by("computed in this notebook") == []
 
 
@@ -1053,15 +1120,14 @@ def test_sources_of_a_figure_in_short(folders):
 
 def test_verdict_forest_is_in_margins(core):
     """A hollow dot a pilot, where the difference is in units of the published one."""
-    found = report.verdicts("core")
+    found = report.find_verdicts("core")
     axis = plots.verdict_forest(found).axes[0]
     names = [label.get_text() for label in axis.get_yticklabels()]
     row = names.index("more accurate, FashionMNIST: snnl - base")
     [verdict] = [v for v in found if v.dataset == "fashion_mnist" and v.claim.key == "snnl-accuracy"]
-    assert verdict.outcome == "pilot"
+    assert verdict.word == "pilot"
     dots = [line for line in axis.lines if line.get_marker() == "o" and list(line.get_ydata()) == [row]]
-    [contrast] = verdict.contrasts.values()
-    assert dots[0].get_xdata()[0] == pytest.approx(contrast.difference / 0.0028)
+    assert dots[0].get_xdata()[0] == pytest.approx(verdict.comparison.difference / 0.0028)
     assert dots[0].get_markerfacecolor() == "white"
 
 

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +24,7 @@ from moe_study import study
 from moe_study.data import ROOT, DataError, text
 from moe_study.data.text import CORPORA, STOPWORDS, Text, head, load, swap_words
 
+PUBLISHED = [name for name, info in CORPORA.items() if info.sources]
 PROSE = """The quick brown fox jumps over the lazy dog , and 42 dogs <unk> .
  = Senjō no Valkyria =\x20
 
@@ -42,7 +42,7 @@ def prose(tmp_path):
 
 @pytest.fixture
 def servers(tmp_path, monkeypatch):
-    """The three downloaded corpora in small, behind file:// URLs with checksums to match."""
+    """The downloaded corpus in small, behind file:// URLs with checksums to match."""
     server = tmp_path / "server"
     server.mkdir()
     files = {path: f"{path}\nsecond line\n".encode() * 15 for path in text.SHA256}
@@ -57,24 +57,12 @@ def servers(tmp_path, monkeypatch):
             file.write_bytes(files[source.paths[0]])
         return replace(source, url=file.as_uri())
 
-    fakes = {name: tuple(fake(source) for source in sources) for name, sources in text.SOURCES.items()}
-    monkeypatch.setattr(text, "SOURCES", fakes)
+    for name, info in text.CORPORA.items():
+        fakes = tuple(fake(source) for source in info.sources)
+        monkeypatch.setitem(text.CORPORA, name, replace(info, sources=fakes))
     sha256 = {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
     monkeypatch.setattr(text, "SHA256", sha256)
     return files
-
-
-def words_by_loop(raw):
-    """Words and line ends, character by character."""
-    found, word = [], ""
-    for character in raw:
-        if character.isspace():
-            found += [word] if word else []
-            found += ["<eos>"] if character == "\n" else []
-            word = ""
-        else:
-            word += character
-    return found + ([word] if word else [])
 
 
 # ---------------------------------------------------------------------------------- embedded corpus
@@ -82,12 +70,12 @@ def words_by_loop(raw):
 
 def test_the_embedded_corpus():
     corpus = load("docs")
-    assert (corpus.name, corpus.level, corpus.num_tokens, corpus.vocabulary) == ("docs", "byte", 256, ())
+    assert (corpus.name, corpus.num_tokens) == ("docs", 256)
     parts = [corpus.train, corpus.validation, corpus.test]
-    num_bytes = sum(part.num_bytes for part in parts)
+    num_bytes = sum(map(len, parts))
     assert 150_000 < num_bytes < 400_000
     for part, share in zip(parts, (0.9, 0.05, 0.05), strict=True):
-        assert part.num_bytes / num_bytes == pytest.approx(share, abs=0.002)
+        assert len(part) / num_bytes == pytest.approx(share, abs=0.002)
         assert part.tokens_N.dtype == torch.int64
         assert bytes(part.tokens_N.tolist()) == part.raw.encode()
         assert part.raw.endswith("\n")
@@ -131,9 +119,8 @@ def test_docstrings_are_those_that_python_sees():
 # ---------------------------------------------------------------------------------- tokens and splits
 
 
-@pytest.mark.parametrize("level", ["byte", "word"])
-def test_a_file_is_split_in_order_and_nothing_is_lost(prose, level):
-    corpus = load(prose, level=level)
+def test_a_file_is_split_in_order_and_nothing_is_lost(prose):
+    corpus = load(prose)
     raw = PROSE * 20
     parts = [corpus.train.raw, corpus.validation.raw, corpus.test.raw]
     assert "".join(parts) == raw
@@ -142,75 +129,22 @@ def test_a_file_is_split_in_order_and_nothing_is_lost(prose, level):
     for cut, share in ((len(parts[0]), 0.9), (len(parts[0] + parts[1]), 0.95)):
         assert 0 <= cut - share * len(raw) <= longest
     for part in (corpus.train, corpus.validation, corpus.test):
-        assert part.num_bytes == len(part.raw.encode())
+        assert len(part) == len(part.raw.encode())
 
 
 def test_bytes_round_trip(prose):
     corpus = load(prose)
     for part in (corpus.train, corpus.validation, corpus.test):
         assert bytes(part.tokens_N.tolist()).decode() == part.raw
-        assert len(part) == part.num_bytes
-
-
-@pytest.mark.parametrize("size", [2, 3, 7, 20, 10_000])
-def test_words_against_a_loop(prose, size):
-    corpus = load(prose, level="word", vocabulary_size=size)
-    counts = Counter(word for word in words_by_loop(corpus.train.raw) if word not in ("<unk>", "<eos>"))
-    first = {word: i for i, word in reversed(list(enumerate(words_by_loop(corpus.train.raw))))}
-    ranked = sorted(counts, key=lambda word: (-counts[word], first[word]))
-    assert corpus.vocabulary == ("<unk>", "<eos>", *ranked[: size - 2])
-    assert corpus.num_tokens == len(corpus.vocabulary) == min(size, 2 + len(counts))
-    for part in (corpus.train, corpus.validation, corpus.test):
-        expected = [word if word in corpus.vocabulary else "<unk>" for word in words_by_loop(part.raw)]
-        assert [corpus.vocabulary[token] for token in part.tokens_N.tolist()] == expected
-        assert part.tokens_N.dtype == torch.int64
-
-
-def test_words_known_by_hand(tmp_path):
-    (tmp_path / "small.txt").write_text("b a\n\nb <unk> c\n" + "b a\n" * 20)
-    corpus = load(str(tmp_path / "small.txt"), level="word", vocabulary_size=4)
-    assert corpus.vocabulary == ("<unk>", "<eos>", "b", "a")
-    assert corpus.train.tokens_N[:8].tolist() == [2, 3, 1, 1, 2, 0, 0, 1]
-    assert corpus.test.tokens_N.tolist() == [2, 3, 1]
-
-
-def test_words_of_a_last_line_without_an_end(tmp_path):
-    (tmp_path / "open.txt").write_text("a b\n" * 40 + "a b")
-    assert load(str(tmp_path / "open.txt"), level="word").test.tokens_N.tolist()[-3:] == [1, 2, 3]
 
 
 def test_a_text_of_one_line_is_split_between_words(tmp_path):
     raw = " ".join(f"word{i}" for i in range(300))
     (tmp_path / "line.txt").write_text(raw)
-    corpus = load(str(tmp_path / "line.txt"), level="word")
+    corpus = load(str(tmp_path / "line.txt"))
     parts = [corpus.train.raw, corpus.validation.raw, corpus.test.raw]
     assert "".join(parts) == raw
     assert [word for part in parts for word in part.split()] == raw.split()
-
-
-@pytest.mark.parametrize("limit", [1, 5, 66, 67, 68, 500, 10**9])
-def test_the_training_text_is_cut_to_whole_lines(prose, limit):
-    whole, cut = load(prose), load(prose, max_train_bytes=limit)
-    lines, total = [], 0
-    for line in whole.train.raw.splitlines(keepends=True):
-        total += len(line.encode())
-        if total > limit:
-            break
-        lines.append(line)
-    assert cut.train.raw == ("".join(lines) or whole.train.raw.encode()[:limit].decode())
-    assert cut.train.num_bytes <= limit
-    assert (cut.validation.raw, cut.test.raw) == (whole.validation.raw, whole.test.raw)
-
-
-def test_a_cut_within_a_character_drops_it():
-    assert text._first_bytes("戦場", 4) == "戦"
-    assert text._first_bytes("戦場", 2) == ""
-    assert text._first_bytes("戦場", 6) == "戦場"
-
-
-def test_the_vocabulary_is_of_the_cut_training_text(prose):
-    corpus = load(prose, level="word", max_train_bytes=67)
-    assert set(corpus.vocabulary) == {"<unk>", "<eos>", *corpus.train.raw.split()}
 
 
 def test_tokens_go_to_the_device(prose):
@@ -222,13 +156,13 @@ def test_tokens_go_to_the_device(prose):
 
 
 def test_names_and_paths(prose, tmp_path, servers):
-    assert CORPORA == ("docs", "wikitext2", "ptb", "tiny_shakespeare")
+    assert tuple(CORPORA) == ("docs", "wikitext2")
     assert all(text.is_corpus(name) for name in (*CORPORA, prose, "here.txt", "folder/here"))
     assert not any(text.is_corpus(name) for name in ("mnist", "digits", "", "wikitext3"))
     assert text.present("docs")
     assert text.present(prose)
     assert not text.present(str(tmp_path / "absent.txt"))
-    for name in CORPORA[1:]:
+    for name in PUBLISHED:
         assert not text.present(name, root=tmp_path)
         load(name, root=tmp_path)
         assert text.present(name, root=tmp_path)
@@ -247,17 +181,8 @@ def test_a_relative_path_is_of_the_current_folder_else_of_the_project(prose, tmp
 
 @pytest.mark.parametrize("name", ["wikitext3", "", "DOCS"])
 def test_an_unknown_name_is_answered_with_the_known_ones(name):
-    with pytest.raises(DataError, match=f"{name!r}.*docs, wikitext2, ptb, tiny_shakespeare.*path"):
+    with pytest.raises(DataError, match=f"{name!r}.*docs, wikitext2.*path"):
         load(name)
-
-
-def test_arguments_out_of_range(prose):
-    with pytest.raises(ValueError, match=r"'char'.*byte, word"):
-        load(prose, level="char")
-    with pytest.raises(ValueError, match=r"vocabulary_size.*1"):
-        load(prose, level="word", vocabulary_size=1)
-    with pytest.raises(ValueError, match=r"max_train_bytes.*0"):
-        load(prose, max_train_bytes=0)
 
 
 def test_files_that_cannot_serve(tmp_path):
@@ -293,7 +218,6 @@ def test_a_byte_order_mark_is_no_part_of_the_first_word(prose, tmp_path):
     marked = tmp_path / "marked.txt"
     marked.write_bytes(codecs.BOM_UTF8 + Path(prose).read_bytes())
     assert load(str(marked)).train.raw == load(prose).train.raw
-    assert load(str(marked), level="word").vocabulary == load(prose, level="word").vocabulary
 
 
 def test_results_of_a_text_stay_in_the_study_and_apart(tmp_path, monkeypatch):
@@ -315,13 +239,13 @@ def test_results_of_a_text_stay_in_the_study_and_apart(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------ downloads
 
 
-@pytest.mark.parametrize("name", CORPORA[1:])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_corpus_is_fetched_once(name, servers, tmp_path, monkeypatch):
     root = tmp_path / "data"
     first = load(name, root=root)
     raws = [servers[path].decode() for path in text._paths(name)]
     parts = [first.train.raw, first.validation.raw, first.test.raw]
-    assert parts == raws if len(raws) == 3 else "".join(parts) == raws[0]
+    assert parts == raws
     assert not list(root.rglob("*.partial"))
 
     def refuse(*args, **kwargs):
@@ -341,7 +265,7 @@ def test_only_what_is_missing_is_fetched(servers, tmp_path):
     assert gone.read_bytes() == servers["wikitext-2/wiki.test.tokens"]
 
 
-@pytest.mark.parametrize("name", CORPORA[1:])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_missing_files_without_a_network(name, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no network in tests")
@@ -355,7 +279,7 @@ def test_missing_files_without_a_network(name, tmp_path, monkeypatch):
         assert wanted in str(caught.value)
 
 
-@pytest.mark.parametrize("name", CORPORA[1:])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_damaged_file_is_named(name, servers, tmp_path):
     load(name, root=tmp_path)
     for path in text._paths(name):
@@ -366,7 +290,7 @@ def test_a_damaged_file_is_named(name, servers, tmp_path):
         (tmp_path / path).write_bytes(original)
 
 
-@pytest.mark.parametrize("name", CORPORA[1:])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_another_file_from_the_server_is_refused(name, servers, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "SHA256", dict.fromkeys(text.SHA256, "0" * 64))
     with pytest.raises(DataError, match="delivered"):
@@ -383,7 +307,7 @@ def test_a_page_in_place_of_an_archive(servers, tmp_path):
 def test_a_data_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(DataError, match="file"):
-        load("ptb", root=tmp_path / "file")
+        load("wikitext2", root=tmp_path / "file")
 
 
 # ------------------------------------------------------------------------------------------ word swap
@@ -393,10 +317,8 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def may_be_swapped(word, corpus):
+def may_be_swapped(word):
     if word == "<unk>" or not any(character.isalpha() for character in word):
-        return False
-    if corpus.level == "word" and word not in corpus.vocabulary:
         return False
     while word and not word[0].isalnum():
         word = word[1:]
@@ -405,8 +327,8 @@ def may_be_swapped(word, corpus):
     return word.lower().replace("’", "'") not in STOPWORDS
 
 
-def aligned_by_loop(corpus, clean, swapped):
-    """Positions of kept tokens, by walking both texts word for word, space for space; the pairs of words.
+def aligned_by_loop(clean, swapped):
+    """Positions of kept bytes, by walking both texts word for word, space for space; the pairs of words.
 
     Of the bytes behind a swapped word the first is not kept.
     """
@@ -416,18 +338,16 @@ def aligned_by_loop(corpus, clean, swapped):
     while i < len(clean):
         if clean[i].isspace():
             assert clean[i] == swapped[j]
-            if corpus.level == "byte" or clean[i] == "\n":
-                size = len(clean[i].encode()) if corpus.level == "byte" else 1
-                skip = int(just_swapped and corpus.level == "byte")
-                clean_positions += range(at_clean + skip, at_clean + size)
-                swapped_positions += range(at_swapped + skip, at_swapped + size)
-                just_swapped = False
-                at_clean, at_swapped = at_clean + size, at_swapped + size
+            size = len(clean[i].encode())
+            clean_positions += range(at_clean + just_swapped, at_clean + size)
+            swapped_positions += range(at_swapped + just_swapped, at_swapped + size)
+            just_swapped = False
+            at_clean, at_swapped = at_clean + size, at_swapped + size
             i, j = i + 1, j + 1
             continue
         before, after = clean[i:].split(maxsplit=1)[0], swapped[j:].split(maxsplit=1)[0]
         pairs.append((before, after))
-        sizes = [len(word.encode()) if corpus.level == "byte" else 1 for word in (before, after)]
+        sizes = [len(word.encode()) for word in (before, after)]
         just_swapped = before != after
         if before == after:
             clean_positions += range(at_clean, at_clean + sizes[0])
@@ -438,35 +358,26 @@ def aligned_by_loop(corpus, clean, swapped):
     return clean_positions, swapped_positions, pairs
 
 
-@pytest.mark.parametrize("level", ["byte", "word"])
 @pytest.mark.parametrize("share", [0.0, 0.015, 0.1, 0.5, 1.0])
-def test_the_swap_against_a_loop(prose, level, share):
-    corpus = load(prose, level=level, vocabulary_size=20)
-    split = corpus.train
-    swapped = swap_words(corpus, split, share, generator())
-    clean_positions, swapped_positions, pairs = aligned_by_loop(corpus, split.raw, swapped.text)
+def test_the_swap_against_a_loop(prose, share):
+    split = load(prose).train
+    swapped = swap_words(split, share, generator())
+    clean_positions, swapped_positions, pairs = aligned_by_loop(split.raw, swapped.text)
     assert swapped.clean_positions_U.tolist() == clean_positions
     assert swapped.swapped_positions_U.tolist() == swapped_positions
     assert torch.equal(
         split.tokens_N[swapped.clean_positions_U], swapped.tokens_M[swapped.swapped_positions_U]
     )
     changed = [(before, after) for before, after in pairs if before != after]
-    candidates = [before for before, _ in pairs if may_be_swapped(before, corpus)]
+    candidates = [before for before, _ in pairs if may_be_swapped(before)]
     assert len(changed) == swapped.num_swapped == round(share * len(candidates))
-    assert all(after == "<unk>" and may_be_swapped(before, corpus) for before, after in changed)
-    if level == "byte":
-        assert bytes(swapped.tokens_M.tolist()).decode() == swapped.text
-    else:
-        words = [word if word in corpus.vocabulary else "<unk>" for word in words_by_loop(swapped.text)]
-        assert [corpus.vocabulary[token] for token in swapped.tokens_M.tolist()] == words
-        assert len(swapped.tokens_M) == len(split.tokens_N)
-        assert torch.equal(swapped.clean_positions_U, swapped.swapped_positions_U)
+    assert all(after == "<unk>" and may_be_swapped(before) for before, after in changed)
+    assert bytes(swapped.tokens_M.tolist()).decode() == swapped.text
 
 
-def test_a_swap_known_by_hand(prose):
-    corpus = load(prose)
+def test_a_swap_known_by_hand():
     raw = "the fox, 42 <unk> isn't é\n"
-    swapped = swap_words(corpus, as_text(raw), 1.0, generator())
+    swapped = swap_words(as_text(raw), 1.0, generator())
     assert swapped.text == "the <unk> 42 <unk> isn't <unk>\n"
     assert swapped.num_swapped == 2
     assert swapped.clean_positions_U.tolist() == [
@@ -478,13 +389,12 @@ def test_a_swap_known_by_hand(prose):
 
 def as_text(raw):
     content = raw.encode()
-    return Text(torch.tensor(list(content), dtype=torch.int64), raw, len(content))
+    return Text(torch.tensor(list(content), dtype=torch.int64), raw)
 
 
-@pytest.mark.parametrize("level", ["byte", "word"])
-def test_share_zero_changes_nothing(prose, level):
-    corpus = load(prose, level=level)
-    swapped = swap_words(corpus, corpus.test, 0, generator())
+def test_share_zero_changes_nothing(prose):
+    corpus = load(prose)
+    swapped = swap_words(corpus.test, 0, generator())
     everything = torch.arange(len(corpus.test))
     assert swapped.text == corpus.test.raw
     assert torch.equal(swapped.tokens_M, corpus.test.tokens_N)
@@ -493,11 +403,10 @@ def test_share_zero_changes_nothing(prose, level):
     assert swapped.num_swapped == 0
 
 
-@pytest.mark.parametrize("level", ["byte", "word"])
-def test_a_larger_share_swaps_all_that_a_smaller_one_does(prose, level):
-    corpus = load(prose, level=level)
+def test_a_larger_share_swaps_all_that_a_smaller_one_does(prose):
+    corpus = load(prose)
     kept = [
-        set(swap_words(corpus, corpus.train, share, generator(3)).clean_positions_U.tolist())
+        set(swap_words(corpus.train, share, generator(3)).clean_positions_U.tolist())
         for share in (0.015, 0.025, 0.05, 0.1, 1.0)
     ]
     assert all(larger < smaller for smaller, larger in pairwise(kept))
@@ -506,22 +415,20 @@ def test_a_larger_share_swaps_all_that_a_smaller_one_does(prose, level):
 def test_the_swap_depends_on_the_generator_alone(prose):
     corpus = load(prose)
     torch.manual_seed(0)
-    first = swap_words(corpus, corpus.train, 0.1, generator(1))
+    first = swap_words(corpus.train, 0.1, generator(1))
     torch.manual_seed(1)
-    again, other = (swap_words(corpus, corpus.train, 0.1, generator(seed)) for seed in (1, 2))
+    again, other = (swap_words(corpus.train, 0.1, generator(seed)) for seed in (1, 2))
     assert first.text == again.text != other.text
 
 
-def test_words_that_are_never_swapped(prose):
-    corpus = load(prose, level="word", vocabulary_size=20)
-    raw = "The THE, the. <unk> 42 3.14 ... isn't 's n't hitherto-unseen-word\n"
-    split = Text(text._tokens(raw, "word", {}), raw, len(raw.encode()))
-    assert swap_words(corpus, split, 1.0, generator()).num_swapped == 0
+def test_words_that_are_never_swapped():
+    raw = "The THE, the. <unk> 42 3.14 ... isn't 's n't\n"
+    assert swap_words(as_text(raw), 1.0, generator()).num_swapped == 0
 
 
 @pytest.mark.parametrize("raw", ["", "\n", "the\n", " "])
-def test_a_text_without_anything_to_swap(prose, raw):
-    swapped = swap_words(load(prose), as_text(raw), 1.0, generator())
+def test_a_text_without_anything_to_swap(raw):
+    swapped = swap_words(as_text(raw), 1.0, generator())
     assert (swapped.text, swapped.num_swapped) == (raw, 0)
     assert swapped.clean_positions_U.tolist() == list(range(len(raw)))
 
@@ -530,7 +437,7 @@ def test_a_text_without_anything_to_swap(prose, raw):
 def test_a_share_out_of_range(prose, share):
     corpus = load(prose)
     with pytest.raises(ValueError, match=f"share.*{share}"):
-        swap_words(corpus, corpus.test, share, generator())
+        swap_words(corpus.test, share, generator())
 
 
 PIECES = ["the", "fox", "<unk>", "é", "戦場", "don’t", "42", ",", " ", " ", "\n", "\t", "\u3000"]
@@ -538,14 +445,11 @@ RAW = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=30).map("
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(raw=RAW, share=st.floats(0, 1), level=st.sampled_from(["byte", "word"]))
-def test_any_text_is_aligned(raw, share, level):
-    vocabulary = text._vocabulary(raw, 6) if level == "word" else ()
-    index = {word: i for i, word in enumerate(vocabulary)}
-    split = Text(text._tokens(raw, level, index), raw, len(raw.encode()))
-    corpus = text.Corpus("any", level, split, split, split, len(vocabulary) or 256, vocabulary)
-    swapped = swap_words(corpus, split, share, generator())
-    clean_positions, swapped_positions, _ = aligned_by_loop(corpus, raw, swapped.text)
+@given(raw=RAW, share=st.floats(0, 1))
+def test_any_text_is_aligned(raw, share):
+    split = as_text(raw)
+    swapped = swap_words(split, share, generator())
+    clean_positions, swapped_positions, _ = aligned_by_loop(raw, swapped.text)
     assert swapped.clean_positions_U.tolist() == clean_positions
     assert swapped.swapped_positions_U.tolist() == swapped_positions
     assert torch.equal(split.tokens_N[clean_positions], swapped.tokens_M[swapped_positions])
@@ -557,7 +461,7 @@ def test_any_text_is_aligned(raw, share, level):
 @pytest.mark.parametrize("num_tokens", [1, 2, 35, 150, 180, 181, 182, 183, 184, 10**6])
 def test_the_first_bytes_of_a_text_are_whole_characters(prose, num_tokens):
     corpus = load(prose)
-    found = head(corpus, corpus.train, num_tokens)
+    found = head(corpus.train, num_tokens)
     kept = ""
     for character in corpus.train.raw:
         if len((kept + character).encode()) > num_tokens:
@@ -565,42 +469,26 @@ def test_the_first_bytes_of_a_text_are_whole_characters(prose, num_tokens):
         kept += character
     assert found.raw == kept
     assert bytes(found.tokens_N.tolist()) == kept.encode()
-    assert found.num_bytes == len(found) == len(kept.encode())
+    assert len(found) == len(kept.encode())
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 12, 13, 14, 15, 30, 100, 10**6])
-def test_the_first_words_of_a_text_end_with_their_last(prose, num_tokens):
-    corpus = load(prose, level="word", vocabulary_size=20)
-    found = head(corpus, corpus.train, num_tokens)
-    words = words_by_loop(corpus.train.raw)[:num_tokens]
-    assert words_by_loop(found.raw) == words
-    assert corpus.train.raw.startswith(found.raw)
-    known = [word if word in corpus.vocabulary else "<unk>" for word in words]
-    assert [corpus.vocabulary[token] for token in found.tokens_N.tolist()] == known
-    assert found.num_bytes == len(found.raw.encode())
-    if num_tokens < len(corpus.train):
-        assert found.raw[-1] == "\n" if words[-1] == "<eos>" else found.raw.endswith(words[-1])
-
-
-@pytest.mark.parametrize("level", ["byte", "word"])
-def test_a_head_longer_than_the_text_is_the_text(prose, level):
-    corpus = load(prose, level=level)
-    assert head(corpus, corpus.test, len(corpus.test)) is corpus.test
-    assert len(head(corpus, corpus.test, len(corpus.test) - 1)) == len(corpus.test) - 1
+def test_a_head_longer_than_the_text_is_the_text(prose):
+    corpus = load(prose)
+    assert head(corpus.test, len(corpus.test)) is corpus.test
+    assert len(head(corpus.test, len(corpus.test) - 1)) == len(corpus.test) - 1
 
 
 @pytest.mark.parametrize("num_tokens", [0, -3])
 def test_a_head_of_nothing_is_named(prose, num_tokens):
     corpus = load(prose)
     with pytest.raises(ValueError, match=f"num_tokens.*{num_tokens}"):
-        head(corpus, corpus.test, num_tokens)
+        head(corpus.test, num_tokens)
 
 
-@pytest.mark.parametrize("level", ["byte", "word"])
-def test_the_swap_of_a_head_is_aligned(prose, level):
-    corpus = load(prose, level=level)
-    part = head(corpus, corpus.train, 50)
-    swapped = swap_words(corpus, part, 0.5, generator())
+def test_the_swap_of_a_head_is_aligned(prose):
+    corpus = load(prose)
+    part = head(corpus.train, 50)
+    swapped = swap_words(part, 0.5, generator())
     assert swapped.num_swapped > 0
     assert torch.equal(
         part.tokens_N[swapped.clean_positions_U], swapped.tokens_M[swapped.swapped_positions_U]

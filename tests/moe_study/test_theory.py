@@ -9,7 +9,7 @@ import reference_ac
 import torch
 from scipy.stats import norm
 
-from moe_lib.moe.routing import AdaptiveClusteringRouter, Routing, adaptive_scales
+from moe_lib.moe import AdaptiveClusteringRouter, Routing, adaptive_scales
 from moe_study import theory
 from moe_study.data.planted import ClusterConfig, feature_clusters
 from moe_study.theory import Space

@@ -131,7 +131,7 @@ def test_weights_that_turn_nan_in_the_last_batch_name_the_epoch():
     task, measured = Broken((2, 3)), []
 
     def measure():
-        measured.append(float(task.slope))
+        measured.append(task.slope.item())
         return task.measure()
 
     with pytest.raises(TrainingError, match="snnl seed 7, epoch 2: the weights are not finite after"):

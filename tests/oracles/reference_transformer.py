@@ -173,22 +173,9 @@ def patches(image_CHW, side):
     return np.array(found)
 
 
-def merged(x_TD, grid, weights):
-    """Tokens of a grid of (rows, columns); each 2 x 2 square is read row by row."""
-    rows, columns = grid
-    out = []
-    for i in range(0, rows, 2):
-        for j in range(0, columns, 2):
-            square = [x_TD[(i + a) * columns + j + b] for a in range(2) for b in range(2)]
-            normed = layer_norm(np.concatenate(square), part(weights, "norm"))
-            out.append(linear(normed, part(weights, "project")))
-    return np.stack(out)
-
-
 def vision_transformer(images_NCHW, model, config):
     """[N, C] log-probabilities, the gates of each MoE layer, and the mean token before the first [N, D]."""
     weights, trunk, images_NCHW = weights_of(model), config.trunk, array(images_NCHW)
-    grid = images_NCHW.shape[2] // config.patch, images_NCHW.shape[3] // config.patch
     x_NTD = np.array(
         [
             [
@@ -200,10 +187,6 @@ def vision_transformer(images_NCHW, model, config):
     )
     previous_NE, gates, stem_ND = None, [], None
     for index in range(trunk.depth):
-        if index in config.merge_before:
-            own = part(weights, f"merges.{index}")
-            x_NTD = np.stack([merged(x_TD, grid, own) for x_TD in x_NTD])
-            grid, previous_NE = (grid[0] // 2, grid[1] // 2), None
         with_experts = index in trunk.moe_blocks
         if with_experts and stem_ND is None:
             stem_ND = x_NTD.mean(1)

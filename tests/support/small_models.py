@@ -11,7 +11,7 @@ from torch import nn
 from moe_lib.models.language import LanguageConfig, LanguageModel
 from moe_lib.models.transformer import Embedding, TransformerConfig
 from moe_lib.models.vision import VisionConfig
-from moe_lib.moe.routing import route
+from moe_lib.moe import route
 from moe_lib.rng import initialise
 from moe_study.data import Dataset, Split
 from moe_study.data.text import Corpus, Text
@@ -67,7 +67,7 @@ class Dropped(nn.Module):
 
 def text_of(tokens):
     """Of tokens below 128, which are characters."""
-    return Text(torch.tensor(tokens), "".join(map(chr, tokens)), len(tokens))
+    return Text(torch.tensor(tokens), "".join(map(chr, tokens)))
 
 
 def corpus_of(train=60, validation=40, test=40, num_tokens=9):
@@ -76,7 +76,7 @@ def corpus_of(train=60, validation=40, test=40, num_tokens=9):
     parts = [
         text_of(torch.randint(num_tokens, (n,), generator=draw).tolist()) for n in (train, validation, test)
     ]
-    return Corpus("random", "byte", *parts, num_tokens, ())
+    return Corpus("random", *parts, num_tokens)
 
 
 def language_task(corpus=None, context=4, batch_size=3, seed=5, objective=None, epoch_tokens=None, **options):
@@ -99,9 +99,9 @@ def tiny_dataset(num_train=24, num_other=16):
     return Dataset("tiny", split(num_train), split(num_other), split(num_other), 3)
 
 
-def vision_task(objective=None, seed=3, batch_size=8, dataset=None, patch=2, merge_before=(), **options):
+def vision_task(objective=None, seed=3, batch_size=8, dataset=None, patch=2, **options):
     trunk = replace(SMALL, **{"moe_blocks": (1, 2)} | options)
-    config = VisionConfig(trunk, patch, merge_before)
+    config = VisionConfig(trunk, patch)
     return VisionTask(
         dataset or tiny_dataset(), config, objective or RoutedObjective(),
         seed=seed, batch_size=batch_size, dtype=torch.float64,

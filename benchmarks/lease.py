@@ -1,0 +1,181 @@
+"""Use a borrowed GPU for some minutes: tests, benchmark, then as many whole blocks of the study as fit.
+
+    python -m benchmarks.lease OUT --minutes 9 --workers 12
+
+Needs only what `python -m moe_study run` needs; pytest for the tests. Steps run one after the other, each
+with a limit and a log of its own. Every minute, and at the end, what is finished is packed into
+OUT/archive-<n>.tar.gz, each under 16 MiB and whole at any moment, so that the machine may vanish at any
+second. Where there is no git, name the commit in MOE_COMMIT. At home,
+
+    for archive in OUT/archive-*.tar.gz; do tar -xzf "$archive" -C FOLDER; done
+
+gives FOLDER/results/<profile>/..., FOLDER/bench/*.json and FOLDER/logs/*.log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_study.data import ROOT
+
+ARCHIVE_BYTES = 15 * 2**20  # may be exceeded by what the compressor still holds, some 100 kB
+# In order of worth; the engine does a block seed by seed, so that a stopped one still has pairs.
+BLOCKS = (
+    "snnl-confirm:fashion_mnist",
+    "snnl-confirm:cifar100",
+    "collapse:domains",
+    "snnl-confirm:cifar10",
+    "ac-vision:cifar10",
+    "ac-language:wikitext2",
+    "crossed:cifar10",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    command: tuple[str, ...]
+    seconds: float  # after which its processes are killed
+
+
+def steps(arguments: argparse.Namespace) -> list[Step]:
+    """Tests, benchmark, blocks; a block gets what its own limit and the lease leave."""
+    python, out, device = sys.executable, arguments.out, arguments.device
+    planned = []
+    if arguments.tests:
+        planned.append(Step("tests", (python, "-m", "pytest", "-q", "-m", "gpu", "tests"), arguments.tests))
+    if arguments.bench:
+        bench = (python, "-m", "benchmarks", "snnl", "moe", "router", "--device", device)
+        planned.append(Step("bench", (*bench, "--out", str(out / "bench")), arguments.bench))
+    for block in arguments.blocks:
+        study, dataset = block.split(":")
+        options = {
+            "--profile": arguments.profile,
+            "--study": study,
+            "--dataset": dataset,
+            "--device": device,
+            "--workers": str(arguments.workers),
+            "--time-limit": f"{arguments.block:g}",
+            "--out": str(out / "results"),
+        }
+        run = (python, "-m", "moe_study", "run", *(word for pair in options.items() for word in pair))
+        # The engine stops by itself between epochs; the kill is for one that hangs.
+        planned.append(Step(block.replace(":", "-"), run, arguments.block + 30))
+    return planned
+
+
+def run_step(step: Step, logs: Path, deadline: float) -> str:
+    """ "done", "failed" or "stopped"; its output is in logs/<name>.log."""
+    limit = min(step.seconds, deadline - time.monotonic())
+    if limit <= 1:
+        return "not begun"
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / f"{step.name}.log").open("w") as log:
+        log.write(" ".join(step.command) + "\n")
+        log.flush()
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return "done" if process.wait(timeout=limit) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            return "stopped"
+        finally:  # its workers too
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+class Packer:
+    """Packs finished files into archives of bounded size, each renamed into place when it is whole."""
+
+    def __init__(self, out: Path, most: int = ARCHIVE_BYTES) -> None:
+        self.out, self.most = out, most
+        self.number = 0  # of the archive that is still filled
+        self.sealed: set[Path] = set()  # files in full archives
+        self.lock = threading.Lock()
+
+    def files(self) -> list[Path]:
+        """Result, benchmark and log files, oldest first; nothing half written."""
+        found = []
+        for folder in ("results", "bench", "logs"):
+            for path in sorted((self.out / folder).rglob("*")):
+                hidden = any(part.startswith(".") for part in path.relative_to(self.out).parts)
+                if path.is_file() and not hidden and path.suffix != ".part":
+                    found.append(path)
+        return sorted(found, key=lambda path: path.stat().st_mtime)
+
+    def pack(self) -> None:
+        with self.lock:
+            todo = [path for path in self.files() if path not in self.sealed or path.suffix == ".log"]
+            while todo:
+                target = self.out / f"archive-{self.number}.tar.gz"
+                partial = target.with_suffix(".part")
+                packed = []
+                with partial.open("wb") as stream, tarfile.open(fileobj=stream, mode="w:gz") as archive:
+                    while todo and stream.tell() + todo[0].stat().st_size < self.most:
+                        archive.add(todo[0], todo[0].relative_to(self.out))
+                        packed.append(todo.pop(0))
+                    stream.flush()
+                os.replace(partial, target)
+                if not packed and todo:  # larger than an archive may be: left out, and said so
+                    print(f"{todo[0]} is too large for an archive", file=sys.stderr)
+                    self.sealed.add(todo.pop(0))
+                elif todo:
+                    self.sealed.update(packed)
+                    self.number += 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "benchmarks.lease", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="folder for results, logs and archives")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole (default 9)")
+    parser.add_argument("--workers", type=int, default=12, help="training processes that share the GPU")
+    parser.add_argument("--profile", default="paper")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tests", type=float, default=60, help="seconds for the tests; 0: none")
+    parser.add_argument("--bench", type=float, default=120, help="seconds for the benchmark; 0: none")
+    parser.add_argument("--block", type=float, default=180, help="seconds for each block")
+    parser.add_argument("--blocks", nargs="*", default=BLOCKS, help="STUDY:DATASET, in order")
+    parser.add_argument("--every", type=float, default=60, help="seconds between archives")
+    arguments = parser.parse_args(argv)
+    for block in arguments.blocks:
+        if block.count(":") != 1:
+            parser.error(f"a block is STUDY:DATASET, got {block!r}")
+    arguments.out = arguments.out.resolve()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * arguments.minutes - 10  # ten seconds for the last archive
+    packer = Packer(arguments.out)
+    over = threading.Event()
+
+    def pack_on() -> None:
+        while not over.wait(arguments.every):
+            packer.pack()
+
+    thread = threading.Thread(target=pack_on, daemon=True)
+    thread.start()
+    for step in steps(arguments):
+        begun = time.monotonic()
+        outcome = run_step(step, arguments.out / "logs", deadline)
+        print(f"{step.name}: {outcome}, {time.monotonic() - begun:.0f} s", flush=True)
+    over.set()
+    thread.join()
+    packer.pack()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
