@@ -140,10 +140,11 @@ def load(probs_NE: Tensor, labels_N: Tensor) -> Load:
     _gates(probs_NE)
     labels_N = check_labels(labels_N, len(probs_NE), like=probs_NE)
     top1_N = probs_NE.argmax(1)
-    counts_E = torch.bincount(top1_N, minlength=probs_NE.shape[1])
+    best_NE = (probs_NE == probs_NE.amax(1, keepdim=True)).double()
+    share_E = (best_NE / best_NE.sum(1, keepdim=True)).mean(0)  # experts that tie share the sample
     return Load(
-        share=(counts_E / len(top1_N)).tolist(),
-        dead_experts=int((counts_E == 0).sum()),
+        share=share_E.tolist(),
+        dead_experts=int((share_E == 0).sum()),
         effective_experts=_entropy(probs_NE.double().mean(0)).exp().item(),
         adjusted_mutual_information=float(
             adjusted_mutual_info_score(labels_N.cpu().numpy(), top1_N.cpu().numpy())

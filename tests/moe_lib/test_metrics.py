@@ -458,3 +458,10 @@ def test_a_perfect_and_a_blind_classifier():
     np.testing.assert_allclose(perfect, (1, 0, 0), atol=1e-12)
     blind = metrics.task_score(torch.full((10, 5), 0.2).log(), labels_N)
     np.testing.assert_allclose(blind, (0.2, math.log(5), 0), atol=1e-7)
+
+
+def test_experts_that_tie_share_a_sample_and_none_is_dead():
+    probs_NE = torch.tensor([[0.25] * 4, [0.4, 0.4, 0.1, 0.1]])
+    found = metrics.load(probs_NE, torch.tensor([0, 1]))
+    assert found.share == pytest.approx([0.375, 0.375, 0.125, 0.125])
+    assert found.dead_experts == 0

@@ -35,7 +35,9 @@ def test_the_notebook_runs(folders):
     for source in notebook_cells():
         exec(source, space)
     panels = space["panels"]
-    healthy, collapsed = (panels[name].table()["effective experts"].mean() for name in ("healthy", "collapsed"))
+    healthy, collapsed = (
+        panels[name].table()["effective experts"].mean() for name in ("healthy", "collapsed")
+    )
     assert collapsed < healthy
     assert {alarm.kind for alarm in panels["collapsed"].alarms} >= {"collapsed", "dead"}
     assert (folders / "figures" / "your_model" / "collapsed.png").exists()
