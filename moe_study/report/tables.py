@@ -40,7 +40,7 @@ SELECTED = (", best validation accuracy", ", best validation cross-entropy")
 
 def dead_experts(result: Result) -> float | None:
     """Experts that are no sample's first choice; None for a constant gate, which chooses none."""
-    if result["run"]["model"].get("gate") == "uniform":
+    if result["run"].get("model", {}).get("gate") == "uniform":
         return None
     return look_up(result, "routing.load.dead_experts")
 
