@@ -368,7 +368,6 @@ def test_public_names_are_there_and_documented():
     assert (ROOT / "moe_lib" / "py.typed").exists()
 
 
-@pytest.mark.slow
 def test_the_library_works_installed_elsewhere(tmp_path):
     """A wheel, unpacked into an empty folder and imported from outside the checkout."""
     source, site = tmp_path / "source", tmp_path / "site"

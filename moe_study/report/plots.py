@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ ARM_STYLE = {  # colour, marker
     "hash-token": ("#8c564b", "X"),
     "snnl-ac": (PALETTE[0], "D"),
 }
+OWN_COLOURS = ("#e6550d", "#31a354", "#756bb1", "#636363", "#3182bd", "#b5651d")
+OWN_MARKERS = "^vD<>*"
 STYLE: Any = {
     "figure.dpi": 110,
     "savefig.dpi": 110,
@@ -97,10 +100,19 @@ def _note(text: str) -> Figure:
     return figure
 
 
+def arm_style(arm: str) -> tuple[str, str]:
+    """Colour and marker of an arm; one of your own gets a pair that depends on its name alone."""
+    if arm in ARM_STYLE:
+        return ARM_STYLE[arm]
+    number = zlib.crc32(arm.encode())
+    return OWN_COLOURS[number % len(OWN_COLOURS)], OWN_MARKERS[number // 97 % len(OWN_MARKERS)]
+
+
 def _arms(results: Sequence[Result], wanted: Sequence[str] | None = None) -> dict[str, list[dict]]:
-    """Results by arm, in the order of ARM_STYLE."""
-    names = [a for a in ARM_STYLE if wanted is None or a in wanted]
-    grouped = {a: [r for r in results if r["run"]["arm"] == a] for a in names}
+    """Results by arm, in the order of ARM_STYLE; arms of your own follow, in the order of the results."""
+    names = dict.fromkeys([*ARM_STYLE, *(r["run"]["arm"] for r in results)])
+    names_wanted = [name for name in names if wanted is None or name in wanted]
+    grouped = {name: [r for r in results if r["run"]["arm"] == name] for name in names_wanted}
     return {arm: group for arm, group in grouped.items() if group}
 
 
@@ -117,7 +129,7 @@ def training_curves(results: Sequence[Result], arms: Sequence[str] | None = None
     figure, axes = new_figure(11, 3.4, 1, 3)
     for axis, (key, title, scale) in zip(axes[0], panels, strict=True):
         for arm, group in _arms(results, arms).items():
-            colour, marker = ARM_STYLE[arm]
+            colour, marker = arm_style(arm)
             curves_SE = np.array([_curve(r["history"]["validation"], key) for r in group]) * scale
             epochs = np.arange(1, curves_SE.shape[1] + 1)
             axis.plot(epochs, curves_SE.mean(0), color=colour, marker=marker, markersize=4, label=arm)
@@ -142,7 +154,7 @@ def accuracy_by_arm(results: Sequence[Result]) -> Figure:
     figure, axes = new_figure(7.5, 0.42 * len(grouped) + 1.2)
     axis = axes[0, 0]
     for row, (arm, group) in enumerate(grouped.items()):
-        colour, marker = ARM_STYLE[arm]
+        colour, marker = arm_style(arm)
         values = np.array([r["task"]["accuracy"] for r in group]) * 100
         axis.plot(values, np.full(len(values), row), "o", color=colour, alpha=0.4, markersize=5, mew=0)
         low, high = stats.t_interval(values) if len(values) > 1 else (values[0], values[0])
@@ -236,7 +248,7 @@ def similarity_with_nulls(results: Sequence[Result], arms: Sequence[str] = ("bas
                 values = [v for r in group if (v := look_up(r, f"{source}.{key}")) is not None]
                 height = row + 0.22 * (offset - 1)
                 axis.plot(
-                    values, [height] * len(values), marker, color=ARM_STYLE[arm][0], alpha=0.75,
+                    values, [height] * len(values), marker, color=arm_style(arm)[0], alpha=0.75,
                     markersize=7 if marker == "|" else 5, mfc=None if filled else "none",
                     ls="none", label=label if row == 0 else None,
                 )  # fmt: skip
@@ -258,7 +270,7 @@ def similarity_with_nulls(results: Sequence[Result], arms: Sequence[str] = ("bas
 
 def _draw_mean(axis: Any, arm: str, x: Sequence[float], values_SX: np.ndarray) -> None:
     """Mean over seeds against x, with its 95 % t interval as a band."""
-    colour, marker = ARM_STYLE[arm]
+    colour, marker = arm_style(arm)
     axis.plot(x, values_SX.mean(0), color=colour, marker=marker, markersize=4, label=arm)
     if len(values_SX) > 1:
         low, high = np.array([stats.t_interval(column) for column in values_SX.T]).T
@@ -334,7 +346,7 @@ def changed_choices(results: Sequence[Result]) -> Figure:
             for at in with_scales:
                 values = np.array([r["routing"]["layers"][at]["changed"][key] for r in group]) * 100
                 x = at + 1 - 0.4 + width * (place + 0.5)
-                colour, marker = ARM_STYLE[arm]
+                colour, marker = arm_style(arm)
                 axis.bar(x, values.mean(), 0.85 * width, color=colour, alpha=0.35)
                 axis.plot(np.full(len(values), x), values, marker, color=colour, ms=4, mew=0, label=arm)
         axis.set(title=title, xlabel="MoE layer")
@@ -624,7 +636,7 @@ def collapse_panel(results: Sequence[Result], arms: Sequence[str] = ("base", "sn
     figure, axes = new_figure(11, 3.4, 1, 3)
     grouped = _arms(results, arms)
     for row, (arm, group) in enumerate(grouped.items()):
-        colour, marker = ARM_STYLE[arm]
+        colour, marker = arm_style(arm)
         for axis, kind in zip(axes[0], kinds[:2], strict=False):
             curves_SE = np.array([trajectory(r)[kind] for r in group])
             epochs = np.arange(1, curves_SE.shape[1] + 1)

@@ -1179,6 +1179,20 @@ def test_curves_show_the_wanted_arms_in_one_order():
     assert [text.get_text() for text in legend.get_texts()] == ["base", "snnl"]
 
 
+def test_an_arm_of_ones_own_has_a_colour_and_a_row():
+    results = some_results({"snnl": (0.90, 0.91, 0.95), "base": (0.90, 0.91, 0.92)})
+    for result in results[:3]:
+        result["run"] |= {"arm": "mine"}
+    for drawn in (None, ["mine", "base"]):
+        (legend,) = plots.training_curves(results, drawn).legends
+        assert [text.get_text() for text in legend.get_texts()] == ["base", "mine"]
+    rows = [label.get_text() for label in plots.accuracy_by_arm(results).axes[0].get_yticklabels()]
+    assert rows == ["base (3)", "mine (3)"]
+    assert plots.arm_style("mine") == plots.arm_style("mine")
+    known = {to_hex(colour) for colour, _ in plots.ARM_STYLE.values()}
+    assert not known & {to_hex(colour) for colour in plots.OWN_COLOURS}
+
+
 def test_accuracy_names_arms_and_their_seeds():
     axis = plots.accuracy_by_arm(some_results()).axes[0]
     labels = [tick.get_text() for tick in axis.get_yticklabels()]
