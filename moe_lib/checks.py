@@ -117,5 +117,5 @@ def check_temperature(temperature: Any) -> None:
     if not isinstance(temperature, Real):
         kind = type(temperature).__name__
         raise ValueError(f"temperature must be a number or a 0-d tensor, got {kind} {temperature!r}")
-    if not 1e-300 <= temperature < math.inf:
+    if not 1e-300 <= float(temperature) < math.inf:
         raise ValueError(f"temperature must be positive and finite (1e-300 or more), got {temperature}")

@@ -174,6 +174,8 @@ class MLPRouter(nn.Module):
 
     def forward(self, tokens_ND: Tensor, previous: Routing | None = None) -> Routing:
         first, _, last = self.gate
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
         hidden_NH = _precise_linear(first, check_tokens(tokens_ND, first.in_features)).relu()
         return route(_precise_linear(last, hidden_NH), self.top_k)
 
