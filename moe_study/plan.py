@@ -24,7 +24,7 @@ class Times:
             if not run.path.exists():
                 continue
             self.finished[_group(run)] += 1
-            result = store.read(run.path)
+            result = study.read(run)
             if "same_as" not in result:  # trained for another study
                 self._add(run, result)
 

@@ -331,7 +331,7 @@ def test_plan_takes_the_median_of_an_arm_and_for_others_that_of_an_epoch(folders
     snnl = study.runs("digits", "snnl")
     base, raw = ([run for run in snnl if run.arm == arm] for arm in ("base", "raw"))
     for run, seconds in zip(base, (60.0, 240.0, 120.0), strict=False):
-        store.write(run.path, {"wall_seconds": seconds, "peak_memory_mb": 300.0})
+        study.write(run, {"wall_seconds": seconds, "peak_memory_mb": 300.0})
     assert main(["plan", "--profile", "digits", "--study", "snnl", "--workers", "2"]) == 0
     out = capsys.readouterr().out
     table = rows(out)
