@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_study import data, store, study
 from moe_study.data import text
-from moe_study.study import Run
+from moe_study.study import Run, read
 
 
 class Times:
@@ -24,7 +24,7 @@ class Times:
             if not run.path.exists():
                 continue
             self.finished[_group(run)] += 1
-            result = study.read(run)
+            result = read(run)
             if "same_as" not in result:  # trained for another study
                 self._add(run, result)
 

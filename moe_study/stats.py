@@ -20,7 +20,7 @@ class PairedComparison(NamedTuple):
     difference: float  # mean over seeds
     low: float  # 95 % t interval
     high: float
-    p: float  # exact two-sided sign-flip test
+    p: float  # two-sided sign-flip test, exact up to 20 seeds
     effect: float  # mean difference / its standard deviation over seeds (Cohen's d_z)
     bca_low: float  # 95 % bias-corrected and accelerated bootstrap interval; undercovers at these sizes
     bca_high: float

@@ -22,7 +22,7 @@ from moe_study.data import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text()
-UNLOCKED = {"hf"}  # extras that no command of ours needs
+UNLOCKED = {"hf", "test-hf"}  # extras that no command of ours needs
 LOCKED_EXTRAS = {name: o for name, o in PROJECT["optional-dependencies"].items() if name not in UNLOCKED}
 
 
@@ -281,8 +281,8 @@ BARE = {"torch", "torchvision", "numpy", "scipy", "sklearn"}
 BARE |= {"filelock", "PIL"}  # PIL comes with torchvision
 # What moe_study may import beside the bare machine's packages: pictures, tables and pages of results.
 STUDY_ONLY = {
-    *("moe_study.report", "moe_study.notebook", "moe_study.claims", "moe_study.tour", "moe_study.trust"),
-    *("moe_study.theory", "moe_lib.inspect"),
+    *("moe_study.report", "moe_study.notebook", "moe_study.claims", "moe_study.verdicts", "moe_study.rates"),
+    *("moe_study.tour", "moe_study.trust", "moe_study.theory"),
 }
 
 

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--before", type=Path, help="the .json of an earlier page, to compare with")
     options = parser.parse_args(argv)
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # type: ignore[import-not-found]
+        from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         print("this needs transformers: pip install moe-collapse[inspect,hf]", file=sys.stderr)
         return 2

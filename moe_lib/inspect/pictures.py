@@ -108,7 +108,7 @@ def _draw_heat(figure: Any, axis: Any, layers: list[Layer]) -> None:
     grid_LE = _load_matrix(layers)
     picture = axis.imshow(
         np.ma.masked_invalid(grid_LE), aspect="auto", interpolation="nearest", cmap="PuOr_r",
-        norm=TwoSlopeNorm(1.0, 0.0, max(2.0, float(np.nanmax(grid_LE)))),
+        norm=TwoSlopeNorm(1.0, 0.0, min(max(2.0, float(np.nanmax(grid_LE))), 4.0)),
     )  # fmt: skip
     axis.set_facecolor("#eeeeee")
     names = _short([layer.name for layer in layers])
@@ -117,7 +117,7 @@ def _draw_heat(figure: Any, axis: Any, layers: list[Layer]) -> None:
     axis.set(
         xlabel="experts of a block, from the most used to the least", title="load of each expert; 1: balanced"
     )
-    figure.colorbar(picture, ax=axis, label="load x E", pad=0.01)
+    figure.colorbar(picture, ax=axis, label="load x E, darkest at 4 or more", pad=0.01)
     for row, layer in enumerate(layers):
         dead = int((np.asarray(layer.load_E) == 0).sum())
         if dead:
@@ -140,10 +140,9 @@ def _draw_strip(axis: Any, layers: list[Layer], name: str, title: str, legend: b
     few = len(layers) < 13
     axis.plot(depth, nulls, ls=line, marker="D" if few else "", mfc="none", ms=5, color=GREY, label="null")
     axis.plot(depth, values, ls=line, marker="o", ms=5 if few else 2.5, color=BLUE, label="this model")
-    low = min(
-        0.0, np.nanmin(np.append(values, nulls)) if not np.isnan(np.append(values, nulls)).all() else 0.0
-    )
-    high = np.nanmax(np.append(np.append(values, nulls), 1e-3))
+    both = np.append(values, nulls)
+    known = np.append(both[~np.isnan(both)], 0.0)
+    low, high = float(known.min()), max(float(known.max()), AT_LEAST.get(name, 1e-3))
     axis.set_ylim(low - 0.04 * (high - low), high + 0.12 * (high - low))
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("block", fontsize=9)

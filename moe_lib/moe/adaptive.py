@@ -49,7 +49,7 @@ class ACConfig:
     eps: float = 1e-4
     normalize: Normalize = "feature"
     max_ratio: float | None = 10.0
-    gradient: bool = False  # through M
+    gradient: bool = False  # through M; a second derivative through it is an error of torch's
     shuffled: bool = False
     pooled: bool = False
     matched: bool = False

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_lib.checks import check_floating, check_labels, check_number
+
 Predict = Callable[[Tensor], Tensor]  # images [N, C, H, W] -> log-probabilities or logits [N, K]
 STEP = 0.15  # of eps, as in the experiments with the AC router
 
@@ -36,7 +38,7 @@ def fgsm(predict: Predict, images_NCHW: Tensor, labels_N: Tensor, eps: float) ->
     Raises:
         ValueError: eps is outside 0 to 1; images, labels or scores do not fit or are not finite.
     """
-    _check(images_NCHW, labels_N, eps)
+    labels_N = _check(images_NCHW, labels_N, eps)
     step_NCHW = eps * _loss_gradient(predict, images_NCHW, labels_N).sign()
     return _inside(images_NCHW + step_NCHW, images_NCHW, eps)
 
@@ -61,7 +63,7 @@ def pgd(
         random_start: start anywhere in the ball rather than at the image.
             For the other arguments, the result and the errors see `fgsm`.
     """
-    _check(images_NCHW, labels_N, eps)
+    labels_N = _check(images_NCHW, labels_N, eps)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if step_size is not None and not 0 < step_size < math.inf:
@@ -107,7 +109,7 @@ def spsa(
         delta: length of the probe along each value, in units of intensity; probes may leave [0, 1].
             For the other arguments, the result and the errors see `fgsm`.
     """
-    _check(images_NCHW, labels_N, eps)
+    labels_N = _check(images_NCHW, labels_N, eps)
     if steps < 1 or samples < 1 or not 0 < delta < math.inf:
         raise ValueError(
             f"steps, samples and delta must be positive, got steps={steps}, samples={samples}, delta={delta}"
@@ -125,19 +127,19 @@ def spsa(
     return attacked_NCHW
 
 
-def _check(images_NCHW: Tensor, labels_N: Tensor, eps: float) -> None:
+def _check(images_NCHW: Tensor, labels_N: Tensor, eps: float) -> Tensor:
+    """The labels, as int64."""
+    check_number(eps, "eps")
     if not 0 <= eps <= 1:
         raise ValueError(f"eps must lie in [0, 1], in units of intensity (2 / 255, not 2), got {eps}")
-    if not images_NCHW.is_floating_point():
-        raise ValueError(f"images must be floating point in [0, 1], got {images_NCHW.dtype}")
-    if images_NCHW.ndim != 4 or not images_NCHW.numel() or labels_N.shape != images_NCHW.shape[:1]:
-        raise ValueError(
-            "expected images [N, C, H, W] and labels [N] with N > 0, "
-            f"got {tuple(images_NCHW.shape)} and {tuple(labels_N.shape)}"
-        )
+    check_floating(images_NCHW, "images", "N, C, H, W", finite=False)
+    if not images_NCHW.numel():
+        raise ValueError(f"images must not be empty, got {list(images_NCHW.shape)}")
+    labels_N = check_labels(labels_N, len(images_NCHW), like=images_NCHW)
     low, high = images_NCHW.aminmax()
     if not (low >= 0 and high <= 1):
         raise ValueError(f"images must lie in [0, 1], got values from {low:g} to {high:g}")
+    return labels_N
 
 
 def _log_odds(scores_NK: Tensor, labels_N: Tensor) -> Tensor:
@@ -158,8 +160,9 @@ def _loss_gradient(predict: Predict, images_NCHW: Tensor, labels_N: Tensor) -> T
 
     Written as softplus(log-odds), it keeps the gradient's sign where 1 - p is too small for p to show it.
     """
-    with torch.enable_grad():
-        images_NCHW = images_NCHW.detach().requires_grad_()
+    # Copies, since tensors made under inference_mode take no gradient.
+    with torch.inference_mode(False), torch.enable_grad():
+        images_NCHW, labels_N = images_NCHW.detach().clone().requires_grad_(), labels_N.clone()
         loss = F.softplus(_log_odds(predict(images_NCHW), labels_N)).sum()
         gradient_NCHW = torch.autograd.grad(loss, images_NCHW)[0]
     _check_finite(gradient_NCHW)

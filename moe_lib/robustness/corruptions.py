@@ -14,8 +14,9 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image  # a dependency of torchvision, whose own JPEG functions are deprecated
 from torch import Tensor
+
+from moe_lib.checks import check_tensor
 
 # One value for each severity from 1 to 5; intensities run from 0 to 1.
 STRENGTHS: dict[str, tuple[float, ...]] = {
@@ -50,9 +51,10 @@ def corrupt(images_NCHW: Tensor, name: str, severity: int, generator: torch.Gene
         raise ValueError(f"unknown corruption {name!r}; known: {', '.join(CORRUPTIONS)}")
     if severity not in SEVERITIES:
         raise ValueError(f"severity must be 1, 2, 3, 4 or 5, got {severity}")
+    check_tensor(images_NCHW, "images", "N, C, H, W")
     if images_NCHW.dtype != torch.uint8 or images_NCHW.ndim != 4 or images_NCHW.shape[1] not in (1, 3):
         raise ValueError(
-            f"expected uint8 images [N, 1 or 3, H, W], got {images_NCHW.dtype} {tuple(images_NCHW.shape)}"
+            f"images must be uint8 [N, 1 or 3, H, W], got {images_NCHW.dtype} {tuple(images_NCHW.shape)}"
         )
     strength = STRENGTHS[name][SEVERITIES.index(severity)]
     if name == "jpeg":
@@ -90,7 +92,8 @@ def _brighter(x_NCHW: Tensor, amount: float) -> Tensor:
 
 def _pixelating(side: int, share: float) -> Tensor:
     """[O, I]: means over the pixels whose centres fall into each of `share * side` boxes, then enlarged to
-    `side` again by the nearest box (Pillow's BOX filter, there and back)."""
+    `side` again by the nearest box: Pillow's BOX filter, there and back, but for rounding. Pillow rounds to
+    whole levels after each of the two; here the result is rounded once, at the end."""
     boxes = max(int(side * share), 1)
     centre_I = torch.arange(side, dtype=torch.float64) + 0.5
     edge_B1 = torch.arange(boxes)[:, None] * side / boxes
@@ -99,6 +102,8 @@ def _pixelating(side: int, share: float) -> Tensor:
 
 
 def _jpeg(images_NCHW: Tensor, quality: int) -> Tensor:
+    from PIL import Image  # a dependency of torchvision, whose own JPEG functions are deprecated
+
     images_NHWC = images_NCHW.permute(0, 2, 3, 1).cpu().numpy()
     decoded_NHWC = np.empty_like(images_NHWC)
     for image_HWC, decoded_HWC in zip(images_NHWC, decoded_NHWC, strict=True):

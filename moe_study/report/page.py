@@ -301,7 +301,9 @@ BEGIN, END = "<!-- results: begin, written by `make readme` -->", "<!-- results:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A data frame as a Markdown table."""
+    """A data frame as a Markdown table; "None." where it has neither rows nor columns."""
+    if not len(table.columns):
+        return "None."
     flat = table.reset_index()
     cells = [[str(c) for c in flat.columns], ["---"] * len(flat.columns)]
     cells += [[str(v) for v in row] for row in flat.itertuples(index=False)]

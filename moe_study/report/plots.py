@@ -44,7 +44,7 @@ ARM_STYLE = {  # colour, marker
     "snnl-shuffled": (PALETTE[5], "v"),
     "base-aux": (PALETTE[6], "D"),
     "uniform-gate": (PALETTE[7], "P"),
-    "uniform-snnl": ("#8c564b", "X"),
+    "uniform-snnl": ("#7b3294", "X"),
     "snnl-weaker": ("#f2a27a", "s"),
     "raw": (PALETTE[0], "X"),
     "snnl-pretrained": ("#8c564b", "<"),

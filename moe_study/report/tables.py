@@ -36,6 +36,15 @@ def at_three_endpoints(name: str, decimals: int = 4) -> Columns:
 
 
 SELECTED = (", best validation accuracy", ", best validation cross-entropy")
+
+
+def dead_experts(result: Result) -> float | None:
+    """Experts that are no sample's first choice; None for a constant gate, which chooses none."""
+    if result["run"]["model"].get("gate") == "uniform":
+        return None
+    return look_up(result, "routing.load.dead_experts")
+
+
 COLUMNS: Columns = {
     **at_three_endpoints("accuracy"),
     **at_three_endpoints("cross-entropy"),
@@ -48,7 +57,7 @@ COLUMNS: Columns = {
     "I(c;E)": ("routing.entropy.information_class", 3),
     "I(c;E) null": ("routing.information_class_null", 4),
     "effective experts": ("routing.load.effective_experts", 2),
-    "dead experts": ("routing.load.dead_experts", 1),
+    "dead experts": (dead_experts, 1),
     "AMI": ("routing.load.adjusted_mutual_information", 3),
     "cost of permuted routing": ("ablation.permuted", 4),
     "|cos| weights": ("similarity.weights", 4),

@@ -229,9 +229,9 @@ def test_values_beyond_the_range_are_cut_off(name):
         (random_images(1, 1, 8, 8), "noise", 0, "severity must be 1, 2, 3, 4 or 5, got 0"),
         (random_images(1, 1, 8, 8), "jpeg", 6, "severity must be 1, 2, 3, 4 or 5, got 6"),
         (random_images(1, 1, 8, 8), "blur", 2.5, "severity must be 1, 2, 3, 4 or 5, got 2.5"),
-        (torch.zeros(1, 1, 8, 8), "blur", 1, r"expected uint8 images .*got torch.float32 \(1, 1, 8, 8\)"),
+        (torch.zeros(1, 1, 8, 8), "blur", 1, r"images must be uint8 .*got torch.float32 \(1, 1, 8, 8\)"),
         (random_images(1, 2, 8, 8), "blur", 1, r"\[N, 1 or 3, H, W\], got torch.uint8 \(1, 2, 8, 8\)"),
-        (random_images(1, 8, 8), "blur", 1, r"got torch.uint8 \(1, 8, 8\)"),
+        (random_images(1, 8, 8), "blur", 1, r"images must have shape .* got \[1, 8, 8\]"),
     ],
 )
 def test_bad_input_is_named(images, name, severity, message):

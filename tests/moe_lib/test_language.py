@@ -181,7 +181,7 @@ def windows_seen(task, epochs):
 def counting_task(length=61, context=4, batch_size=3, **options):
     """A text whose tokens are 0, 1, 2, ...: a window tells where it was."""
     text = text_of(list(range(length)))
-    corpus = Corpus("counting", "byte", text, text, text, length, ())
+    corpus = Corpus("counting", text, text, text, length)
     return task_of(corpus, context, batch_size, **options)
 
 
@@ -360,7 +360,7 @@ def test_a_killed_run_ends_with_the_same_numbers(options, tmp_path):
 
 def test_a_text_that_repeats_itself_is_learned():
     text = text_of([0, 1, 2, 3, 4] * 30)  # of another period than the windows, or positions would tell
-    task = task_of(Corpus("abc", "byte", text, text, text, 5, ()), context=6, batch_size=4, router="ac")
+    task = task_of(Corpus("abc", text, text, text, 5), context=6, batch_size=4, router="ac")
 
     def measure():
         losses_M, right_M = task.score(text.tokens_N)

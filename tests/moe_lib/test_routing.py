@@ -277,9 +277,9 @@ def test_a_hash_router_uses_all_experts_alike():
 
 def test_a_hash_router_needs_a_key_for_every_token():
     router = HashRouter(4, 3)
-    with pytest.raises(ValueError, match=r"one key per token, keys_N \[9\]; got none"):
+    with pytest.raises(ValueError, match=r"keys must hold one key per token, \[9\]"):
         router(random_tokens())
-    with pytest.raises(ValueError, match=r"keys_N \[9\]; got \(8,\)"):
+    with pytest.raises(ValueError, match="keys"):
         router(random_tokens(), keys_N=torch.zeros(8, dtype=torch.int64))
-    with pytest.raises(ValueError, match="num_keys must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"num_keys must be .*at least 1, got 0"):
         HashRouter(4, 0)

@@ -353,7 +353,7 @@ def test_plan_does_not_invent_a_time(folders, capsys):
 
 def test_plan_announces_no_download_where_nothing_is_left(folders, capsys):
     for run in study.runs("core", "snnl", "cifar10", "base"):
-        study.write(run, {"wall_seconds": 1.0})
+        study.write(run, {"wall_seconds": 1.0, "peak_memory_mb": 300.0})
     assert (
         main(["plan", "--profile", "core", "--study", "snnl", "--dataset", "cifar10", "--arm", "base"]) == 0
     )

@@ -436,7 +436,7 @@ def test_a_uniform_model_has_the_perplexity_of_the_vocabulary():
     """And log2 V bits a token: at byte level 8 bits a byte, the first of which is no target."""
     tokens = torch.randint(128, (301,), generator=torch.Generator().manual_seed(0)).tolist()
     text = text_of(tokens)
-    task = language_task_of(Corpus("bytes", "byte", text, text, text, 256, ()), context=16)
+    task = language_task_of(Corpus("bytes", text, text, text, 256), context=16)
     task.model = Uniform(256)
     score = LanguageExperiment(task, 10**6)._score(text)
     assert score.cross_entropy == pytest.approx(math.log(256))

@@ -586,9 +586,7 @@ def test_verdicts_as_tables(core):
     why = words.reasons(found).loc[("FashionMNIST", "more accurate")]
     assert why["reason"] == "snnl - base +1.67 [+0.23, +3.10] points: fewer than 8 paired seeds."
     assert "(snnl - base) - (dense-snnl - dense) +0.67" in why["attribution"]
-    assert (
-        "CNN, 4 experts of width 512, 1,234,567 parameters; 8 epochs; measured at last epoch" in why["scope"]
-    )
+    assert "CNN, 4 experts of width 512, 8 epochs; measured at last epoch" in why["scope"]
 
 
 def test_collapse_table_puts_the_null_beside(core):
@@ -800,8 +798,8 @@ def test_answers_name_what_is_decided_and_leave_pilots_out(folders):
         for run in study.runs("core", "snnl", "fashion_mnist", arm)[:3]:
             store.write(run.path, made_up(run))
     text = words.answers(report.find_verdicts("core"))
-    assert "Yes on CIFAR-100 (snnl - base +2.05 [+2.01, +2.09] points" in text
-    assert "; exploratory)" in text
+    assert "Yes on CIFAR-100 (snnl - base: +2.05 [+2.01, +2.09] points" in text
+    assert "Scope: CNN, 4 experts of width 512, 8 epochs (exploratory)" in text
     assert "FashionMNIST" not in text
     assert words.answers([]) == ""
 

@@ -57,20 +57,6 @@ def test_ids_are_distinct_and_stable():
     assert first.path.name == f"base-s42-{first.id}.json"
 
 
-# Options that are gone, with the value that every recorded run had.
-DELETED = {"merge_before": [], "router_z": 0.0, "level": "byte", "vocabulary_size": 10_000}
-
-
-def agree(recorded, planned):
-    """Equal but for options that came later; that those stand at their defaults is what the equal id says."""
-    if isinstance(recorded, dict):
-        return all(
-            agree(value, planned[key]) if key in planned else DELETED[key] == value
-            for key, value in recorded.items()
-        )
-    return recorded == planned
-
-
 def test_committed_results_belong_to_the_plan(monkeypatch):
     """No file from another version or setting lies among the results, and each holds its own name."""
     monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
