@@ -69,13 +69,13 @@ render: .venv/ready # the report of what is finished; trains nothing
 	  $(BIN)/python -m moe_study.report.page build/$(PROFILE)/90_report.ipynb "$$page" && echo "The report: $$page"
 
 faults: .venv/ready # kills, damaged files, full disks: some minutes; KILLS=100 for the whole campaign
-	@FAULTS_KILLS=$(KILLS) $(BIN)/pytest -n 0 -s -m slow tests/faults
+	@FAULTS_KILLS=$(KILLS) $(BIN)/pytest -n 0 -s -m faults tests/faults
 
 test: .venv/ready
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
-	@$(BIN)/pytest -n $(CORES) --dist loadscope -m "not slow" tests
+	@$(BIN)/pytest -n $(CORES) --dist loadscope -m "not faults" tests
 	@tests/notebooks.sh $(BIN)
 
 lab: .venv/ready
@@ -96,7 +96,7 @@ readme: .venv/ready
 # Execute the notebooks on the embedded data and store them with their outputs, as they are committed.
 notebooks: .venv/ready
 	@$(BIN)/ruff format notebooks
-	@for name in 00_tour 10_snnl_moe 20_ac_vision 21_ac_language 30_snnl_x_ac 50_dose_response 90_report; do \
+	@for name in 00_tour 10_snnl_moe 11_collapse 20_ac_vision 21_ac_language 30_snnl_x_ac 50_dose_response 90_report; do \
 	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN \
 	    --ExecutePreprocessor.record_timing=False notebooks/$$name.ipynb || exit 1; done
 

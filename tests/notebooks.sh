@@ -14,7 +14,7 @@ run() { "$bin/pytest" "$@" --nbval-current-env --nbval-cell-timeout 900 -p no:ca
 # text they are run but not compared.
 docs=--nbval
 "$bin/python" -c 'import sys; from moe_study.data import text; sys.exit(not text.docs_is_known())' || docs=--nbval-lax
-run --nbval notebooks/00_tour.ipynb notebooks/10_snnl_moe.ipynb notebooks/20_ac_vision.ipynb
+run --nbval notebooks/00_tour.ipynb notebooks/10_snnl_moe.ipynb notebooks/11_collapse.ipynb notebooks/20_ac_vision.ipynb
 run $docs notebooks/21_ac_language.ipynb
 run --nbval notebooks/30_snnl_x_ac.ipynb notebooks/50_dose_response.ipynb
 run $docs notebooks/90_report.ipynb

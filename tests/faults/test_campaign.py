@@ -30,7 +30,7 @@ import torch
 from moe_study import store, study
 from moe_study.data import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.faults
 
 KILLS = int(os.environ.get("FAULTS_KILLS", "5"))
 SHARD = "1/5"
