@@ -143,7 +143,7 @@ def calibrate(num_healthy: int = 100, num_faulty: int = 12) -> dict[str, Any]:
 
 def tiny_mixtral(fault: str = "") -> nn.Module:
     """Two layers, 8 experts, K = 2; `fault` planted in every block."""
-    import transformers
+    import transformers  # type: ignore[import-not-found]
 
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
@@ -245,7 +245,7 @@ def moewatch_sees() -> dict[str, list[str]]:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             watcher = moewatch.MoEWatch(model)
             watcher.start()
-            train(model, 12, lambda step, w=watcher: w.step(step))
+            train(model, 12, watcher.step)
             alerts = [alert.to_dict() for alert in watcher.get_alert_log()]
             watcher.stop()
         kinds = {

@@ -11,9 +11,8 @@ import tiny_moes
 import torch
 from torch import nn
 
+from moe_lib import AdaptiveClusteringRouter, MoE
 from moe_lib.inspect import Adapter, Dispatch, inspect_moe, rows
-from moe_lib.moe.experts import MoE
-from moe_lib.moe.routing import AdaptiveClusteringRouter
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed: .[test-hf]"
