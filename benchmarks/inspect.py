@@ -298,7 +298,7 @@ def peers(steps: int = 15) -> dict[str, Any]:
     for name in ("plumb.hook", "innards"):
         try:
             importlib.import_module(name)
-            notes[name] = "imports; reads generation only, not a training step or a forward pass"
+            notes[name] = "imports; not run here"
         except Exception as error:
             notes[name] = f"does not import: {type(error).__name__}: {error}"
     seconds = interleaved(contestants)
