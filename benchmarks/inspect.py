@@ -143,7 +143,7 @@ def calibrate(num_healthy: int = 100, num_faulty: int = 12) -> dict[str, Any]:
 
 def tiny_mixtral(fault: str = "") -> nn.Module:
     """Two layers, 8 experts, K = 2; `fault` planted in every block."""
-    import transformers
+    import transformers  # type: ignore[import-not-found]
 
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
@@ -298,7 +298,7 @@ def peers(steps: int = 15) -> dict[str, Any]:
     for name in ("plumb.hook", "innards"):
         try:
             importlib.import_module(name)
-            notes[name] = "imports; reads generation only, not a training step or a forward pass"
+            notes[name] = "imports; not run here"
         except Exception as error:
             notes[name] = f"does not import: {type(error).__name__}: {error}"
     seconds = interleaved(contestants)

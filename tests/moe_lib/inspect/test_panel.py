@@ -14,9 +14,9 @@ import tiny_moes
 import torch
 from torch import nn
 
+from moe_lib import MoE, route
 from moe_lib.inspect import ABOUT, THRESHOLDS, Panel, inspect_moe
 from moe_lib.inspect.__main__ import main
-from moe_lib.moe.experts import MoE
 
 D = 12
 
@@ -147,8 +147,6 @@ def routed(bias=None, spread=3.0, copies=False, noise=False):
 
         class Noise(nn.Module):
             def forward(self, x_ND, previous=None):
-                from moe_lib.moe.routing import route
-
                 draw = torch.Generator().manual_seed(7)
                 return route(5 * torch.randn(len(x_ND), 4, generator=draw), 1)
 
