@@ -35,15 +35,8 @@ def test_the_notebook_runs(folders):
     for source in notebook_cells():
         exec(source, space)
     panels = space["panels"]
-<<<<<<< HEAD
-    healthy, collapsed = (
-        panels[name].table()["effective experts"].mean() for name in ("healthy", "collapsed")
-    )
-    assert collapsed < healthy
-=======
     used = {name: panels[name].table()["effective experts"].mean() for name in ("healthy", "collapsed")}
     assert used["collapsed"] < used["healthy"]
->>>>>>> inspect
     assert {alarm.kind for alarm in panels["collapsed"].alarms} >= {"collapsed", "dead"}
     assert (folders / "figures" / "your_model" / "collapsed.png").exists()
 
