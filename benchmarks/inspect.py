@@ -143,7 +143,7 @@ def calibrate(num_healthy: int = 100, num_faulty: int = 12) -> dict[str, Any]:
 
 def tiny_mixtral(fault: str = "") -> nn.Module:
     """Two layers, 8 experts, K = 2; `fault` planted in every block."""
-    import transformers  # type: ignore[import-not-found]
+    import transformers
 
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
