@@ -115,7 +115,10 @@ class Classifier(nn.Module):
         """Gate, experts and mixture on codes that are already there."""
         routing = self.moe.route(code_ND)
         expert_logits_NEC = self.moe.experts(code_ND).to(routing.probs_NE.dtype)
-        log_probs_NC = mix(routing.dense_weights(), expert_logits_NEC, self.mixture)
+        weights_NE = routing.dense_weights()
+        if self.moe.top_k == 1 and self.mixture != "logits":  # a weight below 1 would lose probability
+            weights_NE = weights_NE / weights_NE.sum(1, keepdim=True)
+        log_probs_NC = mix(weights_NE, expert_logits_NEC, self.mixture)
         return ClassifierOutput(log_probs_NC, expert_logits_NEC, routing, activations or {})
 
 
