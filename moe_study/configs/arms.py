@@ -352,7 +352,7 @@ _LANGUAGE_CONTROLS = (*ROUTED_CONTROLS, "ac-row")
 # study -> profile -> data set -> groups of arms and how many of SEEDS each gets
 ROUTED_SEED_COUNTS: dict[str, dict[str, dict[str, list[tuple[Sequence[str], int]]]]] = {
     "ac-vision": {
-        "digits": {"digits": [((*ROUTED_MAIN_ARMS, *ROUTED_CONTROLS), 5)]},
+        "digits": {"digits": [((*ROUTED_MAIN_ARMS, *ROUTED_CONTROLS), 2)]},
         "core": {
             "cifar10": [(ROUTED_MAIN_ARMS, 10), (ROUTED_CONTROLS, 5)],
             "fashion_mnist": [(ROUTED_MAIN_ARMS, 10)],
@@ -364,12 +364,12 @@ ROUTED_SEED_COUNTS: dict[str, dict[str, dict[str, list[tuple[Sequence[str], int]
         },
     },
     "ac-language": {
-        "digits": {"docs": [((*ROUTED_MAIN_ARMS, *_LANGUAGE_CONTROLS), 5)]},
+        "digits": {"docs": [((*ROUTED_MAIN_ARMS, *_LANGUAGE_CONTROLS), 2)]},
         "core": {"wikitext2": [(ROUTED_MAIN_ARMS, 10), (_LANGUAGE_CONTROLS, 5)]},
         "paper": {"wikitext2": [((*ROUTED_MAIN_ARMS, *_LANGUAGE_CONTROLS), 10)]},
     },
     "crossed": {
-        "digits": {"digits": [(CROSSED_ARMS, 5)]},
+        "digits": {"digits": [(CROSSED_ARMS, 2)]},
         "core": {"cifar10": [(CROSSED_ARMS, 5)]},
         "paper": {"cifar10": [(CROSSED_ARMS, 10)]},
     },
