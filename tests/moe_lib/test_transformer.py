@@ -57,9 +57,9 @@ def test_attention_equals_the_loops(num_heads, causal):
 @pytest.mark.parametrize("with_experts", [False, True])
 @pytest.mark.parametrize("router", ["linear", "cosine", "ac"])
 def test_a_block_equals_the_loops(router, with_experts):
-    config = replace(SMALL, router=router)
-    block, x_BTD = shaken(Block(6, config, with_experts, causal=True)), random(2, 5, 6, seed=1)
-    previous = build_router(6, replace(SMALL, router="cosine")).double()(random(10, 6, seed=2))
+    config = replace(SMALL, router=router, moe_blocks=(1,))
+    block, x_BTD = shaken(Block(6, config, int(with_experts), 5, causal=True)), random(2, 5, 6, seed=1)
+    previous = build_router(6, replace(SMALL, router="cosine"), 1, 5).double()(random(10, 6, seed=2))
     out_BTD, routing = block(x_BTD, previous)
     expected_BTD, gates_NE = reference_transformer.block(
         x_BTD.numpy(),
@@ -116,17 +116,17 @@ def test_a_projection_follows_autocast():
 def test_every_router_has_its_class_and_chooses_top_k():
     kinds = {"linear": LinearRouter, "cosine": CosineRouter, "ac": AdaptiveClusteringRouter}
     for name, kind in kinds.items():
-        router = build_router(6, replace(SMALL, router=name, top_k=3))
+        router = build_router(6, replace(SMALL, router=name, top_k=3), 1, 5)
         assert type(router) is kind
         assert router(torch.randn(5, 6)).indices_NK.shape == (5, 3)
     swin = ACConfig(normalize="global", max_ratio=1.5)
-    assert build_router(6, replace(SMALL, router="ac", ac=swin)).config == swin
+    assert build_router(6, replace(SMALL, router="ac", ac=swin), 1, 5).config == swin
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"router": "softmax"}, "'softmax'.*'linear', 'cosine' or 'ac'"),
+        ({"router": "softmax"}, "'softmax'.*linear, cosine, ac, hash"),
         ({"router": "linear", "ac": ACConfig(matched=True)}, "no effect.*'linear'"),
         ({"router": "cosine", "ac": ACConfig(eps=0.1)}, "no effect.*'cosine'"),
         ({"num_heads": 4}, "4 and 6"),
@@ -144,7 +144,7 @@ def test_unusable_options_are_named(options, message):
 
 def test_a_top_k_beyond_the_experts_is_named():
     with pytest.raises(ValueError, match=r"top_k.*4.*5"):
-        Block(6, replace(SMALL, top_k=5), with_experts=True, causal=True)
+        Block(6, replace(SMALL, top_k=5), 1, 5, causal=True)
 
 
 # ----------------------------------------------------------------------------------------- losses
