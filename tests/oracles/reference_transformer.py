@@ -107,6 +107,8 @@ def moe_layer(tokens_ND, weights, config, previous_NE):
         logits_NE = reference_ac.scores(scaled_ND, router["embeddings_ED"])
     gates_NE = np.stack([reference.softmax(row) for row in logits_NE])
     chosen = [reference.top_k(list(gate_E), config.top_k) for gate_E in gates_NE]
+    if config.top_k == 1:  # the probability itself is the weight
+        chosen = [(best, [gate_E[best[0]]]) for (best, _), gate_E in zip(chosen, gates_NE, strict=True)]
     stacked = [weights[f"experts.{name}"] for name in ("w1_EDH", "b1_EH", "w2_EHO", "b2_EO")]
     indices_NK, weights_NK = np.array([c for c, _ in chosen]), np.array([w for _, w in chosen])
     return reference.moe(experts_see_ND, indices_NK, weights_NK, *stacked), gates_NE
