@@ -135,6 +135,15 @@ class Load(NamedTuple):
 
 
 def load(probs_NE: Tensor, labels_N: Tensor) -> Load:
+    """How the samples are shared among the experts.
+
+    Args:
+        probs_NE: [N, E], rows sum to 1.
+        labels_N: [N] integers: the classes that the best experts are compared with.
+
+    Raises:
+        ValueError: an argument has another shape or type.
+    """
     from sklearn.metrics import adjusted_mutual_info_score
 
     _gates(probs_NE)

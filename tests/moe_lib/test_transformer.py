@@ -237,7 +237,7 @@ def test_nobody_watches_afterwards():
 
 def tiny_corpus():
     raw = "the quick brown fox jumps over the lazy dog\n" * 4
-    text = Text(torch.tensor(list(raw.encode())), raw, len(raw.encode()))
+    text = Text(torch.tensor(list(raw.encode())), raw)
     return Corpus("tiny", text, text, text, 256)
 
 

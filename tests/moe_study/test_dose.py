@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_lib.moe import ACConfig
-from moe_study import study
+from moe_study import store, study
 from moe_study.configs import arms
 from moe_study.configs.dose import PLANS, ACDose, Panel, SNNLDose
 from moe_study.report import plots, tables
@@ -90,7 +90,7 @@ PANEL = Panel(
 
 def result(one, seed, accuracy):
     run = {"profile": "core", "study": "snnl-dose", "dataset": "x", "arm": one.name, "seed": seed}
-    return {"run": run, "task": {"accuracy": accuracy}}
+    return {"run": run, "primary_endpoint": store.PRIMARY_ENDPOINT, "task": {"accuracy": accuracy}}
 
 
 def planted(slope):
