@@ -1,5 +1,11 @@
+import os
+import tempfile
+
 import pytest
 import torch
+
+# Each test process compiles into a folder of its own: a killed one must not leave half a file to the next.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
 
 
 @pytest.fixture(autouse=True)

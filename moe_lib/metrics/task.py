@@ -20,6 +20,15 @@ class TaskScore(NamedTuple):
 
 
 def task_score(log_probs_NC: Tensor, labels_N: Tensor) -> TaskScore:
+    """Accuracy, cross-entropy and calibration of predictions.
+
+    Args:
+        log_probs_NC: [N, C] logarithms of probabilities, N >= 1.
+        labels_N: [N] integers, 0 to C - 1.
+
+    Raises:
+        ValueError: an argument has another shape, type or range.
+    """
     check_floating(log_probs_NC, "log_probs", "N, C", finite=False)  # a class may have probability 0
     if not log_probs_NC.numel() or log_probs_NC.isnan().any() or (log_probs_NC > 1e-3).any():
         raise ValueError("log_probs must hold logarithms of probabilities of one sample or more, without NaN")

@@ -199,7 +199,9 @@ def test_a_run_ends_with_the_process_that_it_follows(folders):
         assert not any(alive(child) for child in children)
     finally:
         followed.kill()
+        followed.wait()
         process.kill()
+        process.communicate()  # closes its output
 
 
 def alive(pid: str) -> bool:

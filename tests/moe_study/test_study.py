@@ -81,6 +81,8 @@ def test_arms_differ_from_base_in_one_thing():
     )
     for arm, (model, objective) in study_arms.items():
         reference = dense_model if arm.startswith("dense") else base_model
+        if arm == "uniform-snnl":  # away from "uniform-gate"
+            reference = study_arms["uniform-gate"][0]
         changed_model = model != reference
         changed_objective = objective != base_objective
         assert (changed_model + changed_objective) == (arm not in ("base", "dense")), arm
