@@ -71,6 +71,7 @@ def test_there_are_notebooks():
     assert [path.stem for path in PATHS] == [
         "00_tour",
         "10_snnl_moe",
+        "11_collapse",
         "20_ac_vision",
         "21_ac_language",
         "30_snnl_x_ac",
