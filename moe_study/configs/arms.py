@@ -129,7 +129,7 @@ OTHER_ARMS = ("base-aux", "uniform-gate", "raw", "snnl-pretrained", "ce-pretrain
 
 # profile -> data set -> groups of arms and how many of SEEDS each gets
 SEED_COUNTS: dict[str, dict[str, list[tuple[Sequence[str], int]]]] = {
-    "digits": {"digits": [((*MAIN_ARMS, *MECHANISM_ARMS, *OTHER_ARMS), 5)]},
+    "digits": {"digits": [(MAIN_ARMS, 3), ((*MECHANISM_ARMS, *OTHER_ARMS), 2)]},
     "core": {
         "fashion_mnist": [(MAIN_ARMS, 10), (MECHANISM_ARMS, 5), (OTHER_ARMS, 3)],
         "cifar100": [
@@ -300,8 +300,8 @@ _SMALL = TransformerConfig(
 _DIGITS_VISION = RoutedSettings(
     VisionConfig(_SMALL, patch=2),
     _SWIN_FORM,
-    TrainConfig(epochs=5, batch_size=64, learning_rate=3e-3, precision="float64", warmup=0.1),
-    attack_images=32,
+    TrainConfig(epochs=3, batch_size=64, learning_rate=6e-3, precision="float64", warmup=0.1),
+    attack_images=16,
     corrupted_images=64,
 )
 _CORE_VISION = RoutedSettings(
@@ -330,9 +330,9 @@ ROUTED_SETTINGS: dict[str, dict[str, dict[str, RoutedSettings]]] = {
             "docs": RoutedSettings(
                 LanguageConfig(replace(_SMALL, depth=2, moe_blocks=(0, 1)), context=32),
                 _LANGUAGE_FORM,
-                TrainConfig(epochs=4, batch_size=32, learning_rate=1e-2, precision="float64", warmup=0.1),
+                TrainConfig(epochs=2, batch_size=32, learning_rate=1e-2, precision="float64", warmup=0.1),
                 epoch_tokens=24 * 1024,
-                test_tokens=2**14,
+                test_tokens=2**13,
             )
         },
         "core": {"wikitext2": _CORE_LANGUAGE},
@@ -352,7 +352,7 @@ _LANGUAGE_CONTROLS = (*ROUTED_CONTROLS, "ac-row")
 # study -> profile -> data set -> groups of arms and how many of SEEDS each gets
 ROUTED_SEED_COUNTS: dict[str, dict[str, dict[str, list[tuple[Sequence[str], int]]]]] = {
     "ac-vision": {
-        "digits": {"digits": [((*ROUTED_MAIN_ARMS, *ROUTED_CONTROLS), 2)]},
+        "digits": {"digits": [((*ROUTED_MAIN_ARMS, "ac-shuffled"), 2)]},
         "core": {
             "cifar10": [(ROUTED_MAIN_ARMS, 10), (ROUTED_CONTROLS, 5)],
             "fashion_mnist": [(ROUTED_MAIN_ARMS, 10)],
@@ -364,7 +364,7 @@ ROUTED_SEED_COUNTS: dict[str, dict[str, dict[str, list[tuple[Sequence[str], int]
         },
     },
     "ac-language": {
-        "digits": {"docs": [((*ROUTED_MAIN_ARMS, *_LANGUAGE_CONTROLS), 2)]},
+        "digits": {"docs": [((*ROUTED_MAIN_ARMS, "ac-causal"), 2)]},
         "core": {"wikitext2": [(ROUTED_MAIN_ARMS, 10), (_LANGUAGE_CONTROLS, 5)]},
         "paper": {"wikitext2": [((*ROUTED_MAIN_ARMS, *_LANGUAGE_CONTROLS), 10)]},
     },

@@ -283,8 +283,8 @@ PLANS: dict[str, dict[str, Plan]] = {
         "digits": Plan(
             "digits",
             SETTINGS["digits"]["digits"],
-            snnl_panels((0.1, 10.0), (0.1,), (("code",), ("hidden",)), (2, 4, 8), {}),
-            num_seeds=3,
+            snnl_panels((0.1, 10.0), (0.1,), (("code",), ("hidden",)), (4, 8), {}),
+            num_seeds=2,
         ),
         "core": Plan("fashion_mnist", SETTINGS["core"]["fashion_mnist"], _SNNL, 5, train_images=10_000),
         "paper": Plan("fashion_mnist", SETTINGS["paper"]["fashion_mnist"], _SNNL, 10, train_images=10_000),
@@ -297,8 +297,8 @@ PLANS: dict[str, dict[str, Plan]] = {
         "digits": Plan(
             "docs",
             _DIGITS_TEXT,
-            ac_panels(("feature", "row"), (10.0, None), ("mad",), (None,), {}),
-            num_seeds=3,
+            ac_panels(("feature", "row"), (10.0,), ("mad",), (None,), {}),
+            num_seeds=2,
         ),
         "core": Plan("wikitext2", _SHORT_TEXT, _AC, 5),
         "paper": Plan("wikitext2", _CORE_TEXT, _AC, 10),
