@@ -41,7 +41,7 @@ Such a set is never extended after a look. What is confirmed there, with the mar
 - routing more flexible: H(E|c) higher by 0.07 nats, I(x;E) not lower by 0.07 nats, permuting the routing
   costs accuracy;
 - ours, learned routing pays: accuracy of `base - uniform-gate` and of `base - dense`, 0.28 points.
-- ours, in the collapse study (three domains under one label space, `arms.COLLAPSE_SEEDS`): SNNL at factor 10
+- ours, in the collapse study (three domains under one label space, `collapse.COLLAPSE_SEEDS`): SNNL at factor 10
   makes more experts effective (exp H(E) higher by 0.5), makes their functions more different (cosine of
   outputs weighted by use lower by 0.05, and unbiased CKA not higher by 0.02), and is more accurate (0.28
   points); routing pays without it (`base - uniform-gate`), a mixture beats a dense network (`base - dense`),

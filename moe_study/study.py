@@ -32,11 +32,6 @@ from moe_study import data, store
 from moe_study.configs.arms import (
     AUXILIARY_WEIGHTS,
     BALANCE_WEIGHTS,
-    COLLAPSE_BALANCE_WEIGHTS,
-    COLLAPSE_RATES,
-    COLLAPSE_SEED_COUNTS,
-    COLLAPSE_SEEDS,
-    COLLAPSE_SETTINGS,
     CONFIRMATORY_SEED_COUNTS,
     CONFIRMATORY_SEEDS,
     CROSSED_FACTORS,
@@ -56,9 +51,21 @@ from moe_study.configs.arms import (
     VERSIONS,
     RoutedSettings,
     Settings,
-    collapse_arms,
     routed_arms,
     snnl_arms,
+)
+from moe_study.configs.collapse import (
+    COLLAPSE_BALANCE_WEIGHTS,
+    COLLAPSE_RATES,
+    COLLAPSE_SEED_COUNTS,
+    COLLAPSE_SEEDS,
+    COLLAPSE_SETTINGS,
+    MAPS,
+    TOP1_SEED_COUNTS,
+    TOP1_SEEDS,
+    TOP1_SETTINGS,
+    collapse_arms,
+    top1_arms,
 )
 from moe_study.configs.dose import PLANS
 from moe_study.data import text
@@ -141,39 +148,68 @@ def snnl_runs(study: str, profile: str) -> Iterator[Run]:
                     )  # fmt: skip
 
 
-def collapse_runs(profile: str) -> Iterator[Run]:
-    """The collapse study, confirmatory from the start: all arms, seed by seed."""
-    for dataset, settings in COLLAPSE_SETTINGS.get(profile, {}).items():
-        for seed in COLLAPSE_SEEDS[: COLLAPSE_SEED_COUNTS[profile]]:
-            for arm, (model, objective) in collapse_arms(settings).items():
+def collapse_runs(study: str, profile: str) -> Iterator[Run]:
+    """ "collapse" or "collapse-top1", confirmatory from the start: all arms, seed by seed."""
+    if study == "collapse":
+        plan, make_arms = COLLAPSE_SETTINGS, collapse_arms
+        seeds = COLLAPSE_SEEDS[: COLLAPSE_SEED_COUNTS[profile]]
+    else:
+        plan, make_arms = TOP1_SETTINGS, top1_arms
+        seeds = TOP1_SEEDS[: TOP1_SEED_COUNTS[profile]]
+    for dataset, settings in plan.get(profile, {}).items():
+        for seed in seeds:
+            for arm, (model, objective) in make_arms(settings).items():
                 rate = dict(settings.learning_rates).get(arm, settings.train.learning_rate)
                 yield Run(
-                    profile, "collapse", dataset, arm, seed, VERSIONS["collapse"], model, objective,
+                    profile, study, dataset, arm, seed, VERSIONS[study], model, objective,
                     replace(settings.train, learning_rate=rate), independent_experts=arm in MAIN_ARMS,
                 )  # fmt: skip
 
 
-def collapse_tuning_runs(profile: str) -> Iterator[Run]:
-    """The grid behind `COLLAPSE_SETTINGS`, at the full budget, on two seeds outside the study.
+def collapse_tuning_runs(study: str, profile: str) -> Iterator[Run]:
+    """The grid behind `COLLAPSE_SETTINGS` or `TOP1_SETTINGS`, at the full budget, on two seeds outside.
 
     Every arm at every learning rate, for arms differ in the one they want; the factor of SNNL and the weight
     of the balance loss at each.
     """
-    for dataset, settings in COLLAPSE_SETTINGS.get(profile, {}).items() if profile == "core" else ():
-        plain = ("base", "dense", "uniform-gate", "uniform-snnl")
+    if profile != "core":
+        return
+    if study == "collapse":
+        plan, make_arms = COLLAPSE_SETTINGS, collapse_arms
+        plain, with_snnl = ["base", "dense", "uniform-gate", "uniform-snnl"], ["snnl", "dense-snnl"]
+    else:
+        plan, make_arms = TOP1_SETTINGS, top1_arms
+        plain, with_snnl = ["base", "hash-gate"], ["snnl", "hash-snnl"]
+    for dataset, settings in plan[profile].items():
         grid: list[tuple[str, Settings]] = [(arm, settings) for arm in plain]
         for factor in FACTORS:
             tried = replace(settings, factor=factor, dense_factor=factor)
-            grid += [(arm, tried) for arm in ("snnl", "dense-snnl")]
+            grid += [(arm, tried) for arm in with_snnl]
         grid += [("base-balance", replace(settings, balance=weight)) for weight in COLLAPSE_BALANCE_WEIGHTS]
         for seed in TUNING_SEEDS:
             for rate in COLLAPSE_RATES:
                 for arm, tried in grid:
-                    model, objective = collapse_arms(tried)[arm]
+                    model, objective = make_arms(tried)[arm]
                     yield Run(
-                        profile, "collapse-tuning", dataset, arm, seed, VERSIONS["collapse-tuning"], model,
+                        profile, f"{study}-tuning", dataset, arm, seed, VERSIONS[f"{study}-tuning"], model,
                         objective, replace(settings.train, learning_rate=rate),
                     )  # fmt: skip
+
+
+def map_runs(profile: str) -> Iterator[Run]:
+    """The collapse map, seed by seed: every arm at every size."""
+    plan = MAPS[profile]
+    arms = collapse_arms(plan.settings)
+    for seed in plan.seeds:
+        for sizes in plan.models():
+            for arm in plan.arms:
+                model, objective = arms[arm]
+                rate = dict(plan.settings.learning_rates).get(arm, plan.settings.train.learning_rate)
+                yield Run(
+                    profile, "collapse-map", plan.dataset, arm, seed, VERSIONS["collapse-map"],
+                    replace(sizes, gate=model.gate), objective,
+                    replace(plan.settings.train, learning_rate=rate),
+                )  # fmt: skip
 
 
 def tuning_runs(profile: str) -> Iterator[Run]:
@@ -296,12 +332,15 @@ STUDIES: dict[str, Callable[[str], Iterator[Run]]] = {
     "ac-vision": partial(routed_runs, "ac-vision"),
     "ac-language": partial(routed_runs, "ac-language"),
     "crossed": partial(routed_runs, "crossed"),
-    "collapse": collapse_runs,
+    "collapse": partial(collapse_runs, "collapse"),
+    "collapse-top1": partial(collapse_runs, "collapse-top1"),
+    "collapse-map": map_runs,
     "snnl-dose": partial(dose_runs, "snnl-dose"),
     "snnl-batches": partial(dose_runs, "snnl-batches"),
     "ac-dose": partial(dose_runs, "ac-dose"),
     "snnl-tuning": tuning_runs,
-    "collapse-tuning": collapse_tuning_runs,
+    "collapse-tuning": partial(collapse_tuning_runs, "collapse"),
+    "collapse-top1-tuning": partial(collapse_tuning_runs, "collapse-top1"),
     "ac-vision-tuning": partial(routed_tuning_runs, "ac-vision"),
     "ac-language-tuning": partial(routed_tuning_runs, "ac-language"),
     "crossed-tuning": partial(routed_tuning_runs, "crossed"),
@@ -365,6 +404,8 @@ NOTEBOOKS = {
     "snnl": "10_snnl_moe",
     "snnl-confirm": "10_snnl_moe",
     "collapse": "11_collapse",
+    "collapse-top1": "11_collapse",
+    "collapse-map": "11_collapse",
     "ac-vision": "20_ac_vision",
     "ac-language": "21_ac_language",
     "crossed": "30_snnl_x_ac",

@@ -21,6 +21,9 @@ VERSIONS = {
     "snnl-tuning": 1,
     "collapse": 1,
     "collapse-tuning": 1,
+    "collapse-top1": 1,
+    "collapse-top1-tuning": 1,
+    "collapse-map": 1,
     "ac-vision": 1,
     "ac-vision-tuning": 1,
     "ac-language": 1,
@@ -88,6 +91,8 @@ ARM_DESCRIPTIONS = {
     "uniform-gate": "base with a constant gate: does routing matter?",
     "uniform-snnl": "snnl with a constant gate: does routing matter beside SNNL?",
     "snnl-weaker": "snnl at a tenth of its factor",
+    "hash-gate": "a fixed random expert per image: learns no routing; as many weights at work as with top-1",
+    "hash-snnl": "snnl with a fixed random expert per image",
     "raw": "MoE on pixels, without an extractor",
     "snnl-pretrained": "extractor trained with SNNL alone, then frozen (half the epochs each)",
     "ce-pretrained": "extractor trained with cross-entropy, then frozen (half the epochs each)",
@@ -160,54 +165,6 @@ LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 FACTORS = (1.0, 10.0, 100.0)
 BALANCE_WEIGHTS = (0.001, 0.01, 0.1)
 AUXILIARY_WEIGHTS = (0.1, 0.3, 1.0)
-
-# --------------------------------------------------------------------------------- collapse study
-# Conditions in which `base` collapses and collapse costs something: three domains under one label space, and
-# experts too narrow to serve all three.
-
-_NARROW = ClassifierConfig("mlp", 64, code_dim=8, num_experts=4, expert_hidden=4, gate_hidden=64)
-COLLAPSE_SETTINGS: dict[str, dict[str, Settings]] = {
-    "digits": {
-        "digit_domains": Settings(
-            _NARROW,
-            TrainConfig(epochs=5, batch_size=64, learning_rate=1e-2, precision="float64"),
-            factor=10.0,
-            dense_factor=10.0,
-            balance=0.1,
-        )
-    },
-    "core": {
-        "domains": Settings(
-            _NARROW,
-            # Chosen by "collapse-tuning", and held against its files by a test: for each arm the rate, and
-            # for each extra loss the weight, of the lowest validation cross-entropy at the last epoch.
-            # "snnl-shuffled" takes over from "snnl".
-            TrainConfig(epochs=10, batch_size=256, learning_rate=3e-3),
-            factor=10.0,
-            dense_factor=1.0,
-            balance=1.0,
-            learning_rates=(("base", 1e-3), ("base-balance", 1e-3), ("snnl-weaker", 1e-3)),
-        )
-    },
-}
-COLLAPSE_SETTINGS["paper"] = COLLAPSE_SETTINGS["core"]
-
-
-def collapse_arms(settings: Settings) -> dict[str, tuple[ClassifierConfig, Objective]]:
-    """Those arms of the SNNL study that tell routing from features, and SNNL at a tenth of the factor."""
-    arms = snnl_arms(settings)
-    weaker = snnl_arms(replace(settings, factor=settings.factor / 10))["snnl"]
-    return {name: weaker if name == "snnl-weaker" else arms[name] for name in COLLAPSE_ARMS}
-
-
-COLLAPSE_ARMS = (
-    "base", "snnl", "snnl-weaker", "base-balance", "dense", "dense-snnl", "uniform-gate", "uniform-snnl",
-    "snnl-shuffled",
-)  # fmt: skip
-COLLAPSE_SEEDS = tuple(range(201, 241))  # confirmatory: see CONFIRMATORY_SEEDS
-COLLAPSE_SEED_COUNTS = {"digits": 2, "core": 40, "paper": 40}
-COLLAPSE_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-COLLAPSE_BALANCE_WEIGHTS = (0.01, 0.1, 1.0)
 
 # ------------------------------------------------------------------------- AC and crossed studies
 
