@@ -1,4 +1,4 @@
-"""The collapse studies: arms, settings and seeds; all data, no engine.
+"""The collapse studies: arms, settings and seeds; and the plans of their runs.
 
 `base` collapses here, and collapse costs something: three domains under one label space (one label means
 three things), and experts too narrow to serve all three.
@@ -15,13 +15,24 @@ core.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from moe_lib.models.classifier import ClassifierConfig
 from moe_lib.snnl import SNNLConfig
-from moe_study.configs.arms import Settings, snnl_arms
+from moe_study.configs.arms import FACTORS, MAIN_ARMS, TUNING_SEEDS, Settings, snnl_arms
+from moe_study.configs.run import Plan, Run
 from moe_study.tasks import Objective
 from moe_study.train import TrainConfig
+
+VERSIONS = {
+    "collapse": 1,
+    "collapse-top1": 1,
+    "collapse-map": 1,
+    "collapse-tuning": 1,
+    "collapse-top1-tuning": 1,
+}
 
 _NARROW = ClassifierConfig("mlp", 64, code_dim=8, num_experts=4, expert_hidden=4, gate_hidden=64)
 COLLAPSE_SETTINGS: dict[str, dict[str, Settings]] = {
@@ -137,3 +148,78 @@ MAPS = {
     ),
 }
 MAPS["paper"] = replace(MAPS["core"], seeds=tuple(range(501, 511)))
+
+# ----------------------------------------------------------------------------------------------- plans
+
+
+def collapse_runs(study: str, profile: str) -> Iterator[Run]:
+    """ "collapse" or "collapse-top1", confirmatory from the start: all arms, seed by seed."""
+    if study == "collapse":
+        plan, make_arms = COLLAPSE_SETTINGS, collapse_arms
+        seeds = COLLAPSE_SEEDS[: COLLAPSE_SEED_COUNTS[profile]]
+    else:
+        plan, make_arms = TOP1_SETTINGS, top1_arms
+        seeds = TOP1_SEEDS[: TOP1_SEED_COUNTS[profile]]
+    for dataset, settings in plan.get(profile, {}).items():
+        for seed in seeds:
+            for arm, (model, objective) in make_arms(settings).items():
+                rate = dict(settings.learning_rates).get(arm, settings.train.learning_rate)
+                yield Run(
+                    profile, study, dataset, arm, seed, VERSIONS[study], model, objective,
+                    replace(settings.train, learning_rate=rate), independent_experts=arm in MAIN_ARMS,
+                )  # fmt: skip
+
+
+def collapse_tuning_runs(study: str, profile: str) -> Iterator[Run]:
+    """The grid behind `COLLAPSE_SETTINGS` or `TOP1_SETTINGS`, at the full budget, on two seeds outside.
+
+    Every arm at every learning rate, for arms differ in the one they want; the factor of SNNL and the weight
+    of the balance loss at each.
+    """
+    if profile != "core":
+        return
+    if study == "collapse":
+        plan, make_arms = COLLAPSE_SETTINGS, collapse_arms
+        plain, with_snnl = ["base", "dense", "uniform-gate", "uniform-snnl"], ["snnl", "dense-snnl"]
+    else:
+        plan, make_arms = TOP1_SETTINGS, top1_arms
+        plain, with_snnl = ["base", "hash-gate"], ["snnl", "hash-snnl"]
+    for dataset, settings in plan[profile].items():
+        grid: list[tuple[str, Settings]] = [(arm, settings) for arm in plain]
+        for factor in FACTORS:
+            tried = replace(settings, factor=factor, dense_factor=factor)
+            grid += [(arm, tried) for arm in with_snnl]
+        grid += [("base-balance", replace(settings, balance=weight)) for weight in COLLAPSE_BALANCE_WEIGHTS]
+        for seed in TUNING_SEEDS:
+            for rate in COLLAPSE_RATES:
+                for arm, tried in grid:
+                    model, objective = make_arms(tried)[arm]
+                    yield Run(
+                        profile, f"{study}-tuning", dataset, arm, seed, VERSIONS[f"{study}-tuning"], model,
+                        objective, replace(settings.train, learning_rate=rate),
+                    )  # fmt: skip
+
+
+def map_runs(profile: str) -> Iterator[Run]:
+    """The collapse map, seed by seed: every arm at every size."""
+    plan = MAPS[profile]
+    arms = collapse_arms(plan.settings)
+    for seed in plan.seeds:
+        for sizes in plan.models():
+            for arm in plan.arms:
+                model, objective = arms[arm]
+                rate = dict(plan.settings.learning_rates).get(arm, plan.settings.train.learning_rate)
+                yield Run(
+                    profile, "collapse-map", plan.dataset, arm, seed, VERSIONS["collapse-map"],
+                    replace(sizes, gate=model.gate), objective,
+                    replace(plan.settings.train, learning_rate=rate),
+                )  # fmt: skip
+
+
+STUDIES: dict[str, Plan] = {
+    "collapse": partial(collapse_runs, "collapse"),
+    "collapse-top1": partial(collapse_runs, "collapse-top1"),
+    "collapse-map": map_runs,
+    "collapse-tuning": partial(collapse_tuning_runs, "collapse"),
+    "collapse-top1-tuning": partial(collapse_tuning_runs, "collapse-top1"),
+}
