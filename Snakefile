@@ -1,6 +1,6 @@
 # Orders the work: training shards, then the notebooks, then the report. `make report` calls it.
 #
-# The engine (moe_study.study.ensure) decides what is trained: run files are never outputs here, because
+# The engine (moe_study.engine.ensure) decides what is trained: run files are never outputs here, because
 # Snakemake deletes the outputs of a job that fails. A shard's only output is its DONE.json.
 import os
 from pathlib import Path
