@@ -32,7 +32,7 @@ attribute a difference; they never decide a verdict.
 
 Exploratory and confirmatory. The first ten seeds chose the endpoint, so they explore. Confirmation has
 studies of its own ("snnl-confirm"), on `arms.CONFIRMATORY_SEEDS`, which no result had been seen of when
-claims, margins, endpoint, arms and numbers of seeds (`arms.CONFIRMATORY_SEED_COUNTS`) were committed.
+claims, margins, endpoint, arms and numbers of seeds (`snnl.CONFIRMATORY_SEED_COUNTS`) were committed.
 Such a set is never extended after a look. What is confirmed there, with the margin that counts:
 
 - more accurate (`snnl - base`): +0.28 points on FashionMNIST and +0.99 on CIFAR-100 (published,

@@ -21,8 +21,8 @@ import small_runs
 import torch
 from filelock import FileLock
 
-from moe_study import data, store, study
-from moe_study.configs import arms, collapse
+from moe_study import data, engine, store, study
+from moe_study.configs import arms, collapse, snnl
 from moe_study.data import ROOT
 from moe_study.train import load_checkpoint
 
@@ -72,7 +72,7 @@ def test_committed_results_belong_to_the_plan(monkeypatch):
 
 
 def test_arms_differ_from_base_in_one_thing():
-    settings = arms.SETTINGS["core"]["fashion_mnist"]
+    settings = snnl.SETTINGS["core"]["fashion_mnist"]
     study_arms = arms.snnl_arms(settings)
     assert set(study_arms) | set(collapse.collapse_arms(settings)) | set(collapse.top1_arms(settings)) == set(
         arms.ARM_DESCRIPTIONS
@@ -132,9 +132,9 @@ def test_collapse_settings_are_what_tuning_chose(name, monkeypatch):
             assert min(own, key=own.get) == (run.arm, run.train.learning_rate, weight)
 
 
-@pytest.mark.parametrize("dataset", arms.TUNING_DATASETS)
+@pytest.mark.parametrize("dataset", snnl.TUNING_DATASETS)
 def test_settings_are_what_tuning_chose(dataset, monkeypatch):
-    """The rule of arms.SETTINGS, applied to the committed tuning results."""
+    """The rule of snnl.SETTINGS, applied to the committed tuning results."""
     monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
     runs = [run for run in study.runs("core", "snnl-tuning", dataset) if run.path.exists()]
     if not runs:
@@ -153,7 +153,7 @@ def test_settings_are_what_tuning_chose(dataset, monkeypatch):
         means = {k: sum(v[s] for s in seeds) / len(seeds) for k, v in tried.items()} if seeds else {}
         return min(means, key=means.get)[position] if means else None
 
-    settings = arms.SETTINGS["core"][dataset]
+    settings = snnl.SETTINGS["core"][dataset]
     rate = settings.train.learning_rate
     assert best("base", settings.train.epochs, 2) in (rate, None)
     assert best("snnl", 4, 3, rate) == settings.factor
@@ -281,7 +281,7 @@ def test_waiting_for_another_process_ends_with_the_time_limit(folders):
     run = small_runs.run(epochs=1)
     run.workspace.mkdir(parents=True)
     with FileLock(run.workspace / "lock"):
-        assert study._work(run, "cpu", time.monotonic() + 0.2) == "out of time"
+        assert engine._work(run, "cpu", time.monotonic() + 0.2) == "out of time"
     assert not run.path.exists()
 
 
