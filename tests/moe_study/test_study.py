@@ -111,6 +111,27 @@ def test_top1_arms_route_each_image_to_one_expert():
         assert (run.objective.snnl is not None) == run.arm.endswith("snnl")
 
 
+@pytest.mark.parametrize("name", ["collapse", "collapse-top1"])
+def test_collapse_settings_are_what_tuning_chose(name, monkeypatch):
+    """For each arm the rate and the weight of the lowest validation cross-entropy at the last epoch."""
+    monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
+    scores = defaultdict(list)
+    for path in (ROOT / "results" / "core" / f"{name}-tuning" / "domains").glob("*.json"):
+        file = json.loads(path.read_text())
+        run = file["run"]
+        weight = (run["objective"]["snnl"] or {}).get("factor"), run["objective"]["balance"]
+        key = run["arm"], run["train"]["learning_rate"], weight
+        scores[key].append(file["history"]["validation"]["cross_entropy"][-1])
+    assert all(len(found) == len(arms.TUNING_SEEDS) for found in scores.values())
+    takes_over = {"snnl-shuffled", "snnl-weaker"}  # arms that are not in the grid
+    for run in study.runs("core", name):
+        if run.arm not in takes_over and run.seed == study.runs("core", name)[0].seed:
+            own = {key: sum(found) for key, found in scores.items() if key[0] == run.arm}
+            factor = None if run.objective.snnl is None else run.objective.snnl.factor
+            weight = factor, run.objective.balance
+            assert min(own, key=own.get) == (run.arm, run.train.learning_rate, weight)
+
+
 @pytest.mark.parametrize("dataset", snnl.TUNING_DATASETS)
 def test_settings_are_what_tuning_chose(dataset, monkeypatch):
     """The rule of snnl.SETTINGS, applied to the committed tuning results."""
