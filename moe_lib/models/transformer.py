@@ -176,7 +176,7 @@ class Block(nn.Module):
         routing = None
         if isinstance(self.feed_forward, MoE):
             keys_N = None
-            if isinstance(self.feed_forward.router, HashRouter):
+            if getattr(self.feed_forward.router, "needs_keys", False):
                 batch, length = x_BTD.shape[:2]
                 positions_N = torch.arange(length, device=x_BTD.device).repeat(batch)
                 keys_N = positions_N if ids_BT is None else ids_BT.flatten()

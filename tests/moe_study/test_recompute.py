@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+pytestmark = pytest.mark.slow
+
 CORE = Path(__file__).parents[2] / "results" / "core"
 LAST, LOWEST = "last_epoch", "best_cross_entropy"
 ENDPOINTS = (LAST, "best_accuracy", LOWEST)

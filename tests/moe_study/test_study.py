@@ -238,6 +238,7 @@ def test_bad_shards(part):
 # ----------------------------------------------------------------------------------------- engine
 
 
+@pytest.mark.slow
 def test_ensure_writes_once_and_then_reads(folders):
     run = small_runs.run(epochs=1)
     first = study.ensure([run], workers=1, quiet=True)
@@ -253,6 +254,7 @@ def test_ensure_writes_once_and_then_reads(folders):
     assert not list(folders.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_with_the_same_numbers(folders, monkeypatch):
     """SIGKILL to the whole batch in the middle of a run; its worker must die with it."""
     run = small_runs.run(epochs=60)
@@ -280,6 +282,7 @@ def test_a_killed_run_resumes_with_the_same_numbers(folders, monkeypatch):
     assert small_runs.numbers(resumed) == small_runs.numbers(whole)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_no_other_run(folders):
     """SIGKILL to the only worker of three runs: all three are there in the end."""
     runs = [replace(small_runs.run(epochs=40), seed=seed) for seed in (1, 2, 3)]
@@ -295,6 +298,7 @@ def test_a_killed_worker_loses_no_other_run(folders):
     assert not killer.is_alive()
 
 
+@pytest.mark.slow
 def test_waiting_for_another_process_ends_with_the_time_limit(folders):
     run = small_runs.run(epochs=1)
     run.workspace.mkdir(parents=True)
@@ -311,6 +315,7 @@ def test_a_raised_version_takes_no_older_numbers(folders):
     assert study.twin(replace(second, version=second.version + 1)) is None
 
 
+@pytest.mark.slow
 def test_a_run_that_another_study_has_is_not_trained_again(folders, monkeypatch):
     """base of the crossed study is cosine of the vision study: the same numbers, trained once."""
     first = study.runs("digits", "ac-vision", "digits", "cosine")[0]
@@ -329,6 +334,7 @@ def test_a_run_that_another_study_has_is_not_trained_again(folders, monkeypatch)
     assert study.twin(study.runs("digits", "crossed", "digits", "snnl")[0]) is None
 
 
+@pytest.mark.slow
 def test_time_limit_leaves_a_run_to_be_continued(folders):
     run = small_runs.run(epochs=2)
     assert study.ensure([run], workers=1, time_limit=0, quiet=True) == []
@@ -336,6 +342,7 @@ def test_time_limit_leaves_a_run_to_be_continued(folders):
     assert len(study.ensure([run], workers=1, quiet=True)) == 1
 
 
+@pytest.mark.slow
 def test_one_failing_run_does_not_stop_the_others(folders):
     """The first run diverges; the message names arm, seed, epoch and batch."""
     good, bad = small_runs.run(epochs=1), small_runs.run(epochs=1, arm="base", learning_rate=1e200)
@@ -345,6 +352,7 @@ def test_one_failing_run_does_not_stop_the_others(folders):
     assert not bad.path.exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_refuses_its_input_names_the_run(folders):
     """SNNL raises on features that are not finite before any loss can be."""
     run = small_runs.run(epochs=2, arm="snnl-pretrained", learning_rate=1e200)
@@ -352,6 +360,7 @@ def test_a_loss_that_refuses_its_input_names_the_run(folders):
         study.ensure([run], workers=1, quiet=True)
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_set_aside(folders):
     """The run starts anew, and nobody is told to load a file that could run code."""
     run = small_runs.run(epochs=2)
@@ -365,6 +374,7 @@ def test_damaged_checkpoint_is_set_aside(folders):
     assert found["history"]["validation"] == whole["history"]["validation"]
 
 
+@pytest.mark.slow
 def test_leftovers_are_swept_by_the_next_call(folders):
     """Of a run that was killed in a write, and of one killed before its checkpoint was deleted."""
     run = small_runs.run(epochs=1)
@@ -383,6 +393,7 @@ def test_leftovers_are_swept_by_the_next_call(folders):
     assert others.exists()  # of another run, under its own lock
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -404,6 +415,7 @@ def test_options_are_checked_by_type_and_range(options, named, folders):
     assert list(folders.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_unusable_shared_memory_is_named(folders, monkeypatch):
     class Context:
         def Queue(self):
@@ -414,6 +426,7 @@ def test_unusable_shared_memory_is_named(folders, monkeypatch):
         study.ensure([small_runs.run(epochs=1)], workers=1, quiet=True)
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_had_is_asked_for_once(folders, monkeypatch):
     """Not by every run; runs on other data are trained, and the message has one line for all that failed."""
     asked = []
@@ -489,6 +502,7 @@ def test_an_edited_result_file_is_named_with_the_remedy(change, stamp, finished)
     assert str(finished.path) in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [b"", b"{}", b"[]", b"null", b'{"id": ', b"\xff\xfe", b'{"a": NaN}', b"[" * 100_000, b'{"a":' * 100_000],
@@ -528,6 +542,7 @@ def test_results_of_unknown_origin_are_counted():
     assert store.of_unknown_origin([known, known | {"commit": None}, known | {"dirty": None}, {}]) == 3
 
 
+@pytest.mark.slow
 def test_git_is_asked_in_the_folder_of_another_owner(tmp_path, monkeypatch):
     """Git refuses such a folder; that it does so here, and that the commit is found nevertheless."""
     if os.getuid() != 0:
@@ -580,6 +595,7 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_full_tmpfs_keeps_finished_runs(tmp_path, monkeypatch):
     """A real file system of 2 MB: a checkpoint does not fit, what was finished stays."""
     disk = tmp_path / "disk"
@@ -602,6 +618,7 @@ def test_full_tmpfs_keeps_finished_runs(tmp_path, monkeypatch):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_unwritable_results_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path / "file" / "results"))
