@@ -152,7 +152,7 @@ class ParallelExpertsAdapter(Adapter):
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
         parts = [type(getattr(block, name, None)).__name__ for name in ("input_linear", "output_linear")]
-        called = type(block).__name__ != "JetMoeMoA"  # experts of attention: has no forward of its own
+        called = type(block).__name__ != "JetMoeMoA"  # has no forward of its own: see below
         return called and hasattr(block, "router") and all(part.endswith("ParallelExperts") for part in parts)
 
     def experts(self) -> nn.Module:
@@ -174,6 +174,31 @@ class ParallelExpertsAdapter(Adapter):
         block: Any = self.block
         gate_MH, up_MH = (tokens_MD @ block.input_linear.weight[e].T).chunk(2, 1)
         return (block.activation(gate_MH) * up_MH) @ block.output_linear.weight[e].T
+
+
+class AttentionExpertsAdapter(ParallelExpertsAdapter):
+    """JetMoe's attention: experts make the queries and read the heads; their answers are the queries."""
+
+    watch = ("experts.router",)
+    mixes = False
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
+        self.pair: Any = block.experts
+
+    @classmethod
+    def matches(cls, block: nn.Module) -> bool:
+        return type(getattr(block, "experts", None)).__name__ == "JetMoeMoA"
+
+    def experts(self) -> nn.Module:
+        return nn.ModuleList([self.pair.input_linear, self.pair.output_linear])
+
+    def dispatch(self, call: Call) -> Dispatch:
+        call.seen["router"] = call.seen["experts.router"]
+        return super().dispatch(call)._replace(output_NO=None)
+
+    def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
+        return tokens_MD @ self.pair.input_linear.weight[e].T
 
 
 class CombineTensorAdapter(Adapter):
@@ -273,7 +298,6 @@ class SoftMoEAdapter(ListAdapter):
 
 
 FAMILIES: tuple[type[Adapter], ...] = (
-    MoELibAdapter, Llama4Adapter, ParallelExpertsAdapter, CombineTensorAdapter, TorchtitanAdapter,
-    SoftMoEAdapter,
-    StackedAdapter,
+    MoELibAdapter, Llama4Adapter, ParallelExpertsAdapter, AttentionExpertsAdapter, CombineTensorAdapter,
+    TorchtitanAdapter, SoftMoEAdapter, StackedAdapter,
 )  # fmt: skip

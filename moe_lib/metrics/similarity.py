@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moe_lib.checks import check_count, check_floating
@@ -58,6 +57,8 @@ def aligned_similarity(experts: Experts) -> float:
     Hidden units permute freely, so equal functions may have orthogonal weights. For each pair the
     permutation with the largest inner product of the flattened weights is found (Hungarian method).
     """
+    from scipy.optimize import linear_sum_assignment  # here: half of the library's time of import
+
     with torch.no_grad():
         units_EHP = torch.cat(
             [experts.w1_EDH.transpose(1, 2), experts.b1_EH[..., None], experts.w2_EHO], 2

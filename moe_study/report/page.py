@@ -454,7 +454,7 @@ def results_page() -> str:
         table = scores_table(profile, name)
         if not table.empty:
             sections += [f"## {title}", "Mean ± standard deviation over seeds:", markdown(table)]
-    sections += ["## Speed and memory", *speed_sections()]
+    sections += ["## Speed and memory", *speed_sections(), *inspector_sections()]
     return "\n\n".join(sections) + "\n"
 
 
@@ -467,6 +467,51 @@ def _scores(profile: str, title: str, table: Callable[[str, str], pd.DataFrame])
         if not own.empty
         for text in (f"{title}; study `{name}`:", markdown(own))
     ]
+
+
+def inspector_sections() -> list[str]:
+    """The inspector beside its peers, from results/bench/inspect.json; nothing without it."""
+    path = store.results_dir() / "bench" / "inspect.json"
+    if not path.exists():
+        return []
+    found = store.read(path)
+    tools = found["tools"]
+
+    def percent(entry: dict[str, Any], key: str) -> str:
+        return f"{entry[key]:+.0f} %" if key in entry else "-"
+
+    seen = pd.DataFrame({name: entry["sees"] for name, entry in tools.items()}).rename_axis("planted")
+    cost = pd.DataFrame(
+        {
+            name: {
+                "training, every step": percent(entry, "added_percent_training"),
+                "training, every tenth step": percent(entry, "added_percent_training_every_10"),
+                "generation": percent(entry, "added_percent_generation"),
+                "memory, MiB in 100 steps": f"{entry['mib_per_100_steps']:.1f}"
+                if "mib_per_100_steps" in entry
+                else "-",
+            }
+            for name, entry in tools.items()
+        }
+    ).T.rename_axis("tool")
+    sections = [
+        "## Watching a model",
+        "Faults planted in every block of a small Mixtral (two blocks, 8 experts, K = 2), and what each tool "
+        "says of them (`python -m benchmarks.inspect peers`). *Second choice only*: an expert that is busy, "
+        "though never a token's first choice; nothing is wrong with it.",
+        markdown(seen),
+        "Processor time that watching adds, medians of ratios in one process, and what the process gains:",
+        markdown(cost),
+    ]
+    if passes := found.get("pass_added_percent"):
+        listed = "; ".join(f"{value:+.0f} % at {what}" for what, value in passes.items())
+        sections.append(
+            f"`inspect_moe` adds to a forward pass, the examination of all experts included: {listed}."
+        )
+    sections += (
+        [f"Not installed when measured: {', '.join(missing)}."] if (missing := found["missing"]) else []
+    )
+    return sections
 
 
 def speed_sections() -> list[str]:

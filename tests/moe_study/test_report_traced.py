@@ -653,6 +653,18 @@ def check_bench(header, rows):
             assert shows(number, np.array(known))[0].any(), f"{number} in {row} of {header}"
 
 
+def check_inspector(header, rows):
+    """What each tool said, word by word; what it costs, as rounded."""
+    tools = json.loads((RESULTS / "bench" / "inspect.json").read_text())["tools"]
+    for first, *cells in rows:
+        if header[0] == "planted":
+            assert cells == [tools[name]["sees"][first] for name in header[1:]]
+        else:
+            known = np.array([value for _, value in leaves(tools[first])])
+            for cell in cells:
+                assert cell == "-" or np.isclose(float(cell.split()[0]), known, atol=0.51).any()
+
+
 POWER = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]")
 
 
@@ -753,6 +765,8 @@ def test_every_table_of_the_results_page(groups):
             check(groups, header, rows)
         elif header[:2] == ["step of", "grows"]:
             check_scaling(header, rows)
+        elif header[0] in ("planted", "tool"):
+            check_inspector(header, rows)
         else:
             check_bench(header, rows)
     check_throughput(text)

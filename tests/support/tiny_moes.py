@@ -115,8 +115,9 @@ def count_choices(model: nn.Module) -> tuple[dict[str, Tensor], Callable[[], Non
         children = dict(module.named_children())
         router = children.get("gate", children.get("router"))
         experts = children.get("experts", children.get("input_linear"))
-        if router is None or experts is None or "MoA" in type(module).__name__:  # of attention: not read
+        if router is None or experts is None:
             continue
+        name = name.removesuffix(".experts")  # JetMoe's attention
         members = [m for m in experts.children() if any(True for _ in m.parameters())]
         kind = type(module).__name__
         if len(members) > 1 and len({type(m) for m in members}) == 1:

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_lib.inspect import CollapseCallback, early_warning, inspect_moe, watch
+from moe_lib.inspect import CollapseCallback, Dispatch, early_warning, inspect_moe, watch
+from moe_lib.inspect.state import BlockState, Place
 from moe_lib.inspect.tamper import default_loss
 
 pytestmark = pytest.mark.slow
@@ -196,6 +197,67 @@ def test_memory_does_not_grow_with_tokens():
 
     assert size(large) <= size(small) + 2 * 20 * E  # more classes seen, nothing else
     assert len(large.kept_M) == 16384 < 20 * 800 * T
+
+
+@pytest.mark.parametrize("num_tokens", [2**16, pytest.param(10**6, marks=pytest.mark.slow)])
+def test_memory_beside_the_model(num_tokens):
+    """32 blocks of 64 experts: the peak of the whole pass is at most 300 MB above the model's own."""
+    code = f"""
+        import resource, torch
+        from torch import nn
+        from moe_lib.inspect import inspect_moe
+        torch.set_num_threads(1)
+
+        class Experts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.scale = nn.Parameter(torch.randn(64, 8, 1))
+
+            def forward(self, hidden_states, top_k_index, top_k_weights):
+                scale_NKD = self.scale[top_k_index].squeeze(-1)
+                return hidden_states * (scale_NKD * top_k_weights[..., None]).sum(1)
+
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.gate, self.experts = nn.Linear(8, 64), Experts()
+
+            def forward(self, x_ND):
+                weight_NK, index_NK = self.gate(x_ND).softmax(1).topk(2, 1)
+                return self.experts(x_ND, index_NK, weight_NK)
+
+        model = nn.Sequential(*(Block() for _ in range(32))).eval()
+        data = [torch.randn(8192, 8) for _ in range(-(-{num_tokens} // 8192))]
+        labels = torch.randint(0, 50_000, (8192,))
+        with torch.no_grad():
+            model(data[0])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        panel = inspect_moe(model, ((batch, labels) for batch in data))
+        assert len(panel) == 32 and panel[0].num_tokens == 8192 * len(data)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 300, f"{done.stdout} MiB"
+
+
+def test_importing_takes_nothing_heavy():
+    code = "import sys, moe_lib.inspect; print([m for m in {} if m in sys.modules])".format(
+        ["scipy", "sklearn", "pandas", "matplotlib", "seaborn", "transformers"]
+    )
+    with_torch = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert with_torch.strip() == "[]"
+
+
+def test_a_token_without_any_weight_is_dropped():
+    state = BlockState(3)
+    weights_NK = torch.tensor([[0.5, 0.5], [0.0, 0.0], [1.0, 0.0]])
+    state.update(Dispatch(torch.randn(3, 2), torch.tensor([[0, 1], [1, 2], [2, 0]]), weights_NK), Place())
+    assert float(state.finish().dropped) == 1
+    assert state.count_E.tolist() == [2, 1, 1]
 
 
 def test_saturation_is_the_overlap_of_the_same_tokens():
@@ -380,5 +442,5 @@ def test_ranks_get_the_totals(tmp_path):
         )
         for rank in range(2)
     ]
-    answers = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
+    answers = [json.loads(process.communicate(timeout=900)[0].splitlines()[-1]) for process in started]
     assert answers[0] == answers[1] == counts(inspect_moe(Model(), [batch(0), batch(1)]))
