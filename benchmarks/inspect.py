@@ -436,7 +436,7 @@ def sees(name: str) -> dict[str, str]:
     return found
 
 
-def ratio(plain: Callable[[], Any], tool: Callable[[], Any], rounds: int = 5) -> float:
+def ratio(plain: Callable[[], Any], tool: Callable[[], Any], rounds: int = 3) -> float:
     """Processor time of `tool` over that of `plain`, in turn: the median over rounds."""
     ratios = []
     for turn in range(rounds + 1):
@@ -479,7 +479,7 @@ def pass_added(width: int, num_experts: int, num: int, size: int) -> float:
     model = tiny_mixtral("", width, num_experts).eval()
     data = batches(num, size)
     inputs = [{"input_ids": ids} for ids in data]
-    return 100 * (ratio(lambda: forward(model, data), lambda: inspect_moe(model, inputs, "tokens"), 3) - 1)
+    return 100 * (ratio(lambda: forward(model, data), lambda: inspect_moe(model, inputs, "tokens")) - 1)
 
 
 def resident() -> float:
@@ -488,7 +488,7 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def grows(name: str, steps: int = 100) -> float:
+def grows(name: str, steps: int = 50) -> float:
     """MiB that the process gains over so many watched steps, after ten more to warm up."""
     model = tiny_mixtral()
     with TOOLS[name](model, []) as each:
@@ -511,7 +511,7 @@ def peers() -> dict[str, Any]:
         entry: dict[str, Any] = {"sees": sees(name)}
         if name != "innards":
             entry["added_percent_training"] = added(name, "train")
-            entry["mib_per_100_steps"] = grows(name)
+            entry["mib_per_50_steps"] = grows(name)
         if name in ("plumb-moe", "innards"):
             entry["added_percent_generation"] = added(name, "generate")
         result["tools"][name] = entry
@@ -523,7 +523,7 @@ def peers() -> dict[str, Any]:
     entry["added_percent_training_every_10"] = ours_added(10)
     result["pass_added_percent"] = {
         "D 64, E 8, 16 batches of 512 tokens": pass_added(64, 8, 16, 8),
-        "D 512, E 64, 8 batches of 1024 tokens": pass_added(512, 64, 8, 16),
+        "D 512, E 64, 4 batches of 1024 tokens": pass_added(512, 64, 4, 16),
     }
     return result
 

@@ -487,8 +487,8 @@ def inspector_sections() -> list[str]:
                 "training, every step": percent(entry, "added_percent_training"),
                 "training, every tenth step": percent(entry, "added_percent_training_every_10"),
                 "generation": percent(entry, "added_percent_generation"),
-                "memory, MiB in 100 steps": f"{entry['mib_per_100_steps']:.1f}"
-                if "mib_per_100_steps" in entry
+                "memory, MiB in 50 steps": f"{entry['mib_per_50_steps']:.1f}"
+                if "mib_per_50_steps" in entry
                 else "-",
             }
             for name, entry in tools.items()

@@ -813,7 +813,7 @@ def test_readme_shows_the_benchmark(core):
 
 
 def test_results_show_the_inspector_beside_its_peers(core):
-    ours = {"sees": {"noise": "arbitrary"}, "added_percent_training": 12.4, "mib_per_100_steps": 0.26}
+    ours = {"sees": {"noise": "arbitrary"}, "added_percent_training": 12.4, "mib_per_50_steps": 0.26}
     peer = {"sees": {"noise": "nothing"}, "added_percent_generation": 5.6}
     passes = {"D 512": 8.2}
     content = {"tools": {"ours": ours, "peer": peer}, "missing": {"x": "gone"}, "pass_added_percent": passes}
