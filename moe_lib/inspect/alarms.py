@@ -102,9 +102,9 @@ def early_warning(values: Sequence[float], num_experts: int, ahead: int = 1) -> 
     """Effective experts expected `ahead` measurements from now: a line through the last five.
 
     Below half the experts, collapse is under way although it has not been reached. Look often: of 744 runs
-    of the study, looked at once an epoch, 261 collapsed, and 256 of them before the first look. Of the other
-    five, two were announced, three epochs ahead; of 483 runs that stayed or recovered, 45 were announced too
-    (`ahead` 3; `python -m benchmarks.inspect calibrate`).
+    of the study, looked at once an epoch, 256 were below half at their first look. Five fell below it later:
+    two were announced, three epochs before (the median). Of the 483 that ended above half, 45 were announced
+    too (`ahead` 3; `python -m benchmarks.inspect calibrate`).
     """
     last = [v for v in values if not math.isnan(v)][-5:]
     if len(last) < 2:
