@@ -70,7 +70,12 @@ OUTSIDE = {  # data sets that are in no family of units
     "docs": "shows the machinery",
 }
 # Confirming study -> exploring one. Claims were committed before any result of the former was seen.
-CONFIRMATORY = {"snnl-confirm": "snnl", "collapse": "collapse", "collapse-top1": "collapse-top1"}
+CONFIRMATORY = {
+    "snnl-confirm": "snnl",
+    "collapse": "collapse",
+    "collapse-top1": "collapse-top1",
+    "ac-language-confirm": "ac-language",
+}
 
 
 Source = str | Callable[[dict[str, Any]], float | None]  # a dotted path in a result, or a function of it

@@ -26,7 +26,7 @@ from moe_study import store
 from moe_study.configs.run import Run
 from moe_study.data import Split, pixels, text
 from moe_study.data.text import Text, head, swap_words
-from moe_study.evaluate import EMBEDDING_SAMPLES, KNN_SAMPLES, code_measures, dataset_of, refuse_bfloat16
+from moe_study.evaluate import EMBEDDING_SAMPLES, KNN_SAMPLES, code_measures, dataset_of
 from moe_study.tasks import LanguageTask, RoutedObjective, VisionTask
 
 # What is measured on how much of the test set: a whole pass for the task, less for the rest.
@@ -227,7 +227,6 @@ class VisionExperiment:
 
     @classmethod
     def of(cls, run: Run, device: str) -> VisionExperiment:
-        refuse_bfloat16(run)
         assert isinstance(run.model, VisionConfig)
         assert isinstance(run.objective, RoutedObjective)
         task = VisionTask(
@@ -238,6 +237,7 @@ class VisionExperiment:
             batch_size=run.train.batch_size,
             dtype=run.train.dtype,
             augment=run.augment,
+            bf16=run.train.precision == "bfloat16",
         )
         return cls(task, run.attack_images, run.corrupted_images)
 
@@ -444,7 +444,6 @@ class LanguageExperiment:
 
     @classmethod
     def of(cls, run: Run, device: str) -> LanguageExperiment:
-        refuse_bfloat16(run)
         assert isinstance(run.model, LanguageConfig)
         assert isinstance(run.objective, RoutedObjective)
         task = LanguageTask(
@@ -455,6 +454,7 @@ class LanguageExperiment:
             batch_size=run.train.batch_size,
             epoch_tokens=run.epoch_tokens,
             dtype=run.train.dtype,
+            bf16=run.train.precision == "bfloat16",
         )
         return cls(task, run.test_tokens)
 

@@ -21,6 +21,8 @@ import small_runs
 import torch
 from filelock import FileLock
 
+from moe_lib.models.language import LanguageModel
+from moe_lib.models.transformer import moe_layers
 from moe_study import data, engine, store, study
 from moe_study.configs import arms, collapse, snnl
 from moe_study.data import ROOT
@@ -109,6 +111,22 @@ def test_top1_arms_route_each_image_to_one_expert():
         assert run.model.top_k == 1
         assert (run.model.gate == "hash") == run.arm.startswith("hash")
         assert (run.objective.snnl is not None) == run.arm.endswith("snnl")
+
+
+def test_text_past_the_plateau_changes_the_last_router_alone():
+    """One pass over WikiText-2, on seeds that nobody has seen, with the arms' router in the last block."""
+    kinds = {}
+    for run in study.runs("core", "ac-language-confirm"):
+        assert run.seed in arms.CONFIRMATORY_SEEDS
+        assert 0.99 < run.train.epochs * run.epoch_tokens / 10_797_148 <= 1  # bytes of the training text
+        if run.arm not in kinds:
+            layers = moe_layers(LanguageModel(run.model, 256))
+            kinds[run.arm] = [type(layer.router).__name__ for layer in layers]
+    assert {tuple(found[:2]) for found in kinds.values()} == {("LinearRouter", "LinearRouter")}
+    assert kinds["linear"][2] == "LinearRouter"
+    assert kinds["cosine"][2] == "CosineRouter"
+    assert {kinds[arm][2] for arm in kinds if arm.startswith("ac")} == {"AdaptiveClusteringRouter"}
+    assert kinds["hash"][2] == kinds["hash-token"][2] == "HashRouter"
 
 
 @pytest.mark.parametrize("name", ["collapse", "collapse-top1"])
