@@ -54,10 +54,6 @@ class Routing(NamedTuple):
         """[N, E]: the weights, zero for experts that were not chosen."""
         return torch.zeros_like(self.probs_NE).scatter(1, self.indices_NK, self.weights_NK)
 
-    def losses(self) -> dict[str, Tensor]:
-        """The unweighted losses on this decision, by name."""
-        return {"balance": load_balancing_loss(self), "router_z": router_z_loss(self)}
-
 
 def route(logits_NE: Tensor, top_k: int | None = None, renormalize: bool | None = None) -> Routing:
     """Softmax over the experts, in float32 or better; `top_k=None` keeps them all.

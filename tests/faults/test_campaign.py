@@ -10,6 +10,7 @@ grid that nothing disturbed. A table says what was tried, what held and what fai
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -28,6 +29,7 @@ import pytest
 import small_runs
 import torch
 
+from moe_study import __main__ as cli
 from moe_study import store, study
 from moe_study.data import ROOT
 
@@ -35,7 +37,10 @@ KILLS = int(os.environ.get("FAULTS_KILLS", "5"))
 RECORD = os.environ.get("FAULTS_RECORD") == "1"  # `make faults` sets it; nothing else writes the table
 SHARD = "1/19"  # of 55 runs: three, of three arms
 AMID = "amid training"
-VICTIMS = ("parent", "worker", "group", "Snakemake", "notebook")
+VICTIMS = (
+    *("parent", "group", "worker", "parent", "Snakemake"),
+    *("group", "parent", "worker", "group", "notebook"),
+)
 TABLE: dict[str, Counter] = {}
 BEGIN, END = "<!-- faults: begin, written by `make faults` -->\n", "<!-- faults: end -->\n"
 PAGE, FOUND = ROOT / "REPRODUCIBILITY.md", ROOT / "results" / "faults" / "campaign.json"
@@ -145,51 +150,96 @@ def command(victim: str, folder: Path) -> list[str]:
         made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(made, folder / "grid.ipynb")
         return [*["papermill", "--no-progress-bar", "--cwd"], str(folder), "grid.ipynb", "out.ipynb"]
-    grid = f"--profile digits --study snnl --shard {SHARD} --workers 2"
-    return [sys.executable, "-m", "moe_study", "run", *grid.split()]
+
+
+def run_grid() -> int:
+    """`python -m moe_study run` of the grid, here and now.
+
+    In a fork of this process, workers are forks too: nothing is imported again, and most kills strike work.
+    """
+    context = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: context
+    return cli.main(["run", "--profile", "digits", "--study", "snnl", "--shard", SHARD, "--workers", "2"])
 
 
 @contextlib.contextmanager
-def begun(victim: str, folder: Path) -> Iterator[psutil.Popen]:
-    line = command(victim, folder)
+def begun(victim: str, folder: Path) -> Iterator[psutil.Process]:
+    """The command in a session of its own; what is left of it at the end is killed."""
+    folder.mkdir(exist_ok=True)
     with (folder / "output").open("w") as output:
-        process = psutil.Popen(line, cwd=folder, stdout=output, stderr=output, start_new_session=True)
+        if victim in ("Snakemake", "notebook"):
+            line = command(victim, folder)
+            process: psutil.Process = psutil.Popen(
+                line, cwd=folder, stdout=output, stderr=output, start_new_session=True
+            )
+        else:
+            process = psutil.Process(fork(run_grid, output.fileno()))
     try:
         yield process
     finally:
-        if process.poll() is None:  # the campaign itself was interrupted
+        if status_of(process) is None:  # the campaign itself was interrupted
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def having(process: psutil.Process, *words: str) -> list[psutil.Process]:
-    """Its descendants whose command line has one of these words."""
+def fork(work: Callable[[], int | None], output: int | None = None) -> int:
+    """The number of a child of this process, which has imported everything. What it returns is its status."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            warnings.simplefilter("ignore")
+            torch.set_num_threads(1)
+            if output is not None:
+                os.setsid()
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+            status = work() or 0
+        except (store.StoreError, study.TrainingError, OSError):
+            status = 3  # said clearly
+        finally:
+            os._exit(status)
+    return child
+
+
+def status_of(process: psutil.Process) -> int | None:
+    """None while it runs; negative after a signal."""
+    try:
+        return process.wait(0)
+    except psutil.TimeoutExpired:
+        return None
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    """Of the engine, whoever started it."""
     found = []
     for child in process.children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if any(word in " ".join(child.cmdline()) for word in words):
+            words = " ".join(child.cmdline())
+            forked = child.ppid() == process.pid and "resource_tracker" not in words
+            if "spawn_main" in words or (forked and not isinstance(process, psutil.Popen)):
                 found.append(child)
     return found
 
 
-def strike(victim: str, process: psutil.Popen, draw: random.Random) -> None:
+def strike(victim: str, process: psutil.Process, draw: random.Random) -> None:
     """Kill; then wait until everything that was started has ended by itself.
 
     Raises:
         AssertionError: something did not end, or a batch that lost a worker did not finish.
     """
-    family = process.children(recursive=True)
-    target: psutil.Process = process
+    family, workers = process.children(recursive=True), workers_of(process)
+    target = process
     if victim == "worker":
-        target = draw.choice(having(process, "spawn_main"))
+        target = draw.choice(workers)
     elif victim == "notebook":  # papermill, its kernel, or a worker of the kernel
-        target = draw.choice([process, *having(process, "ipykernel", "spawn_main")])
-    goes_on = "spawn_main" in " ".join(target.cmdline())
+        kernels = [child for child in family if "ipykernel" in " ".join(child.cmdline())]
+        target = draw.choice([process, *kernels[:1], *workers])
     if victim == "group":
         os.killpg(process.pid, signal.SIGKILL)
     else:
         target.kill()
     status = process.wait(600)
-    if goes_on and status:
+    if target in workers and status:
         raise AssertionError(f"{victim}: lost one worker and ended with {status}")
     _, alive = psutil.wait_procs(family, timeout=60)
     if alive:
@@ -209,10 +259,11 @@ def random_kills(home: Path, monkeypatch: pytest.MonkeyPatch, number: int, victi
     draw = random.Random(number)
     monkeypatch.setenv("MOE_RESULTS_DIR", str(home / "undisturbed"))
     started = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import moe_study.study"], check=True)
-    start_up = time.monotonic() - started
-    study.ensure(planned(), workers=2, quiet=True)
+    with begun("parent", home / "undisturbed-command") as process:
+        assert process.wait(600) == 0
     usual = time.monotonic() - started
+    subprocess.run([sys.executable, "-c", "import moe_study.study"], check=True)
+    start_up = time.monotonic() - started - usual
     undisturbed = {run.id: small_runs.numbers(study.read(run)) for run in planned()}
     pending: list[str] = []  # kills of the grid at work: whether they held shows when it is whole
     folders = 0
@@ -226,17 +277,18 @@ def random_kills(home: Path, monkeypatch: pytest.MonkeyPatch, number: int, victi
     struck = 0
     while struck < number:
         victim = victims[struck % len(victims)]
-        after = draw.uniform(0.1, 1) * (usual + start_up * (victim in ("Snakemake", "notebook")))
+        imports = 4 * start_up * (victim in ("Snakemake", "notebook"))  # one after the other
+        after = draw.uniform(0.05, 0.65) * usual + imports * draw.random()
         fault = None
         with begun(victim, home / victim) as process:
             until = time.monotonic() + after
-            while process.poll() is None and (
-                time.monotonic() < until or (victim == "worker" and not having(process, "spawn_main"))
+            while status_of(process) is None and (
+                time.monotonic() < until or (victim == "worker" and not workers_of(process))
             ):
                 time.sleep(0.05)
             amid = any((run.workspace / "checkpoint.pt").exists() for run in planned())
             try:
-                if process.poll() is None:
+                if status_of(process) is None:
                     strike(victim, process, draw)
                     struck += 1
                     pending.append(victim)
@@ -247,11 +299,13 @@ def random_kills(home: Path, monkeypatch: pytest.MonkeyPatch, number: int, victi
                 pending.append(victim)
             except (psutil.NoSuchProcess, ProcessLookupError, IndexError):  # it ended in this very moment
                 process.wait(600)
-            if process.returncode > 0 and pending[-1:] != ["notebook"]:  # papermill fails with its kernel
-                fault = fault or f"{victim} ended with {process.returncode}"
+            if (status := status_of(process) or 0) > 0 and pending[-1:] != ["notebook"]:
+                fault = fault or f"{victim} ended with {status}"  # papermill fails with its kernel
         fault = fault or faults_of(planned(), undisturbed, whole=False)
         if fault or struck == number or all(run.path.exists() for run in planned()):
-            study.ensure(planned(), workers=2, quiet=True)
+            with begun("parent", home / "resumed") as process:
+                if process.wait(600):
+                    fault = fault or "resuming failed: " + (home / "resumed" / "output").read_text()[-300:]
             fault = fault or faults_of(planned(), undisturbed, whole=True)
             for kind in pending:
                 tried(f"kill: {kind}", fault)
@@ -271,21 +325,13 @@ class Queue:
 
 
 def forked(work: Callable[[], None]) -> int:
-    """Exit status of `work` in a child of this process, which has imported everything; -9 if killed."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            warnings.simplefilter("ignore")
-            torch.set_num_threads(1)
-            study._progress = Queue()
-            work()
-            status = 0
-        except (store.StoreError, study.TrainingError, OSError):
-            status = 3  # said clearly
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    """Exit status of `work` in a child of this process; -9 if killed, 3 if it said clearly what is wrong."""
+
+    def alone() -> None:
+        study._progress = Queue()
+        work()
+
+    return os.waitstatus_to_exitcode(os.waitpid(fork(alone), 0)[1])
 
 
 RUN = small_runs.run(epochs=2, arm="raw")

@@ -439,7 +439,7 @@ def test_an_edited_result_that_states_no_digest_is_named(folders):
     assert study.read(run) == content
     content["task"]["accuracy"] += 0.09
     run.path.write_text(json.dumps(content))
-    with pytest.raises(store.StoreError, match="was changed after it was written.*delete it"):
+    with pytest.raises(store.StoreError, match=r"was changed after it was written.*delete it"):
         study.read(run)
 
 
