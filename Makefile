@@ -58,7 +58,7 @@ endif
 report: .venv/ready
 	@$(if $(filter-out digits,$(PROFILE)),$(BIN)/python -m moe_study data --profile $(PROFILE))
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) --keep-going --rerun-incomplete \
-	  --nolock --rerun-triggers mtime input --show-failed-logs --quiet rules host
+	  --nolock --rerun-triggers mtime input --quiet
 	@echo "The report: $$($(BIN)/python -m moe_study where --profile $(PROFILE))"
 
 render: .venv/ready # the report of what is finished; trains nothing

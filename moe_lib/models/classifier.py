@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_lib.checks import check_count, check_floating, check_labels, check_option
-from moe_lib.moe import MLPRouter, MoE, Routing, UniformRouter
+from moe_lib.moe import HashRouter, MLPRouter, MoE, Routing, UniformRouter
 
 Mixture = Literal["logits", "likelihood", "jacobs"]
+HASH_KEYS = 4096  # of images, under gate "hash"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ClassifierConfig:
     code_dim: int | None = 128  # a linear layer behind the extractor; None: no such layer
     num_experts: int = 4
     expert_hidden: int = 512
-    gate: Literal["mlp", "uniform"] = "mlp"
+    gate: Literal["mlp", "uniform", "hash"] = "mlp"  # "hash": `top_k` fixed random experts per image
     gate_hidden: int = 512
     top_k: int | None = None
     mixture: Mixture = "logits"
@@ -101,14 +102,18 @@ class Classifier(nn.Module):
     def __init__(self, config: ClassifierConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         check_option(config.mixture, "mixture", get_args(Mixture))
-        check_option(config.gate, "gate", ("mlp", "uniform"))
+        check_option(config.gate, "gate", ("mlp", "uniform", "hash"))
         check_count(num_classes, "num_classes", 2)
-        self.mixture, self.image_shape = config.mixture, image_shape
+        self.mixture, self.hashed, self.image_shape = config.mixture, config.gate == "hash", image_shape
         self.extractor, self.code_dim = build_extractor(config, image_shape)
         if config.gate == "uniform":
             router: nn.Module = UniformRouter(config.num_experts)
-        else:
+        elif config.gate == "mlp":
             router = MLPRouter(self.code_dim, config.num_experts, config.gate_hidden)
+        else:
+            if config.top_k is None:
+                raise ValueError("gate 'hash' needs top_k, the number of experts per image, got None")
+            router = HashRouter(config.num_experts, HASH_KEYS, config.top_k)
         self.moe = MoE(
             self.code_dim, config.num_experts, config.expert_hidden, num_classes, config.top_k, router
         )
@@ -117,11 +122,19 @@ class Classifier(nn.Module):
         """Images in [0, 1]."""
         check_images(images_NCHW, self.image_shape)
         code_ND, activations = self.extractor(images_NCHW)
-        return self.classify(code_ND, activations)
+        return self.classify(code_ND, activations, self.keys(images_NCHW))
 
-    def classify(self, code_ND: Tensor, activations: dict[str, Tensor] | None = None) -> ClassifierOutput:
-        """Gate, experts and mixture on codes that are already there."""
-        routing = self.moe.route(code_ND)
+    def keys(self, images_NCHW: Tensor) -> Tensor | None:
+        """What gate "hash" looks up, [N]: the sum of an image's 8-bit intensities, modulo `HASH_KEYS`."""
+        if not self.hashed:
+            return None
+        return (images_NCHW * 255).round().long().flatten(1).sum(1) % HASH_KEYS
+
+    def classify(
+        self, code_ND: Tensor, activations: dict[str, Tensor] | None = None, keys_N: Tensor | None = None
+    ) -> ClassifierOutput:
+        """Gate, experts and mixture on codes that are already there; `keys_N` as from `keys`."""
+        routing = self.moe.route(code_ND, keys_N=keys_N)
         expert_logits_NEC = self.moe.experts(code_ND).to(routing.probs_NE.dtype)
         weights_NE = routing.dense_weights()
         if self.moe.top_k == 1 and self.mixture != "logits":  # a weight below 1 would lose probability

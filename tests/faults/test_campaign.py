@@ -30,8 +30,9 @@ import small_runs
 import torch
 
 from moe_study import __main__ as cli
-from moe_study import store, study
+from moe_study import engine, store, study
 from moe_study.data import ROOT
+from moe_study.train import TrainingError
 
 KILLS = int(os.environ.get("FAULTS_KILLS", "5"))
 RECORD = os.environ.get("FAULTS_RECORD") == "1"  # `make faults` sets it; nothing else writes the table
@@ -194,7 +195,7 @@ def fork(work: Callable[[], int | None], output: int | None = None) -> int:
                 os.dup2(output, 1)
                 os.dup2(output, 2)
             status = work() or 0
-        except (store.StoreError, study.TrainingError, OSError):
+        except (store.StoreError, TrainingError, OSError):
             status = 3  # said clearly
         finally:
             os._exit(status)
@@ -328,7 +329,7 @@ def forked(work: Callable[[], None]) -> int:
     """Exit status of `work` in a child of this process; -9 if killed, 3 if it said clearly what is wrong."""
 
     def alone() -> None:
-        study._progress = Queue()
+        engine._progress = Queue()
         work()
 
     return os.waitstatus_to_exitcode(os.waitpid(fork(alone), 0)[1])
@@ -338,7 +339,7 @@ RUN = small_runs.run(epochs=2, arm="raw")
 
 
 def train() -> None:
-    assert study._work(RUN, "cpu", float("inf")) == "done"
+    assert engine._work(RUN, "cpu", float("inf")) == "done"
 
 
 CALLS = ((os, "fsync"), (os, "chmod"), (os, "replace"), (Path, "unlink"), (os, "fdopen"))
@@ -372,7 +373,7 @@ def truth(home, monkeypatch):
     Trained in this process, so that its children find everything imported.
     """
     monkeypatch.setenv("MOE_RESULTS_DIR", str(home / "undisturbed"))
-    monkeypatch.setattr(study, "_progress", Queue())
+    monkeypatch.setattr(engine, "_progress", Queue())
     train()
     found = {RUN.id: small_runs.numbers(study.read(RUN))}
     monkeypatch.setenv("MOE_RESULTS_DIR", str(home / "results"))
