@@ -85,7 +85,7 @@ def build_extractor(config: ClassifierConfig, image_shape: tuple[int, int, int])
 def check_images(images_NCHW: Tensor, image_shape: tuple[int, int, int]) -> None:
     """Raises ValueError for images of another shape or type than the model was built for."""
     check_floating(images_NCHW, "images", "N, C, H, W", finite=False)
-    if images_NCHW.shape[1:] != image_shape:
+    if images_NCHW.shape[1:] != torch.Size(image_shape):
         raise ValueError(f"images must have shape [N, {image_shape}], got {list(images_NCHW.shape)}")
 
 

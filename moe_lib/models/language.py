@@ -55,7 +55,7 @@ class LanguageModel(nn.Module):
         check_tensor(tokens_BT, "tokens", "B, T")
         length, context = tokens_BT.shape[1], self.position.num_embeddings
         if length > context:
-            raise ValueError(f"tokens: a sequence of {length} is longer than the context of {context}")
+            raise ValueError(f"a sequence of {length} tokens is longer than the context of {context}")
         ids_N = check_labels(tokens_BT.flatten(), tokens_BT.numel(), self.token.num_embeddings, name="tokens")
         tokens_BT = ids_N.view_as(tokens_BT)
         x_BTD = self.token(tokens_BT) + self.position.weight[:length]
