@@ -96,6 +96,15 @@ def table():
         store.write_bytes(PAGE, (head + BEGIN + lines_of(found) + END + rest.split(END)[1]).encode())
 
 
+def test_the_page_shows_the_campaign_that_is_recorded():
+    if not FOUND.exists():
+        pytest.skip("no campaign is recorded")
+    found = json.loads(FOUND.read_text())
+    shown = PAGE.read_text().split(BEGIN)[1].split(END)[0]
+    assert shown == lines_of(found)
+    assert all(counts["tried"] == counts["held"] + counts["failed"] for counts in found["faults"].values())
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """Results of a test in its own folder, with the paths of this environment."""
