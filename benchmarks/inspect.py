@@ -500,7 +500,10 @@ def grows(name: str, steps: int = 50) -> float:
 
 def peers() -> dict[str, Any]:
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"torch": torch.__version__, "tools": {}, "missing": {}}
+    result: dict[str, Any] = {
+        "torch": torch.__version__, "load_average": os.getloadavg()[1], "cores": os.cpu_count(),
+        "tools": {}, "missing": {},
+    }  # fmt: skip
     for name, module in (("ours", "moe_lib"), ("moewatch", "moewatch"), ("plumb-moe", "plumb.hook"),
                          ("innards", "innards")):  # fmt: skip
         try:

@@ -503,6 +503,11 @@ def inspector_sections() -> list[str]:
         "Processor time that watching adds, medians of ratios in one process, and what the process gains:",
         markdown(cost),
     ]
+    if found.get("load_average", 0) > found.get("cores", 1):
+        sections.append(
+            f"The machine was busy meanwhile (load {found['load_average']:.0f} on {found['cores']} cores): "
+            "the times are rough, and one below zero is noise."
+        )
     if passes := found.get("pass_added_percent"):
         listed = "; ".join(f"{value:+.0f} % at {what}" for what, value in passes.items())
         sections.append(
