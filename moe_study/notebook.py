@@ -78,5 +78,6 @@ def show(figure: Figure, path: str, runs: Sequence[study.Run] = (), files: Seque
     from IPython.display import Image, display
 
     caption = plots.save(figure, path, [*(run.path for run in runs if run.path.exists()), *files])
-    display(Image(filename=str(plots.target(path)), embed=True))
+    alt = figure.get_label() or path.replace("/", " ")
+    display(Image(filename=str(plots.target(path)), embed=True, retina=True, alt=alt))
     print(caption)
