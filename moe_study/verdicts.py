@@ -95,7 +95,7 @@ class Cause(NamedTuple):
 
     contrast: str
     comparison: stats.PairedComparison
-    reading: Literal["as claimed", "opposite to the claim", "interval includes 0"]
+    reading: Literal["interval on the claimed side", "interval on the other side", "interval includes 0"]
     cause: str
 
 

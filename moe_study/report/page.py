@@ -115,7 +115,12 @@ def collapse_table(profile: str) -> pd.DataFrame:
                 columns = ("effective experts", "dead experts", "cost of permuted routing", "cos outputs")
                 rows.append(
                     {"data set": DATASET_TITLES[dataset], "arm": arm, "seeds": str(len(group))}
-                    | {name: tables.spread(group[name], tables.COLUMNS[name][1]) for name in columns}
+                    | {
+                        tables.COLUMNS[name].title(name, level=True): tables.shown_level(
+                            group[name], tables.COLUMNS[name]
+                        )
+                        for name in columns
+                    }
                     | {"cos outputs, trained alone": tables.spread(pd.Series(null, dtype=float), 3)}
                 )
     return pd.DataFrame(rows).set_index(["data set", "arm"]) if rows else pd.DataFrame()
@@ -127,7 +132,7 @@ def accuracy_table(profile: str, study_name: str = "snnl") -> pd.DataFrame:
     for dataset, runs in whole_runs(profile, study_name).items():
         frame = tables.frame(study.results(runs), {"accuracy": tables.COLUMNS["accuracy"]})
         columns[DATASET_TITLES[dataset]] = {
-            str(arm): f"{tables.spread(group['accuracy'] * 100, 2)} ({len(group)})"
+            str(arm): f"{tables.shown_level(group['accuracy'], tables.COLUMNS['accuracy'])} ({len(group)})"
             for arm, group in frame.groupby("arm", sort=False)
         }
     table = pd.DataFrame(columns)

@@ -141,8 +141,8 @@ def cause(one: Cause, verdict: Verdict) -> str:
         said = f"a pilot on whether it is {one.cause}"
     else:
         said = {
-            "as claimed": f"the effect needs {one.cause}",
-            "opposite to the claim": f"the opposite of what would show {one.cause}",
+            "interval on the claimed side": f"the effect needs {one.cause}",
+            "interval on the other side": f"the opposite of what would show {one.cause}",
             "interval includes 0": f"we cannot tell whether it needs {one.cause}",
         }[one.reading]
     return f"{one.contrast} {numbers}, {seeds}: {said}."
@@ -327,7 +327,11 @@ def scope(found: Sequence[Verdict]) -> str:
     """Models, budgets and seeds behind the answers, in a sentence."""
     decided = [v for v in found if v.word != "pilot"]
     scopes = list(dict.fromkeys(v.scope for v in decided))
-    return f"Scope: small models, trained briefly ({'; '.join(scopes)}), judged at the last epoch." if scopes else ""
+    return (
+        f"Scope: small models, trained briefly ({'; '.join(scopes)}), judged at the last epoch."
+        if scopes
+        else ""
+    )
 
 
 def _snnl_answer(found: Sequence[Verdict]) -> str:
@@ -354,10 +358,12 @@ def _mechanism(verdict: Verdict) -> str:
     """Whether a gain needs the mixture; "" where nothing says so."""
     for one in verdict.causes:
         if one.contrast == MECHANISM:
-            shown = verdict.claim.measure.shown(one.comparison.difference, one.comparison.low, one.comparison.high)
+            shown = verdict.claim.measure.shown(
+                one.comparison.difference, one.comparison.low, one.comparison.high
+            )
             return {
-                "as claimed": f"the mixture gains {shown} more than a dense network does",
-                "opposite to the claim": f"a dense network gains more from it than the mixture ({shown})",
+                "interval on the claimed side": f"the mixture gains {shown} more than a dense network does",
+                "interval on the other side": f"a dense network gains more from it than the mixture ({shown})",
                 "interval includes 0": f"a dense network gains as much, as far as these seeds tell ({shown})",
             }[one.reading]
     return ""
@@ -367,7 +373,9 @@ def _ac_answer(found: Sequence[Verdict]) -> str:
     own = [v for v in found if v.claim.key.endswith("-performance")]
     if not own:
         return ""
-    by_dataset = {name: [v for v in own if v.dataset == name] for name in dict.fromkeys(v.dataset for v in own)}
+    by_dataset = {
+        name: [v for v in own if v.dataset == name] for name in dict.fromkeys(v.dataset for v in own)
+    }
     wins = [us for us in by_dataset.values() if all(v.word == "supported" for v in us)]
     rest = [v for us in by_dataset.values() if us not in wins for v in us]
     said = [f"Yes on {_places([v for us in wins for v in us])}."] if wins else ["There is no reason to here."]
@@ -377,7 +385,9 @@ def _ac_answer(found: Sequence[Verdict]) -> str:
     gated = [v for v in rest if v.obstacle is not None and v.obstacle.kind == "gate"]
     if gated:
         names = _and(list(dict.fromkeys(DATASET_TITLES[v.dataset] for v in gated)))
-        said.append(f"Whether a better router matters cannot be told on {names}: learned routing is not shown to pay.")
+        said.append(
+            f"Whether a better router matters cannot be told on {names}: learned routing is not shown to pay."
+        )
     return " ".join(filter(None, said))
 
 
@@ -392,8 +402,11 @@ def _no_gain(units: Sequence[Verdict]) -> str:
             v
             for v in units
             if v.comparison is not None
-            and (min(measure.sign * v.comparison.low, measure.sign * v.comparison.high) > 0 if better
-                 else max(measure.sign * v.comparison.low, measure.sign * v.comparison.high) < 0)
+            and (
+                min(measure.sign * v.comparison.low, measure.sign * v.comparison.high) > 0
+                if better
+                else max(measure.sign * v.comparison.low, measure.sign * v.comparison.high) < 0
+            )
         ]
         said += [
             f"on {DATASET_TITLES[v.dataset]} it is {phrase} than the {in_words(v.control)} by {difference(v)}"

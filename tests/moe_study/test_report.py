@@ -197,8 +197,8 @@ def test_contrast_by_hand():
         "p": "0.2500",
         "seeds": "3 (pilot)",
     }
-    assert tables.reading(found, "higher") == "as claimed"
-    assert tables.reading(found, "lower") == "opposite to the claim"
+    assert tables.reading(found, "higher") == "interval on the claimed side"
+    assert tables.reading(found, "lower") == "interval on the other side"
 
 
 def test_contrast_pairs_by_seed_and_not_by_position():
@@ -260,14 +260,14 @@ def comparison(low: float, high: float, p: float = 0.01, seeds: int = 10) -> Pai
 @pytest.mark.parametrize(
     ("low", "high", "claimed", "reading"),
     [
-        (0.1, 0.2, "higher", "as claimed"),
-        (-0.2, -0.1, "higher", "opposite to the claim"),
+        (0.1, 0.2, "higher", "interval on the claimed side"),
+        (-0.2, -0.1, "higher", "interval on the other side"),
         (-0.1, 0.2, "higher", "interval includes 0"),
         (0.0, 0.2, "higher", "interval includes 0"),
         (-0.2, 0.0, "higher", "interval includes 0"),
         (0.0, 0.0, "lower", "interval includes 0"),
-        (-0.2, -0.1, "lower", "as claimed"),
-        (0.1, 0.2, "lower", "opposite to the claim"),
+        (-0.2, -0.1, "lower", "interval on the claimed side"),
+        (0.1, 0.2, "lower", "interval on the other side"),
         (-0.1, 0.2, "lower", "interval includes 0"),
     ],
 )
@@ -671,7 +671,7 @@ def test_routed_tables(folders):
     vision = report.routed_claims_table("core", "ac-vision")
     assert set(vision.index.get_level_values("data set")) == {"CIFAR-10"}
     row = vision.loc[("CIFAR-10", "better", "accuracy (higher)", "ac - cosine")]
-    assert (row["difference"], row["reading"]) == ("+0.0333", "as claimed")
+    assert (row["difference"], row["reading"]) == ("+0.0333", "interval on the claimed side")
     language = report.routed_claims_table("core", "ac-language")
     assert ("better", "cross-entropy (lower)", "ac-row - ac-pooled") in language.droplevel(0).index
     accuracy = report.accuracy_table("core", "ac-vision")["CIFAR-10"]
