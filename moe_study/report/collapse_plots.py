@@ -70,7 +70,7 @@ def collapse_and_accuracy(results: Sequence[Result]) -> Figure:
         axis.plot(*centre, marker, color=colour, ms=10, mec="white", mew=1.2, label=arm)
     axis.set(xlabel="effective experts, exp H(E)", ylabel="test accuracy (%)")
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside right center", fontsize=9)
+    figure.legend(loc="outside right center", fontsize=9, frameon=False)
     return captioned(
         figure,
         "Does collapse cost accuracy? To the right more experts are at work, upwards the model is more accurate. Small "
@@ -121,8 +121,8 @@ def domain_routing(results: Sequence[Result], arms: Sequence[str] | None = None)
 
 def idea(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
     """The study in one look: features, gate and experts, without and with SNNL. Features are drawn by hand;
-    shares, effective experts and accuracy are those of each arm's seed of median accuracy."""
-    chosen = {arm: median_run(own, "task.accuracy") for arm, own in arms_of(results, arms).items()}
+    shares, effective experts and accuracy are those of each arm's seed of median effective experts."""
+    chosen = {arm: median_run(own) for arm, own in arms_of(results, arms).items()}
     figure, axes = new_figure(4.8 * max(len(chosen), 1), 3.0, 1, max(len(chosen), 1))
     draw = np.random.default_rng(0)
     for axis, (arm, result) in zip(axes[0], chosen.items(), strict=True):
@@ -130,7 +130,9 @@ def idea(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> F
         share_E = np.array(sorted(result["routing"]["load"]["share"], reverse=True))
         for at, angle in enumerate(np.pi * (0.5 + 2 * np.arange(3) / 3)):
             centre = 0.55 * np.array([np.cos(angle), np.sin(angle)]) * (1.0 if apart else 0.25)
-            points_N2 = [1.0, 1.6] + centre + draw.normal(scale=0.13 if apart else 0.33, size=(40, 2))
+            points_N2 = (
+                np.array([1.0, 1.6]) + centre + draw.normal(scale=0.13 if apart else 0.33, size=(40, 2))
+            )
             axis.plot(*points_N2.T, "o", color=PALETTE[1 + at], ms=3, mew=0, alpha=0.8)
         axis.add_patch(Polygon([(2.3, 1.1), (2.3, 2.1), (2.75, 1.6)], fc="#dddddd", ec="#555555"))
         for e, (share, y) in enumerate(zip(share_E, np.linspace(2.75, 0.45, len(share_E)), strict=True), 1):
@@ -168,5 +170,5 @@ def idea(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> F
         "The idea. A gate shares inputs out among experts by their features. Where classes overlap (left), the gate tells them "
         "apart badly and a few experts get most of the work: collapse. SNNL pulls each class together first (right), which "
         "should spread the work. Dots are drawn, colours are classes; shares of inputs, effective experts and accuracy "
-        f"are measured, at each arm's seed of median accuracy{where}.",
+        f"are measured, at each arm's seed of median effective experts{where}.",
     )

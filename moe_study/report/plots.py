@@ -153,7 +153,7 @@ def training_curves(results: Sequence[Result], arms: Sequence[str] | None = None
                 axis.fill_between(epochs, curves_SE.min(0), curves_SE.max(0), color=colour, alpha=0.15, lw=0)
         axis.set(xlabel="epoch", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=6)
     return captioned(
         figure,
         f"Training: does an arm learn faster (left), to a higher accuracy (middle), with more varied routing "
@@ -171,7 +171,7 @@ def _curve(validation: dict[str, list[float]], key: str) -> list[float]:
 def accuracy_by_arm(results: Sequence[Result]) -> Figure:
     """Test accuracy: every seed a dot, the mean and its 95 % interval beside them."""
     grouped = arms_of(results)
-    figure, axes = new_figure(7.5, 0.42 * len(grouped) + 1.2)
+    figure, axes = new_figure(7.5, 0.33 * len(grouped) + 1.0)
     axis = axes[0, 0]
     for row, (arm, group) in enumerate(grouped.items()):
         colour, marker = arm_style(arm)
@@ -194,7 +194,7 @@ def accuracy_by_arm(results: Sequence[Result]) -> Figure:
 
 
 def tsne_panels(results: Sequence[Result]) -> Figure:
-    """Test codes before and after training, arm by arm, coloured by class: ten of them, evenly drawn, where
+    """Test codes before and after training, arm by arm, coloured by class: the ten with most images, where
     there are more. A second row is coloured by expert where the results hold it. Before training they are
     drawn once where all arms start from the same."""
     shown = {a: g[0] for a, g in arms_of([r for r in results if "tsne" in r]).items()}
@@ -211,9 +211,11 @@ def tsne_panels(results: Sequence[Result]) -> Figure:
     rows = -(-len(panels) // wide)
     by_expert = any("experts" in points for *_, points, after in panels if after)
     figure, axes = new_figure(3.1 * wide, 2.9 * rows * (1 + by_expert) + 0.6, rows * (1 + by_expert), wide)
-    classes = np.unique(np.concatenate([points["labels"] for *_, points, _ in panels]))
-    chosen = classes[np.linspace(0, len(classes) - 1, min(10, len(classes))).round().astype(int)]
-    names = DATASETS[run["dataset"]].classes or [str(c) for c in range(max(classes) + 1)]
+    labels = [points["labels"] for *_, points, _ in panels]
+    classes, counts = np.unique(np.concatenate(labels), return_counts=True)
+    chosen = np.sort(classes[np.argsort(-counts, kind="stable")[:10]])
+    info = DATASETS[run["dataset"]]
+    names = info.classes or [f"class {c}" for c in range(max(classes) + 1)]
     colours = sns.color_palette("colorblind", 10)
     for at, (title, coordinates, points, after) in enumerate(panels):
         place = divmod(at, wide)
@@ -240,8 +242,16 @@ def tsne_panels(results: Sequence[Result]) -> Figure:
         if not axis.has_data():
             axis.set_visible(False)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, markerscale=2.5, handletextpad=0.2)
-    some = f", ten of {len(classes)} classes shown" if len(classes) > 10 else ""
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        frameon=False,
+        ncols=5,
+        markerscale=2.5,
+        handletextpad=0.2,
+    )
+    some = f"; the ten classes with most images, of {len(info.classes or classes)}" if len(classes) > 10 else ""
     return captioned(
         figure,
         f"The extractor's code of {len(panels[0][2]['labels'])} test images as t-SNE sees it (seed {run['seed']}{some}). "
@@ -262,7 +272,7 @@ def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "s
     small = 5
     lines = max(-(-len(group) // small) for group in shown.values())
     figure = Figure(figsize=(4.6 * len(shown) + 0.6, 4.2 + 0.95 * lines), layout="constrained")
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE | {"axes.titleweight": "normal", "axes.titlesize": 10}):
         parts = figure.subfigures(1, len(shown), squeeze=False)[0]
         large = [
             part.add_subplot(part.add_gridspec(1 + lines, small, height_ratios=[3.6, *[0.9] * lines])[0, :])
@@ -351,7 +361,7 @@ def similarity_with_nulls(results: Sequence[Result], arms: Sequence[str] = ("bas
         axis.set(title=title, ylim=(len(grouped) - 0.4, -0.6))
         axis.grid(axis="x", alpha=0.3)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    legend = figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=4)
     for handle in legend.get_lines():
         handle.set_color("#333333")
     return captioned(
@@ -376,7 +386,7 @@ def _draw_mean(axis: Any, arm: str, x: Sequence[float], values_SX: np.ndarray) -
 def _legend(figure: Figure, axis: Any, columns: int = 4) -> None:
     handles, labels = axis.get_legend_handles_labels()
     named = dict(zip(labels, handles, strict=True))  # each arm once
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", frameon=False, ncols=columns)
 
 
 def corruption_by_severity(
@@ -389,7 +399,7 @@ def corruption_by_severity(
     kinds = [kind for kind in grouped[first][0]["corruption"] if kind != "clean"]
     rows = -(-len(kinds) // 4)
     wide = min(len(kinds), 4)
-    figure, axes = new_figure(2.4 * wide + 0.4, 2.2 * rows + 0.6, rows, wide, sharex=True, sharey=True)
+    figure, axes = new_figure(2.4 * wide + 0.4, 2.2 * rows + 0.6, rows, wide, sharey=True)
     reference = {r["run"]["seed"]: r for r in grouped[first]}
     for axis, kind in zip(axes.flat, kinds, strict=False):
         for arm, group in grouped.items():
@@ -405,7 +415,8 @@ def corruption_by_severity(
         axis.set(title=kind.replace("_", " "), xticks=range(6))
     for axis in axes.flat[len(kinds) :]:
         axis.set_visible(False)
-    figure.supxlabel("severity (0: clean)", fontsize=10)
+    for axis in axes[-1]:
+        axis.set_xlabel("severity (0: clean)")
     figure.supylabel(f"accuracy minus {first}'s (points)", fontsize=10)
     _legend(figure, axes[0, 0])
     return captioned(
@@ -637,15 +648,13 @@ def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
         label.set_fontsize(9)
         if label.get_text() in {source.upper() for source in sources}:
             label.set_fontweight("bold")
-    axis.set_xscale("symlog", linthresh=2, linscale=1.2)
-    shown = [x for x in (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50) if abs(x) <= 1.3 * reach]
+    axis.set_xscale("symlog", linthresh=2, linscale=0.9)
+    shown = [x for x in (-100, -30, -10, -5, -2, -1, 0, 1, 2, 5, 10, 30, 100) if abs(x) <= 1.3 * reach]
     axis.set_xticks(shown, [f"{x:g}" for x in shown])
     axis.minorticks_off()
     axis.set(xlim=(-1.4 * reach, 1.9 * reach), ylim=(row + 0.6, -0.6))
     axis.grid(axis="x", alpha=0.3)
-    axis.set_xlabel(
-        "←  against the claim        difference in units of the one that counts        as claimed  →"
-    )
+    axis.set_xlabel("← against the claim     in units of the difference that counts     as claimed →")
     return captioned(
         figure,
         "Each verdict as a difference in units of the one that counts (dashed line at 1: the published difference, or "
@@ -738,7 +747,7 @@ def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Fig
         known = np.abs(colours[np.isfinite(colours)])
         reach = max(known.max(initial=0.0), np.finfo(float).tiny)
         axis.imshow(colours, cmap=DOSE_COLOURS, vmin=-reach, vmax=reach, aspect="auto")
-        better = {1: "orange: better", -1: "orange: lower, better"}.get(BETTER.get(name, 0), "orange: more")
+        better = {1: "orange: better", -1: "orange: better"}.get(BETTER.get(name, 0), "orange: more")
         axis.set_title(f"{column.title(name)}, {better}", fontsize=10)
         axis.set_xticks(range(len(columns)), [heads[at] for at in columns])
         axis.set_yticks(range(len(lines)), [rows[at] for at in lines])
@@ -802,7 +811,9 @@ def trust_grid(scores: pd.DataFrame) -> Figure:
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     handles = [Patch(color=colour, label=f"{mark} {meaning}") for _, mark, meaning, colour, _ in SIGHT]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9, handlelength=1)
+    figure.legend(
+        handles=handles, loc="outside lower center", frameon=False, ncols=2, fontsize=9, handlelength=1
+    )
     return captioned(
         figure,
         "Which measure (row) notices which planted fault (column)? Blue with a tick: it gets worse with every step; red "
@@ -840,7 +851,9 @@ def collapse_panel(results: Sequence[Result], arms: Sequence[str] = ("base", "sn
     axes[0, 2].grid(axis="x", alpha=0.3)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     handles.append(Line2D([], [], color="#333333", marker="|", ls="none"))
-    figure.legend(handles, [*labels, "null of a seed"], loc="outside lower center", ncols=len(handles))
+    figure.legend(
+        handles, [*labels, "null of a seed"], loc="outside lower center", frameon=False, ncols=len(handles)
+    )
     return captioned(
         figure,
         "How collapsed? 0: specialists; 1: one expert would do. Left and middle: over training, mean and range over seeds. "

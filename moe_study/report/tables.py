@@ -30,8 +30,8 @@ class Column(NamedTuple):
         return 100.0 if self.unit == "points" else 1.0
 
     def title(self, name: str, level: bool = False) -> str:
-        """The column's heading with its unit; a level of what is compared in points is in %."""
-        unit = "%" if level and self.unit == "points" else self.unit
+        """The column's heading with its unit; a level of accuracy, whose differences are points, is in %."""
+        unit = "%" if level and self.unit == "points" and "accuracy" in name else self.unit
         return f"{name} ({unit})" if unit else name
 
 
@@ -402,6 +402,21 @@ def contrasts(
                     | show(value, columns[column])
                 )
     return pd.DataFrame(rows, columns=CONTRAST_COLUMNS).set_index(CONTRAST_COLUMNS[:2])
+
+
+PARTNERS = (  # arms that differ in one thing
+    ("snnl", "base"), ("snnl", "snnl-shuffled"), ("snnl", "base-aux"), ("snnl", "base-balance"),
+    ("snnl", "uniform-snnl"), ("snnl", "dense-snnl"), ("base", "uniform-gate"), ("base", "dense"),
+    ("dense-snnl", "dense"),
+)  # fmt: skip
+
+
+def partners(runs: pd.DataFrame) -> list[tuple[str, str]]:
+    """The pairs of arms worth comparing among those that ran; every arm without a partner against `base`."""
+    there = list(dict.fromkeys(runs["arm"]))
+    pairs = [pair for pair in PARTNERS if set(pair) <= set(there)]
+    known = {arm for pair in PARTNERS for arm in pair}
+    return pairs + [(arm, "base") for arm in there if arm not in known]
 
 
 CROSSED_MEASURES = (

@@ -318,7 +318,9 @@ def answers(found: Sequence[Verdict]) -> str:
     own = {
         "Did SNNL help?": _snnl_answer([v for v in decided if v.claim.source == "SNNL-MoE"]),
         "Should I use the AC router?": _ac_answer([v for v in decided if v.claim.source == "AC router"]),
-        "Does learned routing pay at all?": _pays_answer([v for v in decided if v.claim.wording == PAYS]),
+        "Does learned routing pay at all?": _pays_answer(
+            [v for v in decided if v.claim.wording.startswith(PAYS)]
+        ),
     }
     return "\n".join(f"- **{question}** {answer}" for question, answer in own.items() if answer)
 
@@ -447,8 +449,8 @@ def _places(units: Sequence[Verdict]) -> str:
     """Data sets with their differences, and how sure they are."""
     by_stage: dict[str, list[str]] = {}
     for v in units:
-        several = len({one.control for one in units}) > 1
-        versus = f", against {in_words(v.control)}" if several else ""
+        several = len({(one.claim.treatment, one.control) for one in units}) > 1
+        versus = f", {contrast_in_words(v)}" if several else ""
         by_stage.setdefault(_surely([v]), []).append(f"{DATASET_TITLES[v.dataset]} ({difference(v)}{versus})")
     return "; ".join(f"{_and(parts)}, {stage}" for stage, parts in by_stage.items())
 
