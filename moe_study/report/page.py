@@ -16,13 +16,14 @@ import pandas as pd
 from bs4 import BeautifulSoup
 from IPython.display import HTML
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from nbformat import NotebookNode
 
 from moe_lib.models.language import LanguageConfig
 from moe_study import store, study, verdicts
 from moe_study.claims import BY_KEY, CLAIMS, CONFIRMATORY
 from moe_study.configs import arms
-from moe_study.report import tables
+from moe_study.report import collapse_plots, plots, tables
 from moe_study.report import verdicts as words
 from moe_study.report.plots import DATASET_TITLES, RETINA
 from moe_study.verdicts import Verdict
@@ -480,8 +481,31 @@ def readme_section() -> str:
     found = current(find_verdicts("core"))
     if not found:
         return f"{BEGIN}\nNo finished runs yet.\n{END}"
-    parts = [BEGIN, words.answers(found), f"{words.tally(found)} {unfinished('core')}".strip()]
+    parts = [BEGIN, words.answers(found), words.scope(found)]
+    parts.append(
+        f"![Every claim on every data set: verdict, difference, 95 % interval]({README_PICTURES['verdicts']})"
+    )
+    if whole_runs("core", "collapse"):
+        parts.append(
+            "Who serves which domain, without and with SNNL: rows are domains, columns experts. Rows that differ "
+            "show a gate that tells domains apart.\n\n"
+            f"![Mean gate of each domain without and with SNNL]({README_PICTURES['routing']})"
+        )
     return "\n\n".join(parts) + f"\n\n{END}"
+
+
+README_PICTURES = {"verdicts": "figures/readme/verdicts.png", "routing": "figures/readme/routing.png"}
+
+
+def readme_pictures() -> dict[str, Figure]:
+    """The README's two pictures, from results/core."""
+    pictures = {}
+    if found := current(find_verdicts("core")):
+        pictures["verdicts"] = plots.verdict_grid(words.grid(found))
+    for runs in whole_runs("core", "collapse").values():
+        shown = [run for run in runs if run.arm in ("base", "snnl")]
+        pictures.setdefault("routing", collapse_plots.domain_routing(study.results(shown)))
+    return pictures
 
 
 def results_page() -> str:
@@ -500,6 +524,7 @@ def results_page() -> str:
         "## Verdicts",
         f"{words.tally(found)} {unfinished(profile)}".strip(),
         words.answers(found),
+        words.scope(found),
         "One row a claim, data set and control, at the last epoch, paired by seed: mean difference, 95 % t "
         "interval, exact sign-flip p (Holm over the units of a study). *Counts from*: the published "
         "difference, or a declared margin. Fewer than eight seeds are a pilot: shown, never decided.",
@@ -578,6 +603,9 @@ def update_readme(path: Path, check: bool = False) -> int:
         path.with_name("RESULTS.md"): results_page(),
     }
     stale = [file for file, content in wanted.items() if not file.exists() or file.read_text() != content]
+    if not check:
+        for name, figure in readme_pictures().items():
+            plots.save(figure, f"readme/{name}", [])
     for file in stale:
         if check:
             print(f"{file} is out of date: run `make readme`", file=sys.stderr)
@@ -640,6 +668,8 @@ def arrange(body: str) -> Arranged:
     """Give headings an id, fold the parts of sections (level 3) and the sections tagged "fold", let tables
     scroll, and list the contents."""
     soup = BeautifulSoup(body, "html.parser")
+    for link in soup.find_all("a", class_="anchor-link"):
+        link.decompose()
     contents: list[dict[str, Any]] = []
     taken: Counter[str] = Counter()
     for heading in soup.find_all(["h2", "h3", "h4"]):

@@ -251,7 +251,9 @@ def tsne_panels(results: Sequence[Result]) -> Figure:
         markerscale=2.5,
         handletextpad=0.2,
     )
-    some = f"; the ten classes with most images, of {len(info.classes or classes)}" if len(classes) > 10 else ""
+    some = (
+        f"; the ten classes with most images, of {len(info.classes or classes)}" if len(classes) > 10 else ""
+    )
     return captioned(
         figure,
         f"The extractor's code of {len(panels[0][2]['labels'])} test images as t-SNE sees it (seed {run['seed']}{some}). "
@@ -586,6 +588,60 @@ WORD_COLOURS = {
     "not testable here": "#8a8a8a",
     "pilot": "#8a8a8a",
 }
+
+
+def verdict_grid(grid: dict[str, Any]) -> Figure:
+    """`report.verdicts.grid` as a picture: claim x data set, a colour per word, difference and interval."""
+    lines = [
+        (row, units)
+        for section in grid["sections"]
+        for row in (section["title"], *section["rows"])
+        for units in [1 if isinstance(row, str) else max(map(len, row["cells"]))]
+    ]
+    datasets = grid["datasets"]
+    left, wide, unit = 4.2, 1.5, 0.2
+    width, height = left + wide * len(datasets), unit * (sum(n for _, n in lines) + 2.4)
+    figure = Figure(figsize=(width, height))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlim=(0, width), ylim=(height, 0))
+    axis.set_axis_off()
+    for at, name in enumerate(datasets):
+        axis.text(left + wide * at, unit / 2, name, fontsize=8, fontweight="bold", va="center")
+    y = 1.1 * unit
+    for row, units in lines:
+        if isinstance(row, str):
+            axis.text(0.05, y + unit / 2, row, fontsize=8, fontweight="bold", va="center")
+        else:
+            label = f"{row['claim']} ({row['measure']})" if row["measure"] else row["claim"]
+            axis.text(0.05, y + unit / 2, label, fontsize=7, va="center")
+            if row["contrast"]:
+                axis.text(
+                    left - 0.08,
+                    y + unit / 2,
+                    row["contrast"],
+                    fontsize=5.5,
+                    va="center",
+                    ha="right",
+                    color="#555555",
+                )
+            for at, cell in enumerate(row["cells"]):
+                for line, one in enumerate(cell):
+                    x, top = left + wide * at, y + line * unit
+                    colour = WORD_COLOURS[one["word"]]
+                    axis.add_patch(Rectangle((x, top + 0.01), wide - 0.05, unit - 0.02, fc=colour, alpha=0.3))
+                    text = f"{one['mark']} {one['difference']} {one['interval']}"
+                    axis.text(x + 0.04, top + unit / 2, text, fontsize=6.5, va="center")
+        y += unit * units
+    x = 0.05
+    for word, mark, _ in grid["legend"]:
+        axis.add_patch(Rectangle((x, y + 0.06), 0.12, 0.12, fc=WORD_COLOURS[word], alpha=0.3))
+        axis.text(x + 0.16, y + 0.13, f"{mark} {word}", fontsize=7, va="center")
+        x += 0.45 + 0.066 * len(word)
+    return captioned(
+        figure,
+        "Every claim (row) on every data set (column): a colour per verdict, mean difference and 95 % interval. What is "
+        "subtracted stands beside the claims.",
+    )
 
 
 def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:

@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, Template
-from markupsafe import Markup
 
 from moe_study.claims import ACCURACY, BY_KEY, PAYS
 from moe_study.report import tables
@@ -208,13 +207,13 @@ MARKS: Mapping[Word, tuple[str, str]] = {  # sign and style of each word
     "contradicted": ("✗", "contradicted"),
     "smaller than claimed": ("<", "smaller"),
     "undecided": ("?", "undecided"),
-    "not testable here": ("–", "untestable"),
+    "not testable here": ("·", "untestable"),
     "pilot": ("○", "pilot"),
 }
 SOURCES = {  # of claims, in the order of the grid
-    "SNNL-MoE": "The SNNL paper says: SNNL makes a mixture of experts ...",
-    "AC router": "The AC paper says: the AC router ...",
-    "this study": "We ask first: is the mixture, and its learned routing, worth having?",
+    "SNNL-MoE": "SNNL makes a mixture of experts",
+    "AC router": "The AC router",
+    "this study": "We ask first",
 }
 
 
@@ -227,47 +226,60 @@ def contrast_in_words(verdict: Verdict) -> str:
     return f"{in_words(verdict.claim.treatment)} minus {in_words(verdict.control)}"
 
 
-def grid(found: Sequence[Verdict]) -> str:
-    """Claim x data set as HTML: a colour per word, difference and 95 % interval in the cell."""
+def grid(found: Sequence[Verdict]) -> dict[str, Any]:
+    """Claim x data set: sections of rows of cells, one entry a verdict, for the page and for a picture."""
     datasets = [name for name in DATASET_TITLES if any(v.dataset == name for v in found)]
     sections = []
     for source, title in SOURCES.items():
-        own = [v for v in found if v.claim.source == source]
-        rows: dict[tuple[str, str], list[Verdict]] = {}
-        for v in own:
-            rows.setdefault((v.claim.wording, v.claim.treatment), []).append(v)
-        sections.append({"title": title, "rows": [_grid_row(units, datasets) for units in rows.values()]})
+        rows: dict[tuple[str, ...], list[Verdict]] = {}
+        for v in (v for v in found if v.claim.source == source):
+            rows.setdefault((v.claim.wording, v.claim.treatment, v.claim.measure.name), []).append(v)
+        shared = {_contrasts(units) for units in rows.values()}
+        if rows:
+            sections.append(
+                {
+                    "title": f"{title} ({min(shared)})" if len(shared) == 1 else title,
+                    "rows": [_grid_row(units, datasets, len(shared) > 1) for units in rows.values()],
+                }
+            )
     used = [word for word in MARKS if any(v.word == word for v in found)]
-    return _template("grid.html.j2").render(
-        datasets=[DATASET_TITLES[name] for name in datasets],
-        sections=[section for section in sections if section["rows"]],
-        legend=[(word, *MARKS[word]) for word in used],
-    )
-
-
-def _grid_row(units: Sequence[Verdict], datasets: Sequence[str]) -> dict[str, Any]:
-    claim = units[0].claim
-    controls = list(dict.fromkeys(v.control for v in units))
-    unit = f" ({claim.measure.unit})" if claim.measure.unit else ""
-    against = [f"minus {in_words(control)}" for control in controls]
     return {
-        "claim": claim.wording,
-        "contrast": f"{in_words(claim.treatment)} {_and(against)}: {claim.measure.name}{unit}, "
-        f"{claim.measure.direction} is better",
+        "datasets": [DATASET_TITLES[name] for name in datasets],
+        "sections": sections,
+        "legend": [(word, *MARKS[word]) for word in used],
+    }
+
+
+def _contrasts(units: Sequence[Verdict]) -> str:
+    """ "AC router minus linear router, then minus cosine router", in the order of a cell's lines."""
+    controls = dict.fromkeys(v.control for v in units)
+    return f"{in_words(units[0].claim.treatment)} " + ", then ".join(f"minus {in_words(c)}" for c in controls)
+
+
+def _grid_row(units: Sequence[Verdict], datasets: Sequence[str], named: bool) -> dict[str, Any]:
+    measure = units[0].claim.measure
+    controls = list(dict.fromkeys(v.control for v in units))
+    return {
+        "claim": units[0].claim.wording,
+        "measure": ", ".join(
+            filter(None, [measure.unit, "low is good" if measure.direction == "lower" else ""])
+        ),
+        "contrast": _contrasts(units) if named else "",
         "cells": [
             [
                 {
                     "mark": MARKS[v.word][0],
                     "style": MARKS[v.word][1],
+                    "word": v.word,
                     "title": f"{contrast_in_words(v)}: {word(v)}. {reason(v)}",
                     "difference": "no pairs" if v.comparison is None else _bare(v, v.comparison.difference),
                     "interval": ""
                     if v.comparison is None
-                    else claim.measure.shown(v.comparison.low, v.comparison.high, unit=False),
-                    "versus": in_words(v.control).removesuffix(" router") if len(controls) > 1 else "",
+                    else measure.shown(v.comparison.low, v.comparison.high, unit=False),
                 }
+                for control in controls
                 for v in units
-                if v.dataset == name
+                if (v.dataset, v.control) == (name, control)
             ]
             for name in datasets
         ],
@@ -286,25 +298,24 @@ def _template(name: str) -> Template:
 
 
 GLOSSARY = {
-    "mixture of experts (MoE)": "a gate shares the inputs out among several small networks, the experts",
-    "expert collapse": "experts idle, or all do the same",
-    "SNNL": "soft nearest neighbor loss: pulls the features of one class together",
-    "AC router": "Adaptive Clustering: routes in a space scaled by each expert's cluster",
-    "points": "percentage points of test accuracy",
-    "+a [b, c]": "mean difference over paired seeds [95 % interval]; above it stands what minus what",
-    "supported": "the claimed sign, p at most 0.05 after correction, at every checkpoint",
-    "contradicted": "the 90 % interval lies on the wrong side of 0",
-    "smaller than claimed": "the 90 % interval lies below the claimed or declared difference",
+    "mixture of experts (MoE)": "a gate shares inputs out among small networks, the experts",
+    "collapse": "experts idle, or all do the same",
+    "SNNL": "soft nearest neighbor loss: draws features of one class together",
+    "AC router": "routes in a space scaled by each expert's cluster",
+    "+a [b, c]": "mean difference over paired seeds [95 % interval], in points of accuracy or as said",
+    "supported": "claimed sign, corrected p at most 0.05, no checkpoint against it",
+    "contradicted": "90 % interval on the wrong side of 0",
+    "smaller than claimed": "90 % interval below the difference that counts",
     "undecided": "too few seeds to say",
-    "not testable here": "nothing to resolve, or learned routing is not shown to pay, so a better router cannot matter",
-    "confirmatory": "on seeds declared before their first run; exploratory otherwise",
+    "not testable here": "nothing to resolve, or learned routing is not shown to pay",
+    "confirmatory": "seeds declared before their first run; else exploratory",
 }
 
 
 def first_screen(found: Sequence[Verdict]) -> str:
     """Grid and glossary side by side, as HTML."""
     glossary = {term: text for term, text in GLOSSARY.items() if term not in MARKS or _said(found, term)}
-    return _template("first.html.j2").render(grid=Markup(grid(found)), glossary=glossary)
+    return _template("first.html.j2").render(grid(found) | {"glossary": glossary})
 
 
 def _said(found: Sequence[Verdict], term: str) -> bool:
@@ -338,22 +349,25 @@ def scope(found: Sequence[Verdict]) -> str:
 
 def _snnl_answer(found: Sequence[Verdict]) -> str:
     own = [v for v in found if v.claim.measure == ACCURACY]
-    yes = [v for v in own if v.word == "supported"]
     said = []
-    if yes:
-        said.append(f"Yes on {_places(yes)}")
-        said += filter(None, [_mechanism(v) for v in yes])
+    if yes := [v for v in own if v.word == "supported"]:
+        said.append(" ".join([f"Yes on {_places(yes)}", *filter(None, map(_mechanism, yes))]))
+    if no := [v for v in own if v.word == "contradicted"]:
+        said.append(f"it makes the model less accurate on {_places(no)}")
     for outcome, phrase in (
-        ("contradicted", "it lowers accuracy on"),
         ("smaller than claimed", "the gain is smaller than claimed, if there is one, on"),
-        ("undecided", "it is undecided on"),
+        ("undecided", "undecided on"),
     ):
         if units := [v for v in own if v.word == outcome]:
-            said.append(f"{phrase} {_places(units)}")
+            said.append(f"{phrase} {_names(units)} ({_surely(units)})")
     text = "; ".join(said)
     if any(v.depends_on_checkpoint for v in own if v.word != "supported"):
-        text += " (there another choice of checkpoint would change the verdict)"
+        text += "; there another checkpoint would change the verdict"
     return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _names(units: Sequence[Verdict]) -> str:
+    return _and(list(dict.fromkeys(DATASET_TITLES[v.dataset] for v in units)))
 
 
 def _mechanism(verdict: Verdict) -> str:
@@ -364,9 +378,9 @@ def _mechanism(verdict: Verdict) -> str:
                 one.comparison.difference, one.comparison.low, one.comparison.high
             )
             return {
-                "interval on the claimed side": f"the mixture gains {shown} more than a dense network does",
-                "interval on the other side": f"a dense network gains more from it than the mixture ({shown})",
-                "interval includes 0": f"a dense network gains as much, as far as these seeds tell ({shown})",
+                "interval on the claimed side": f"({shown} more than a dense network gains)",
+                "interval on the other side": f"(but a dense network gains more: {shown})",
+                "interval includes 0": f"(a dense network may gain as much: {shown})",
             }[one.reading]
     return ""
 
@@ -380,53 +394,36 @@ def _ac_answer(found: Sequence[Verdict]) -> str:
     }
     wins = [us for us in by_dataset.values() if all(v.word == "supported" for v in us)]
     rest = [v for us in by_dataset.values() if us not in wins for v in us]
-    said = [f"Yes on {_places([v for us in wins for v in us])}."] if wins else ["There is no reason to here."]
-    for unit in dict.fromkeys(v.claim.measure for v in rest):
-        units = [v for v in rest if v.claim.measure == unit and v.comparison is not None]
-        said.append(_no_gain(units))
-    gated = [v for v in rest if v.obstacle is not None and v.obstacle.kind == "gate"]
-    if gated:
-        names = _and(list(dict.fromkeys(DATASET_TITLES[v.dataset] for v in gated)))
-        said.append(
-            f"Whether a better router matters cannot be told on {names}: learned routing is not shown to pay."
-        )
+    said = [f"Yes on {_places([v for us in wins for v in us])}."] if wins else ["We see no reason to."]
+    for measure in dict.fromkeys(v.claim.measure for v in rest):
+        said.append(_no_gain([v for v in rest if v.claim.measure == measure and v.comparison is not None]))
+    if gated := [v for v in rest if v.obstacle is not None and v.obstacle.kind == "gate"]:
+        where = "here" if len(gated) == len(own) else f"on {_names(gated)}"
+        said.append(f"Learned routing is not shown to pay {where}, so a better router has nothing to prove.")
     return " ".join(filter(None, said))
 
 
 def _no_gain(units: Sequence[Verdict]) -> str:
-    """Better, worse or neither than the two control routers, one measure, in a sentence."""
-    if not units:
-        return ""
-    measure = units[0].claim.measure
+    """Where it differs from the two control routers in one measure, and where it does not, in a sentence."""
     said = []
-    for better, phrase in ((True, "better"), (False, "worse")):
-        apart = [
-            v
-            for v in units
-            if v.comparison is not None
-            and (
-                min(measure.sign * v.comparison.low, measure.sign * v.comparison.high) > 0
-                if better
-                else max(measure.sign * v.comparison.low, measure.sign * v.comparison.high) < 0
-            )
-        ]
-        said += [
-            f"on {DATASET_TITLES[v.dataset]} it is {phrase} than the {in_words(v.control)} by {difference(v)}"
-            for v in apart
-        ]
-    same = [v for v in units if v.comparison is not None and v.comparison.low <= 0 <= v.comparison.high]
-    if same:
-        low = min(v.comparison.low for v in same if v.comparison)
-        high = max(v.comparison.high for v in same if v.comparison)
-        names = _and(list(dict.fromkeys(DATASET_TITLES[v.dataset] for v in same)))
-        controls = _and(list(dict.fromkeys(in_words(v.control) for v in same)))
-        if len(units) > len(same) and len(units[0].claim.controls) > 1:
-            said.append(f"no difference from the {controls} shows")
-        else:
-            said.append(
-                f"in {measure.name} no difference from the {controls} shows on {names} "
-                f"(all 95 % intervals within {measure.shown(low, high)}, {_surely(same)})"
-            )
+    same = []
+    for v in units:
+        assert v.comparison is not None
+        if v.comparison.low <= 0 <= v.comparison.high:
+            same.append(v)
+            continue
+        better = v.claim.measure.sign * v.comparison.difference > 0
+        said.append(
+            f"{'better' if better else 'worse'} than the {in_words(v.control)} on {DATASET_TITLES[v.dataset]} "
+            f"by {difference(v)}"
+        )
+    if same and not said:
+        ends = [end for v in same if v.comparison for end in (v.comparison.low, v.comparison.high)]
+        within = same[0].claim.measure.shown(min(ends), max(ends))
+        said.append(
+            f"no gain over {_and(list(dict.fromkeys(f'the {in_words(v.control)}' for v in same)))} shows on "
+            f"{_names(same)} (95 % intervals within {within}, {_surely(same)})"
+        )
     text = "; ".join(said)
     return f"{text[0].upper()}{text[1:]}." if text else ""
 
