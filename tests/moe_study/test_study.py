@@ -1,6 +1,7 @@
 """The engine: names, result files, resuming after SIGKILL, and what fails loudly."""
 
 import errno
+import itertools
 import json
 import math
 import multiprocessing
@@ -21,7 +22,7 @@ import torch
 from filelock import FileLock
 
 from moe_study import data, store, study
-from moe_study.configs import arms
+from moe_study.configs import arms, collapse
 from moe_study.data import ROOT
 from moe_study.train import load_checkpoint
 
@@ -73,7 +74,9 @@ def test_committed_results_belong_to_the_plan(monkeypatch):
 def test_arms_differ_from_base_in_one_thing():
     settings = arms.SETTINGS["core"]["fashion_mnist"]
     study_arms = arms.snnl_arms(settings)
-    assert set(study_arms) | set(arms.collapse_arms(settings)) == set(arms.ARM_DESCRIPTIONS)
+    assert set(study_arms) | set(collapse.collapse_arms(settings)) | set(collapse.top1_arms(settings)) == set(
+        arms.ARM_DESCRIPTIONS
+    )
     base_model, base_objective = study_arms["base"]
     dense_model = study_arms["dense"][0]
     assert dense_model.num_experts * dense_model.expert_hidden == (
@@ -86,6 +89,26 @@ def test_arms_differ_from_base_in_one_thing():
         changed_model = model != reference
         changed_objective = objective != base_objective
         assert (changed_model + changed_objective) == (arm not in ("base", "dense")), arm
+
+
+def test_the_collapse_map_has_every_arm_at_every_size_and_only_sizes_differ():
+    plan = collapse.MAPS["core"]
+    runs = study.runs("core", "collapse-map")
+    sizes = {(r.model.num_experts, r.model.expert_hidden, r.model.code_dim) for r in runs}
+    assert sizes == set(itertools.product(plan.num_experts, plan.expert_hidden, plan.code_dim))
+    assert len(runs) == len({run.id for run in runs}) == len(sizes) * len(plan.arms) * len(plan.seeds)
+    reference = {r.arm: r for r in study.runs("core", "collapse")}
+    for run in runs:  # at the collapse study's own size, a run of it but for the seed
+        model = replace(run.model, num_experts=4, expert_hidden=4, code_dim=8)
+        own = reference[run.arm]
+        assert (model, run.objective, run.train) == (own.model, own.objective, own.train)
+
+
+def test_top1_arms_route_each_image_to_one_expert():
+    for run in study.runs("core", "collapse-top1"):
+        assert run.model.top_k == 1
+        assert (run.model.gate == "hash") == run.arm.startswith("hash")
+        assert (run.objective.snnl is not None) == run.arm.endswith("snnl")
 
 
 @pytest.mark.parametrize("dataset", arms.TUNING_DATASETS)
