@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, Template
 
-from moe_study.claims import ACCURACY, BY_KEY, PAYS
+from moe_study.claims import ACCURACY, BY_KEY, PAYS, Measure
 from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
 from moe_study.verdicts import MECHANISM, Cause, Verdict, Word
@@ -194,8 +195,8 @@ ARM_WORDS = {
     "base-balance": "MoE with balance loss",
     "snnl-shuffled": "MoE with SNNL of shuffled labels",
     "base-aux": "MoE with an auxiliary classifier",
-    "uniform-gate": "MoE with a constant gate",
-    "uniform-snnl": "SNNL-MoE with a constant gate",
+    "uniform-gate": "a constant gate",
+    "uniform-snnl": "SNNL with a constant gate",
     "linear": "linear router",
     "cosine": "cosine router",
     "ac": "AC router",
@@ -212,8 +213,8 @@ MARKS: Mapping[Word, tuple[str, str]] = {  # sign and style of each word
 }
 SOURCES = {  # of claims, in the order of the grid
     "SNNL-MoE": "SNNL makes a mixture of experts",
+    "this study": "Is it worth having?",
     "AC router": "The AC router",
-    "this study": "We ask first",
 }
 
 
@@ -275,7 +276,7 @@ def _grid_row(units: Sequence[Verdict], datasets: Sequence[str], named: bool) ->
                     "difference": "no pairs" if v.comparison is None else _bare(v, v.comparison.difference),
                     "interval": ""
                     if v.comparison is None
-                    else measure.shown(v.comparison.low, v.comparison.high, unit=False),
+                    else _short(measure).shown(v.comparison.low, v.comparison.high, unit=False),
                 }
                 for control in controls
                 for v in units
@@ -286,8 +287,13 @@ def _grid_row(units: Sequence[Verdict], datasets: Sequence[str], named: bool) ->
     }
 
 
+def _short(measure: Measure) -> Measure:
+    """With three decimals at most, as fits into a cell."""
+    return replace(measure, decimals=min(measure.decimals, 3))
+
+
 def _bare(verdict: Verdict, value: float) -> str:
-    return verdict.claim.measure.shown(value, unit=False)
+    return _short(verdict.claim.measure).shown(value, unit=False)
 
 
 def _template(name: str) -> Template:
@@ -315,7 +321,7 @@ GLOSSARY = {
 def first_screen(found: Sequence[Verdict]) -> str:
     """Grid and glossary side by side, as HTML."""
     glossary = {term: text for term, text in GLOSSARY.items() if term not in MARKS or _said(found, term)}
-    return _template("first.html.j2").render(grid(found) | {"glossary": glossary})
+    return _template("first.html.j2").render(grid(found) | {"glossary": glossary, "scope": scope(found)})
 
 
 def _said(found: Sequence[Verdict], term: str) -> bool:
@@ -432,12 +438,15 @@ def _pays_answer(found: Sequence[Verdict]) -> str:
     said = []
     for outcome, phrase in (
         ("supported", "yes on"),
-        ("contradicted", "no: a gate that learns nothing is more accurate on"),
+        ("contradicted", "no: a gate that learns nothing does better on"),
         ("smaller than claimed", "it gains less than would matter on"),
         ("undecided", "it is undecided on"),
     ):
-        if units := [v for v in found if v.word == outcome]:
-            said.append(f"{phrase} {_places(units)}")
+        units = [v for v in found if v.word == outcome]
+        if alone := [v for v in units if v.claim.wording == PAYS]:
+            said.append(f"{phrase} {_places(alone)}")
+        if beside := [v for v in units if v.claim.wording != PAYS]:
+            said.append(f"{'likewise' if alone else phrase} beside SNNL, {_places(beside)}")
     text = "; ".join(said)
     return f"{text[0].upper()}{text[1:]}." if text else ""
 
