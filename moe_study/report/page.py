@@ -299,9 +299,9 @@ def happened(profile: str) -> str:
     for name, measure, columns, pairs in HAPPENED:
         for dataset, runs in finished_runs(profile, name).items():
             frame = tables.frame(study.results(runs), columns)
-            said = [text for a, b in pairs if (text := _difference(frame, a, b, measure, columns[measure]))]
+            said = words.differences(frame, [(a, b, measure) for a, b in pairs], columns)
             if said:
-                lines.append(f"- **{DATASET_TITLES[dataset]}** ({measure}): {'; '.join(said)}.")
+                lines += [f"- **{DATASET_TITLES[dataset]}** ({measure})", *(f"    - {text}" for text in said)]
     core = store.results_dir() / "core" / "report.html"
     link = "[the report of profile `core`](../core/report.html)"
     return "\n".join(
@@ -313,24 +313,6 @@ def happened(profile: str) -> str:
             "",
             *lines,
         ]
-    )
-
-
-def _difference(
-    frame: pd.DataFrame, treatment: str, control: str, measure: str, column: tables.Column
-) -> str:
-    """ "SNNL-MoE reaches 97.1 %, plain MoE 96.9 %: +0.2 [-0.1, +0.5] points, 5 seeds, no difference to be seen"."""
-    both = tables.paired(frame, [treatment, control], measure)
-    found = tables.contrast(frame, treatment, control, measure)
-    if both is None or found is None:
-        return ""
-    unit = "%" if column.unit == "points" else column.unit
-    a, b = (f"{column.scale * both[arm].mean():.{column.decimals}f} {unit}" for arm in (treatment, control))
-    shown = tables.show(found, column)
-    apart = "no difference to be seen" if found.low <= 0 <= found.high else "a difference, on these seeds"
-    return (
-        f"{words.in_words(treatment)} reaches {a}, {words.in_words(control)} {b} "
-        f"({shown['difference']} {shown['95 % interval']} {column.unit}, {found.seeds} seeds: {apart})"
     )
 
 

@@ -353,6 +353,44 @@ def scope(found: Sequence[Verdict]) -> str:
     )
 
 
+def differences(
+    runs: pd.DataFrame, asked: Sequence[tuple[str, str, str]], columns: tables.Columns = tables.COLUMNS
+) -> list[str]:
+    """Sentences on (treatment, control, measure): both levels, the difference, and what it says."""
+    said = []
+    for treatment, control, name in asked:
+        both = tables.paired(runs, [treatment, control], name)
+        found = tables.contrast(runs, treatment, control, name)
+        if both is None or found is None:
+            continue
+        column = columns[name]
+        unit = "%" if column.unit == "points" else column.unit
+        a, b = (
+            f"{column.scale * both[arm].mean():.{column.decimals}f} {unit}".strip()
+            for arm in (treatment, control)
+        )
+        shown = tables.show(found, column)
+        if found.low <= 0 <= found.high:
+            reading = "these seeds show no difference"
+        else:
+            reading = f"{in_words(treatment)} is {'higher' if found.difference > 0 else 'lower'}"
+        pilot = ", too few to decide" if found.seeds < tables.PILOT_BELOW else ""
+        said.append(
+            f"{name}: {in_words(treatment)} {a}, {in_words(control)} {b}. The difference is {shown['difference']} "
+            f"{shown['95 % interval']} {column.unit}".strip()
+            + f" over {found.seeds} seeds{pilot}: {reading}."
+        )
+    return said
+
+
+def conclusion(
+    runs: pd.DataFrame, asked: Sequence[tuple[str, str, str]], columns: tables.Columns = tables.COLUMNS
+) -> str:
+    """The end of a notebook: `differences` as a Markdown list."""
+    said = differences(runs, asked, columns)
+    return "\n".join(f"- {text}" for text in said) or "No two seeds have both arms yet."
+
+
 def _snnl_answer(found: Sequence[Verdict]) -> str:
     own = [v for v in found if v.claim.measure == ACCURACY]
     said = []

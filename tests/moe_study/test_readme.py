@@ -39,7 +39,7 @@ def test_its_python_runs_as_it_stands():
     assert PYTHON
     names: dict = {}
     for block in PYTHON:
-        exec(block, names)  # noqa: S102
+        exec(block, names)
     assert names["loss"].requires_grad
     assert names["outputs"].shape == (256, 32)
 

@@ -1061,7 +1061,10 @@ def test_what_happened_is_told_in_words(folders):
         for place, run in enumerate(study.runs("digits", "snnl", "digits", arm)[:3]):
             store.write(run.path, made_up(run, accuracy + 0.01 * place))
     text = report.happened("digits")
-    assert "SNNL-MoE reaches 93.00 %, plain MoE 91.00 % (+2.00 [+2.00, +2.00] points, 3 seeds" in text
+    assert (
+        "accuracy: SNNL-MoE 93.00 %, plain MoE 91.00 %. The difference is +2.00 [+2.00, +2.00] points" in text
+    )
+    assert "over 3 seeds, too few to decide: SNNL-MoE is higher." in text
     assert "results/core/report.html" in text
 
 
