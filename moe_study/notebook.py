@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -83,6 +84,15 @@ def show(figure: Figure, path: str, runs: Sequence[study.Run] = (), files: Seque
     alt = figure.get_label() or path.replace("/", " ")
     display(Image(filename=str(plots.target(path)), embed=True, retina=True, alt=alt))
     print(caption)
+
+
+def picture(figure: Figure) -> Any:
+    """A figure to display now and again, without a file of its own: a curve that grows."""
+    from IPython.display import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=96 * plots.RETINA)
+    return Image(data=drawn.getvalue(), retina=True)
 
 
 def arms_table(runs: Sequence[study.Run], descriptions: Mapping[str, str]) -> pd.DataFrame:

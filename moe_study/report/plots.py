@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,17 @@ def training_curves(results: Sequence[Result], arms: Sequence[str] | None = None
         f"Training: does an arm learn faster (left), to a higher accuracy (middle), with more varied routing "
         f"(right)? Lines are means over seeds, bands their range; {seeds_in_words(results)}.",
     )
+
+
+def live_curves(losses: Mapping[str, Sequence[float]]) -> Figure:
+    """Training loss against step, a line for each model trained so far."""
+    figure, axes = new_figure(6.4, 3.0)
+    for arm, values in losses.items():
+        axes[0, 0].plot(range(1, len(values) + 1), values, color=arm_style(arm)[0], label=arm)
+    axes[0, 0].set(xlabel="step", ylabel="training cross-entropy (nats)", xlim=(0, None), ylim=(0, None))
+    if losses:
+        axes[0, 0].legend()
+    return figure
 
 
 def _curve(validation: dict[str, list[float]], key: str) -> list[float]:

@@ -13,6 +13,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, Template
 
 from moe_study.claims import ACCURACY, BY_KEY, PAYS, Measure
+from moe_study.configs.dose import Panel
 from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
 from moe_study.verdicts import MECHANISM, Cause, Verdict, Word
@@ -389,6 +390,27 @@ def conclusion(
     """The end of a notebook: `differences` as a Markdown list."""
     said = differences(runs, asked, columns)
     return "\n".join(f"- {text}" for text in said) or "No two seeds have both arms yet."
+
+
+def dose_conclusion(runs: pd.DataFrame, panels: Sequence[Panel], name: str, columns: tables.Columns) -> str:
+    """For each panel the cell furthest from its control, as a Markdown list."""
+    lines = []
+    column = columns[name]
+    for panel in panels:
+        found = {at: one for at, one in tables.dose_effects(runs, panel, name).items() if one is not None}
+        if not found:
+            continue
+        (down, rows), (across, heads) = panel.labels
+        row, head = max(found, key=lambda at: abs(found[at].difference))
+        one = found[row, head]
+        shown = tables.show(one, column)
+        apart = sum(other.low > 0 or other.high < 0 for other in found.values())
+        lines.append(
+            f"- **{panel.title.capitalize()}**: furthest at {down} {rows[row]}, {across} {heads[head]}, where {name} "
+            f"differs by {shown['difference']} {shown['95 % interval']} {column.unit} over {one.seeds} seeds; "
+            f"{apart} of {len(found)} cells are told apart from 0."
+        )
+    return "\n".join(lines) or "No dose yet that two seeds share with its control."
 
 
 def _snnl_answer(found: Sequence[Verdict]) -> str:

@@ -1157,7 +1157,7 @@ ROUTED_SITUATIONS = {
 
 
 def test_the_figures_are_found():
-    others = {"verdict_forest", "verdict_grid", "trust_grid", "dose_heatmaps"}
+    others = {"verdict_forest", "verdict_grid", "live_curves", "trust_grid", "dose_heatmaps"}
     assert set(FIGURES) == {*SNNL_FIGURES, *(name for name, _, _ in ROUTED_FIGURES), *others}
 
 
