@@ -62,7 +62,8 @@ def loss_figure(points_N2: Tensor, labels_N: Tensor, temperature: float) -> Figu
     figure.colorbar(picture, ax=axes[0, 0], label="loss of a point (nats)")
     return captioned(
         figure,
-        f"The loss of each point at temperature {temperature:g}: dark points have neighbours of their own class.",
+        f"The loss of each point at temperature {temperature:g}: dark points have neighbours of their own "
+        "class.",
     )
 
 
@@ -81,7 +82,8 @@ def scaling_figure(ratio: float) -> Figure:
         axis.set_aspect("equal", adjustable="datalim")
     return captioned(
         figure,
-        f"What M does: two clusters, each {ratio:g} times as wide along one feature as along the other. M divides each "
+        f"What M does: two clusters, each {ratio:g} times as wide along one feature as along the other. M "
+        "divides each "
         "cluster's features by their own spread (mean absolute deviation), so a cluster becomes round.",
     )
 

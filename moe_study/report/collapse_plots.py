@@ -73,16 +73,18 @@ def collapse_and_accuracy(results: Sequence[Result]) -> Figure:
     figure.legend(loc="outside right center", fontsize=9, frameon=False)
     return captioned(
         figure,
-        "Does collapse cost accuracy? To the right more experts are at work, upwards the model is more accurate. Small "
-        "marks are runs, large ones the means of arms; lines are the dense networks, which have no experts to lose; "
+        "Does collapse cost accuracy? To the right more experts are at work, upwards the model is more "
+        "accurate. Small "
+        "marks are runs, large ones the means of arms; lines are the dense networks, which have no "
+        "experts to lose; "
         f"{seeds_in_words(results)}.",
     )
 
 
 def domain_routing(results: Sequence[Result], arms: Sequence[str] | None = None) -> Figure:
     """Mean gate of each domain (row) over experts (columns), at each arm's seed of median accuracy; experts
-    are ordered so that they match those of the first arm (Hungarian method). Of all arms that learn a gate, or
-    of those named."""
+    are ordered so that they match those of the first arm (Hungarian method). Of all arms that learn a gate,
+    or of those named."""
     chosen = {
         arm: median_run(own, "task.accuracy")
         for arm, own in arms_of(results, arms).items()
@@ -113,8 +115,10 @@ def domain_routing(results: Sequence[Result], arms: Sequence[str] | None = None)
         axis.set_visible(False)
     return captioned(
         figure,
-        "Who serves which domain: the mean gate of each domain (row) over the experts (columns), at each arm's seed of "
-        "median accuracy, with experts matched between pictures. Rows that differ: the gate tells domains apart; one "
+        "Who serves which domain: the mean gate of each domain (row) over the experts (columns), at each "
+        "arm's seed of "
+        "median accuracy, with experts matched between pictures. Rows that differ: the gate tells domains "
+        "apart; one "
         "dark column: routing collapse.",
     )
 
@@ -167,8 +171,11 @@ def idea(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> F
     where = f" ({DATASET_TITLES[one['run']['dataset']]})" if one else ""
     return captioned(
         figure,
-        "The idea. A gate shares inputs out among experts by their features. Where classes overlap (left), the gate tells them "
-        "apart badly and a few experts get most of the work: collapse. SNNL pulls each class together first (right), which "
-        "should spread the work. Dots are drawn, colours are classes; shares of inputs, effective experts and accuracy "
+        "The idea. A gate shares inputs out among experts by their features. Where classes overlap "
+        "(left), the gate tells them "
+        "apart badly and a few experts get most of the work: collapse. SNNL pulls each class together "
+        "first (right), which "
+        "should spread the work. Dots are drawn, colours are classes; shares of inputs, effective experts "
+        "and accuracy "
         f"are measured, at each arm's seed of median effective experts{where}.",
     )

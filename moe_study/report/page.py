@@ -200,8 +200,8 @@ def crossed_table(profile: str) -> pd.DataFrame:
 
 
 def tuning_table(profile: str) -> pd.DataFrame:
-    """Validation cross-entropy of every setting tried, at its best epoch and at the last, mean over the tuning
-    seeds; and by which of the two the setting was chosen."""
+    """Validation cross-entropy of every setting tried, at its best epoch and at the last, mean over
+    the tuning seeds; and by which of the two the setting was chosen."""
     rows = []
     for name in (name for name in study.STUDIES if name.endswith("-tuning")):
         for runs in finished_runs(profile, name).values():
@@ -294,7 +294,7 @@ HAPPENED: tuple[tuple[str, str, tables.Columns, tuple[tuple[str, str], ...]], ..
 
 
 def happened(profile: str) -> str:
-    """What runs that decide nothing did, in words (Markdown): levels, differences, and where the answer is."""
+    """What runs that decide nothing did, as Markdown: levels, differences, and where the answer is."""
     lines = []
     for name, measure, columns, pairs in HAPPENED:
         for dataset, runs in finished_runs(profile, name).items():
@@ -306,7 +306,8 @@ def happened(profile: str) -> str:
     link = "[the report of profile `core`](../core/report.html)"
     return "\n".join(
         [
-            f"> Profile `{profile}` shows the machinery at work on embedded data: small sets, few seeds. It decides "
+            f"> Profile `{profile}` shows the machinery at work on embedded data: small sets, few seeds. "
+            "It decides "
             f"nothing. The answer is in {link if core.exists() else '`results/core/report.html`'}.",
             "",
             "What happened here, mean difference over paired seeds with its 95 % interval:",
@@ -469,7 +470,8 @@ def readme_section() -> str:
     )
     if whole_runs("core", "collapse"):
         parts.append(
-            "Who serves which domain, without and with SNNL: rows are domains, columns experts. Rows that differ "
+            "Who serves which domain, without and with SNNL: rows are domains, columns experts. Rows that "
+            "differ "
             "show a gate that tells domains apart.\n\n"
             f"![Mean gate of each domain without and with SNNL]({README_PICTURES['routing']})"
         )

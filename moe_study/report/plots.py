@@ -199,7 +199,8 @@ def accuracy_by_arm(results: Sequence[Result]) -> Figure:
     axis.grid(axis="x", alpha=0.3)
     return captioned(
         figure,
-        "Test accuracy of every arm: each seed a dot, below them the mean and its 95 % t interval. Arms whose "
+        "Test accuracy of every arm: each seed a dot, below them the mean and its 95 % t interval. Arms "
+        "whose "
         "dots lie apart differ; in brackets the number of seeds.",
     )
 
@@ -267,15 +268,17 @@ def tsne_panels(results: Sequence[Result]) -> Figure:
     )
     return captioned(
         figure,
-        f"The extractor's code of {len(panels[0][2]['labels'])} test images as t-SNE sees it (seed {run['seed']}{some}). "
-        "Look whether classes form groups of one colour. Distances between groups mean little, and the axes have "
+        f"The extractor's code of {len(panels[0][2]['labels'])} test images as t-SNE sees it (seed "
+        f"{run['seed']}{some}). "
+        "Look whether classes form groups of one colour. Distances between groups mean little, and the "
+        "axes have "
         "no unit.",
     )
 
 
 def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
-    """Mean gate of each class: the seed of median effective experts large, all seeds small below it. Experts are
-    matched to those of the first arm (Hungarian method), and a row is the same class everywhere."""
+    """Mean gate of each class: the seed of median effective experts large, all seeds small below it. Experts
+    are matched to those of the first arm (Hungarian method), and a row is the same class everywhere."""
     shown = arms_of(results, arms)
     first = next(iter(shown))
     gates_CE = _gates(median_run(shown[first]))
@@ -326,9 +329,12 @@ def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "s
         figure.colorbar(picture, ax=large[-1], label="mean gate probability", shrink=0.8)
     return captioned(
         figure,
-        "Who serves which class: the mean gate of each class (row) over the experts (columns). Rows that differ: the "
-        "gate tells classes apart; one bright column: routing collapse. Large, the seed of median effective experts; "
-        f"small, every seed with its effective experts ({seeds_in_words([r for g in shown.values() for r in g])}). "
+        "Who serves which class: the mean gate of each class (row) over the experts (columns). Rows that "
+        "differ: the "
+        "gate tells classes apart; one bright column: routing collapse. Large, the seed of median "
+        "effective experts; "
+        "small, every seed with its effective experts "
+        f"({seeds_in_words([r for g in shown.values() for r in g])}). "
         "Experts are matched between pictures.",
     )
 
@@ -379,7 +385,8 @@ def similarity_with_nulls(results: Sequence[Result], arms: Sequence[str] = ("bas
         handle.set_color("#333333")
     return captioned(
         figure,
-        "How alike are the experts? Each dot a run. Trained together (filled) should lie left of trained alone (hollow "
+        "How alike are the experts? Each dot a run. Trained together (filled) should lie left of trained "
+        "alone (hollow "
         "diamonds, the null) if the mixture makes them different; ticks are before training.",
     )
 
@@ -405,8 +412,8 @@ def _legend(figure: Figure, axis: Any, columns: int = 4) -> None:
 def corruption_by_severity(
     results: Sequence[Result], arms: Sequence[str] = ("linear", "cosine", "ac")
 ) -> Figure:
-    """Accuracy under each kind of corruption against its severity, minus the first arm's at the same seed: mean
-    and 95 % interval over seeds. Severity 0 is the clean image."""
+    """Accuracy under each kind of corruption against its severity, minus the first arm's at the same seed:
+    mean and 95 % interval over seeds. Severity 0 is the clean image."""
     grouped = arms_of(results, arms)
     first = next((arm for arm in arms if arm in grouped), next(iter(grouped)))
     kinds = [kind for kind in grouped[first][0]["corruption"] if kind != "clean"]
@@ -434,7 +441,8 @@ def corruption_by_severity(
     _legend(figure, axes[0, 0])
     return captioned(
         figure,
-        f"Robustness to corruption, as the difference from `{first}` at the same seed: above the line is better. Means "
+        f"Robustness to corruption, as the difference from `{first}` at the same seed: above the line is "
+        "better. Means "
         f"and 95 % t intervals over seeds; {seeds_in_words([r for g in grouped.values() for r in g])}.",
     )
 
@@ -466,9 +474,12 @@ def swap_curve(results: Sequence[Result], arms: Sequence[str] | None = None) -> 
     _legend(figure, axes[0, 0])
     return captioned(
         figure,
-        "What swapped words cost: cross-entropy in the text with some words replaced by <unk>, minus that in the clean "
-        "text. A curve that rises is a model that suffers; one below zero predicts the remaining words better. Left, only "
-        f"the words left alone are scored, as the verdicts do. Means, 95 % t intervals; {seeds_in_words(results)}.",
+        "What swapped words cost: cross-entropy in the text with some words replaced by <unk>, minus that "
+        "in the clean "
+        "text. A curve that rises is a model that suffers; one below zero predicts the remaining words "
+        "better. Left, only "
+        "the words left alone are scored, as the verdicts do. Means, 95 % t intervals; "
+        f"{seeds_in_words(results)}.",
     )
 
 
@@ -503,8 +514,10 @@ def changed_choices(results: Sequence[Result]) -> Figure:
     _legend(figure, axes[0, 0], 6)
     return captioned(
         figure,
-        "What the scaling matrix M changes: the share of tokens that go to other experts than without scaling, layer by "
-        "layer, in the same model. A bar near 0: M makes no difference there. Seeds as dots, their mean as a bar.",
+        "What the scaling matrix M changes: the share of tokens that go to other experts than without "
+        "scaling, layer by "
+        "layer, in the same model. A bar near 0: M makes no difference there. Seeds as dots, their mean "
+        "as a bar.",
     )
 
 
@@ -534,8 +547,10 @@ def expert_load(results: Sequence[Result]) -> Figure:
     _legend(figure, axes[0, 0], 5)
     return captioned(
         figure,
-        "Are the experts used evenly? Share of the tokens of the busiest expert (left) to the idlest (right). The dashed "
-        f"line is an even load, 1/E; a curve that falls steeply is a collapsed layer. Means; {seeds_in_words(results)}.",
+        "Are the experts used evenly? Share of the tokens of the busiest expert (left) to the idlest "
+        "(right). The dashed "
+        "line is an even load, 1/E; a curve that falls steeply is a collapsed layer. Means; "
+        f"{seeds_in_words(results)}.",
     )
 
 
@@ -586,7 +601,8 @@ def paired_differences(
     axes[0, 0].set_yticks(range(len(pairs)), [f"{a} - {b}" for a, b in pairs])
     return captioned(
         figure,
-        "The claimed measures, treatment minus each control, paired by seed: dots are seeds, below them the mean and its "
+        "The claimed measures, treatment minus each control, paired by seed: dots are seeds, below them "
+        "the mean and its "
         "95 % t interval. The claim asks for the shaded side; an interval that crosses 0 says nothing.",
     )
 
@@ -650,14 +666,15 @@ def verdict_grid(grid: dict[str, Any]) -> Figure:
         x += 0.45 + 0.066 * len(word)
     return captioned(
         figure,
-        "Every claim (row) on every data set (column): a colour per verdict, mean difference and 95 % interval. What is "
+        "Every claim (row) on every data set (column): a colour per verdict, mean difference and 95 % "
+        "interval. What is "
         "subtracted stands beside the claims.",
     )
 
 
 def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
-    """Every claim against its controls, grouped by paper, in units of the difference that counts: the published
-    one, or the declared margin. 0 is no difference, 1 the claimed one. Thick: 90 %; thin: 95 %."""
+    """Every claim against its controls, grouped by paper, in units of the difference that counts: the
+    published one, or the declared margin. 0 is no difference, 1 the claimed one. Thick: 90 %; thin: 95 %."""
     sources = list(dict.fromkeys(v.claim.source for v in verdicts))
     ordered = [v for source in sources for v in verdicts if v.claim.source == source]
     height = 0.27 * (len(ordered) + len(sources)) + 1.5
@@ -677,7 +694,8 @@ def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
             ticks.append(
                 (
                     row,
-                    f"{claim.wording}, {DATASET_TITLES[verdict.dataset]}: {claim.treatment} - {verdict.control}",
+                    f"{claim.wording}, {DATASET_TITLES[verdict.dataset]}: {claim.treatment} - "
+                    f"{verdict.control}",
                 )
             )
             same = [v for v in ordered if (v.claim.key, v.dataset) == (claim.key, verdict.dataset)]
@@ -724,9 +742,12 @@ def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
     axis.set_xlabel("← against the claim     in units of the difference that counts     as claimed →")
     return captioned(
         figure,
-        "Each verdict as a difference in units of the one that counts (dashed line at 1: the published difference, or "
-        "the declared margin). Right of 0 is the claimed direction. Thick bars are 90 %, thin ones 95 % intervals, at "
-        "their right end the paired seeds; hollow dots are pilots. Only the deciding contrast carries the word. The axis "
+        "Each verdict as a difference in units of the one that counts (dashed line at 1: the published "
+        "difference, or "
+        "the declared margin). Right of 0 is the claimed direction. Thick bars are 90 %, thin ones 95 % "
+        "intervals, at "
+        "their right end the paired seeds; hollow dots are pilots. Only the deciding contrast carries the "
+        "word. The axis "
         "is linear up to 2 and logarithmic beyond.",
     )
 
@@ -765,8 +786,10 @@ def crossed_lines(results: Sequence[Result], names: Sequence[str] = tables.CROSS
     _legend(figure, axes[0, 0])
     return captioned(
         figure,
-        "Both remedies at once: without (left) and with the AC router (right), one line without and one with SNNL. Parallel "
-        "lines: the two add up; lines that meet or cross: one changes what the other does. Dots are seeds, bars 95 % t "
+        "Both remedies at once: without (left) and with the AC router (right), one line without and one "
+        "with SNNL. Parallel "
+        "lines: the two add up; lines that meet or cross: one changes what the other does. Dots are "
+        "seeds, bars 95 % t "
         f"intervals of the means; {seeds_in_words(results)}. Axes do not begin at 0.",
     )
 
@@ -828,9 +851,12 @@ def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Fig
     seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     return captioned(
         figure,
-        f"{panel.title.capitalize()}: difference from the control without the remedy, below it the 95 % t interval; framed "
-        "where that excludes 0. Orange is better, purple worse (where neither way is better: more and less), the deeper the "
-        f"larger. Look for a slope or a block, since one cell in twenty is framed by chance. {seeds} paired seeds a cell.",
+        f"{panel.title.capitalize()}: difference from the control without the remedy, below it the 95 % t "
+        "interval; framed "
+        "where that excludes 0. Orange is better, purple worse (where neither way is better: more and "
+        "less), the deeper the "
+        f"larger. Look for a slope or a block, since one cell in twenty is framed by chance. {seeds} "
+        "paired seeds a cell.",
     )
 
 
@@ -883,8 +909,10 @@ def trust_grid(scores: pd.DataFrame) -> Figure:
     )
     return captioned(
         figure,
-        "Which measure (row) notices which planted fault (column)? Blue with a tick: it gets worse with every step; red "
-        "with a cross: it calls the fault an improvement. No measure sees all, so several are read together. Eleven seeds.",
+        "Which measure (row) notices which planted fault (column)? Blue with a tick: it gets worse with "
+        "every step; red "
+        "with a cross: it calls the fault an improvement. No measure sees all, so several are read "
+        "together. Eleven seeds.",
     )
 
 
@@ -923,8 +951,10 @@ def collapse_panel(results: Sequence[Result], arms: Sequence[str] = ("base", "sn
     )
     return captioned(
         figure,
-        "How collapsed? 0: specialists; 1: one expert would do. Left and middle: over training, mean and range over seeds. "
-        "Right: each seed a dot at the end, beside the tick of its null; a dot no further right than its tick shows no "
+        "How collapsed? 0: specialists; 1: one expert would do. Left and middle: over training, mean and "
+        "range over seeds. "
+        "Right: each seed a dot at the end, beside the tick of its null; a dot no further right than its "
+        "tick shows no "
         f"collapse. {seeds_in_words([r for g in grouped.values() for r in g])}.",
     )
 

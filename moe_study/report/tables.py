@@ -493,8 +493,8 @@ def _median_epoch(steps: Sequence[float], epochs: int) -> str:
 
 
 def attack_modes(results: Sequence[Result]) -> pd.DataFrame:
-    """Points of accuracy lost to each attack by each treatment of M, mean ± sd over seeds. "-": there is no such
-    treatment, because SPSA uses no gradient or the router has no M that depends on the batch."""
+    """Points of accuracy lost to each attack by each treatment of M, mean ± sd over seeds. "-": there is no
+    such treatment, because SPSA uses no gradient or the router has no M that depends on the batch."""
     rows = []
     for attack in ("fgsm-1", "fgsm-2", "pgd-1", "pgd-2", "spsa-2"):
         name, strength = attack.split("-")

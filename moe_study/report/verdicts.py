@@ -330,8 +330,8 @@ def _said(found: Sequence[Verdict], term: str) -> bool:
 
 
 def answers(found: Sequence[Verdict]) -> str:
-    """The study's answer as a Markdown list of three: a question, and what was found where, how surely. Pilots
-    are left out."""
+    """The study's answer as a Markdown list of three: a question, and what was found where, how surely.
+    Pilots are left out."""
     decided = [v for v in found if v.word != "pilot"]
     own = {
         "Did SNNL help?": _snnl_answer([v for v in decided if v.claim.source == "SNNL-MoE"]),
@@ -377,7 +377,8 @@ def differences(
             reading = f"{in_words(treatment)} is {'higher' if found.difference > 0 else 'lower'}"
         pilot = ", too few to decide" if found.seeds < tables.PILOT_BELOW else ""
         said.append(
-            f"{name}: {in_words(treatment)} {a}, {in_words(control)} {b}. The difference is {shown['difference']} "
+            f"{name}: {in_words(treatment)} {a}, {in_words(control)} {b}. The difference is "
+            f"{shown['difference']} "
             f"{shown['95 % interval']} {column.unit}".strip()
             + f" over {found.seeds} seeds{pilot}: {reading}."
         )
@@ -406,8 +407,10 @@ def dose_conclusion(runs: pd.DataFrame, panels: Sequence[Panel], name: str, colu
         shown = tables.show(one, column)
         apart = sum(other.low > 0 or other.high < 0 for other in found.values())
         lines.append(
-            f"- **{panel.title.capitalize()}**: furthest at {down} {rows[row]}, {across} {heads[head]}, where {name} "
-            f"differs by {shown['difference']} {shown['95 % interval']} {column.unit} over {one.seeds} seeds; "
+            f"- **{panel.title.capitalize()}**: furthest at {down} {rows[row]}, {across} {heads[head]}, "
+            f"where {name} "
+            f"differs by {shown['difference']} {shown['95 % interval']} {column.unit} over {one.seeds} "
+            "seeds; "
             f"{apart} of {len(found)} cells are told apart from 0."
         )
     return "\n".join(lines) or "No dose yet that two seeds share with its control."
@@ -480,7 +483,8 @@ def _no_gain(units: Sequence[Verdict]) -> str:
             continue
         better = v.claim.measure.sign * v.comparison.difference > 0
         said.append(
-            f"{'better' if better else 'worse'} than the {in_words(v.control)} on {DATASET_TITLES[v.dataset]} "
+            f"{'better' if better else 'worse'} than the {in_words(v.control)} on "
+            f"{DATASET_TITLES[v.dataset]} "
             f"by {difference(v)}"
         )
     if same and not said:

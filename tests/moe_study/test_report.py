@@ -493,9 +493,11 @@ def test_crossed_effects_by_hand():
     """AC: mean of (0.02, 0.01, 0.02) and (0.04, 0.01, 0.04); interaction: 0.02, 0, 0.02."""
     frame = tables.frame(routed_results("crossed"), tables.VISION_COLUMNS)
     table = tables.crossed_effects(frame, ["accuracy"])
-    assert table["difference"].tolist() == ["+0.0233", "+0.0167", "+0.0133"]
+    assert table["difference"].tolist() == ["+2.33", "+1.67", "+1.33"]
     half = 4.302653 * np.std([0.02, 0, 0.02], ddof=1) / 3**0.5
-    assert table["95 % interval"].iloc[2] == f"[{0.04 / 3 - half:+.4f}, {0.04 / 3 + half:+.4f}]"
+    assert (
+        table["95 % interval"].iloc[2] == f"[{100 * (0.04 / 3 - half):+.2f}, {100 * (0.04 / 3 + half):+.2f}]"
+    )
     without = frame[frame["arm"] != "snnl"]
     assert tables.crossed_effects(without).empty
 
@@ -512,8 +514,8 @@ def test_claim_rows_hold_each_claim_against_every_control():
         compared = {contrast.split(" - ")[1] for contrast in table.index.get_level_values("contrast")}
         assert compared >= {"linear", "cosine", "ac-shuffled", "ac-pooled", "ac-matched", "ac-causal"}
         assert set(table.query("claim == 'better'").index.get_level_values("claim")) == {"better"}
-    row = table.loc[("better", "accuracy (higher)", "ac-row - ac-pooled")]
-    assert (row["difference"], row["seeds"]) == ("+0.0067", "3 (pilot)")
+    row = table.loc[("better", "accuracy (points), higher is better", "ac-row - ac-pooled")]
+    assert (row["difference"], row["seeds"]) == ("+0.67", "3 (pilot)")
     assert row["reading"] == "interval includes 0"
 
 
@@ -526,9 +528,9 @@ def test_claim_rows_of_too_few_runs():
 
 def test_attack_modes():
     table = tables.attack_modes(routed_results("ac-vision", {"cosine": (0.8, 0.9), "ac": (0.9, 0.9)}))
-    assert table.loc[("PGD, 2/255", "ac")].tolist() == [f"{v:.4f} ± 0.0000" for v in (0.2, 0.3, 0.4)]
-    assert table.loc[("FGSM, 1/255", "cosine")].tolist() == ["0.1000 ± 0.0000", "-", "-"]
-    assert table.loc[("SPSA, 2/255", "ac")].tolist() == ["0.4000 ± 0.0000", "-", "-"]
+    assert table.loc[("PGD, 2/255", "ac")].tolist() == [f"{v:.2f} ± 0.00" for v in (20, 30, 40)]
+    assert table.loc[("FGSM, 1/255", "cosine")].tolist() == ["10.00 ± 0.00", "-", "-"]
+    assert table.loc[("SPSA, 2/255", "ac")].tolist() == ["40.00 ± 0.00", "-", "-"]
 
 
 def test_routing_by_layer():
@@ -1408,7 +1410,7 @@ def test_swap_curve_counts_from_the_clean_text():
 
 
 def test_corruption_is_drawn_against_the_first_arm():
-    """`routed` loses 10 points a severity in every arm, so the differences are those of the clean accuracy."""
+    """`routed` loses 10 points a severity in every arm, so the differences are those of clean accuracy."""
     results = routed_results("ac-vision")
     figure = plots.corruption_by_severity(results)
     shown = [axis for axis in figure.axes if axis.get_visible()]
