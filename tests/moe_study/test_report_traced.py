@@ -354,6 +354,41 @@ def check_verdicts(groups, header, rows):
         ), row
 
 
+MARKS = {
+    "✓": "supported",
+    "✗": "contradicted",
+    "<": "smaller than claimed",
+    "?": "undecided",
+    "·": "not testable here",
+    "○": "pilot",
+}
+UNIT = re.compile(rf"([{''.join(MARKS)}]) ({NUMBER}) \[({NUMBER}), ({NUMBER})\]")
+
+
+def check_first_screen(header, rows):
+    """Claim x data set: each cell's word, difference and interval are those of some unit."""
+    seen = 0
+    for label, *cells in rows:
+        for title, cell in zip(header[1:], cells, strict=False):
+            for mark, *numbers in UNIT.findall(cell):
+                seen += 1
+                assert any(
+                    (one["title"], one["word"]) == (title, MARKS[mark])
+                    and label.startswith(one["wording"])
+                    and any(
+                        all(
+                            shows(text, np.array(value))[scale]
+                            for text, value in zip(
+                                numbers, (one["difference"], *one["interval"]), strict=True
+                            )
+                        )
+                        for scale in (0, 1)
+                    )
+                    for one in recomputed()
+                ), (label, title, cell)
+    assert seen > 10
+
+
 def check_firmness(groups, header, rows):
     """What each verdict hangs on: the words at other margins and endpoints, and the seeds it would take."""
     for row in rows:
@@ -697,6 +732,9 @@ def check_throughput(section):
 
 
 def check(groups, header, rows):
+    if header[0] == "claim" and set(header[1:]) <= set(DATASET_TITLES.values()):
+        check_first_screen(header, rows)
+        return
     named = [dict(zip(header, row, strict=True)) for row in rows]
     columns = set(header)
     if "published gain" in columns:
