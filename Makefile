@@ -1,6 +1,8 @@
 # make report | render | test | faults | lab | data | plan | bench | readme | notebooks | clean
 #   PROFILE=digits|core|paper   whose results (report, plan)
 #   CORES=n                     how many processes
+#   EXECUTOR=slurm              run on a cluster, see profiles/slurm/config.yaml (report)
+#   NODES=n GPUS=n              a cluster to simulate (plan)
 #   KILLS=n                     how many random kills (faults)
 #   PYTHON=python3.12           which Python makes .venv
 #   TORCH_INDEX=URL             take torch from there: https://download.pytorch.org/whl/cpu is without CUDA
@@ -11,6 +13,9 @@ endif
 PYTHON ?= python3
 TORCH_INDEX ?=
 KILLS ?= 5
+EXECUTOR ?=
+NODES ?=
+GPUS ?=
 BIN := .venv/bin
 export JUPYTER_PREFER_ENV_PATH := 1# a kernel in the user's home must not shadow the one in .venv
 
@@ -29,6 +34,18 @@ endif
 ifneq ($(filter report test plan,$(or $(MAKECMDGOALS),report)),)
 ifeq ($(call positive,$(value CORES)),)
 $(error CORES must be an integer of 1 or more, got '$(value CORES)')
+endif
+endif
+ifneq ($(value EXECUTOR),)
+ifneq ($(words $(value EXECUTOR))$(filter-out $(notdir $(wildcard profiles/*)),$(value EXECUTOR)),1)
+$(error EXECUTOR must be one of the folders of profiles, got '$(value EXECUTOR)')
+endif
+endif
+ifneq ($(filter plan,$(MAKECMDGOALS)),)
+ifneq ($(value NODES)$(value GPUS),)
+ifneq ($(call positive,$(value NODES))$(call positive,$(or $(value GPUS),1)),11)
+$(error NODES and GPUS must be integers of 1 or more, got '$(value NODES)' and '$(value GPUS)')
+endif
 endif
 endif
 ifneq ($(filter faults,$(MAKECMDGOALS)),)
@@ -57,8 +74,12 @@ endif
 # --nolock: after a kill Snakemake's lock stays and would refuse to go on; the engine locks each run itself.
 report: .venv/ready
 	@$(if $(filter-out digits,$(PROFILE)),$(BIN)/python -m moe_study data --profile $(PROFILE))
+ifeq ($(EXECUTOR),)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) --keep-going --rerun-incomplete \
 	  --nolock --rerun-triggers mtime input --show-failed-logs --quiet rules host
+else
+	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --workflow-profile profiles/$(EXECUTOR) --config profile=$(PROFILE)
+endif
 	@echo "The report: $$($(BIN)/python -m moe_study where --profile $(PROFILE))"
 
 render: .venv/ready # the report of what is finished; trains nothing
@@ -85,7 +106,8 @@ data: .venv/ready
 	@$(BIN)/python -m moe_study data
 
 plan: .venv/ready
-	@$(BIN)/python -m moe_study plan --profile $(PROFILE) --workers $(CORES)
+	@$(BIN)/python -m moe_study plan --profile $(PROFILE) --workers $(CORES) \
+	  $(if $(NODES),--nodes $(NODES)) $(if $(GPUS),--gpus $(GPUS))
 
 bench: .venv/ready # ours against its peers: ratios within one run; some minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks all

@@ -35,6 +35,12 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
+def _number(text: str) -> float:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return float(text)
+
+
 def _path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
@@ -61,10 +67,23 @@ def main(argv: list[str] | None = None) -> int:
         )
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: what there is")
     run.add_argument("--shard", default="1/1", help="i/n: the i-th of n equal parts, counted from 1")
+    run.add_argument(
+        "--plan",
+        type=_path,
+        metavar="FILE",
+        help="a list of n shards, of which --shard i/n takes the i-th",
+    )
     run.add_argument("--time-limit", type=_seconds, metavar="S", help="start no epoch after S seconds")
     run.add_argument("--out", type=_path, metavar="DIR", help="results folder (default: MOE_RESULTS_DIR)")
     run.add_argument("--done", type=_path, metavar="FILE", help="write this when every run has its file")
     run.add_argument("--follow", type=_integer, metavar="PID", help="end when this process ends")
+
+    plan.add_argument("--nodes", type=_integer, metavar="N", help="simulate a cluster of so many machines")
+    plan.add_argument("--gpus", type=_integer, metavar="N", help="workers of each machine (default: 1)")
+    plan.add_argument("--minutes", type=_number, metavar="M", help="least length of a shard (default: 5)")
+    plan.add_argument(
+        "--speed", type=_number, metavar="X", help="of a worker, as a multiple of the measured machines (1)"
+    )
 
     where = commands.add_parser("where", help="the report's path")
     where.add_argument("--profile", required=True, help=profiles)
@@ -119,9 +138,13 @@ def _follow(pid: int) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    runs = study.shard(_selected(arguments), arguments.shard)
     if arguments.out is not None:
         store.use_results_dir(arguments.out)
+    runs = _selected(arguments)
+    if arguments.plan is None:
+        runs = study.shard(runs, arguments.shard)
+    else:
+        runs = plan.part_of(runs, arguments.plan, arguments.shard)
     if arguments.follow is not None:
         _follow(arguments.follow)
     study.ensure(runs, arguments.workers, arguments.device, arguments.time_limit)
@@ -133,7 +156,17 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    print(plan.plan(_selected(arguments), arguments.workers))
+    runs = _selected(arguments)
+    times = plan.Times(plan.related(runs))
+    print(plan.plan(runs, arguments.workers, times))
+    for name in ("nodes", "gpus"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if arguments.nodes is not None:
+        workers = arguments.nodes * (arguments.gpus or 1)
+        print("\n" + plan.curve(runs, workers, arguments.minutes or 5, arguments.speed or 1, times))
+    elif unused := [name for name in ("gpus", "minutes", "speed") if getattr(arguments, name) is not None]:
+        raise ValueError(f"--{unused[0]} has no effect without --nodes")
     return 0
 
 
