@@ -107,12 +107,8 @@ class Part(NamedTuple):
     runs: list[str]  # their ids
     seconds: float  # expected
     memory_mb: int  # of one process, with a half more than was ever seen
+    limit_minutes: int  # after which a job is ended; its checkpoints stay, and a retry has longer
     gpu: bool  # whether a run of it would use one
-
-    @property
-    def limit_minutes(self) -> int:
-        """After which a job is ended; its checkpoints stay, and a retry has longer."""
-        return 10 + math.ceil(3 * self.seconds / 60)
 
 
 def shards(wanted: Sequence[Run], minutes: float = 5, times: Times | None = None) -> list[Part]:
@@ -136,24 +132,23 @@ def shards(wanted: Sequence[Run], minutes: float = 5, times: Times | None = None
     if left:
         groups = [*groups[:-1], [*groups[-1], *left]] if groups else [left]
     most = max(times.memory.values(), default=UNKNOWN_MB / 1.5)
-    parts = [
-        Part(
-            [run.id for run in group],
-            sum(length[run] for run in group),
-            math.ceil(1.5 * max(times.memory.get(run.study, most) for run in group)),
-            any(run.train.precision != "float64" for run in group),
-        )
-        for group in groups
-    ]
+    parts = []
+    for group in groups:
+        seconds = sum(length[run] for run in group)
+        memory = math.ceil(1.5 * max(times.memory.get(run.study, most) for run in group))
+        gpu = any(run.train.precision != "float64" for run in group)
+        parts.append(Part([run.id for run in group], seconds, memory, 10 + math.ceil(seconds / 20), gpu))
     return sorted(parts, key=lambda part: part.seconds, reverse=True)
 
 
 def write_shards(wanted: Sequence[Run], folder: Path, minutes: float = 5) -> Path:
-    """Write the list of shards where every job finds it, in a folder named by what it holds."""
-    parts = shards(wanted, minutes)
-    path = folder / ("shards-" + store.digest([part.runs for part in parts])) / "shards.json"
-    store.write(path, {"shards": parts})
-    return path
+    """Write the shards and notebooks where every job finds them, in a folder named by what they hold."""
+    parts, notebooks = shards(wanted, minutes), study.notebooks(wanted)
+    folder /= "shards-" + store.digest([[part.runs for part in parts], notebooks])
+    for done in folder.glob("*of*.json"):  # of the same work, done before and deleted since
+        done.unlink()
+    store.write(folder / "shards.json", {"shards": parts, "notebooks": notebooks})
+    return folder / "shards.json"
 
 
 def read_shards(path: Path) -> list[Part]:
