@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 import moe_lib
-from moe_study import data, plan, store, study
+from moe_study import data, ddp, plan, store, study
 from moe_study.data import text
 from moe_study.train import TrainingError
 
@@ -66,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             "--workers", type=_integer, metavar="N", help="processes (default: one per core, one on a GPU)"
         )
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: what there is")
+    run.add_argument("--ddp", action="store_true", help="all processes share each run, batch by batch")
     run.add_argument("--shard", default="1/1", help="i/n: the i-th of n equal parts, counted from 1")
     run.add_argument(
         "--plan",
@@ -101,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("rates", help="how often the rule says each word, into results/planted/verdicts.json")
 
     arguments = parser.parse_args(argv)
+    arguments.argv = sys.argv[1:] if argv is None else argv
     try:
         status = COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
@@ -147,7 +151,18 @@ def _run(arguments: argparse.Namespace) -> int:
         runs = plan.part_of(runs, arguments.plan, arguments.shard)
     if arguments.follow is not None:
         _follow(arguments.follow)
-    study.ensure(runs, arguments.workers, arguments.device, arguments.time_limit)
+    if arguments.ddp:
+        if arguments.time_limit is not None:
+            raise ValueError("--time-limit has no effect with --ddp: stop it, and it goes on where it was")
+        device = arguments.device or study.default_device()
+        if not ddp.is_worker():
+            processes = arguments.workers or (
+                torch.cuda.device_count() if device == "cuda" else os.cpu_count()
+            )
+            return ddp.start(arguments.argv, processes or 1)
+        ddp.ensure(runs, device)
+    else:
+        study.ensure(runs, arguments.workers, arguments.device, arguments.time_limit)
     missing = sum(not run.path.exists() for run in runs)
     if arguments.done is not None and not missing:
         store.write(arguments.done, {"runs": [run.id for run in runs]})
