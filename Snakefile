@@ -1,6 +1,6 @@
 # Orders the work: training shards, then the notebooks, then the report. `make report` calls it.
 #
-# The engine (moe_study.study.ensure) decides what is trained: run files are never outputs here, because
+# The engine (moe_study.engine.ensure) decides what is trained: run files are never outputs here, because
 # Snakemake deletes the outputs of a job that fails. A shard's only output is its DONE.json.
 #
 # On one machine there are as many shards as cores. Under a cluster executor (profiles/slurm) shards hold
@@ -34,6 +34,7 @@ WORKERS = integer("workers", 1)  # processes of a shard: several may share its G
 PACKAGES = ("moe_lib", "moe_study", "benchmarks")
 CODE = [path for package in PACKAGES for path in sorted(Path(package).rglob("*.py"))]
 BUILD = Path("build") / PROFILE
+OR_SAY_WHY = " || (tail -n 15 {log:q} >&2; exit 1)"  # the end of a failed step's log
 
 PLANNED = "shards" not in config and not (workflow.is_main_process and workflow.resource_settings.nodes is None)
 PARTS, PLAN = [], ""
@@ -75,6 +76,8 @@ def planned(name):
 rule all:
     input:
         BUILD / "90_report.ipynb",
+        BUILD / "00_tour.ipynb",
+        EXECUTED,
 
 
 rule shards:
@@ -109,7 +112,7 @@ rule tour:
     log:
         BUILD / "00_tour.log",
     shell:
-        "papermill --no-progress-bar {input[0]:q} {output:q} > {log:q} 2>&1"
+        "papermill --no-progress-bar {input[0]:q} {output:q} > {log:q} 2>&1" + OR_SAY_WHY
 
 
 rule study:
@@ -123,14 +126,13 @@ rule study:
         BUILD / "{notebook}-{dataset}.log",
     shell:
         "papermill --no-progress-bar {input[0]:q} {output:q}"
-        " -p profile {PROFILE} -p dataset {wildcards.dataset} > {log:q} 2>&1"
+        " -p profile {PROFILE} -p dataset {wildcards.dataset} > {log:q} 2>&1" + OR_SAY_WHY
 
 
-rule report:
+rule report:  # of the result files, so that it need not wait for the other notebooks
     input:
         "notebooks/90_report.ipynb",
-        BUILD / "00_tour.ipynb",
-        EXECUTED,
+        rules.study.input[1:],
     output:
         BUILD / "90_report.ipynb",
     log:
@@ -139,4 +141,4 @@ rule report:
         page=RESULTS / "report.html",
     shell:
         "(papermill --no-progress-bar {input[0]:q} {output:q} -p profile {PROFILE}"
-        " && python -m moe_study.report.page {output:q} {params.page:q}) > {log:q} 2>&1"
+        " && python -m moe_study.report.page {output:q} {params.page:q}) > {log:q} 2>&1" + OR_SAY_WHY

@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 
 import moe_lib
-from moe_study import data, ddp, plan, store, study
+from moe_study import data, ddp, engine, plan, store, study
 from moe_study.data import text
 from moe_study.train import TrainingError
 
@@ -144,25 +144,23 @@ def _follow(pid: int) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         store.use_results_dir(arguments.out)
-    runs = _selected(arguments)
+    selected = _selected(arguments)
     if arguments.plan is None:
-        runs = study.shard(runs, arguments.shard)
+        runs = study.shard(selected, arguments.shard)
     else:
-        runs = plan.part_of(runs, arguments.plan, arguments.shard)
+        runs = plan.part_of(selected, arguments.plan, arguments.shard)
     if arguments.follow is not None:
         _follow(arguments.follow)
     if arguments.ddp:
         if arguments.time_limit is not None:
             raise ValueError("--time-limit has no effect with --ddp: stop it, and it goes on where it was")
-        device = arguments.device or study.default_device()
+        device = arguments.device or engine.default_device()
         if not ddp.is_worker():
-            processes = arguments.workers or (
-                torch.cuda.device_count() if device == "cuda" else os.cpu_count()
-            )
-            return ddp.start(arguments.argv, processes or 1)
+            there = torch.cuda.device_count() if device == "cuda" else os.cpu_count()
+            return ddp.start(arguments.argv, arguments.workers or there or 1)
         ddp.ensure(runs, device)
     else:
-        study.ensure(runs, arguments.workers, arguments.device, arguments.time_limit)
+        study.ensure(runs, arguments.workers, arguments.device, arguments.time_limit, among=selected)
     missing = sum(not run.path.exists() for run in runs)
     if arguments.done is not None and not missing:
         store.write(arguments.done, {"runs": [run.id for run in runs]})

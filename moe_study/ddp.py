@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moe_lib.parallel import global_batch
-from moe_study import locks, store, study
+from moe_study import engine, locks, store
 from moe_study.study import Run, StudyError
 from moe_study.tasks import Objective
 from moe_study.train import History, fit
@@ -132,16 +132,16 @@ def _ensure_one(run: Run, device: str) -> None:
         if first:
             name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
             number = {"processes": dist.get_world_size()}
-            study.write(run, {**store.provenance(), "device": name, "threads": 1, **number, **result})
-            study.sweep(run)
+            engine.write(run, {**store.provenance(), "device": name, "threads": 1, **number, **result})
+            engine.sweep(run)
         dist.barrier()
 
 
 def _execute(run: Run, device: str, first: bool) -> dict[str, Any]:
-    """As `study.execute`. Every process measures, all alike; the first one writes checkpoints."""
+    """As `engine.execute`. Every process measures, all alike; the first one writes checkpoints."""
     store.reset_peak_memory()
     torch.use_deterministic_algorithms(run.train.precision == "float64")
-    experiment = study.prepare(run, device)
+    experiment = engine.EXPERIMENTS[type(run.model)](run, device)
     initial = {} if run.study.endswith("-tuning") else experiment.initial()
     checkpoint = run.workspace / "checkpoint.pt"
 
@@ -166,7 +166,7 @@ def _execute(run: Run, device: str, first: bool) -> dict[str, Any]:
             run_id=run.id,
             on_epoch=report,
         )
-    result = study._measured(run, experiment, history, selected)
+    result = engine._measured(run, experiment, history, selected)
     if initial:
         result["initial"] = initial
     result["wall_seconds"] = history.seconds

@@ -1,10 +1,11 @@
-"""From a trained classifier to the numbers in its result file; what an experiment owes the engine.
+"""From a trained classifier to the numbers in its result file; the interface that the engine calls.
 
 Shapes: N samples, D code width, E experts, C classes.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -13,18 +14,32 @@ from torch.nn import functional as F
 
 from moe_lib import metrics
 from moe_lib.metrics.interventions import expert_ablations
-from moe_lib.models.classifier import ClassifierOutput
+from moe_lib.models.classifier import ClassifierConfig, ClassifierOutput
 from moe_lib.moe import Experts
 from moe_lib.rng import generator, initialise
 from moe_lib.snnl import soft_nearest_neighbor_loss
-from moe_study import store
-from moe_study.data import Split, pixels
-from moe_study.tasks import ClassifierTask
+from moe_study import data, store
+from moe_study.configs.run import Run, StudyError
+from moe_study.data import Dataset, Split, pixels
+from moe_study.tasks import ClassifierTask, Objective
 from moe_study.train import Task, TrainConfig, set_learning_rate
 
 EMBEDDING_SAMPLES = 2000  # of the test set, for embedding measures, CKA and SNNL
 KNN_SAMPLES = 5000  # of the training set
 TSNE_SAMPLES = 400
+
+
+def dataset_of(run: Run, device: str) -> Dataset:
+    """The images of a run."""
+    dataset = data.load(run.dataset, device=device, seed=run.seed)
+    if run.train_images is None:
+        return dataset
+    return replace(dataset, train=dataset.train.take(slice(run.train_images)))
+
+
+def refuse_bfloat16(run: Run) -> None:
+    if run.train.precision == "bfloat16":
+        raise StudyError(f"{run.label}: bfloat16 is for the convolutional extractor alone; use float32")
 
 
 def validation_measures(task: ClassifierTask) -> dict[str, float]:
@@ -205,6 +220,22 @@ class ClassifierExperiment:
     ) -> None:
         self.task, self.config, self.independent_experts = task, config, independent_experts
         self.tsne: dict[str, Any] | None = {} if tsne else None
+
+    @classmethod
+    def of(cls, run: Run, device: str) -> ClassifierExperiment:
+        assert isinstance(run.model, ClassifierConfig)
+        assert isinstance(run.objective, Objective)
+        task = ClassifierTask(
+            dataset_of(run, device),
+            run.model,
+            run.objective,
+            seed=run.seed,
+            epochs=run.train.epochs,
+            batch_size=run.train.batch_size,
+            dtype=run.train.dtype,
+            bf16=run.train.precision == "bfloat16" and run.model.extractor == "cnn",
+        )
+        return cls(task, run.train, run.independent_experts, run.tsne)
 
     def validation(self) -> dict[str, float]:
         return validation_measures(self.task)

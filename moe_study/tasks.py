@@ -146,7 +146,7 @@ class ClassifierTask(nn.Module):
             return self._pretrain_losses(images_NCHW, labels_N, epoch)
         with torch.set_grad_enabled(self.pretrain_epochs == 0 and torch.is_grad_enabled()):
             code_ND, activations = self.encode(images_NCHW)
-        output = self.model.classify(code_ND, activations)
+        output = self.model.classify(code_ND, activations, self.model.keys(images_NCHW))
         count = len(labels_N)
         losses = {"cross_entropy": parallel.mean(F.nll_loss(output.log_probs_NC, labels_N), count)}
         total = losses["cross_entropy"]
@@ -195,8 +195,9 @@ class ClassifierTask(nn.Module):
         """Outputs on a whole split (without activations), and the codes [N, D]."""
         parts, codes = [], []
         for start in range(0, len(split), batch_size):
-            code_ND, _ = self.encode(pixels(split.images_NCHW[start : start + batch_size], self.dtype))
-            parts.append(self.model.classify(code_ND))
+            images_NCHW = pixels(split.images_NCHW[start : start + batch_size], self.dtype)
+            code_ND, _ = self.encode(images_NCHW)
+            parts.append(self.model.classify(code_ND, keys_N=self.model.keys(images_NCHW)))
             codes.append(code_ND)
         output = ClassifierOutput(
             torch.cat([part.log_probs_NC for part in parts]),

@@ -70,6 +70,11 @@ class TrainConfig:
         if self.precision not in ("float64", "float32", "bfloat16"):
             raise ValueError(f"unknown precision {self.precision!r}; use 'float64', 'float32' or 'bfloat16'")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch.float64 if self.precision == "float64" else torch.float32
+
 
 @dataclass
 class History:

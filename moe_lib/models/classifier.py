@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lib.moe import MLPRouter, MoE, Routing, UniformRouter
+from moe_lib.moe import HashRouter, MLPRouter, MoE, Routing, UniformRouter
 
 Mixture = Literal["logits", "likelihood", "jacobs"]
+HASH_KEYS = 4096  # of images, under gate "hash"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class ClassifierConfig:
     code_dim: int | None = 128  # a linear layer behind the extractor; None: no such layer
     num_experts: int = 4
     expert_hidden: int = 512
-    gate: Literal["mlp", "uniform"] = "mlp"
+    gate: Literal["mlp", "uniform", "hash"] = "mlp"  # "hash": `top_k` fixed random experts per image
     gate_hidden: int = 512
     top_k: int | None = None
     mixture: Mixture = "logits"
@@ -94,14 +95,18 @@ class Classifier(nn.Module):
             raise ValueError(f"unknown mixture {config.mixture!r}; use 'logits', 'likelihood' or 'jacobs'")
         if num_classes < 2:
             raise ValueError(f"a classifier needs at least two classes, got {num_classes}")
-        self.mixture = config.mixture
+        self.mixture, self.hashed = config.mixture, config.gate == "hash"
         self.extractor, self.code_dim = build_extractor(config, image_shape)
         if config.gate == "uniform":
             router: nn.Module = UniformRouter(config.num_experts)
         elif config.gate == "mlp":
             router = MLPRouter(self.code_dim, config.num_experts, config.gate_hidden)
+        elif config.gate == "hash":
+            if config.top_k is None:
+                raise ValueError("gate 'hash' needs top_k, the number of experts per image, got None")
+            router = HashRouter(config.num_experts, HASH_KEYS, config.top_k)
         else:
-            raise ValueError(f"unknown gate {config.gate!r}; use 'mlp' or 'uniform'")
+            raise ValueError(f"unknown gate {config.gate!r}; use 'mlp', 'uniform' or 'hash'")
         self.moe = MoE(
             self.code_dim, config.num_experts, config.expert_hidden, num_classes, config.top_k, router
         )
@@ -109,11 +114,19 @@ class Classifier(nn.Module):
     def forward(self, images_NCHW: Tensor) -> ClassifierOutput:
         """Images in [0, 1]."""
         code_ND, activations = self.extractor(images_NCHW)
-        return self.classify(code_ND, activations)
+        return self.classify(code_ND, activations, self.keys(images_NCHW))
 
-    def classify(self, code_ND: Tensor, activations: dict[str, Tensor] | None = None) -> ClassifierOutput:
-        """Gate, experts and mixture on codes that are already there."""
-        routing = self.moe.route(code_ND)
+    def keys(self, images_NCHW: Tensor) -> Tensor | None:
+        """What gate "hash" looks up, [N]: the sum of an image's 8-bit intensities, modulo `HASH_KEYS`."""
+        if not self.hashed:
+            return None
+        return (images_NCHW * 255).round().long().flatten(1).sum(1) % HASH_KEYS
+
+    def classify(
+        self, code_ND: Tensor, activations: dict[str, Tensor] | None = None, keys_N: Tensor | None = None
+    ) -> ClassifierOutput:
+        """Gate, experts and mixture on codes that are already there; `keys_N` as from `keys`."""
+        routing = self.moe.route(code_ND, keys_N=keys_N)
         expert_logits_NEC = self.moe.experts(code_ND).to(routing.probs_NE.dtype)
         weights_NE = routing.dense_weights()
         if self.moe.top_k == 1 and self.mixture != "logits":  # a weight below 1 would lose probability

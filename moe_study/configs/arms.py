@@ -1,36 +1,20 @@
-"""Arms, their tuned settings, and how much of what a profile runs: all data, no engine."""
+"""What several studies share: seeds, settings, and every arm, each one thing away from another."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from moe_lib.models.classifier import ClassifierConfig
 from moe_lib.models.language import LanguageConfig
-from moe_lib.models.transformer import Router, TransformerConfig
+from moe_lib.models.transformer import Router
 from moe_lib.models.vision import VisionConfig
 from moe_lib.moe import ACConfig
 from moe_lib.snnl import SNNLConfig
 from moe_study.tasks import Objective, RoutedObjective
 from moe_study.train import TrainConfig
 
-# Raised by hand when a change is meant to move a study's results; the report never mixes versions.
-VERSIONS = {
-    "snnl": 1,
-    "snnl-confirm": 1,
-    "snnl-tuning": 1,
-    "collapse": 1,
-    "collapse-tuning": 1,
-    "ac-vision": 1,
-    "ac-vision-tuning": 1,
-    "ac-language": 1,
-    "ac-language-tuning": 1,
-    "crossed": 1,
-    "crossed-tuning": 1,
-    "snnl-dose": 1,
-    "snnl-batches": 1,
-    "ac-dose": 1,
-}
+PROFILES = ("digits", "core", "paper")
 
 # The ten seeds of the authors' public code (kwta-ensemble), which explore; two outside them for tuning.
 SEEDS = (42, 1234, 73, 1024, 86400, 31415, 2718, 30, 22, 17)
@@ -54,6 +38,10 @@ class Settings:
     balance: float = 0.01  # weight of the load-balancing loss
     auxiliary: float = 1.0  # weight of the auxiliary cross-entropy
     learning_rates: tuple[tuple[str, float], ...] = ()  # arms that differ from train.learning_rate
+
+    def run_options(self) -> dict[str, Any]:
+        """What a run takes from the settings beside model, objective and training."""
+        return {}
 
 
 def snnl_arms(settings: Settings) -> dict[str, tuple[ClassifierConfig, Objective]]:
@@ -88,126 +76,15 @@ ARM_DESCRIPTIONS = {
     "uniform-gate": "base with a constant gate: does routing matter?",
     "uniform-snnl": "snnl with a constant gate: does routing matter beside SNNL?",
     "snnl-weaker": "snnl at a tenth of its factor",
+    "hash-gate": "a fixed random expert per image: learns no routing; as many weights at work as with top-1",
+    "hash-snnl": "snnl with a fixed random expert per image",
     "raw": "MoE on pixels, without an extractor",
     "snnl-pretrained": "extractor trained with SNNL alone, then frozen (half the epochs each)",
     "ce-pretrained": "extractor trained with cross-entropy, then frozen (half the epochs each)",
 }
 
-# --------------------------------------------------------------------------------------- profiles
-
-_CNN = ClassifierConfig(extractor="cnn", code_dim=128, num_experts=4, expert_hidden=512)
-_CORE = TrainConfig(epochs=8, batch_size=256, learning_rate=1e-3, precision="bfloat16")
-
-SETTINGS: dict[str, dict[str, Settings]] = {
-    "digits": {
-        "digits": Settings(
-            ClassifierConfig("mlp", 64, code_dim=16, num_experts=4, expert_hidden=32, gate_hidden=32),
-            TrainConfig(epochs=12, batch_size=64, learning_rate=3e-3, precision="float64"),
-            factor=1.0,
-            dense_factor=1.0,
-        )
-    },
-    "core": {
-        # Chosen by study "snnl-tuning", and held against its files by a test: the rate by base alone at the
-        # full budget (in the short grid every arm prefers the rate that base prefers there), then the
-        # weights at that rate. CIFAR-10 takes over from CIFAR-100 and MNIST from FashionMNIST; an arm
-        # outside the grid takes over from its partner.
-        "fashion_mnist": Settings(_CNN, _CORE, factor=1.0, dense_factor=1.0, balance=0.01, auxiliary=1.0),
-        "cifar100": Settings(_CNN, _CORE, factor=1.0, dense_factor=1.0, balance=0.001, auxiliary=1.0),
-        "cifar10": Settings(_CNN, _CORE, factor=1.0, dense_factor=1.0, balance=0.001, auxiliary=1.0),
-        "mnist": Settings(_CNN, _CORE, factor=1.0, dense_factor=1.0, balance=0.01, auxiliary=1.0),
-    },
-}
-SETTINGS["paper"] = {
-    name: replace(s, train=replace(s.train, epochs=20)) for name, s in SETTINGS["core"].items()
-}
-PROFILES = tuple(SETTINGS)
-
 MAIN_ARMS = ("base", "snnl")
-MECHANISM_ARMS = ("dense", "dense-snnl", "base-balance", "snnl-shuffled")
-OTHER_ARMS = ("base-aux", "uniform-gate", "raw", "snnl-pretrained", "ce-pretrained")
-
-# profile -> data set -> groups of arms and how many of SEEDS each gets
-SEED_COUNTS: dict[str, dict[str, list[tuple[Sequence[str], int]]]] = {
-    "digits": {"digits": [((*MAIN_ARMS, *MECHANISM_ARMS, *OTHER_ARMS), 5)]},
-    "core": {
-        "fashion_mnist": [(MAIN_ARMS, 10), (MECHANISM_ARMS, 5), (OTHER_ARMS, 3)],
-        "cifar100": [
-            ((*MAIN_ARMS, "snnl-shuffled", "dense", "dense-snnl"), 10),
-            (("base-balance",), 5),
-        ],
-        "cifar10": [((*MAIN_ARMS, "dense", "dense-snnl"), 10)],
-        "mnist": [(MAIN_ARMS, 3)],
-    },
-}
-
-CONFIRMATORY_CONTROLS = ("dense", "dense-snnl", "snnl-shuffled", "base-balance", "uniform-gate")
-# profile -> data set -> groups of arms and how many of CONFIRMATORY_SEEDS each gets
-CONFIRMATORY_SEED_COUNTS: dict[str, dict[str, list[tuple[Sequence[str], int]]]] = {
-    "core": {
-        "fashion_mnist": [(MAIN_ARMS, 20)],
-        "cifar10": [(MAIN_ARMS, 20), (CONFIRMATORY_CONTROLS, 10)],
-        "cifar100": [(MAIN_ARMS, 20), (CONFIRMATORY_CONTROLS, 10)],
-    },
-    "paper": {
-        name: [((*MAIN_ARMS, *CONFIRMATORY_CONTROLS), 20)]
-        for name in ("fashion_mnist", "cifar100", "cifar10")
-    },
-}
-
-TUNING_DATASETS = ("fashion_mnist", "cifar100")
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 FACTORS = (1.0, 10.0, 100.0)
-BALANCE_WEIGHTS = (0.001, 0.01, 0.1)
-AUXILIARY_WEIGHTS = (0.1, 0.3, 1.0)
-
-# --------------------------------------------------------------------------------- collapse study
-# Conditions in which `base` collapses and collapse costs something: three domains under one label space, and
-# experts too narrow to serve all three.
-
-_NARROW = ClassifierConfig("mlp", 64, code_dim=8, num_experts=4, expert_hidden=4, gate_hidden=64)
-COLLAPSE_SETTINGS: dict[str, dict[str, Settings]] = {
-    "digits": {
-        "digit_domains": Settings(
-            _NARROW,
-            TrainConfig(epochs=5, batch_size=64, learning_rate=1e-2, precision="float64"),
-            factor=10.0,
-            dense_factor=10.0,
-            balance=0.1,
-        )
-    },
-    "core": {
-        "domains": Settings(
-            _NARROW,
-            # Chosen by "collapse-tuning", and held against its files by a test: for each arm the rate, and
-            # for each extra loss the weight, of the lowest validation cross-entropy at the last epoch.
-            # "snnl-shuffled" takes over from "snnl".
-            TrainConfig(epochs=10, batch_size=256, learning_rate=3e-3),
-            factor=10.0,
-            dense_factor=1.0,
-            balance=1.0,
-            learning_rates=(("base", 1e-3), ("base-balance", 1e-3), ("snnl-weaker", 1e-3)),
-        )
-    },
-}
-COLLAPSE_SETTINGS["paper"] = COLLAPSE_SETTINGS["core"]
-
-
-def collapse_arms(settings: Settings) -> dict[str, tuple[ClassifierConfig, Objective]]:
-    """Those arms of the SNNL study that tell routing from features, and SNNL at a tenth of the factor."""
-    arms = snnl_arms(settings)
-    weaker = snnl_arms(replace(settings, factor=settings.factor / 10))["snnl"]
-    return {name: weaker if name == "snnl-weaker" else arms[name] for name in COLLAPSE_ARMS}
-
-
-COLLAPSE_ARMS = (
-    "base", "snnl", "snnl-weaker", "base-balance", "dense", "dense-snnl", "uniform-gate", "uniform-snnl",
-    "snnl-shuffled",
-)  # fmt: skip
-COLLAPSE_SEEDS = tuple(range(201, 241))  # confirmatory: see CONFIRMATORY_SEEDS
-COLLAPSE_SEED_COUNTS = {"digits": 2, "core": 40, "paper": 40}
-COLLAPSE_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-COLLAPSE_BALANCE_WEIGHTS = (0.01, 0.1, 1.0)
 
 # ------------------------------------------------------------------------- AC and crossed studies
 
@@ -228,6 +105,13 @@ class RoutedSettings:
     augment: bool = False
     test_tokens: int = 2**18
     learning_rates: tuple[tuple[str, float], ...] = ()  # arms that differ from train.learning_rate
+
+    def run_options(self) -> dict[str, Any]:
+        """What a run takes from the settings beside model, objective and training."""
+        names = (
+            "train_images", "epoch_tokens", "test_tokens", "attack_images", "corrupted_images", "augment"
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
 
 RoutedArm = tuple[VisionConfig | LanguageConfig, RoutedObjective]
@@ -291,91 +175,3 @@ CROSSED_ARM_DESCRIPTIONS = {
 ROUTED_MAIN_ARMS = ("linear", "cosine", "ac")
 ROUTED_CONTROLS = ("ac-shuffled", "ac-pooled", "ac-matched", "ac-causal")
 CROSSED_ARMS = tuple(CROSSED_ARM_DESCRIPTIONS)
-
-_SWIN_FORM = ACConfig(normalize="global", max_ratio=1.5)
-_LANGUAGE_FORM = ACConfig()
-_SMALL = TransformerConfig(
-    dim=32, depth=3, num_heads=2, mlp_hidden=64, moe_blocks=(1, 2), num_experts=4, expert_hidden=32
-)
-_DIGITS_VISION = RoutedSettings(
-    VisionConfig(_SMALL, patch=2),
-    _SWIN_FORM,
-    TrainConfig(epochs=5, batch_size=64, learning_rate=3e-3, precision="float64", warmup=0.1),
-    attack_images=32,
-    corrupted_images=64,
-)
-_CORE_VISION = RoutedSettings(
-    VisionConfig(TransformerConfig(), patch=8),
-    _SWIN_FORM,
-    TrainConfig(epochs=6, batch_size=256, learning_rate=3e-3, warmup=0.1),
-    train_images=20_000,
-)
-_CORE_LANGUAGE = RoutedSettings(
-    LanguageConfig(TransformerConfig(depth=3, moe_blocks=(0, 1, 2))),
-    _LANGUAGE_FORM,
-    TrainConfig(epochs=8, batch_size=32, learning_rate=1e-2, warmup=0.1),
-    epoch_tokens=256 * 1024,  # 8 epochs: 2 MB of text
-)
-_GREY_VISION = replace(_CORE_VISION, model=VisionConfig(TransformerConfig(), patch=7))
-
-# study -> profile -> data set
-ROUTED_SETTINGS: dict[str, dict[str, dict[str, RoutedSettings]]] = {
-    "ac-vision": {
-        "digits": {"digits": _DIGITS_VISION},
-        # Chosen by the tuning studies on the first data set; the others take over from it.
-        "core": {"cifar10": _CORE_VISION, "fashion_mnist": _GREY_VISION, "cifar100": _CORE_VISION},
-    },
-    "ac-language": {
-        "digits": {
-            "docs": RoutedSettings(
-                LanguageConfig(replace(_SMALL, depth=2, moe_blocks=(0, 1)), context=32),
-                _LANGUAGE_FORM,
-                TrainConfig(epochs=4, batch_size=32, learning_rate=1e-2, precision="float64", warmup=0.1),
-                epoch_tokens=24 * 1024,
-                test_tokens=2**14,
-            )
-        },
-        "core": {"wikitext2": _CORE_LANGUAGE},
-    },
-    "crossed": {
-        "digits": {"digits": _DIGITS_VISION},
-        "core": {"cifar10": replace(_CORE_VISION, factor=0.1)},
-    },
-}
-for _study, _profiles in ROUTED_SETTINGS.items():  # full sets, 20 epochs; a text's epoch is a full pass
-    _profiles["paper"] = {
-        name: replace(s, train=replace(s.train, epochs=20), train_images=None, epoch_tokens=None)
-        for name, s in _profiles["core"].items()
-    }
-
-_LANGUAGE_CONTROLS = (*ROUTED_CONTROLS, "ac-row")
-# study -> profile -> data set -> groups of arms and how many of SEEDS each gets
-ROUTED_SEED_COUNTS: dict[str, dict[str, dict[str, list[tuple[Sequence[str], int]]]]] = {
-    "ac-vision": {
-        "digits": {"digits": [((*ROUTED_MAIN_ARMS, *ROUTED_CONTROLS), 2)]},
-        "core": {
-            "cifar10": [(ROUTED_MAIN_ARMS, 10), (ROUTED_CONTROLS, 5)],
-            "fashion_mnist": [(ROUTED_MAIN_ARMS, 10)],
-            "cifar100": [(ROUTED_MAIN_ARMS, 10)],
-        },
-        "paper": {
-            name: [((*ROUTED_MAIN_ARMS, *ROUTED_CONTROLS), 10)]
-            for name in ("cifar10", "fashion_mnist", "cifar100")
-        },
-    },
-    "ac-language": {
-        "digits": {"docs": [((*ROUTED_MAIN_ARMS, *_LANGUAGE_CONTROLS), 2)]},
-        "core": {"wikitext2": [(ROUTED_MAIN_ARMS, 10), (_LANGUAGE_CONTROLS, 5)]},
-        "paper": {"wikitext2": [((*ROUTED_MAIN_ARMS, *_LANGUAGE_CONTROLS), 10)]},
-    },
-    "crossed": {
-        "digits": {"digits": [(CROSSED_ARMS, 2)]},
-        "core": {"cifar10": [(CROSSED_ARMS, 5)]},
-        "paper": {"cifar10": [(CROSSED_ARMS, 10)]},
-    },
-}
-ROUTED_LEARNING_RATES = {
-    "ac-vision": (1e-3, 3e-3, 1e-2),
-    "ac-language": (1e-3, 3e-3, 1e-2, 3e-2),  # the best of the first three was the highest, for every arm
-}
-CROSSED_FACTORS = (0.1, 1.0, 10.0)

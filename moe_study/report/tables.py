@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import entr
 
 from moe_lib import metrics
 from moe_study import stats, store
@@ -102,6 +103,12 @@ def _difference(a: float | None, b: float | None) -> float | None:
 def validation_area(result: Result) -> float | None:
     """Area under the validation cross-entropy, per epoch (nats): low for an early descent."""
     return _mean_of_all(look_up(result, "history.validation.cross_entropy") or ())
+
+
+def experts_in_use(result: Result) -> float | None:
+    """exp H of the shares of samples that the experts were chosen for first: 1 to E."""
+    share_E = look_up(result, "routing.load.share")
+    return None if share_E is None else float(np.exp(entr(share_E).sum()))
 
 
 def layer_mean(path: str, result: Result) -> float | None:

@@ -27,7 +27,7 @@ import pytest
 import small_runs
 import torch
 
-from moe_study import store, study
+from moe_study import engine, store, study
 from moe_study.data import ROOT
 
 pytestmark = pytest.mark.faults
@@ -207,7 +207,7 @@ def forked(work: Callable[[], None]) -> int:
         try:
             warnings.simplefilter("ignore")
             torch.set_num_threads(1)
-            study._progress = Queue()
+            engine._progress = Queue()
             work()
             status = 0
         except (store.StoreError, study.TrainingError, OSError):
@@ -221,7 +221,7 @@ RUN = small_runs.run(epochs=2, arm="raw")
 
 
 def train() -> None:
-    assert study._work(RUN, "cpu", float("inf")) == "done"
+    assert engine._work(RUN, "cpu", float("inf")) == "done"
 
 
 CALLS = ((os, "fsync"), (os, "chmod"), (os, "replace"), (Path, "unlink"), (os, "fdopen"))
@@ -255,7 +255,7 @@ def truth(home, monkeypatch):
     Trained in this process, so that its children find everything imported.
     """
     monkeypatch.setenv("MOE_RESULTS_DIR", str(home / "undisturbed"))
-    monkeypatch.setattr(study, "_progress", Queue())
+    monkeypatch.setattr(engine, "_progress", Queue())
     train()
     found = {RUN.id: small_runs.numbers(study.read(RUN))}
     monkeypatch.setenv("MOE_RESULTS_DIR", str(home / "results"))

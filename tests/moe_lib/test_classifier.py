@@ -244,6 +244,28 @@ def test_without_an_extractor_the_experts_see_pixels():
     assert all(p.grad.isfinite().all() for p in task.parameters())
 
 
+def test_a_hash_gate_looks_up_each_images_expert_and_learns_nothing():
+    task = make_task(config=replace(SMALL, gate="hash", top_k=1))
+    test = task.dataset.test
+    routing = task.predict(test)[0].routing
+    table_R = task.model.moe.router.experts_RK[:, 0].tolist()
+    expected = [table_R[sum(image.flatten().tolist()) % 4096] for image in test.images_NCHW]
+    assert routing.indices_NK[:, 0].tolist() == expected
+    assert len(set(expected)) > 1
+    assert (routing.weights_NK == 1).all()
+    assert not list(task.model.moe.router.parameters())
+    at_work = task.model(pixels(test.images_NCHW, torch.float64))
+    assert torch.equal(at_work.routing.indices_NK, routing.indices_NK)
+    for n, expert in enumerate(expected):  # the prediction is that of the one expert
+        alone_C = at_work.expert_logits_NEC[n, expert].log_softmax(0)
+        torch.testing.assert_close(at_work.log_probs_NC[n], alone_C)
+
+
+def test_a_hash_gate_needs_the_number_of_experts_per_image():
+    with pytest.raises(ValueError, match="needs top_k, the number"):
+        make_task(config=replace(SMALL, gate="hash"))
+
+
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 4, 7])
 def test_a_uniform_gate_is_exactly_uniform(num_experts):
     model = make_task(config=replace(SMALL, gate="uniform", num_experts=num_experts)).model

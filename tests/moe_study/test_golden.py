@@ -13,6 +13,7 @@ import torch
 
 from moe_study import store, study, tasks
 from moe_study.configs import arms
+from moe_study.configs.snnl import VERSIONS
 from moe_study.report import tables
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -23,7 +24,7 @@ def golden(results):
     seed = arms.SEEDS[0]
     histories = {r["run"]["arm"]: r["history"] for r in results if r["run"]["seed"] == seed}
     return {
-        "version": arms.VERSIONS["snnl"],
+        "version": VERSIONS["snnl"],
         "cross_entropy": {arm: history["validation"]["cross_entropy"] for arm, history in histories.items()},
         "total": {arm: history["train"]["total"] for arm, history in histories.items()},
     }

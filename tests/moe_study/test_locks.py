@@ -11,7 +11,7 @@ from pathlib import Path
 import filelock
 import pytest
 
-from moe_study import locks, study
+from moe_study import engine, locks, study
 from moe_study.data import ROOT
 
 HOLDER = """
@@ -111,6 +111,6 @@ def test_a_duplicate_leaves_the_first_result_alone(folders, monkeypatch):
         busy()
         return {}
 
-    monkeypatch.setattr(study, "execute", slow)
-    assert study._work(run, "cpu", float("inf")) == "done"
+    monkeypatch.setattr(engine, "execute", slow)
+    assert engine._work(run, "cpu", float("inf")) == "done"
     assert study.read(run)["machine"] == "the first"

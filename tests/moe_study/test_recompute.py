@@ -21,10 +21,13 @@ from scipy import stats
 CORE = Path(__file__).parents[2] / "results" / "core"
 LAST, LOWEST = "last_epoch", "best_cross_entropy"
 ENDPOINTS = (LAST, "best_accuracy", LOWEST)
-STUDIES = {"snnl-confirm": "snnl", "snnl": "snnl", "collapse": "collapse"}  # study -> whose claims
+# study -> whose claims
+STUDIES = {name: name for name in ("snnl", "collapse", "collapse-top1")} | {"snnl-confirm": "snnl"}
 STUDIES |= {"ac-vision": "ac-vision", "ac-language": "ac-language"}
+STUDIES |= {"ac-language-confirm": "ac-language"}
 # Confirmatory sets and their numbers of runs: nobody looks at one that is not whole.
 WHOLE = {"snnl-confirm": {"fashion_mnist": 40, "cifar10": 90, "cifar100": 90}, "collapse": {"domains": 360}}
+WHOLE |= {"collapse-top1": {"domains": 100}, "ac-language-confirm": {"wikitext2": 90}}
 NO_UNIT = ("mnist", "digits", "digit_domains", "docs")
 
 
@@ -74,6 +77,10 @@ def swap_cost(file):
     return float(
         np.mean([r["swapped"] - r["clean"] for share, r in file["swap"].items() if float(share) > 0])
     )
+
+
+def experts_in_use(file):
+    return float(np.exp(-sum(share * math.log(share) for share in file["routing"]["load"]["share"] if share)))
 
 
 def whole_file(measure):
@@ -137,6 +144,12 @@ CLAIMS = {
             conditions=((at("similarity.cka_weighted"), -1, "control", -0.02, -0.02),),
         ),
         of_snnl("collapse-accuracy", ACCURACY, 1, GAIN),
+    ],
+    "collapse-top1": [
+        ours("collapse-top1-pays", "base", ("hash-gate",)),
+        ours("collapse-top1-beside", "snnl", ("hash-snnl",)),
+        of_snnl("collapse-top1-effective", experts_in_use, 1, 0.5),
+        of_snnl("collapse-top1-accuracy", ACCURACY, 1, GAIN),
     ],
     "ac-vision": [
         ours("ac-vision-pays", "linear", ("hash",), margin=POINT),

@@ -16,7 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from moe_study import store, study, trust
-from moe_study.configs import arms
+from moe_study.configs import arms, crossed, snnl
 from moe_study.data import ROOT
 from moe_study.report import page as report
 from moe_study.report import plots, tables
@@ -637,7 +637,7 @@ def test_tuning_table(folders):
 
 def test_tuning_budgets_are_not_mixed(folders):
     """base is also tuned at the whole budget; its value there is not averaged with the short one's."""
-    rate = arms.LEARNING_RATES[0]
+    rate = snnl.LEARNING_RATES[0]
     runs = [
         run
         for run in study.runs("core", "snnl-tuning", "cifar100", "base")
@@ -662,7 +662,7 @@ def test_tuning_table_has_every_study(folders):
     assert sorted(table["study"]) == sorted(name.removesuffix("-tuning") for name in names)
     weights = dict(zip(table["study"], table["weight of the extra loss"], strict=True))
     assert weights["ac-vision"] == weights["ac-language"] == 0
-    assert weights["crossed"] == arms.CROSSED_FACTORS[0]
+    assert weights["crossed"] == crossed.FACTORS[0]
 
 
 def test_routed_tables(folders):

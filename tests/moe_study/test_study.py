@@ -1,6 +1,7 @@
 """The engine: names, result files, resuming after SIGKILL, and what fails loudly."""
 
 import errno
+import itertools
 import json
 import math
 import multiprocessing
@@ -19,8 +20,10 @@ import pytest
 import small_runs
 import torch
 
-from moe_study import data, locks, store, study
-from moe_study.configs import arms
+from moe_lib.models.language import LanguageModel
+from moe_lib.models.transformer import moe_layers
+from moe_study import data, engine, locks, store, study
+from moe_study.configs import arms, collapse, snnl
 from moe_study.data import ROOT
 from moe_study.train import load_checkpoint
 
@@ -70,9 +73,11 @@ def test_committed_results_belong_to_the_plan(monkeypatch):
 
 
 def test_arms_differ_from_base_in_one_thing():
-    settings = arms.SETTINGS["core"]["fashion_mnist"]
+    settings = snnl.SETTINGS["core"]["fashion_mnist"]
     study_arms = arms.snnl_arms(settings)
-    assert set(study_arms) | set(arms.collapse_arms(settings)) == set(arms.ARM_DESCRIPTIONS)
+    assert set(study_arms) | set(collapse.collapse_arms(settings)) | set(collapse.top1_arms(settings)) == set(
+        arms.ARM_DESCRIPTIONS
+    )
     base_model, base_objective = study_arms["base"]
     dense_model = study_arms["dense"][0]
     assert dense_model.num_experts * dense_model.expert_hidden == (
@@ -87,9 +92,66 @@ def test_arms_differ_from_base_in_one_thing():
         assert (changed_model + changed_objective) == (arm not in ("base", "dense")), arm
 
 
-@pytest.mark.parametrize("dataset", arms.TUNING_DATASETS)
+def test_the_collapse_map_has_every_arm_at_every_size_and_only_sizes_differ():
+    plan = collapse.MAPS["core"]
+    runs = study.runs("core", "collapse-map")
+    sizes = {(r.model.num_experts, r.model.expert_hidden, r.model.code_dim) for r in runs}
+    assert sizes == set(itertools.product(plan.num_experts, plan.expert_hidden, plan.code_dim))
+    assert len(runs) == len({run.id for run in runs}) == len(sizes) * len(plan.arms) * len(plan.seeds)
+    reference = {r.arm: r for r in study.runs("core", "collapse")}
+    for run in runs:  # at the collapse study's own size, a run of it but for the seed
+        model = replace(run.model, num_experts=4, expert_hidden=4, code_dim=8)
+        own = reference[run.arm]
+        assert (model, run.objective, run.train) == (own.model, own.objective, own.train)
+
+
+def test_top1_arms_route_each_image_to_one_expert():
+    for run in study.runs("core", "collapse-top1"):
+        assert run.model.top_k == 1
+        assert (run.model.gate == "hash") == run.arm.startswith("hash")
+        assert (run.objective.snnl is not None) == run.arm.endswith("snnl")
+
+
+def test_text_past_the_plateau_changes_the_last_router_alone():
+    """One pass over WikiText-2, on seeds that nobody has seen, with the arms' router in the last block."""
+    kinds = {}
+    for run in study.runs("core", "ac-language-confirm"):
+        assert run.seed in arms.CONFIRMATORY_SEEDS
+        assert 0.99 < run.train.epochs * run.epoch_tokens / 10_797_148 <= 1  # bytes of the training text
+        if run.arm not in kinds:
+            layers = moe_layers(LanguageModel(run.model, 256))
+            kinds[run.arm] = [type(layer.router).__name__ for layer in layers]
+    assert {tuple(found[:2]) for found in kinds.values()} == {("LinearRouter", "LinearRouter")}
+    assert kinds["linear"][2] == "LinearRouter"
+    assert kinds["cosine"][2] == "CosineRouter"
+    assert {kinds[arm][2] for arm in kinds if arm.startswith("ac")} == {"AdaptiveClusteringRouter"}
+    assert kinds["hash"][2] == kinds["hash-token"][2] == "HashRouter"
+
+
+@pytest.mark.parametrize("name", ["collapse", "collapse-top1"])
+def test_collapse_settings_are_what_tuning_chose(name, monkeypatch):
+    """For each arm the rate and the weight of the lowest validation cross-entropy at the last epoch."""
+    monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
+    scores = defaultdict(list)
+    for path in (ROOT / "results" / "core" / f"{name}-tuning" / "domains").glob("*.json"):
+        file = json.loads(path.read_text())
+        run = file["run"]
+        weight = (run["objective"]["snnl"] or {}).get("factor"), run["objective"]["balance"]
+        key = run["arm"], run["train"]["learning_rate"], weight
+        scores[key].append(file["history"]["validation"]["cross_entropy"][-1])
+    assert all(len(found) == len(arms.TUNING_SEEDS) for found in scores.values())
+    takes_over = {"snnl-shuffled", "snnl-weaker"}  # arms that are not in the grid
+    for run in study.runs("core", name):
+        if run.arm not in takes_over and run.seed == study.runs("core", name)[0].seed:
+            own = {key: sum(found) for key, found in scores.items() if key[0] == run.arm}
+            factor = None if run.objective.snnl is None else run.objective.snnl.factor
+            weight = factor, run.objective.balance
+            assert min(own, key=own.get) == (run.arm, run.train.learning_rate, weight)
+
+
+@pytest.mark.parametrize("dataset", snnl.TUNING_DATASETS)
 def test_settings_are_what_tuning_chose(dataset, monkeypatch):
-    """The rule of arms.SETTINGS, applied to the committed tuning results."""
+    """The rule of snnl.SETTINGS, applied to the committed tuning results."""
     monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
     runs = [run for run in study.runs("core", "snnl-tuning", dataset) if run.path.exists()]
     if not runs:
@@ -108,7 +170,7 @@ def test_settings_are_what_tuning_chose(dataset, monkeypatch):
         means = {k: sum(v[s] for s in seeds) / len(seeds) for k, v in tried.items()} if seeds else {}
         return min(means, key=means.get)[position] if means else None
 
-    settings = arms.SETTINGS["core"][dataset]
+    settings = snnl.SETTINGS["core"][dataset]
     rate = settings.train.learning_rate
     assert best("base", settings.train.epochs, 2) in (rate, None)
     assert best("snnl", 4, 3, rate) == settings.factor
@@ -236,7 +298,7 @@ def test_waiting_for_another_process_ends_with_the_time_limit(folders):
     run = small_runs.run(epochs=1)
     run.workspace.mkdir(parents=True)
     with locks.hold(run.workspace):
-        assert study._work(run, "cpu", time.monotonic() + 0.2) == "out of time"
+        assert engine._work(run, "cpu", time.monotonic() + 0.2) == "out of time"
     assert not run.path.exists()
 
 

@@ -1,0 +1,130 @@
+"""The AC study on text: does Adaptive Clustering help the router of a language model over bytes?
+
+`python -m moe_study run --profile core --study ac-language` takes 107 core-minutes, "ac-language-tuning"
+another 8. What came out (RESULTS.md, "Verdicts"): nothing can be tested yet, for learned routing is not shown
+to pay: every run ends on, or has just left, the plateau of a model that knows only the frequencies of bytes.
+
+"ac-language-confirm" is past that plateau: one pass over WikiText-2 (10.8 MB), and the AC router in the last
+block alone, as in the authors' small language model. About ten core-minutes a run; its settings wait for
+"ac-language-confirm-tuning".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+from moe_lib.models.language import LanguageConfig
+from moe_lib.models.transformer import TransformerConfig
+from moe_lib.moe import ACConfig
+from moe_study.configs import routed
+from moe_study.configs.arms import (
+    CONFIRMATORY_SEEDS,
+    ROUTED_CONTROLS,
+    ROUTED_MAIN_ARMS,
+    RoutedSettings,
+    routed_arms,
+)
+from moe_study.configs.run import Plan, Run
+from moe_study.train import TrainConfig
+
+VERSIONS = {
+    "ac-language": 1,
+    "ac-language-tuning": 1,
+    "ac-language-confirm": 1,
+    "ac-language-confirm-tuning": 1,
+}
+SETTINGS = routed.with_paper(
+    {
+        "digits": {
+            "docs": RoutedSettings(
+                LanguageConfig(replace(routed.SMALL, depth=2, moe_blocks=(0, 1)), context=32),
+                ACConfig(),
+                TrainConfig(epochs=2, batch_size=32, learning_rate=1e-2, precision="float64", warmup=0.1),
+                epoch_tokens=24 * 1024,
+                test_tokens=2**13,
+            )
+        },
+        "core": {  # chosen by "ac-language-tuning"
+            "wikitext2": RoutedSettings(
+                LanguageConfig(TransformerConfig(depth=3, moe_blocks=(0, 1, 2))),
+                ACConfig(),
+                TrainConfig(epochs=8, batch_size=32, learning_rate=1e-2, warmup=0.1),
+                epoch_tokens=256 * 1024,  # 8 epochs: 2 MB of text
+            )
+        },
+    }
+)
+CONTROLS = (*ROUTED_CONTROLS, "ac-row")
+SEED_COUNTS: routed.SeedCounts = {
+    "digits": {"docs": [((*ROUTED_MAIN_ARMS, "ac-causal"), 2)]},
+    "core": {"wikitext2": [(ROUTED_MAIN_ARMS, 10), (CONTROLS, 5)]},
+    "paper": {"wikitext2": [((*ROUTED_MAIN_ARMS, *CONTROLS), 10)]},
+}
+# The best of the first three was the highest, for every arm: hence the fourth.
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def runs(profile: str) -> Iterator[Run]:
+    arms = partial(routed_arms, "ac-language")
+    return routed.planned("ac-language", VERSIONS["ac-language"], SETTINGS, SEED_COUNTS, arms, profile)
+
+
+def tuning_runs(profile: str) -> Iterator[Run]:
+    """The same learning rates for each main arm."""
+    return routed.tuning(
+        "ac-language",
+        VERSIONS["ac-language-tuning"],
+        SETTINGS,
+        partial(routed_arms, "ac-language"),
+        lambda own: [(arm, rate, own) for rate in LEARNING_RATES for arm in ROUTED_MAIN_ARMS],
+        profile,
+    )
+
+
+# ------------------------------------------------------------------------------- past the plateau
+
+CONFIRM_SETTINGS: routed.Settings = {
+    "core": {
+        "wikitext2": RoutedSettings(
+            LanguageConfig(TransformerConfig(depth=3, moe_blocks=(0, 1, 2), router_blocks=(2,))),
+            ACConfig(),
+            TrainConfig(epochs=8, batch_size=32, learning_rate=1e-2, warmup=0.1),
+            epoch_tokens=1_349_000,  # 8 epochs: the whole text once
+        )
+    }
+}
+CONFIRM_ARMS = (*ROUTED_MAIN_ARMS, "hash", "hash-token")
+CONFIRM_COUNTS: routed.SeedCounts = {"core": {"wikitext2": [(CONFIRM_ARMS, 10), (CONTROLS, 8)]}}
+CONFIRM_RATES = (3e-3, 1e-2, 3e-2)
+
+
+def confirm_runs(profile: str) -> Iterator[Run]:
+    """The study past the plateau, on `CONFIRMATORY_SEEDS`."""
+    name, arms = "ac-language-confirm", partial(routed_arms, "ac-language")
+    return routed.planned(
+        name, VERSIONS[name], CONFIRM_SETTINGS, CONFIRM_COUNTS, arms, profile, CONFIRMATORY_SEEDS
+    )
+
+
+def confirm_tuning_runs(profile: str) -> Iterator[Run]:
+    """The same learning rates for every arm that the claims compare, at the full budget."""
+    name = "ac-language-confirm"
+    return routed.tuning(
+        name,
+        VERSIONS[f"{name}-tuning"],
+        CONFIRM_SETTINGS,
+        partial(routed_arms, "ac-language"),
+        lambda own: [(arm, rate, own) for rate in CONFIRM_RATES for arm in CONFIRM_ARMS],
+        profile,
+        full=True,
+    )
+
+
+STUDIES: dict[str, Plan] = {
+    "ac-language": runs,
+    "ac-language-confirm": confirm_runs,
+    "ac-language-tuning": tuning_runs,
+    "ac-language-confirm-tuning": confirm_tuning_runs,
+}

@@ -1,0 +1,230 @@
+"""The collapse studies: arms, settings and seeds; and the plans of their runs.
+
+`base` collapses here, and collapse costs something: three domains under one label space (one label means
+three things), and experts too narrow to serve all three.
+
+- "collapse": every arm of a soft mixture, 40 confirmatory seeds.
+- "collapse-top1": one expert per image (Switch Transformer), beside a fixed random expert per image.
+- "collapse-map": where a mixture collapses, what that costs, and what SNNL gives back, over the number of
+  experts, their width and the width of the code. It explores: every arm has the rates that were tuned at one
+  point of the map.
+
+`python -m moe_study run --profile core --study collapse-map` makes the last; a run takes ten seconds of one
+core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+from moe_lib.models.classifier import ClassifierConfig
+from moe_lib.snnl import SNNLConfig
+from moe_study.configs.arms import FACTORS, MAIN_ARMS, TUNING_SEEDS, Settings, snnl_arms
+from moe_study.configs.run import Plan, Run
+from moe_study.tasks import Objective
+from moe_study.train import TrainConfig
+
+VERSIONS = {
+    "collapse": 1,
+    "collapse-top1": 1,
+    "collapse-map": 1,
+    "collapse-tuning": 1,
+    "collapse-top1-tuning": 1,
+}
+
+_NARROW = ClassifierConfig("mlp", 64, code_dim=8, num_experts=4, expert_hidden=4, gate_hidden=64)
+COLLAPSE_SETTINGS: dict[str, dict[str, Settings]] = {
+    "digits": {
+        "digit_domains": Settings(
+            _NARROW,
+            TrainConfig(epochs=5, batch_size=64, learning_rate=1e-2, precision="float64"),
+            factor=10.0,
+            dense_factor=10.0,
+            balance=0.1,
+        )
+    },
+    "core": {
+        "domains": Settings(
+            _NARROW,
+            # Chosen by "collapse-tuning", and held against its files by a test: for each arm the rate, and
+            # for each extra loss the weight, of the lowest validation cross-entropy at the last epoch.
+            # "snnl-shuffled" takes over from "snnl".
+            TrainConfig(epochs=10, batch_size=256, learning_rate=3e-3),
+            factor=10.0,
+            dense_factor=1.0,
+            balance=1.0,
+            learning_rates=(("base", 1e-3), ("base-balance", 1e-3), ("snnl-weaker", 1e-3)),
+        )
+    },
+}
+COLLAPSE_SETTINGS["paper"] = COLLAPSE_SETTINGS["core"]
+
+
+def collapse_arms(settings: Settings) -> dict[str, tuple[ClassifierConfig, Objective]]:
+    """Those arms of the SNNL study that tell routing from features, and SNNL at a tenth of the factor."""
+    arms = snnl_arms(settings)
+    weaker = snnl_arms(replace(settings, factor=settings.factor / 10))["snnl"]
+    return {name: weaker if name == "snnl-weaker" else arms[name] for name in COLLAPSE_ARMS}
+
+
+COLLAPSE_ARMS = (
+    "base", "snnl", "snnl-weaker", "base-balance", "dense", "dense-snnl", "uniform-gate", "uniform-snnl",
+    "snnl-shuffled",
+)  # fmt: skip
+COLLAPSE_SEEDS = tuple(range(201, 241))  # confirmatory: see CONFIRMATORY_SEEDS
+COLLAPSE_SEED_COUNTS = {"digits": 2, "core": 40, "paper": 40}
+COLLAPSE_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+COLLAPSE_BALANCE_WEIGHTS = (0.01, 0.1, 1.0)
+
+# ------------------------------------------------------------------------------ one expert per image
+
+TOP1_RATES = {"core": (("base", 1e-3),), "paper": (("base", 1e-3),)}
+# Of "core": chosen by "collapse-top1-tuning" by the rule of the soft mixture, and held against its files by a
+# test. All but the rates are what the soft mixture has.
+TOP1_SETTINGS: dict[str, dict[str, Settings]] = {
+    profile: {
+        name: replace(
+            settings, model=replace(settings.model, top_k=1), learning_rates=TOP1_RATES.get(profile, ())
+        )
+        for name, settings in sets.items()
+    }
+    for profile, sets in COLLAPSE_SETTINGS.items()
+}
+
+
+def top1_arms(settings: Settings) -> dict[str, tuple[ClassifierConfig, Objective]]:
+    """One expert per image: learned, balanced, with SNNL; and fixed at random, with and without SNNL."""
+    arms = snnl_arms(settings)
+    found = {name: arms[name] for name in ("base", "snnl", "base-balance")}
+    hashed = replace(settings.model, gate="hash")
+    return found | {
+        "hash-gate": (hashed, Objective()),
+        "hash-snnl": (hashed, Objective(snnl=SNNLConfig(factor=settings.dense_factor))),
+    }
+
+
+TOP1_SEEDS = tuple(range(301, 321))  # confirmatory: see arms.CONFIRMATORY_SEEDS
+TOP1_SEED_COUNTS = {"digits": 2, "core": 20, "paper": 20}
+
+# ------------------------------------------------------------------------------------------------ map
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """Every arm at every combination of three sizes of the model."""
+
+    dataset: str
+    settings: Settings
+    arms: tuple[str, ...]
+    num_experts: tuple[int, ...]
+    expert_hidden: tuple[int, ...]
+    code_dim: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+    def models(self) -> list[ClassifierConfig]:
+        return [
+            replace(self.settings.model, num_experts=experts, expert_hidden=hidden, code_dim=code)
+            for code in self.code_dim
+            for experts in self.num_experts
+            for hidden in self.expert_hidden
+        ]
+
+
+MAPS = {
+    "digits": Map(
+        dataset="digit_domains",
+        settings=COLLAPSE_SETTINGS["digits"]["digit_domains"],
+        arms=("base", "base-balance", "uniform-gate", "snnl", "uniform-snnl"),
+        num_experts=(2, 4),
+        expert_hidden=(2, 4),
+        code_dim=(8,),
+        seeds=(501,),
+    ),
+    "core": Map(
+        dataset="domains",
+        settings=COLLAPSE_SETTINGS["core"]["domains"],
+        arms=("base", "base-balance", "uniform-gate", "snnl", "snnl-weaker", "uniform-snnl"),
+        num_experts=(2, 4, 8, 16),
+        expert_hidden=(2, 4, 16),
+        code_dim=(4, 8, 16),
+        seeds=(501, 502, 503),
+    ),
+}
+MAPS["paper"] = replace(MAPS["core"], seeds=tuple(range(501, 511)))
+
+# ----------------------------------------------------------------------------------------------- plans
+
+
+def collapse_runs(study: str, profile: str) -> Iterator[Run]:
+    """ "collapse" or "collapse-top1", confirmatory from the start: all arms, seed by seed."""
+    if study == "collapse":
+        plan, make_arms = COLLAPSE_SETTINGS, collapse_arms
+        seeds = COLLAPSE_SEEDS[: COLLAPSE_SEED_COUNTS[profile]]
+    else:
+        plan, make_arms = TOP1_SETTINGS, top1_arms
+        seeds = TOP1_SEEDS[: TOP1_SEED_COUNTS[profile]]
+    for dataset, settings in plan.get(profile, {}).items():
+        for seed in seeds:
+            for arm, (model, objective) in make_arms(settings).items():
+                rate = dict(settings.learning_rates).get(arm, settings.train.learning_rate)
+                yield Run(
+                    profile, study, dataset, arm, seed, VERSIONS[study], model, objective,
+                    replace(settings.train, learning_rate=rate), independent_experts=arm in MAIN_ARMS,
+                )  # fmt: skip
+
+
+def collapse_tuning_runs(study: str, profile: str) -> Iterator[Run]:
+    """The grid behind `COLLAPSE_SETTINGS` or `TOP1_SETTINGS`, at the full budget, on two seeds outside.
+
+    Every arm at every learning rate, for arms differ in the one they want; the factor of SNNL and the weight
+    of the balance loss at each.
+    """
+    if profile != "core":
+        return
+    if study == "collapse":
+        plan, make_arms = COLLAPSE_SETTINGS, collapse_arms
+        plain, with_snnl = ["base", "dense", "uniform-gate", "uniform-snnl"], ["snnl", "dense-snnl"]
+    else:
+        plan, make_arms = TOP1_SETTINGS, top1_arms
+        plain, with_snnl = ["base", "hash-gate"], ["snnl", "hash-snnl"]
+    for dataset, settings in plan[profile].items():
+        grid: list[tuple[str, Settings]] = [(arm, settings) for arm in plain]
+        for factor in FACTORS:
+            tried = replace(settings, factor=factor, dense_factor=factor)
+            grid += [(arm, tried) for arm in with_snnl]
+        grid += [("base-balance", replace(settings, balance=weight)) for weight in COLLAPSE_BALANCE_WEIGHTS]
+        for seed in TUNING_SEEDS:
+            for rate in COLLAPSE_RATES:
+                for arm, tried in grid:
+                    model, objective = make_arms(tried)[arm]
+                    yield Run(
+                        profile, f"{study}-tuning", dataset, arm, seed, VERSIONS[f"{study}-tuning"], model,
+                        objective, replace(settings.train, learning_rate=rate),
+                    )  # fmt: skip
+
+
+def map_runs(profile: str) -> Iterator[Run]:
+    """The collapse map, seed by seed: every arm at every size."""
+    plan = MAPS[profile]
+    arms = collapse_arms(plan.settings)
+    for seed in plan.seeds:
+        for sizes in plan.models():
+            for arm in plan.arms:
+                model, objective = arms[arm]
+                rate = dict(plan.settings.learning_rates).get(arm, plan.settings.train.learning_rate)
+                yield Run(
+                    profile, "collapse-map", plan.dataset, arm, seed, VERSIONS["collapse-map"],
+                    replace(sizes, gate=model.gate), objective,
+                    replace(plan.settings.train, learning_rate=rate),
+                )  # fmt: skip
+
+
+STUDIES: dict[str, Plan] = {
+    "collapse": partial(collapse_runs, "collapse"),
+    "collapse-top1": partial(collapse_runs, "collapse-top1"),
+    "collapse-map": map_runs,
+    "collapse-tuning": partial(collapse_tuning_runs, "collapse"),
+    "collapse-top1-tuning": partial(collapse_tuning_runs, "collapse-top1"),
+}

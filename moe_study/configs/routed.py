@@ -1,0 +1,99 @@
+"""What the AC studies and the crossed one share: small models, and how their runs are planned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from moe_lib.models.transformer import TransformerConfig
+from moe_lib.models.vision import VisionConfig
+from moe_lib.moe import ACConfig
+from moe_study.configs.arms import SEEDS, TUNING_SEEDS, RoutedArm, RoutedSettings
+from moe_study.configs.run import Run
+from moe_study.train import TrainConfig
+
+# profile -> data set
+Settings = dict[str, dict[str, RoutedSettings]]
+# profile -> data set -> groups of arms and how many seeds each gets
+SeedCounts = Mapping[str, Mapping[str, list[tuple[Sequence[str], int]]]]
+Arms = Callable[[RoutedSettings], dict[str, RoutedArm]]
+
+SWIN_FORM = ACConfig(normalize="global", max_ratio=1.5)
+SMALL = TransformerConfig(
+    dim=32, depth=3, num_heads=2, mlp_hidden=64, moe_blocks=(1, 2), num_experts=4, expert_hidden=32
+)
+DIGITS_VISION = RoutedSettings(
+    VisionConfig(SMALL, patch=2),
+    SWIN_FORM,
+    TrainConfig(epochs=3, batch_size=64, learning_rate=6e-3, precision="float64", warmup=0.1),
+    attack_images=16,
+    corrupted_images=64,
+)
+CORE_VISION = RoutedSettings(
+    VisionConfig(TransformerConfig(), patch=8),
+    SWIN_FORM,
+    TrainConfig(epochs=6, batch_size=256, learning_rate=3e-3, warmup=0.1),
+    train_images=20_000,
+)
+
+
+def with_paper(settings: Settings) -> Settings:
+    """The same with profile "paper": full sets, 20 epochs; a text's epoch is a full pass."""
+    paper = {
+        name: replace(s, train=replace(s.train, epochs=20), train_images=None, epoch_tokens=None)
+        for name, s in settings["core"].items()
+    }
+    return settings | {"paper": paper}
+
+
+def planned(
+    study: str,
+    version: int,
+    settings: Settings,
+    counts: SeedCounts,
+    make_arms: Arms,
+    profile: str,
+    seeds: Sequence[int] = SEEDS,
+) -> Iterator[Run]:
+    """A study's main arms seed by seed, then the controls."""
+    for dataset, groups in counts.get(profile, {}).items():
+        own = settings[profile][dataset]
+        arms = make_arms(own)
+        for names, count in groups:
+            for seed in seeds[:count]:
+                for arm in names:
+                    model, objective = arms[arm]
+                    rate = dict(own.learning_rates).get(arm, own.train.learning_rate)
+                    yield Run(
+                        profile, study, dataset, arm, seed, version, model, objective,
+                        replace(own.train, learning_rate=rate), **own.run_options(),
+                    )  # fmt: skip
+
+
+def tuning(
+    study: str,
+    version: int,
+    settings: Settings,
+    make_arms: Arms,
+    grid: Callable[[RoutedSettings], list[tuple[str, float, RoutedSettings]]],
+    profile: str,
+    full: bool = False,
+) -> Iterator[Run]:
+    """A third of the epochs, the first data set, two seeds outside the study, validation data alone.
+
+    Args:
+        grid: arms, learning rates and settings to try.
+        full: all of the epochs.
+    """
+    if profile != "core":
+        return
+    dataset, own = next(iter(settings[profile].items()))
+    train = own.train if full else replace(own.train, epochs=max(own.train.epochs // 3, 1))
+    for seed in TUNING_SEEDS:
+        for arm, rate, tried in grid(own):
+            model, objective = make_arms(tried)[arm]
+            yield Run(
+                profile, f"{study}-tuning", dataset, arm, seed, version, model, objective,
+                replace(train, learning_rate=rate),
+                train_images=own.train_images, epoch_tokens=own.epoch_tokens,
+            )  # fmt: skip

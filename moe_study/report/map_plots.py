@@ -1,0 +1,145 @@
+"""Figures and table of the collapse map: where a mixture collapses, what that costs, what SNNL gives back.
+
+A cell is one size of the model: experts across, their width down, a panel for each width of the code.
+
+Shapes: E experts, H expert hidden width, S seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from moe_study.report.plots import STYLE
+from moe_study.report.tables import Result
+
+Size = tuple[int, int, int]  # code width, E, H
+Cell = dict[tuple[str, int], Result]  # by arm and seed
+Quantity = Callable[[Cell], np.ndarray]  # values over the seeds that it is finished for
+
+
+def _cells(results: Sequence[Result]) -> dict[Size, Cell]:
+    found: dict[Size, Cell] = {}
+    for result in results:
+        run, model = result["run"], result["run"]["model"]
+        size = model["code_dim"], model["num_experts"], model["expert_hidden"]
+        found.setdefault(size, {})[run["arm"], run["seed"]] = result
+    return found
+
+
+def effective_share(cell: Cell) -> np.ndarray:
+    """(exp H(E) - 1) / (E - 1) of `base`: 1 where all experts are used alike, 0 where one does all."""
+    values = []
+    for (arm, _), result in cell.items():
+        if arm == "base":
+            experts = result["run"]["model"]["num_experts"]
+            values.append((result["routing"]["load"]["effective_experts"] - 1) / (experts - 1))
+    return np.array(values)
+
+
+def gain(treatment: str, control: str, cell: Cell) -> np.ndarray:
+    """Accuracy of one arm less that of another, in points, paired by seed."""
+    seeds = [seed for arm, seed in cell if arm == treatment and (control, seed) in cell]
+    accuracy = {key: 100 * result["task"]["accuracy"] for key, result in cell.items()}
+    return np.array([accuracy[treatment, seed] - accuracy[control, seed] for seed in seeds])
+
+
+COSTS: dict[str, Quantity] = {
+    "base − uniform-gate: does learned routing pay?": partial(gain, "base", "uniform-gate"),
+    "base-balance − base: does balance help?": partial(gain, "base-balance", "base"),
+}
+GAINS: dict[str, Quantity] = {
+    "snnl − base": partial(gain, "snnl", "base"),
+    "snnl at a tenth of the factor − base": partial(gain, "snnl-weaker", "base"),
+    "snnl − uniform-snnl: does routing pay beside SNNL?": partial(gain, "snnl", "uniform-snnl"),
+}
+
+
+def collapse_map(results: Sequence[Result]) -> Figure:
+    """Share of the experts that `base` uses, mean over seeds: dark where it has collapsed."""
+    return _map(results, {"share of experts in effect, base": effective_share}, "viridis", (0.0, 1.0))
+
+
+def cost_map(results: Sequence[Result]) -> Figure:
+    """Accuracy in points: learned routing against a constant gate, and what balancing the load changes."""
+    return _map(results, COSTS, "RdBu_r", None)
+
+
+def gain_map(results: Sequence[Result]) -> Figure:
+    """Accuracy in points: what SNNL adds to `base`, and learned against constant routing beside SNNL."""
+    return _map(results, GAINS, "RdBu_r", None)
+
+
+def map_table(results: Sequence[Result]) -> pd.DataFrame:
+    """Each difference over the map: in how many cells all seeds agree on its sign, mean and range."""
+    cells = _cells(results)
+    rows = {}
+    for title, quantity in (COSTS | GAINS).items():
+        per_cell = [values_S for cell in cells.values() if (values_S := quantity(cell)).size]
+        if per_cell:
+            means = [values_S.mean() for values_S in per_cell]
+            rows[title] = {
+                "cells": len(per_cell),
+                "seeds": max(map(len, per_cell)),
+                "higher in all seeds": sum((values_S > 0).all() for values_S in per_cell),
+                "lower in all seeds": sum((values_S < 0).all() for values_S in per_cell),
+                "mean, points": f"{np.mean(means):+.2f}",
+                "lowest": f"{min(means):+.2f}",
+                "highest": f"{max(means):+.2f}",
+            }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index.name = "difference in accuracy"
+    return table
+
+
+def _map(
+    results: Sequence[Result],
+    quantities: dict[str, Quantity],
+    colours: str,
+    limits: tuple[float, float] | None,
+) -> Figure:
+    """A row of panels for each quantity. Means over seeds in the cells, bold where all seeds agree on the
+    sign; without limits the colours are even around 0."""
+    cells = _cells(results)
+    codes, experts, widths = (sorted({size[i] for size in cells}) for i in range(3))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(0.9 + 2.5 * len(codes), 0.3 + 2.1 * len(quantities)), layout="constrained")
+        for part, (title, quantity) in zip(
+            figure.subfigures(len(quantities), 1, squeeze=False)[:, 0], quantities.items(), strict=True
+        ):
+            values = {size: quantity(cell) for size, cell in cells.items()}
+            means = {size: values_S.mean() for size, values_S in values.items() if values_S.size}
+            bound = max(map(abs, means.values()), default=1.0)
+            low, high = (-bound, bound) if limits is None else limits
+            axes = part.subplots(1, len(codes), squeeze=False)[0]
+            for axis, code in zip(axes, codes, strict=True):
+                shown_HE = np.array([[means.get((code, e, h), np.nan) for e in experts] for h in widths])
+                image = axis.imshow(shown_HE, cmap=colours, vmin=low, vmax=high, aspect="auto")
+                for (y, x), value in np.ndenumerate(shown_HE):
+                    if np.isfinite(value):
+                        own_S = values[code, experts[x], widths[y]]
+                        agree = limits is None and own_S.size > 1 and abs(np.sign(own_S).sum()) == own_S.size
+                        red, green, blue, _ = image.cmap(image.norm(value))
+                        axis.text(
+                            x,
+                            y,
+                            f"{value:+.1f}" if limits is None else f"{value:.2f}",
+                            ha="center",
+                            va="center",
+                            fontsize=8,
+                            weight="bold" if agree else "normal",
+                            color="white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black",
+                        )
+                axis.set(xticks=range(len(experts)), yticks=range(len(widths)), xlabel="experts")
+                axis.set_xticklabels(map(str, experts))
+                axis.set_yticklabels(map(str, widths))
+                axis.set_title(f"code of {code}", fontsize=9)
+            axes[0].set_ylabel("expert width")
+            part.suptitle(title, fontsize=10, weight="bold", x=0.01, ha="left")
+            part.colorbar(image, ax=axes.tolist(), shrink=0.9)
+    return figure

@@ -1,0 +1,110 @@
+"""The collapse map: every difference recomputed by loops over the results."""
+
+import math
+
+import numpy as np
+import pytest
+
+from moe_study.report import map_plots
+
+SEEDS, EXPERTS, WIDTHS, CODES = (1, 2, 3), (2, 4), (4, 16), (4, 8)
+ARMS = ("base", "base-balance", "uniform-gate", "snnl", "snnl-weaker", "uniform-snnl")
+
+
+@pytest.fixture
+def results():
+    draw = np.random.default_rng(0)
+    return [
+        {
+            "run": {
+                "arm": arm,
+                "seed": seed,
+                "model": {"code_dim": code, "num_experts": experts, "expert_hidden": width},
+            },
+            "task": {"accuracy": draw.uniform(0.2, 0.8)},
+            "routing": {"load": {"effective_experts": draw.uniform(1, experts)}},
+        }
+        for code in CODES
+        for experts in EXPERTS
+        for width in WIDTHS
+        for arm in ARMS
+        for seed in SEEDS
+    ]
+
+
+def accuracy(results, arm, seed, code, experts, width):
+    size = {"code_dim": code, "num_experts": experts, "expert_hidden": width}
+    for result in results:
+        run = result["run"]
+        if (run["arm"], run["seed"], run["model"]) == (arm, seed, size):
+            return 100 * result["task"]["accuracy"]
+    return None
+
+
+def panels(figure):
+    """(title, column) -> texts of the cells, row by row."""
+    return {
+        (part.get_suptitle(), column): axis.texts
+        for part in figure.subfigs
+        for column, axis in enumerate(part.axes[: len(CODES)])
+    }
+
+
+def test_cells_hold_paired_means_and_are_bold_where_all_seeds_agree(results):
+    found = panels(map_plots.gain_map(results))
+    weights = set()
+    for column, code in enumerate(CODES):
+        texts = iter(found["snnl − uniform-snnl: does routing pay beside SNNL?", column])
+        for width in WIDTHS:
+            for experts in EXPERTS:
+                at = (code, experts, width)
+                differences = [
+                    accuracy(results, "snnl", seed, *at) - accuracy(results, "uniform-snnl", seed, *at)
+                    for seed in SEEDS
+                ]
+                text = next(texts)
+                assert float(text.get_text()) == pytest.approx(math.fsum(differences) / 3, abs=0.0501)
+                agree = min(differences) > 0 or max(differences) < 0
+                assert text.get_weight() == ("bold" if agree else "normal")
+                weights.add(text.get_weight())
+    assert weights == {"bold", "normal"}
+
+
+def test_share_of_experts_is_0_for_one_and_1_for_all(results):
+    for result in results:
+        experts = result["run"]["model"]["num_experts"]
+        full = result["run"]["model"]["code_dim"] == 8
+        result["routing"]["load"]["effective_experts"] = float(experts if full else 1)
+    found = panels(map_plots.collapse_map(results))
+    for (_, column), texts in found.items():
+        assert {text.get_text() for text in texts} == {"1.00" if CODES[column] == 8 else "0.00"}
+
+
+def test_table_counts_cells(results):
+    table = map_plots.map_table(results)
+    means, higher, lower = [], 0, 0
+    for code in CODES:
+        for experts in EXPERTS:
+            for width in WIDTHS:
+                at = (code, experts, width)
+                differences = [
+                    accuracy(results, "base", seed, *at) - accuracy(results, "uniform-gate", seed, *at)
+                    for seed in SEEDS
+                ]
+                means.append(sum(differences) / 3)
+                higher += min(differences) > 0
+                lower += max(differences) < 0
+    row = table.loc["base − uniform-gate: does learned routing pay?"]
+    assert (row["cells"], row["seeds"]) == (8, 3)
+    assert (row["higher in all seeds"], row["lower in all seeds"]) == (higher, lower)
+    assert float(row["mean, points"]) == pytest.approx(sum(means) / 8, abs=0.006)
+    assert float(row["lowest"]) == pytest.approx(min(means), abs=0.006)
+
+
+def test_unfinished_pairs_are_left_out(results):
+    """A seed without its partner adds nothing; an arm that is missing leaves its panel empty."""
+    without = [r for r in results if (r["run"]["arm"], r["run"]["seed"]) != ("uniform-gate", 1)]
+    assert map_plots.map_table(without).loc["base − uniform-gate: does learned routing pay?", "seeds"] == 2
+    plain = [r for r in results if r["run"]["arm"] in ("base", "uniform-gate")]
+    assert list(map_plots.map_table(plain).index) == ["base − uniform-gate: does learned routing pay?"]
+    assert all(not texts for texts in panels(map_plots.gain_map(plain)).values())
