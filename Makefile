@@ -20,7 +20,7 @@ BIN := .venv/bin
 export JUPYTER_PREFER_ENV_PATH := 1# a kernel in the user's home must not shadow the one in .venv
 
 .DEFAULT_GOAL := report
-.PHONY: report render test faults lab data plan bench readme notebooks clean
+.PHONY: report render test faults cluster lab data plan bench readme notebooks clean
 
 no_digits = $(subst 9,,$(subst 8,,$(subst 7,,$(subst 6,,$(subst 5,,$(subst 4,,$(subst 3,,$(subst 2,,$(subst \
   1,,$(subst 0,,$(1)))))))))))
@@ -92,11 +92,14 @@ render: .venv/ready # the report of what is finished; trains nothing
 faults: .venv/ready # kills, damaged files, full disks: some minutes; KILLS=100 for the whole campaign
 	@FAULTS_KILLS=$(KILLS) $(BIN)/pytest -n 0 -s -m faults tests/faults
 
+cluster: .venv/ready # three Slurm nodes on this machine; RECORD=1 writes results/cluster
+	@CLUSTER_RECORD=$(if $(RECORD),1) $(BIN)/pytest -n 0 -s -m cluster tests/cluster
+
 test: .venv/ready
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
-	@$(BIN)/pytest -n $(CORES) --dist loadscope -m "not faults" tests
+	@$(BIN)/pytest -n $(CORES) --dist loadscope -m "not faults and not cluster" tests
 	@tests/notebooks.sh $(BIN)
 
 lab: .venv/ready
