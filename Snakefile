@@ -9,6 +9,7 @@
 # imports nothing of the study here, which takes seconds.
 import json
 import os
+import shutil
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -28,7 +29,7 @@ def integer(name, default, least=1):
 
 
 PROFILE = config.get("profile", "digits")
-STUDY = config.get("study")  # one study alone: --config study=ac-vision
+STUDY = config.get("study")  # one study alone: --config study=ac-vision; on a cluster several: snnl,crossed
 GPUS = integer("gpus", 0, least=0)  # that a shard asks for
 WORKERS = integer("workers", 1)  # processes of a shard: several may share its GPU
 PACKAGES = ("moe_lib", "moe_study", "benchmarks")
@@ -41,7 +42,8 @@ PARTS, PLAN = [], ""
 if workflow.is_main_process or not PLANNED:
     from moe_study import plan, store, study
 
-    RUNS = study.runs(PROFILE, STUDY)
+    STUDIES = STUDY.split(",") if STUDY and PLANNED else [STUDY]
+    RUNS = [run for name in STUDIES for run in study.runs(PROFILE, name)]
     RESULTS = store.results_dir() / PROFILE
     NOTEBOOKS = study.notebooks(RUNS)
     if PLANNED:
@@ -91,7 +93,7 @@ rule shard:
     threads: WORKERS
     priority: lambda wildcards: planned("seconds")(wildcards, 1)  # the longest first
     params:
-        study=f"--study {STUDY}" if STUDY else "",
+        study=f"--study {STUDY}" if STUDY and not PLANNED else "",
         plan=f"--plan {PLAN}" if PLAN else "",
     resources:
         mem_mb=lambda wildcards, attempt: WORKERS * planned("memory_mb")(wildcards, attempt),
@@ -142,3 +144,9 @@ rule report:  # of the result files, so that it need not wait for the other note
     shell:
         "(papermill --no-progress-bar {input[0]:q} {output:q} -p profile {PROFILE}"
         " && python -m moe_study.report.page {output:q} {params.page:q}) > {log:q} 2>&1" + OR_SAY_WHY
+
+
+onerror:
+    # A job whose node lacks the shared folder leaves no log: ask the node.
+    if Path("profiles/slurm/why.sh").exists() and PLANNED and shutil.which("srun"):
+        shell("profiles/slurm/why.sh {log:q} {workflow.basedir:q} {RESULTS:q}")

@@ -26,9 +26,13 @@ pytestmark = [
     pytest.mark.skipif(slurm_nodes.missing() is not None, reason=str(slurm_nodes.missing())),
 ]
 RECORD = os.environ.get("CLUSTER_RECORD")
-STUDY = "snnl"
+STUDIES = ("snnl", "snnl-dose")
 # Faster than the committed profile, whose waiting times suit jobs of minutes.
 HASTE = ["--slurm-init-seconds-before-status-checks", "3", "--latency-wait", "5"]
+
+
+def grid() -> list[study.Run]:
+    return [run for name in STUDIES for run in study.runs("digits", name)]
 
 
 class Driver:
@@ -50,7 +54,7 @@ class Driver:
 
     def start(self, *more: str) -> subprocess.Popen:
         line = [sys.executable, "-m", "snakemake", "--workflow-profile", "profiles/slurm", *HASTE, *more]
-        line += ["--config", "profile=digits", f"study={STUDY}", "--", "shards"]
+        line += ["--config", "profile=digits", f"study={','.join(STUDIES)}", "--", "shards"]
         with self.output.open("a") as output:
             return subprocess.Popen(
                 line,
@@ -98,7 +102,7 @@ def wait_for_training(runs: list[study.Run], node: str, driver: subprocess.Popen
 
 
 def test_what_may_befall_a_grid(shared, monkeypatch):
-    runs = study.runs("digits", STUDY)
+    runs = grid()
     assert len(runs) >= 40
     happened = []
     begun = time.monotonic()
@@ -171,7 +175,7 @@ def test_a_bad_shared_folder_is_named_with_its_node(fault, hook, said, shared):
 @pytest.mark.skipif(not RECORD, reason="measures: CLUSTER_RECORD=1")
 def test_scaling(folders, monkeypatch):
     """Wall time of the whole grid at 1, 2 and 3 nodes, and what the simulation says."""
-    runs, rows = study.runs("digits", STUDY), []
+    runs, rows = grid(), []
     for nodes in (1, 2, 3):
         monkeypatch.setenv("MOE_RESULTS_DIR", str(folders / f"results-{nodes}"))
         with Slurm(folders / f"slurm-{nodes}", nodes) as slurm:
