@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from typing import Any
 
 from moe_study import data, store, study
 from moe_study.data import text
+from moe_study.engine import default_device, default_workers
 from moe_study.study import Run, read
 
 
@@ -49,7 +49,7 @@ def _group(run: Run) -> tuple[str, ...]:
 def plan(wanted: list[Run], workers: int | None = None) -> str:
     """What is done, what is left, and what that will take, as text; starts nothing."""
     todo = [run for run in wanted if not run.path.exists()]
-    workers = max(1, min(workers or os.cpu_count() or 1, len(todo)))
+    workers = max(1, min(workers or default_workers(default_device()), len(todo)))
     times = Times(wanted)
     wide = max([16, *(len(run.arm) for run in wanted)])
     lines = [f"{'study':18} {'data set':14} {'arm':{wide}} {'done':>5} {'left':>5} {'minutes left':>13}"]

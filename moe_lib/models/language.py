@@ -16,8 +16,10 @@ from moe_lib.models.transformer import (
     Embedding,
     Projection,
     TransformerConfig,
+    precision,
 )
 from moe_lib.moe import Routing
+from moe_lib.products import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class LanguageOutput(NamedTuple):
 
 class LanguageModel(nn.Module):
     """Tokens -> blocks -> next tokens. Each MoE block hands its decision to the next."""
+
+    bf16 = False  # set on a model: products in bfloat16; weights, gates and log-probabilities in float32
 
     def __init__(self, config: LanguageConfig, num_tokens: int) -> None:
         super().__init__()
@@ -58,11 +62,13 @@ class LanguageModel(nn.Module):
             raise ValueError(f"a sequence of {length} tokens is longer than the context of {context}")
         ids_N = check_labels(tokens_BT.flatten(), tokens_BT.numel(), self.token.num_embeddings, name="tokens")
         tokens_BT = ids_N.view_as(tokens_BT)
-        x_BTD = self.token(tokens_BT) + self.position.weight[:length]
-        previous, routings = None, []
-        for block in self.blocks:
-            x_BTD, routing = block(x_BTD, previous, tokens_BT if self.hashes_ids else None)
-            if routing is not None:
-                previous = routing
-                routings.append(routing)
-        return LanguageOutput(self.head(self.norm(x_BTD)).log_softmax(2), routings)
+        with precision(self.bf16, tokens_BT):
+            x_BTD = self.token(tokens_BT) + self.position.weight[:length]
+            previous, routings = None, []
+            for block in self.blocks:
+                x_BTD, routing = block(x_BTD, previous, tokens_BT if self.hashes_ids else None)
+                if routing is not None:
+                    previous = routing
+                    routings.append(routing)
+            logits_BTV = at_least_float32(self.head(self.norm(x_BTD)))
+            return LanguageOutput(logits_BTV.log_softmax(2), routings)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_lib.checks import check_count, check_floating, check_labels
-from moe_lib.products import at_least_float32
+from moe_lib.products import at_least_float32, on_host
 
 
 class Routing(NamedTuple):
@@ -71,7 +71,7 @@ def route(logits_NE: Tensor, top_k: int | None = None, renormalize: bool | None 
 @torch.no_grad()
 def _largest(probs_NE: Tensor, k: int) -> Tensor:
     """[N, k] indices, the largest first: on a CPU one or two maxima take a third of topk's time."""
-    if k > 2 or probs_NE.device.type != "cpu":
+    if k > 2 or not on_host(probs_NE):
         return probs_NE.topk(k, dim=1).indices
     first_N1 = probs_NE.max(1, keepdim=True).indices
     if k == 1:
@@ -203,6 +203,7 @@ class HashRouter(nn.Module):
     """
 
     experts_RK: Tensor  # R = num_keys
+    needs_keys = True  # a model that holds this router must tell it each token's key
 
     def __init__(self, num_experts: int, num_keys: int, top_k: int = 1) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lib.products import differentiable_gradient, product, traced
+from moe_lib.products import differentiable_gradient, on_host, product, traced
 from moe_lib.snnl.dense import (
     RANGES,
     Distance,
@@ -108,7 +108,7 @@ class _SNNL(torch.autograd.Function):
             slope_L, gradients = parts.slope_L, parts.gradients
             scale_L = largest.expand(number)
         # On the CPU it costs nothing to look: a layer that "min" leaves out needs no product.
-        scales = scale_L.tolist() if scale_L.device.type == "cpu" else list(scale_L)
+        scales = scale_L.tolist() if on_host(scale_L) else list(scale_L)
         with _without_autocast(scale_L.device.type):
             out = [
                 _times(gradient, scale).to(x_ND.dtype) if wanted else None
@@ -144,7 +144,7 @@ def _compute(
 ) -> Parts:
     """`weight_LN`: the anchors' weights in the total; None: the reduction's."""
     if isinstance(temperature, Tensor):  # a GPU's stays there: nothing waits for it under "dense"
-        on_gpu = temperature.device.type != "cpu"
+        on_gpu = not on_host(temperature)
         temperature = temperature.detach().to(layers[0].dtype) if on_gpu else temperature.item()
     dtype = layers[0].dtype
     with _without_autocast(labels_N.device.type):
@@ -187,7 +187,7 @@ def _spread(options: Options, middle: Sequence[Tensor], temperature: float | Ten
 
     0 where a GPU would have to be waited for.
     """
-    if isinstance(temperature, Tensor) or (options.route == "dense" and middle[0].device.type != "cpu"):
+    if isinstance(temperature, Tensor) or (options.route == "dense" and not on_host(middle[0])):
         return 0.0
     base2 = math.log2(math.e) / temperature
     if options.distance == "cosine":
@@ -199,7 +199,7 @@ def _spread(options: Options, middle: Sequence[Tensor], temperature: float | Ten
 def _in_type(dtype: torch.dtype, parts: Parts) -> Parts:
     """The loss in the features' type; gradients stay in the type that they were formed in."""
     loss = parts.loss.to(dtype)
-    if loss.dtype != parts.loss.dtype and loss.device.type == "cpu" and not loss.isfinite().all():
+    if loss.dtype != parts.loss.dtype and on_host(loss) and not loss.isfinite().all():
         raise ValueError(
             f"features are too large for the temperature: the loss leaves the range of {dtype}; "
             "scale the features down, raise the temperature or use distance='cosine'"

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lib.products import product
+from moe_lib.products import on_host, product
 
 Distance = Literal["cosine", "sqeuclidean"]
 Reduction = Literal["mean", "mean_all", "sum", "none"]
@@ -187,7 +187,7 @@ def _grams(
     [L, N, 1] by which rows were multiplied (None: 1), the largest squared norm (None: unknown, since
     a GPU must not wait for it).
     """
-    on_cpu = layers[0].device.type == "cpu"
+    on_cpu = on_host(layers[0])
     power_LN1 = None
     if cosine and not on_cpu:
         layers, power_LN1 = _rescaled(layers)

@@ -152,6 +152,7 @@ def test_scores_of_an_older_file_are_shown_where_it_has_them():
     assert "older" not in tables.endpoint_note([made_up(planned("base", 42))])
 
 
+@pytest.mark.slow
 def test_columns_name_what_a_run_writes(folders):
     """Against a result that the engine itself has made."""
     (result,) = study.ensure([small_runs.run(epochs=2, arm="raw")], workers=1, quiet=True)
@@ -427,6 +428,7 @@ def test_routed_columns_are_missing_where_a_result_lacks_them():
     assert row["accuracy"] == 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("study_name", "dataset"), [("ac-vision", "digits"), ("ac-language", "docs")])
 def test_routed_columns_name_what_a_run_writes(study_name, dataset, folders):
     """Against a result that the engine itself has made, as short as can be."""

@@ -22,6 +22,8 @@ import small_runs
 import torch
 from filelock import FileLock
 
+from moe_lib.models.language import LanguageModel
+from moe_lib.models.transformer import moe_layers
 from moe_study import data, engine, store, study
 from moe_study.configs import arms, collapse, snnl
 from moe_study.data import ROOT
@@ -110,6 +112,22 @@ def test_top1_arms_route_each_image_to_one_expert():
         assert run.model.top_k == 1
         assert (run.model.gate == "hash") == run.arm.startswith("hash")
         assert (run.objective.snnl is not None) == run.arm.endswith("snnl")
+
+
+def test_text_past_the_plateau_changes_the_last_router_alone():
+    """One pass over WikiText-2, on seeds that nobody has seen, with the arms' router in the last block."""
+    kinds = {}
+    for run in study.runs("core", "ac-language-confirm"):
+        assert run.seed in arms.CONFIRMATORY_SEEDS
+        assert 0.99 < run.train.epochs * run.epoch_tokens / 10_797_148 <= 1  # bytes of the training text
+        if run.arm not in kinds:
+            layers = moe_layers(LanguageModel(run.model, 256))
+            kinds[run.arm] = [type(layer.router).__name__ for layer in layers]
+    assert {tuple(found[:2]) for found in kinds.values()} == {("LinearRouter", "LinearRouter")}
+    assert kinds["linear"][2] == "LinearRouter"
+    assert kinds["cosine"][2] == "CosineRouter"
+    assert {kinds[arm][2] for arm in kinds if arm.startswith("ac")} == {"AdaptiveClusteringRouter"}
+    assert kinds["hash"][2] == kinds["hash-token"][2] == "HashRouter"
 
 
 @pytest.mark.parametrize("name", ["collapse", "collapse-top1"])
@@ -221,6 +239,7 @@ def test_bad_shards(part):
 # ----------------------------------------------------------------------------------------- engine
 
 
+@pytest.mark.slow
 def test_ensure_writes_once_and_then_reads(folders):
     run = small_runs.run(epochs=1)
     first = study.ensure([run], workers=1, quiet=True)
@@ -236,6 +255,7 @@ def test_ensure_writes_once_and_then_reads(folders):
     assert not list(folders.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_with_the_same_numbers(folders, monkeypatch):
     """SIGKILL to the whole batch in the middle of a run; its worker must die with it."""
     run = small_runs.run(epochs=60)
@@ -263,6 +283,7 @@ def test_a_killed_run_resumes_with_the_same_numbers(folders, monkeypatch):
     assert small_runs.numbers(resumed) == small_runs.numbers(whole)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_no_other_run(folders):
     """SIGKILL to the only worker of three runs: all three are there in the end."""
     runs = [replace(small_runs.run(epochs=40), seed=seed) for seed in (1, 2, 3)]
@@ -278,6 +299,7 @@ def test_a_killed_worker_loses_no_other_run(folders):
     assert not killer.is_alive()
 
 
+@pytest.mark.slow
 def test_waiting_for_another_process_ends_with_the_time_limit(folders):
     run = small_runs.run(epochs=1)
     run.workspace.mkdir(parents=True)
@@ -294,6 +316,7 @@ def test_a_raised_version_takes_no_older_numbers(folders):
     assert study.twin(replace(second, version=second.version + 1)) is None
 
 
+@pytest.mark.slow
 def test_a_run_that_another_study_has_is_not_trained_again(folders, monkeypatch):
     """base of the crossed study is cosine of the vision study: the same numbers, trained once."""
     first = study.runs("digits", "ac-vision", "digits", "cosine")[0]
@@ -312,6 +335,7 @@ def test_a_run_that_another_study_has_is_not_trained_again(folders, monkeypatch)
     assert study.twin(study.runs("digits", "crossed", "digits", "snnl")[0]) is None
 
 
+@pytest.mark.slow
 def test_time_limit_leaves_a_run_to_be_continued(folders):
     run = small_runs.run(epochs=2)
     assert study.ensure([run], workers=1, time_limit=0, quiet=True) == []
@@ -319,6 +343,7 @@ def test_time_limit_leaves_a_run_to_be_continued(folders):
     assert len(study.ensure([run], workers=1, quiet=True)) == 1
 
 
+@pytest.mark.slow
 def test_one_failing_run_does_not_stop_the_others(folders):
     """The first run diverges; the message names arm, seed, epoch and batch."""
     good, bad = small_runs.run(epochs=1), small_runs.run(epochs=1, arm="base", learning_rate=1e200)
@@ -328,6 +353,7 @@ def test_one_failing_run_does_not_stop_the_others(folders):
     assert not bad.path.exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_refuses_its_input_names_the_run(folders):
     """SNNL raises on features that are not finite before any loss can be."""
     run = small_runs.run(epochs=2, arm="snnl-pretrained", learning_rate=1e200)
@@ -335,6 +361,7 @@ def test_a_loss_that_refuses_its_input_names_the_run(folders):
         study.ensure([run], workers=1, quiet=True)
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_set_aside(folders):
     """The run starts anew, and nobody is told to load a file that could run code."""
     run = small_runs.run(epochs=2)
@@ -348,6 +375,7 @@ def test_damaged_checkpoint_is_set_aside(folders):
     assert found["history"]["validation"] == whole["history"]["validation"]
 
 
+@pytest.mark.slow
 def test_leftovers_are_swept_by_the_next_call(folders):
     """Of a run that was killed in a write, and of one killed before its checkpoint was deleted."""
     run = small_runs.run(epochs=1)
@@ -366,6 +394,7 @@ def test_leftovers_are_swept_by_the_next_call(folders):
     assert others.exists()  # of another run, under its own lock
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -387,6 +416,7 @@ def test_options_are_checked_by_type_and_range(options, named, folders):
     assert list(folders.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_unusable_shared_memory_is_named(folders, monkeypatch):
     class Context:
         def Queue(self):
@@ -397,6 +427,7 @@ def test_unusable_shared_memory_is_named(folders, monkeypatch):
         study.ensure([small_runs.run(epochs=1)], workers=1, quiet=True)
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_had_is_asked_for_once(folders, monkeypatch):
     """Not by every run; runs on other data are trained, and the message has one line for all that failed."""
     asked = []
@@ -487,6 +518,7 @@ def test_an_edited_result_that_states_no_digest_is_named(folders):
         study.read(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [b"", b"{}", b"[]", b"null", b'{"id": ', b"\xff\xfe", b'{"a": NaN}', b"[" * 100_000, b'{"a":' * 100_000],
@@ -526,6 +558,7 @@ def test_results_of_unknown_origin_are_counted():
     assert store.of_unknown_origin([known, known | {"commit": None}, known | {"dirty": None}, {}]) == 3
 
 
+@pytest.mark.slow
 def test_git_is_asked_in_the_folder_of_another_owner(tmp_path, monkeypatch):
     """Git refuses such a folder; that it does so here, and that the commit is found nevertheless."""
     if os.getuid() != 0:
@@ -578,6 +611,7 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_full_tmpfs_keeps_finished_runs(tmp_path, monkeypatch):
     """A real file system of 2 MB: a checkpoint does not fit, what was finished stays."""
     disk = tmp_path / "disk"
@@ -600,6 +634,7 @@ def test_full_tmpfs_keeps_finished_runs(tmp_path, monkeypatch):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_unwritable_results_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path / "file" / "results"))
