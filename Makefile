@@ -69,7 +69,7 @@ render: .venv/ready # the report of what is finished; trains nothing
 	  $(BIN)/python -m moe_study.report.page build/$(PROFILE)/90_report.ipynb "$$page" && echo "The report: $$page"
 
 faults: .venv/ready # kills, damaged files, full disks: some minutes; KILLS=100 for the whole campaign
-	@FAULTS_KILLS=$(KILLS) $(BIN)/pytest -n 0 -s -m faults tests/faults
+	@FAULTS_RECORD=1 FAULTS_KILLS=$(KILLS) $(BIN)/pytest -n 0 -s tests/faults
 
 check: .venv/ready # lint, types, fast tests: a minute
 	@$(BIN)/ruff check
