@@ -823,13 +823,13 @@ def test_readme_shows_the_benchmark(core):
     assert "| N=1024 | 3.1 | 7.0 | 0.40 |" in report.results_page()
 
 
-def test_results_show_the_inspector_beside_its_peers(core):
+def test_results_show_the_inspector_beside_its_peers(folders):
     ours = {"sees": {"noise": "arbitrary"}, "added_percent_training": 12.4, "mib_per_50_steps": 0.26}
     peer = {"sees": {"noise": "nothing"}, "added_percent_generation": 5.6}
     passes = {"D 512": 8.2}
     content = {"tools": {"ours": ours, "peer": peer}, "missing": {"x": "gone"}, "pass_added_percent": passes}
     store.write(store.results_dir() / "bench" / "inspect.json", content)
-    section = report.results_page()
+    section = "\n".join(report.inspector_sections())
     assert "| planted | ours | peer |" in section
     assert "| noise | arbitrary | nothing |" in section
     assert "| ours | +12 % | - | - | 0.3 |" in section
