@@ -354,15 +354,13 @@ class LanguageTask(nn.Module):
     def batches(self, epoch: int) -> Iterator[Tensor]:
         """Windows [B, T + 1] of the training text; pass after pass, each in an order of (seed, pass)."""
         tokens_M, context = self.corpus.train.tokens_N, self.config.context
-        starts, orders = [], {}
-        size = self.num_batches * self.batch_size
-        for place in range(epoch * size, (epoch + 1) * size):
-            turn, at = divmod(place, self.num_windows)
-            if turn not in orders:
-                draw = generator(self.seed, "order", turn)
-                orders[turn] = (torch.randperm(self.num_windows, generator=draw) * context).tolist()
-            starts.append(orders[turn][at])
-        start_N = torch.tensor(starts).to(tokens_M.device)
+        size, whole = self.num_batches * self.batch_size, self.num_windows
+        first, last = epoch * size // whole, ((epoch + 1) * size - 1) // whole
+        order_N = torch.cat(
+            [torch.randperm(whole, generator=generator(self.seed, "order", n)) for n in range(first, last + 1)]
+        )
+        begin = epoch * size - first * whole
+        start_N = (order_N[begin : begin + size] * context).to(tokens_M.device)
         offset_W = torch.arange(context + 1, device=tokens_M.device)
         for start_B in start_N.split(self.batch_size):
             yield tokens_M[start_B[:, None] + offset_W]

@@ -55,6 +55,8 @@ def pretended_gpu(monkeypatch: Any, capability: tuple[int, int] = (9, 0)) -> Ite
     with monkeypatch.context() as patch:
         patch.setattr(nn.Module, "to", _to)
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+        patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         with FakeTensorMode():
             yield
 
