@@ -1,6 +1,6 @@
 # Orders the work: training shards, then the notebooks, then the report. `make report` calls it.
 #
-# The engine (moe_study.study.ensure) decides what is trained: run files are never outputs here, because
+# The engine (moe_study.engine.ensure) decides what is trained: run files are never outputs here, because
 # Snakemake deletes the outputs of a job that fails. A shard's only output is its DONE.json.
 import os
 from pathlib import Path
@@ -25,6 +25,7 @@ RESULTS = store.results_dir() / PROFILE
 # The planned runs name the shards' folder: a changed plan asks for new DONE files by itself.
 DONE = RESULTS / ".work" / ("shards-" + store.digest([run.id for run in RUNS]))
 BUILD = Path("build") / PROFILE
+OR_SAY_WHY = " || (tail -n 15 {log:q} >&2; exit 1)"  # the end of a failed step's log
 EXECUTED = [BUILD / f"{name}.ipynb" for name in study.notebooks(RUNS)]
 
 if not (RESULTS / "report.html").exists():
@@ -37,6 +38,8 @@ for i in range(1, SHARDS + 1):  # a DONE file is true only as long as its result
 rule all:
     input:
         BUILD / "90_report.ipynb",
+        BUILD / "00_tour.ipynb",
+        EXECUTED,
 
 
 rule shard:
@@ -59,7 +62,7 @@ rule tour:
     log:
         BUILD / "00_tour.log",
     shell:
-        "papermill --no-progress-bar {input[0]:q} {output:q} > {log:q} 2>&1"
+        "papermill --no-progress-bar {input[0]:q} {output:q} > {log:q} 2>&1" + OR_SAY_WHY
 
 
 rule study:
@@ -73,14 +76,13 @@ rule study:
         BUILD / "{notebook}-{dataset}.log",
     shell:
         "papermill --no-progress-bar {input[0]:q} {output:q}"
-        " -p profile {PROFILE} -p dataset {wildcards.dataset} > {log:q} 2>&1"
+        " -p profile {PROFILE} -p dataset {wildcards.dataset} > {log:q} 2>&1" + OR_SAY_WHY
 
 
-rule report:
+rule report:  # of the result files, so that it need not wait for the other notebooks
     input:
         "notebooks/90_report.ipynb",
-        BUILD / "00_tour.ipynb",
-        EXECUTED,
+        rules.study.input[1:],
     output:
         BUILD / "90_report.ipynb",
     log:
@@ -89,4 +91,4 @@ rule report:
         page=RESULTS / "report.html",
     shell:
         "(papermill --no-progress-bar {input[0]:q} {output:q} -p profile {PROFILE}"
-        " && python -m moe_study.report.page {output:q} {params.page:q}) > {log:q} 2>&1"
+        " && python -m moe_study.report.page {output:q} {params.page:q}) > {log:q} 2>&1" + OR_SAY_WHY

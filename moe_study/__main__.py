@@ -119,12 +119,13 @@ def _follow(pid: int) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    runs = study.shard(_selected(arguments), arguments.shard)
+    selected = _selected(arguments)
+    runs = study.shard(selected, arguments.shard)
     if arguments.out is not None:
         store.use_results_dir(arguments.out)
     if arguments.follow is not None:
         _follow(arguments.follow)
-    study.ensure(runs, arguments.workers, arguments.device, arguments.time_limit)
+    study.ensure(runs, arguments.workers, arguments.device, arguments.time_limit, among=selected)
     missing = sum(not run.path.exists() for run in runs)
     if arguments.done is not None and not missing:
         store.write(arguments.done, {"runs": [run.id for run in runs]})

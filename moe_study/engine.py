@@ -248,8 +248,8 @@ def _start_worker(queue: Any) -> None:
 
 
 def watched() -> bool:
-    """Whether a person looks on: a terminal, or a notebook opened in Jupyter (not run by papermill)."""
-    return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
+    """Whether this is a notebook that a person opened in Jupyter (papermill does not)."""
+    return "JPY_SESSION_NAME" in os.environ
 
 
 def default_device() -> str:
@@ -268,6 +268,7 @@ def ensure(
     device: str | None = None,
     time_limit: float | None = None,
     quiet: bool = False,
+    among: Sequence[Run] | None = None,
 ) -> list[dict[str, Any]]:
     """Train the runs that have no result file yet, one process each, and return all finished results.
 
@@ -275,6 +276,7 @@ def ensure(
         workers: processes; None: one per core, or eight that share a GPU.
         device: "cpu" or "cuda"; what there is if None. float64 runs always use the CPU.
         time_limit: seconds after which no epoch is started; checkpoints are kept and the next call goes on.
+        among: runs that progress is counted over, where these are a part of them; None: the wanted ones.
 
     Raises:
         StudyError: some runs failed. The others were finished first; the message has every reason.
@@ -288,7 +290,7 @@ def ensure(
             with contextlib.suppress(Timeout, OSError), _lock(run, 0):
                 sweep(run)
     if todo := [run for run in wanted if run not in found]:
-        _train_all(todo, workers, device or default_device(), time_limit, quiet)
+        _train_all(todo, workers, device or default_device(), time_limit, quiet, among or wanted)
         found |= {run: read(run) for run in todo if run.path.exists()}
     return [found[run] for run in wanted if run in found]
 
@@ -332,7 +334,12 @@ def _say(line: str) -> None:
 
 
 def _train_all(
-    todo: list[Run], workers: int | None, device: str, time_limit: float | None, quiet: bool
+    todo: list[Run],
+    workers: int | None,
+    device: str,
+    time_limit: float | None,
+    quiet: bool,
+    among: Sequence[Run],
 ) -> None:
     store.check_writable(store.results_dir())
     if store.of_unknown_origin([store.provenance()]) and not quiet:
@@ -361,7 +368,7 @@ def _train_all(
             "in a container, mount one (docker run --shm-size=1g)"
         ) from error
     unfinished = 0
-    with _Reporter(queue, len(todo), quiet) as reporter:
+    with _Reporter(queue, len(todo), quiet, among) as reporter:
 
         def attempt(runs: Sequence[Run], workers: int) -> list[Run]:
             """Those that were lost because a worker was killed, which takes the whole pool with it."""
@@ -401,31 +408,53 @@ def _train_all(
 
 
 class _Reporter:
-    """Shows the workers' epochs: a bar when a person watches, else one line each."""
+    """Shows progress: a bar in a notebook that a person watches, else one line now and then.
 
-    def __init__(self, queue: Any, total: int, quiet: bool) -> None:
+    Args:
+        among: runs that the line counts; other processes may train some of them.
+    """
+
+    EVERY = 10.0  # seconds between two lines, where they cannot be written over
+
+    def __init__(self, queue: Any, total: int, quiet: bool, among: Sequence[Run]) -> None:
         self.queue, self.total, self.quiet = queue, total, quiet
+        self.paths = [run.path for run in among]
+        self.start, self.done_before = time.monotonic(), self._count()
+        self.last, self.rewrites = -math.inf, sys.stdout.isatty()
         self.bar: Any = None
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> _Reporter:
         if watched() and not self.quiet:
-            try:
-                from tqdm.auto import tqdm
+            from tqdm.auto import tqdm
 
-                self.bar = tqdm(total=self.total, unit="run")
-            except ImportError:  # a bare machine
-                pass
+            self.bar = tqdm(total=self.total, unit="run")
         self.thread.start()
         return self
 
+    def _count(self) -> int:
+        return sum(path.exists() for path in self.paths)
+
     def _follow(self) -> None:
         while (message := self.queue.get()) is not None:
-            label, text = message
             if self.bar is not None:
-                self.bar.set_postfix_str(f"{label}: {text}")
-            elif not self.quiet:
-                _say(f"{label}: {text}")
+                self.bar.set_postfix_str(": ".join(message))
+            elif not self.quiet and time.monotonic() - self.last >= (1.0 if self.rewrites else self.EVERY):
+                self._line(": ".join(message))
+
+    def _line(self, now: str) -> None:
+        done, elapsed = self._count(), time.monotonic() - self.start
+        left, trained = len(self.paths) - done, done - self.done_before
+        seconds = left * elapsed / trained if trained else math.nan
+        wait = f"about {seconds:.0f} s" if seconds < 100 else f"about {seconds / 60:.0f} min"
+        line = f"{done} runs done, {left} left, {wait if trained else 'time left not known yet'} | {now}"
+        with contextlib.suppress(BrokenPipeError):
+            print(
+                f"\r{line[:150]}\x1b[K" if self.rewrites else line,
+                end="" if self.rewrites else "\n",
+                flush=True,
+            )
+        self.last = time.monotonic()
 
     def finished(self) -> None:
         if self.bar is not None:
@@ -436,3 +465,5 @@ class _Reporter:
         self.thread.join()
         if self.bar is not None:
             self.bar.close()
+        elif self.rewrites and not self.quiet:
+            _say("")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from moe_lib.checks import check_count, check_labels, check_tensor
 from moe_lib.models.transformer import (
     Block,
     Embedding,
@@ -27,8 +28,7 @@ class LanguageConfig:
     context: int = 128
 
     def __post_init__(self) -> None:
-        if self.context < 1:
-            raise ValueError(f"context must be at least 1, got {self.context}")
+        check_count(self.context, "context")
 
 
 class LanguageOutput(NamedTuple):
@@ -55,10 +55,13 @@ class LanguageModel(nn.Module):
         self.head = Projection(trunk.dim, num_tokens)
 
     def forward(self, tokens_BT: Tensor) -> LanguageOutput:
-        """At most `context` positions."""
+        """At most `context` positions; tokens of any integer type, 0 to V - 1."""
+        check_tensor(tokens_BT, "tokens", "B, T")
         length, context = tokens_BT.shape[1], self.position.num_embeddings
         if length > context:
             raise ValueError(f"a sequence of {length} tokens is longer than the context of {context}")
+        ids_N = check_labels(tokens_BT.flatten(), tokens_BT.numel(), self.token.num_embeddings, name="tokens")
+        tokens_BT = ids_N.view_as(tokens_BT)
         with precision(self.bf16, tokens_BT):
             x_BTD = self.token(tokens_BT) + self.position.weight[:length]
             previous, routings = None, []

@@ -140,7 +140,7 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         batch, length, dim = x_BTD.shape
         query, key, value = (
-            part_BTD.view(batch, length, self.num_heads, -1).transpose(1, 2)
+            part_BTD.view(batch, length, self.num_heads, dim // self.num_heads).transpose(1, 2)
             for part_BTD in self.qkv(x_BTD).split(dim, 2)
         )
         out = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
@@ -181,7 +181,7 @@ class Block(nn.Module):
         routing = None
         if isinstance(self.feed_forward, MoE):
             keys_N = None
-            if isinstance(self.feed_forward.router, HashRouter):
+            if getattr(self.feed_forward.router, "needs_keys", False):
                 batch, length = x_BTD.shape[:2]
                 positions_N = torch.arange(length, device=x_BTD.device).repeat(batch)
                 keys_N = positions_N if ids_BT is None else ids_BT.flatten()

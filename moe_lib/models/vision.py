@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from moe_lib.checks import check_count
+from moe_lib.models.classifier import check_images
 from moe_lib.models.transformer import (
     Block,
     Embedding,
@@ -87,8 +89,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"patch must divide the image, got patch {config.patch}, image {height} x {width}"
             )
-        if num_classes < 2:
-            raise ValueError(f"a classifier needs at least two classes, got {num_classes}")
+        check_count(num_classes, "num_classes", 2)
+        self.image_shape = image_shape
         trunk, dim = config.trunk, config.trunk.dim
         num_tokens = (height // config.patch) * (width // config.patch)
         stem = PatchStem if config.stem == "patch" else ConvStem
@@ -103,6 +105,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> VisionOutput:
         """Images in [0, 1]."""
+        check_images(images_NCHW, self.image_shape)
         with precision(self.bf16, images_NCHW):
             x_NTD = self.embed(images_NCHW * 2 - 1) + self.position.weight
             previous, routings, activations = None, [], {}

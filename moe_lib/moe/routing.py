@@ -54,10 +54,6 @@ class Routing(NamedTuple):
         """[N, E]: the weights, zero for experts that were not chosen."""
         return torch.zeros_like(self.probs_NE).scatter(1, self.indices_NK, self.weights_NK)
 
-    def losses(self) -> dict[str, Tensor]:
-        """The unweighted losses on this decision, by name."""
-        return {"balance": load_balancing_loss(self), "router_z": router_z_loss(self)}
-
 
 def route(logits_NE: Tensor, top_k: int | None = None, renormalize: bool | None = None) -> Routing:
     """Softmax over the experts, in float32 or better; `top_k=None` keeps them all.
@@ -207,6 +203,7 @@ class HashRouter(nn.Module):
     """
 
     experts_RK: Tensor  # R = num_keys
+    needs_keys = True  # a model that holds this router must tell it each token's key
 
     def __init__(self, num_experts: int, num_keys: int, top_k: int = 1) -> None:
         super().__init__()

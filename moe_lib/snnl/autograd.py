@@ -22,7 +22,6 @@ from moe_lib.snnl.dense import (
     Parts,
     Reduction,
     Route,
-    centred,
     dense,
     direct,
     plain,
@@ -150,17 +149,20 @@ def _compute(
     dtype = layers[0].dtype
     with _without_autocast(labels_N.device.type):
         # The derivative by the temperature is a small difference of large sums: it needs the digits.
-        spread = _spread(options, layers, temperature)
+        middle = _middle(options, layers)
+        spread = _spread(options, middle, temperature)
         if dtype != torch.float64 and (options.learned or not spread <= RANGES[dtype].precise):
             layers = [x_ND.double() for x_ND in layers]
             weight_LN = None if weight_LN is None else weight_LN.double()
-            spread = _spread(options, layers, temperature)
+            middle = _middle(options, layers)
+            spread = _spread(options, middle, temperature)
         if not spread <= RANGES[layers[0].dtype].precise:
             kernel = direct
         elif options.route == "dense":
-            return _in_type(dtype, dense(options, layers, labels_N, temperature, weight_LN))
+            return _in_type(dtype, dense(options, middle, labels_N, temperature, weight_LN))
         else:
             kernel = by_tiles
+        del middle
         weights = [None] * len(layers) if weight_LN is None else list(weight_LN)
         parts = [
             kernel(options, x_ND, labels_N, float(temperature), weight_N)
@@ -175,17 +177,22 @@ def _compute(
     return _in_type(dtype, joined)
 
 
-def _spread(options: Options, layers: Sequence[Tensor], temperature: float | Tensor) -> float:
+def _middle(options: Options, layers: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Under "sqeuclidean" features minus their mean: no squared distance changes, and less cancels."""
+    return layers if options.distance == "cosine" else [x_ND - x_ND.mean(0) for x_ND in layers]
+
+
+def _spread(options: Options, middle: Sequence[Tensor], temperature: float | Tensor) -> float:
     """A bound on scores in units of log 2: their rounding error is this times the type's.
 
     0 where a GPU would have to be waited for.
     """
-    if isinstance(temperature, Tensor) or (options.route == "dense" and not on_host(layers[0])):
+    if isinstance(temperature, Tensor) or (options.route == "dense" and not on_host(middle[0])):
         return 0.0
     base2 = math.log2(math.e) / temperature
     if options.distance == "cosine":
         return base2
-    largest = [torch.linalg.vector_norm(centred(x_ND), dim=1).max().item() for x_ND in layers]
+    largest = [torch.linalg.vector_norm(x_ND, dim=1).max().item() for x_ND in middle]
     return 4 * max(largest) ** 2 * base2
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 
 from moe_study.data import Dataset
-from moe_study.report.plots import ARM_STYLE, new_figure
+from moe_study.report.plots import ARM_STYLE, arm_style, new_figure
 from moe_study.report.tables import Result
 
 DOMAIN_NAMES = {
@@ -44,10 +44,10 @@ def collapse_and_accuracy(results: Sequence[Result]) -> Figure:
     for the dense networks, which have no experts to lose."""
     figure, axes = new_figure(7.5, 4.6)
     axis = axes[0, 0]
-    for arm, (colour, marker) in ARM_STYLE.items():
+    tried = dict.fromkeys(r["run"]["arm"] for r in results)
+    for arm in [*(arm for arm in ARM_STYLE if arm in tried), *(arm for arm in tried if arm not in ARM_STYLE)]:
         own = [r for r in results if r["run"]["arm"] == arm]
-        if not own:
-            continue
+        colour, marker = arm_style(arm)
         accuracy_S = np.array([100 * r["task"]["accuracy"] for r in own])
         if own[0]["run"]["model"]["num_experts"] == 1:
             style = "--" if arm == "dense" else ":"
