@@ -52,7 +52,13 @@ def steps(arguments: argparse.Namespace) -> list[Step]:
     python, out, device = sys.executable, arguments.out, arguments.device
     planned = []
     if arguments.tests:
-        planned.append(Step("tests", (python, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "tests/gpu"), arguments.tests))
+        planned.append(
+            Step(
+                "tests",
+                (python, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "tests/gpu"),
+                arguments.tests,
+            )
+        )
     if arguments.bench:
         bench = (python, "-m", "benchmarks", "gpu", "--device", device, "--out", str(out / "bench"))
         planned.append(Step("bench", (*bench, *["--quick"] * arguments.quick), arguments.bench))
@@ -161,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for variable, value in (("MOE_DATA_DIR", arguments.data), ("MOE_COMMIT", arguments.commit)):
         if value is not None:
             os.environ[variable] = str(value.resolve() if isinstance(value, Path) else value)
-    if store.of_unknown_origin([store.provenance()]):
+    if store.provenance()["commit"] is None:
         parser.error("the commit of this copy is unknown: name it with --commit")
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)

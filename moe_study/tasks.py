@@ -357,7 +357,10 @@ class LanguageTask(nn.Module):
         size, whole = self.num_batches * self.batch_size, self.num_windows
         first, last = epoch * size // whole, ((epoch + 1) * size - 1) // whole
         order_N = torch.cat(
-            [torch.randperm(whole, generator=generator(self.seed, "order", n)) for n in range(first, last + 1)]
+            [
+                torch.randperm(whole, generator=generator(self.seed, "order", n))
+                for n in range(first, last + 1)
+            ]
         )
         begin = epoch * size - first * whole
         start_N = (order_N[begin : begin + size] * context).to(tokens_M.device)

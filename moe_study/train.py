@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from moe_lib.products import on_host
 from moe_study import store
 
-
 CHECKPOINT_SECONDS = 20.0  # between two checkpoints, the first epoch's and the last one's excepted
 
 
@@ -59,7 +58,9 @@ class TrainConfig:
     batch_size: int = 256
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine"] = "cosine"  # cosine: down to 0 at the last step
-    precision: Literal["float64", "float32", "bfloat16"] = "float32"  # bfloat16: autocast of CNNs and transformers
+    precision: Literal["float64", "float32", "bfloat16"] = (
+        "float32"  # bfloat16: autocast of CNNs and transformers
+    )
     warmup: float = 0.0  # share of the training over which the rate rises from 0
 
     def __post_init__(self) -> None:

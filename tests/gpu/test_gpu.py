@@ -20,8 +20,7 @@ from moe_lib.models.classifier import ClassifierConfig
 from moe_lib.models.language import LanguageConfig
 from moe_lib.models.transformer import TransformerConfig
 from moe_lib.models.vision import VisionConfig
-from moe_lib.moe import MoE, Routing, adaptive_scales, route
-from moe_lib.moe import dispatch
+from moe_lib.moe import MoE, Routing, adaptive_scales, dispatch, route
 from moe_lib.snnl import SNNLConfig, soft_nearest_neighbor_loss
 from moe_study.data import Dataset, Split
 from moe_study.data.text import Corpus, Text
@@ -148,7 +147,14 @@ def test_adaptive_scales(normalize, dispersion, dtype, rtol, device):
 
 CNN = ClassifierConfig(code_dim=16, expert_hidden=16, gate_hidden=16)
 TRUNK = TransformerConfig(
-    dim=32, depth=3, num_heads=2, mlp_hidden=32, moe_blocks=(1, 2), num_experts=8, expert_hidden=16, router="ac"
+    dim=32,
+    depth=3,
+    num_heads=2,
+    mlp_hidden=32,
+    moe_blocks=(1, 2),
+    num_experts=8,
+    expert_hidden=16,
+    router="ac",
 )
 
 

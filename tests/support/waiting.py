@@ -3,9 +3,9 @@
 Whatever needs a value on the host (`.item()`, `.tolist()`, `bool(...)`, `nonzero`, a boolean index) raises on
 them, as it would make the host wait on a real one.
 
-    pretended_gpu        they say that they are on "cuda", for the branches that ask; torch can't differentiate
-                         there without a driver. `Waits` sees copies between host and device, which wait
-                         unless memory is pinned
+    pretended_gpu        they say that they are on "cuda", for the branches that ask; torch can't
+                         differentiate there without a driver. `Waits` sees copies between host and device,
+                         which wait unless memory is pinned
     unreadable_values    they are on the CPU, and the library is told that this is not the host
 """
 
