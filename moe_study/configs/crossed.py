@@ -19,9 +19,7 @@ VERSIONS = {"crossed": 1, "crossed-tuning": 1}
 SETTINGS: routed.Settings = {
     "digits": {"digits": routed.DIGITS_VISION},
     "core": {"cifar10": replace(routed.CORE_VISION, factor=0.1)},  # chosen by "crossed-tuning"
-    "paper": {
-        "cifar10": replace(routed.PAPER_VISION, factor=0.1)
-    },  # `base` and `ac` are those of "ac-vision"
+    "paper": {"cifar10": replace(routed.PAPER_VISION, factor=0.1)},  # two arms are those of "ac-vision"
 }
 SEED_COUNTS: routed.SeedCounts = {
     "digits": {"digits": [(CROSSED_ARMS, 2)]},
