@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import attacks as bench_attacks
 from benchmarks import experts as bench_moe
 from benchmarks import gpu as bench_gpu
 from benchmarks import profile as bench_profile
@@ -44,6 +45,7 @@ def benches() -> dict[str, Bench]:
         "snnl": Bench(bench_snnl.rows, checks, scaling_figure),
         "moe": Bench(bench_moe.rows, {"new_shapes": bench_moe.new_shapes}, rows_figure),
         "router": Bench(bench_moe.router_rows, {}, rows_figure),
+        "attacks": Bench(bench_attacks.rows, {}, rows_figure),
         "gpu": Bench(bench_gpu.rows, {"workers": bench_gpu.workers}, rows_figure),
         "train": Bench(bench_train.rows, {"bfloat16": bench_train.bfloat16}, rows_figure),
         "scaling": Bench(
