@@ -260,7 +260,8 @@ def rows_figure(content: dict[str, Any]) -> Any:
                 if name in row["contestants"] and row["contestants"][name][key]
             ]
             if points:
-                style = {"color": plots.PALETTE[number + 1], "marker": "soDPv^X"[number], "label": name}
+                color = plots.PALETTE[1 + number % (len(plots.PALETTE) - 1)]
+                style = {"color": color, "marker": "soDPv^X"[number % 7], "label": name}
                 axis.plot(*zip(*points, strict=True), ls="", ms=6, alpha=0.8, **style)
         axis.set(xscale="log", title=title, ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), [row["row"] for row in rows] if key == "milliseconds" else [])
