@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from moe_lib.models.classifier import ClassifierConfig
 from moe_lib.models.language import LanguageConfig
 from moe_lib.models.vision import VisionConfig
-from moe_study import data, store
+from moe_study import data, locks, store
 from moe_study.configs.run import Run, StudyError
 from moe_study.data import text
 from moe_study.evaluate import ClassifierExperiment, Experiment
@@ -170,11 +170,6 @@ def sweep(run: Run) -> None:
         path.unlink(missing_ok=True)
 
 
-def _lock(run: Run, timeout: float) -> FileLock:
-    run.workspace.mkdir(parents=True, exist_ok=True)
-    return FileLock(run.workspace / "lock", timeout=timeout)
-
-
 def _work(run: Run, device: str, deadline: float) -> str:
     """In a worker process: train one run unless it is done; "done" or "out of time".
 
@@ -187,11 +182,13 @@ def _work(run: Run, device: str, deadline: float) -> str:
         return "out of time"
     left = -1 if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
     try:
-        with _lock(run, left):  # another notebook or shard may be at it
+        with locks.hold(run.workspace, left, run.path):  # another notebook, shard or machine may be at it
             sweep(run)
             done = "done" if run.path.exists() else _train(run, device, deadline)
             sweep(run)
             return done
+    except locks.Elsewhere:
+        return "done"
     except Timeout:
         return "out of time"
 
@@ -214,7 +211,8 @@ def _train(run: Run, device: str, deadline: float) -> str:
         )
 
     try:
-        result = execute(run, device, deadline, report)
+        with locks.unless(run.path):
+            result = execute(run, device, deadline, report)
     except OutOfTime:
         return "out of time"
     write(
@@ -287,7 +285,7 @@ def ensure(
     found = {run: read(run) for run in wanted if run.path.exists()}  # a damaged one is named before training
     for run in found:
         if leftovers(run):
-            with contextlib.suppress(Timeout, OSError), _lock(run, 0):
+            with contextlib.suppress(Timeout, OSError), locks.hold(run.workspace, 0):
                 sweep(run)
     if todo := [run for run in wanted if run not in found]:
         _train_all(todo, workers, device or default_device(), time_limit, quiet, among or wanted)

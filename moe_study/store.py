@@ -173,8 +173,8 @@ def explain(error: OSError, folder: Path) -> StoreError:
     """The StoreError for a failed write under `folder`."""
     reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
     return StoreError(
-        f"cannot write under {folder}: {reason}. Free some space or point MOE_RESULTS_DIR (results) or "
-        f"MOE_FIGURES_DIR (figures) at a folder that can be written; finished runs are kept."
+        f"cannot write under {folder} on {platform.node()}: {reason}. Free some space or point "
+        "MOE_RESULTS_DIR (results) or MOE_FIGURES_DIR (figures) at a folder that can be written; finished runs are kept."
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_lib import parallel
 from moe_lib.models.classifier import Classifier, ClassifierConfig, ClassifierOutput, jacobs_loss
 from moe_lib.models.language import LanguageConfig, LanguageModel
 from moe_lib.models.transformer import routing_losses
@@ -155,10 +156,11 @@ class ClassifierTask(nn.Module):
         with torch.set_grad_enabled(self.pretrain_epochs == 0 and torch.is_grad_enabled()):
             code_ND, activations = self.encode(images_NCHW)
         output = self.model.classify(code_ND, activations, self.model.keys(images_NCHW))
-        losses = {"cross_entropy": F.nll_loss(output.log_probs_NC, labels_N)}
+        count = len(labels_N)
+        losses = {"cross_entropy": parallel.mean(F.nll_loss(output.log_probs_NC, labels_N), count)}
         total = losses["cross_entropy"]
         if self.model.mixture == "jacobs":
-            total = losses["jacobs"] = jacobs_loss(output, labels_N)
+            total = losses["jacobs"] = parallel.mean(jacobs_loss(output, labels_N), count)
         if objective.snnl is not None and objective.pretrain == "none":
             losses["snnl"] = self.snnl(activations, labels_N, epoch)
             weighted = objective.snnl.factor * losses["snnl"]
@@ -169,14 +171,14 @@ class ClassifierTask(nn.Module):
             losses["balance"] = load_balancing_loss(output.routing.top(1))
             total = total + objective.balance * losses["balance"]
         if objective.auxiliary:
-            losses["auxiliary"] = F.cross_entropy(self.head(code_ND), labels_N)
+            losses["auxiliary"] = parallel.mean(F.cross_entropy(self.head(code_ND), labels_N), count)
             total = total + objective.auxiliary * losses["auxiliary"]
         return losses | {"total": total}
 
     def _pretrain_losses(self, images_NCHW: Tensor, labels_N: Tensor, epoch: int) -> dict[str, Tensor]:
         code_ND, activations = self.encode(images_NCHW)
         if self.objective.pretrain == "ce":
-            loss = F.cross_entropy(self.head(code_ND), labels_N)
+            loss = parallel.mean(F.cross_entropy(self.head(code_ND), labels_N), len(labels_N))
             return {"auxiliary": loss, "total": loss}
         loss = self.snnl(activations, labels_N, epoch)
         return {"snnl": loss, "total": loss}
@@ -282,7 +284,8 @@ class VisionTask(nn.Module):
         """Unweighted losses by name, and their weighted sum, "total"."""
         images_NCHW, labels_N = batch
         output = self.model(images_NCHW)
-        losses = {"cross_entropy": F.nll_loss(output.log_probs_NC, labels_N)}
+        loss = F.nll_loss(output.log_probs_NC, labels_N)
+        losses = {"cross_entropy": parallel.mean(loss, len(labels_N))}
         losses |= routing_losses(output.routings)
         if self.objective.snnl is not None:
             losses["snnl"] = self.snnl(output.activations, labels_N, epoch)
@@ -371,7 +374,8 @@ class LanguageTask(nn.Module):
     def losses(self, batch: Tensor, epoch: int) -> dict[str, Tensor]:
         """Unweighted losses by name, and their weighted sum, "total"."""
         output = self.model(batch[:, :-1])
-        losses = {"cross_entropy": F.nll_loss(output.log_probs_BTV.flatten(0, 1), batch[:, 1:].flatten())}
+        loss = F.nll_loss(output.log_probs_BTV.flatten(0, 1), batch[:, 1:].flatten())
+        losses = {"cross_entropy": parallel.mean(loss, len(batch))}
         return weighted_total(losses | routing_losses(output.routings), self.objective)
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from moe_study.data import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text()
-UNLOCKED = {"hf", "test-hf"}  # extras that no command of ours needs
+UNLOCKED = {"hf", "slurm", "test-hf"}  # extras that no command of ours needs
 LOCKED_EXTRAS = {name: o for name, o in PROJECT["optional-dependencies"].items() if name not in UNLOCKED}
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_lib import parallel
 from moe_lib.checks import check_count, check_floating, check_labels
 from moe_lib.products import at_least_float32, on_host
 
@@ -94,8 +95,9 @@ def load_balancing_loss(routing: Routing) -> Tensor:
     """
     _check_decisions(routing)
     num_experts = routing.probs_NE.shape[1]
-    share_E = F.one_hot(routing.indices_NK, num_experts).to(routing.probs_NE.dtype).mean((0, 1))
-    return num_experts * (share_E * routing.probs_NE.mean(0)).sum()
+    chosen_NKE = F.one_hot(routing.indices_NK, num_experts).to(routing.probs_NE.dtype)
+    share_E = chosen_NKE.mean((0, 1)) if not parallel.active() else parallel.mean_of_rows(chosen_NKE.mean(1))
+    return num_experts * (share_E * parallel.mean_of_rows(routing.probs_NE)).sum()
 
 
 def router_z_loss(routing: Routing) -> Tensor:
@@ -104,7 +106,7 @@ def router_z_loss(routing: Routing) -> Tensor:
     Source: Zoph et al., "ST-MoE: Designing Stable and Transferable Sparse Expert Models", 2022, eq. 5.
     """
     _check_decisions(routing)
-    return at_least_float32(routing.logits_NE).logsumexp(1).square().mean()
+    return parallel.mean_of_rows(at_least_float32(routing.logits_NE).logsumexp(1).square())
 
 
 def _check_decisions(routing: Routing) -> None:

@@ -18,7 +18,17 @@ def test_ring_clusters_lie_where_they_should():
 
 
 def test_tour_gates_are_told_apart():
-    table = tour.gates_table(seed=3)
+    labels_N = torch.arange(4000) % 8
+    one_hot = torch.nn.functional.one_hot
+    gates = {
+        "collapsed": torch.tensor([1.0, 0, 0, 0]).expand(4000, 4),
+        "blind": torch.full((4000, 4), 0.25),
+        "arbitrary": one_hot(
+            torch.randint(0, 4, (4000,), generator=torch.Generator().manual_seed(3)), 4
+        ).float(),
+        "specialised": one_hot(labels_N // 2, 4).float(),
+    }
+    table = tour.gates_table(gates, labels_N, seed=3)
     assert table.loc["specialised", "I(c;E)"] == 1.386
     assert table.loc["blind", "I(x;E)"] == 0
     assert table.loc["arbitrary", "I(c;E)"] < 0.01

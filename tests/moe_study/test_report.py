@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import small_runs
+from bs4 import BeautifulSoup
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -173,14 +174,14 @@ def test_look_up(path, value):
 def test_summary_is_mean_and_sample_deviation():
     table = tables.summary(tables.frame(some_results()), ["accuracy", "|cos| weights"])
     assert table.index.tolist() == list(ACCURACIES)  # in the order given, not by the alphabet
-    assert table.loc["base"].tolist() == ["3", "0.9100 ± 0.0100", "0.1000 ± 0.0000"]
-    assert table.loc["snnl"].tolist() == ["3", "0.9267 ± 0.0115", "0.1000 ± 0.0000"]
-    assert table.loc["dense"].tolist() == ["3", "0.8000 ± 0.0000", "-"]
+    assert table.loc["base"].tolist() == ["3", "91.00 ± 1.00", "0.1000 ± 0.0000"]
+    assert table.loc["snnl"].tolist() == ["3", "92.67 ± 1.15", "0.1000 ± 0.0000"]
+    assert table.loc["dense"].tolist() == ["3", "80.00 ± 0.00", "-"]
 
 
 def test_summary_of_one_seed_has_no_deviation():
     table = tables.summary(tables.frame(some_results({"base": (0.9,)})), ["accuracy"])
-    assert table.loc["base"].tolist() == ["1", "0.9000"]
+    assert table.loc["base"].to_dict() == {"seeds": "1", "accuracy (%)": "90.00"}
 
 
 def test_contrast_by_hand():
@@ -198,8 +199,8 @@ def test_contrast_by_hand():
         "p": "0.2500",
         "seeds": "3 (pilot)",
     }
-    assert tables.reading(found, "higher") == "as claimed"
-    assert tables.reading(found, "lower") == "opposite to the claim"
+    assert tables.reading(found, "higher") == "interval on the claimed side"
+    assert tables.reading(found, "lower") == "interval on the other side"
 
 
 def test_contrast_pairs_by_seed_and_not_by_position():
@@ -244,12 +245,12 @@ def test_contrasts_lists_what_there_is():
     table = tables.contrasts(tables.frame(some_results()), pairs, ["accuracy", "|cos| weights"])
     mechanism = "mechanism: (snnl - base) - (dense-snnl - dense)"
     assert table.index.tolist() == [
-        ("accuracy", "snnl - base"),
-        ("accuracy", mechanism),
+        ("accuracy (points)", "snnl - base"),
+        ("accuracy (points)", mechanism),
         ("|cos| weights", "snnl - base"),  # the dense arms have no such number: no mechanism
     ]
-    assert table.loc[("accuracy", "snnl - base"), "95 % interval"] == "[+0.0023, +0.0310]"
-    assert table.loc[("accuracy", mechanism), "difference"] == "+0.0067"
+    assert table.loc[("accuracy (points)", "snnl - base"), "95 % interval"] == "[+0.23, +3.10]"
+    assert table.loc[("accuracy (points)", mechanism), "difference"] == "+0.67"
     assert table.loc[("|cos| weights", "snnl - base"), "difference"] == "+0.0000"
     assert tables.contrasts(tables.frame(some_results({"base": (0.9,)})), pairs, ["accuracy"]).empty
 
@@ -261,14 +262,14 @@ def comparison(low: float, high: float, p: float = 0.01, seeds: int = 10) -> Pai
 @pytest.mark.parametrize(
     ("low", "high", "claimed", "reading"),
     [
-        (0.1, 0.2, "higher", "as claimed"),
-        (-0.2, -0.1, "higher", "opposite to the claim"),
+        (0.1, 0.2, "higher", "interval on the claimed side"),
+        (-0.2, -0.1, "higher", "interval on the other side"),
         (-0.1, 0.2, "higher", "interval includes 0"),
         (0.0, 0.2, "higher", "interval includes 0"),
         (-0.2, 0.0, "higher", "interval includes 0"),
         (0.0, 0.0, "lower", "interval includes 0"),
-        (-0.2, -0.1, "lower", "as claimed"),
-        (0.1, 0.2, "lower", "opposite to the claim"),
+        (-0.2, -0.1, "lower", "interval on the claimed side"),
+        (0.1, 0.2, "lower", "interval on the other side"),
         (-0.1, 0.2, "lower", "interval includes 0"),
     ],
 )
@@ -282,7 +283,7 @@ def test_reading_of_an_unknown_direction():
 
 
 def test_show_rounds_and_marks_pilots():
-    assert tables.show(comparison(0.1, 0.3, p=0.00002, seeds=8), 1) == {
+    assert tables.show(comparison(0.1, 0.3, p=0.00002, seeds=8), tables.Column("", 1)) == {
         "difference": "+0.2",
         "95 % interval": "[+0.1, +0.3]",
         "p": "< 0.0001",
@@ -494,9 +495,11 @@ def test_crossed_effects_by_hand():
     """AC: mean of (0.02, 0.01, 0.02) and (0.04, 0.01, 0.04); interaction: 0.02, 0, 0.02."""
     frame = tables.frame(routed_results("crossed"), tables.VISION_COLUMNS)
     table = tables.crossed_effects(frame, ["accuracy"])
-    assert table["difference"].tolist() == ["+0.0233", "+0.0167", "+0.0133"]
+    assert table["difference"].tolist() == ["+2.33", "+1.67", "+1.33"]
     half = 4.302653 * np.std([0.02, 0, 0.02], ddof=1) / 3**0.5
-    assert table["95 % interval"].iloc[2] == f"[{0.04 / 3 - half:+.4f}, {0.04 / 3 + half:+.4f}]"
+    assert (
+        table["95 % interval"].iloc[2] == f"[{100 * (0.04 / 3 - half):+.2f}, {100 * (0.04 / 3 + half):+.2f}]"
+    )
     without = frame[frame["arm"] != "snnl"]
     assert tables.crossed_effects(without).empty
 
@@ -513,8 +516,8 @@ def test_claim_rows_hold_each_claim_against_every_control():
         compared = {contrast.split(" - ")[1] for contrast in table.index.get_level_values("contrast")}
         assert compared >= {"linear", "cosine", "ac-shuffled", "ac-pooled", "ac-matched", "ac-causal"}
         assert set(table.query("claim == 'better'").index.get_level_values("claim")) == {"better"}
-    row = table.loc[("better", "accuracy (higher)", "ac-row - ac-pooled")]
-    assert (row["difference"], row["seeds"]) == ("+0.0067", "3 (pilot)")
+    row = table.loc[("better", "accuracy (points), higher is better", "ac-row - ac-pooled")]
+    assert (row["difference"], row["seeds"]) == ("+0.67", "3 (pilot)")
     assert row["reading"] == "interval includes 0"
 
 
@@ -527,9 +530,9 @@ def test_claim_rows_of_too_few_runs():
 
 def test_attack_modes():
     table = tables.attack_modes(routed_results("ac-vision", {"cosine": (0.8, 0.9), "ac": (0.9, 0.9)}))
-    assert table.loc[("PGD, 2/255", "ac")].tolist() == [f"{v:.4f} ± 0.0000" for v in (0.2, 0.3, 0.4)]
-    assert table.loc[("FGSM, 1/255", "cosine")].tolist() == ["0.1000 ± 0.0000", "-", "-"]
-    assert table.loc[("SPSA, 2/255", "ac")].tolist() == ["0.4000 ± 0.0000", "-", "-"]
+    assert table.loc[("PGD, 2/255", "ac")].tolist() == [f"{v:.2f} ± 0.00" for v in (20, 30, 40)]
+    assert table.loc[("FGSM, 1/255", "cosine")].tolist() == ["10.00 ± 0.00", "-", "-"]
+    assert table.loc[("SPSA, 2/255", "ac")].tolist() == ["40.00 ± 0.00", "-", "-"]
 
 
 def test_routing_by_layer():
@@ -629,11 +632,14 @@ def test_tuning_table(folders):
     assert len(tried) == 4
     for run in tried:
         value = run.objective.snnl.factor + run.seed
-        study.write(run, {"history": {"best_cross_entropy": value}})
+        curve = {"cross_entropy": [value, value + 1]}
+        study.write(run, {"history": {"best_cross_entropy": value, "validation": curve}})
     table = report.tuning_table("core").reset_index()
     assert table["learning rate"].tolist() == [1e-3, 1e-3]
     assert table["weight of the extra loss"].tolist() == [1.0, 10.0]
     assert table["validation cross-entropy"].tolist() == [2.5, 11.5]
+    assert table["at the last epoch"].tolist() == [3.5, 12.5]
+    assert table["chosen by"].tolist() == ["the best epoch"] * 2
     assert table["seeds"].tolist() == [2, 2]
 
 
@@ -672,10 +678,12 @@ def test_routed_tables(folders):
         store_routed(name)
     vision = report.routed_claims_table("core", "ac-vision")
     assert set(vision.index.get_level_values("data set")) == {"CIFAR-10"}
-    row = vision.loc[("CIFAR-10", "better", "accuracy (higher)", "ac - cosine")]
-    assert (row["difference"], row["reading"]) == ("+0.0333", "as claimed")
+    row = vision.loc[("CIFAR-10", "better", "accuracy (points), higher is better", "ac - cosine")]
+    assert (row["difference"], row["reading"]) == ("+3.33", "interval on the claimed side")
     language = report.routed_claims_table("core", "ac-language")
-    assert ("better", "cross-entropy (lower)", "ac-row - ac-pooled") in language.droplevel(0).index
+    assert ("better", "cross-entropy (nats), lower is better", "ac-row - ac-pooled") in language.droplevel(
+        0
+    ).index
     accuracy = report.accuracy_table("core", "ac-vision")["CIFAR-10"]
     assert accuracy["ac"] == "83.33 ± 1.15 (3)"
     assert accuracy.index.tolist()[:3] == ["linear", "cosine", "ac"]
@@ -775,7 +783,10 @@ def test_readme_is_rewritten_between_its_markers(core):
     assert first.startswith(f"# Title\n\nBefore.\n\n{report.BEGIN}\n")
     assert first.endswith(f"{report.END}\n\nAfter.\n")
     assert "\nold\n" not in first
-    assert "Of 4 verdicts: 4 pilot." in first
+    assert "Of 4 verdicts: 4 pilot." in results
+    assert "![Every claim on every data set" in first
+    for name in report.README_PICTURES.values():
+        assert (core / name).exists() == ("verdicts" in name)  # no collapse study here
     total = len(study.runs("core"))
     assert f"12 of {total} planned runs finished, tuning included, 18 core-minutes on Some CPU." in results
     verdict = (
@@ -800,8 +811,8 @@ def test_answers_name_what_is_decided_and_leave_pilots_out(folders):
         for run in study.runs("core", "snnl", "fashion_mnist", arm)[:3]:
             store.write(run.path, made_up(run))
     text = words.answers(report.find_verdicts("core"))
-    assert "Yes on CIFAR-100 (snnl - base: +2.05 [+2.01, +2.09] points" in text
-    assert "Scope: CNN, 4 experts of width 512, 8 epochs (exploratory)" in text
+    assert "**Did SNNL help?** Yes on CIFAR-100 (+2.05 [+2.01, +2.09] points), 10 seeds, exploratory" in text
+    assert "CNN, 4 experts of width 512, 8 epochs" in words.scope(report.find_verdicts("core"))
     assert "FashionMNIST" not in text
     assert words.answers([]) == ""
 
@@ -895,7 +906,9 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path, core):
                 execution_count=2,
                 outputs=[
                     new.new_output("display_data", picture),
-                    new.new_output("stream", name="stdout", text="figures/a.png <- results/b\n"),
+                    new.new_output(
+                        "stream", name="stdout", text="What <b> shows\nfigures/a.png <- results/b\n"
+                    ),
                 ],
             ),
             new.new_code_cell(
@@ -927,9 +940,11 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path, core):
     assert "Words with <em>stress</em>" in page
     assert "{braces}" in page
     assert "92.67 ± 1.15 (3)" in page
-    assert "<figcaption>figures/a.png, from results/b</figcaption>" in page
-    assert page.count("<img") == page.count("<figure>") == 1
-    assert "--width: 1px" in page
+    assert "<figcaption><b>Figure 1.</b> What &lt;b&gt; shows" in page
+    assert "figures/a.png, from results/b" in page
+    assert 'alt="What &lt;b&gt; shows"' in page
+    assert page.count("<img") == page.count("<figure") == 1
+    assert "--width: 0px" in page  # a picture of one pixel, two of which make one of the page
     assert "In&nbsp;[" not in page
     assert "Out[" not in page
 
@@ -980,8 +995,9 @@ def test_contents_list_every_heading_once(tmp_path):
     names = re.findall(r'<h[234] id="([^"]+)"', page)
     assert names == ["same", "same--2", "same--3", "same--4", "a-b", "last-one"]
     assert re.findall('href="#([^"]+)"', page) == [name for name in names if name != "same--4"]
-    assert page.index("Introduction.") < page.index("<nav") < page.index('<h2 id="same"')
+    assert page.index("<nav") < page.index("Introduction.") < page.index('<h2 id="same"')
     assert page.count("<ul>") == page.count("</ul>") == 2  # the list, and the one below its first entry
+    assert page.count('<details class="part">') == 3  # every part folds, with what belongs to it
 
 
 def test_long_cells_may_be_broken_and_tables_scroll(tmp_path):
@@ -999,6 +1015,70 @@ def test_long_cells_may_be_broken_and_tables_scroll(tmp_path):
     assert page.count('<td class="wrap">long') == page.count('<td class="long">word') == 1
     assert "<td>short</td>" in page
     assert "<td><code>code</code></td>" in page
+
+
+def test_a_section_tagged_fold_is_folded_to_its_end(tmp_path):
+    new = nbformat.v4
+    cells = [
+        new.new_markdown_cell("# T"),
+        new.new_markdown_cell("## Aside\n\nhidden words", metadata={"tags": ["fold"]}),
+        new.new_markdown_cell("### Part\n\nmore"),
+        new.new_markdown_cell("## Open\n\nshown words"),
+    ]
+    source, target = tmp_path / "in.ipynb", tmp_path / "out.html"
+    nbformat.write(new.new_notebook(cells=cells), source)
+    report.render(source, target)
+    soup = BeautifulSoup(target.read_text(), "html.parser")
+    (section,) = soup.find_all("details", class_="section")
+    assert section.summary.h2["id"] == "aside"
+    assert "hidden words" in section.get_text()
+    assert "more" in section.find("details", class_="part").get_text()
+    assert "shown words" not in section.get_text()
+
+
+def test_first_screen_holds_every_verdict(core):
+    """One cell of the grid a verdict, with its word, difference and interval; in words what minus what."""
+    found = report.find_verdicts("core")
+    soup = BeautifulSoup(words.first_screen(found), "html.parser")
+    units = soup.find("table").find_all("span", class_="unit")
+    assert len(units) == len(found) == 4
+    assert all("pilot" in one["class"] for one in units)
+    (row,) = [row for row in soup.find_all("tr") if row.th.get_text().startswith("more accurate")]
+    assert row.find("span").get_text().split() == ["○", "+1.67", "[+0.23,", "+3.10]"]
+    assert "SNNL-MoE minus plain MoE" in row.find("span")["title"]
+    assert "SNNL-MoE minus plain MoE" in soup.get_text()
+
+
+def test_names_are_escaped_on_the_first_screen(core):
+    found = [replace(verdict, scope="<b>bold</b> & small") for verdict in report.find_verdicts("core")]
+    pilots = words.first_screen(found)
+    assert "<b>" not in pilots
+    drawn = words._template("first.html.j2").render(
+        words.grid(found) | {"glossary": {"<i>": "<u>"}, "scope": "<s>"}
+    )
+    assert not {"<i>", "<u>", "<s>"} & set(re.findall("<[a-z]+>", drawn))
+
+
+def test_what_happened_is_told_in_words(folders):
+    """Of runs that decide nothing: levels, difference, interval, seeds; and where the answer is."""
+    for arm, accuracy in (("base", 0.90), ("snnl", 0.92)):
+        for place, run in enumerate(study.runs("digits", "snnl", "digits", arm)[:3]):
+            store.write(run.path, made_up(run, accuracy + 0.01 * place))
+    text = report.happened("digits")
+    assert (
+        "accuracy: SNNL-MoE 93.00 %, plain MoE 91.00 %. The difference is +2.00 [+2.00, +2.00] points" in text
+    )
+    assert "over 3 seeds, too few to decide: SNNL-MoE is higher." in text
+    assert "results/core/report.html" in text
+
+
+def test_partners_know_arms_of_ones_own(core):
+    runs = tables.frame(
+        [*some_results(), *({**r, "run": r["run"] | {"arm": "mine"}} for r in some_results()[:3])]
+    )
+    pairs = tables.partners(runs)
+    assert ("snnl", "base") in pairs
+    assert ("mine", "base") in pairs
 
 
 def test_budget_table(core):
@@ -1081,7 +1161,7 @@ ROUTED_SITUATIONS = {
 
 
 def test_the_figures_are_found():
-    others = {"verdict_forest", "trust_grid", "dose_heatmaps"}
+    others = {"verdict_forest", "verdict_grid", "live_curves", "trust_grid", "dose_heatmaps"}
     assert set(FIGURES) == {*SNNL_FIGURES, *(name for name, _, _ in ROUTED_FIGURES), *others}
 
 
@@ -1122,16 +1202,38 @@ def test_sources_of_a_figure_in_short(folders):
 
 
 def test_verdict_forest_is_in_margins(core):
-    """A hollow dot a pilot, where the difference is in units of the published one."""
+    """A hollow dot a pilot, where the difference is in units of the published one; 90 % inside 95 %."""
     found = report.find_verdicts("core")
     axis = plots.verdict_forest(found).axes[0]
-    names = [label.get_text() for label in axis.get_yticklabels()]
-    row = names.index("more accurate, FashionMNIST: snnl - base")
+    names = dict(zip([label.get_text() for label in axis.get_yticklabels()], axis.get_yticks(), strict=True))
+    row = names["more accurate, FashionMNIST: snnl - base"]
     [verdict] = [v for v in found if v.dataset == "fashion_mnist" and v.claim.key == "snnl-accuracy"]
     assert verdict.word == "pilot"
-    dots = [line for line in axis.lines if line.get_marker() == "o" and list(line.get_ydata()) == [row]]
-    assert dots[0].get_xdata()[0] == pytest.approx(verdict.comparison.difference / 0.0028)
-    assert dots[0].get_markerfacecolor() == "white"
+    wide, narrow, dot = [
+        line for line in axis.lines if row in line.get_ydata() and len(set(line.get_ydata())) == 1
+    ]
+    assert dot.get_xdata()[0] == pytest.approx(verdict.comparison.difference / 0.0028)
+    assert dot.get_markerfacecolor() == "white"
+    assert min(wide.get_xdata()) < min(narrow.get_xdata()) < max(narrow.get_xdata()) < max(wide.get_xdata())
+    low, high = axis.get_xlim()
+    assert all(low < x < high for line in axis.lines for x in line.get_xdata())  # nothing is clipped
+
+
+def test_verdict_grid_draws_every_verdict(core):
+    found = report.find_verdicts("core")
+    figure = plots.verdict_grid(words.grid(found))
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert sum("[+" in text or "[-" in text for text in texts) == len(found)
+    check_drawn(figure, "verdict_grid")
+
+
+@pytest.mark.parametrize("name", ["training_curves", "accuracy_by_arm", "tsne_panels", "routing_heatmap"])
+def test_figures_say_what_to_see(name, folders):
+    figure = FIGURES[name](some_results())
+    assert len(figure.get_label()) > 60
+    caption, line = plots.save(figure, name, []).split("\n")
+    assert caption == figure.get_label()
+    assert line.startswith(f"figures/{name}.png <- ")
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
@@ -1208,30 +1310,46 @@ def test_accuracy_names_arms_and_their_seeds():
     np.testing.assert_allclose(interval.get_xdata(), [91 - 4.302653 / 3**0.5, 91 + 4.302653 / 3**0.5])
 
 
+def spoiled(effective: tuple[float, ...], **options: object) -> list[dict]:
+    """Runs of both arms, with these effective experts by seed."""
+    results = some_results({"base": (0.9,) * len(effective), "snnl": (0.9,) * len(effective)}, **options)
+    for result, value in zip(results, effective * 2, strict=True):
+        result["routing"]["load"] = result["routing"]["load"] | {"effective_experts": value}
+    return results
+
+
 @pytest.mark.parametrize("num_classes", [10, 100])
-def test_heatmap_shows_every_class_by_preferred_expert(num_classes):
-    results = some_results(num_classes=num_classes)
-    axis = plots.routing_heatmap(results).axes[0]
+def test_heatmap_shows_the_median_seed_by_preferred_expert(num_classes):
+    results = spoiled((1.0, 3.0, 2.0), num_classes=num_classes)
+    axes = plots.routing_heatmap(results).axes
+    axis = axes[0]
     shown = np.asarray(axis.images[0].get_array())
-    gates = np.array(results[0]["routing"]["class_expert"])
-    assert axis.get_title() == "base, seed 42"
+    gates = np.array(results[2]["routing"]["class_expert"])
+    assert axis.get_title() == f"base, seed {arms.SEEDS[2]}: 2.00 effective experts"
     assert shown.shape == (num_classes, 4)
-    assert sorted(map(tuple, shown)) == sorted(map(tuple, gates))
+    assert sorted(map(sorted, shown.tolist())) == sorted(map(sorted, gates.tolist()))
     assert all(a <= b for a, b in pairwise(shown.argmax(1)))
     labels = [tick.get_text() for tick in axis.get_yticklabels()]
     if num_classes == 10:  # every row has the number of its class, and its name
         assert "0 T-shirt/top" in labels
-        np.testing.assert_array_equal(gates[[int(label.split()[0]) for label in labels]], shown)
+        rows = gates[[int(label.split()[0]) for label in labels]]
+        np.testing.assert_array_equal(np.sort(rows, axis=1), np.sort(shown, axis=1))
     else:
         assert labels == []
+    assert [a.get_title() for a in axes if a.get_title() in ("1.0", "2.0", "3.0")] == [
+        "1.0",
+        "3.0",
+        "2.0",
+    ] * 2
 
 
-def test_heatmaps_of_all_arms_have_the_same_class_in_a_row():
-    results = some_results()
-    base, snnl = plots.routing_heatmap(results).axes[:2]
-    order = [int(label.get_text().split()[0]) for label in base.get_yticklabels()]
-    (first, *_) = [r["routing"]["class_expert"] for r in results if r["run"]["arm"] == "snnl"]
-    np.testing.assert_array_equal(np.asarray(snnl.images[0].get_array()), np.array(first)[order])
+def test_heatmaps_match_the_experts_of_the_other_arm():
+    """The same gate with its experts renamed is drawn the same."""
+    results = spoiled((2.0,))
+    gates = np.array(results[0]["routing"]["class_expert"])
+    results[1]["routing"]["class_expert"] = gates[:, [2, 0, 3, 1]].tolist()
+    base, snnl = (a for a in plots.routing_heatmap(results).axes if "effective" in a.get_title())
+    np.testing.assert_array_equal(*(np.asarray(a.images[0].get_array()) for a in (base, snnl)))
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -1293,12 +1411,17 @@ def test_swap_curve_counts_from_the_clean_text():
     np.testing.assert_allclose(right.lines[0].get_ydata(), [0, 0.01, 0.02, 0.03, 0.06], atol=1e-12)
 
 
-def test_corruption_is_drawn_as_what_is_lost():
-    figure = plots.corruption_by_severity(routed_results("ac-vision"))
+def test_corruption_is_drawn_against_the_first_arm():
+    """`routed` loses 10 points a severity in every arm, so the differences are those of clean accuracy."""
+    results = routed_results("ac-vision")
+    figure = plots.corruption_by_severity(results)
     shown = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title() for axis in shown] == ["noise", "blur", "contrast", "jpeg"]
-    for line in shown[0].lines[:3]:
-        np.testing.assert_allclose(line.get_ydata(), [10, 20, 30, 40, 50])
+    by_arm = {arm: [r["corruption"] for r in results if r["run"]["arm"] == arm] for arm in ("linear", "ac")}
+    expected = np.mean([a["clean"] - b["clean"] for a, b in zip(by_arm["ac"], by_arm["linear"], strict=True)])
+    (line,) = [line for line in shown[0].lines if line.get_label() == "ac"]
+    assert line.get_ydata()[0] == pytest.approx(100 * expected)
+    assert line.get_xdata().tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_load_is_ordered_in_each_run_before_it_is_averaged():
@@ -1306,8 +1429,9 @@ def test_load_is_ordered_in_each_run_before_it_is_averaged():
     shares = [0.7, 0.3] + [0.0] * 14
     for result, share in zip(results, (shares, shares[::-1]), strict=True):
         result["routing"]["layers"][0]["load"] = {"share": share}
-    picture = np.asarray(plots.expert_load(results).axes[0].images[0].get_array())
-    np.testing.assert_allclose(picture[0], 100 * np.array(shares))
+    line, even = plots.expert_load(results).axes[0].lines
+    np.testing.assert_allclose(line.get_ydata(), 100 * np.array(shares))
+    np.testing.assert_allclose(even.get_ydata(), 100 / 16)
 
 
 def test_changed_choices_of_arms_without_an_m_are_refused():

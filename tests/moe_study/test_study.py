@@ -20,11 +20,10 @@ from pathlib import Path
 import pytest
 import small_runs
 import torch
-from filelock import FileLock
 
 from moe_lib.models.language import LanguageModel
 from moe_lib.models.transformer import moe_layers
-from moe_study import data, engine, store, study
+from moe_study import data, engine, locks, store, study
 from moe_study.configs import arms, collapse, snnl
 from moe_study.data import ROOT
 from moe_study.train import load_checkpoint
@@ -303,7 +302,7 @@ def test_a_killed_worker_loses_no_other_run(folders):
 def test_waiting_for_another_process_ends_with_the_time_limit(folders):
     run = small_runs.run(epochs=1)
     run.workspace.mkdir(parents=True)
-    with FileLock(run.workspace / "lock"):
+    with locks.hold(run.workspace):
         assert engine._work(run, "cpu", time.monotonic() + 0.2) == "out of time"
     assert not run.path.exists()
 
@@ -385,7 +384,7 @@ def test_leftovers_are_swept_by_the_next_call(folders):
     stray = [run.workspace / ".checkpoint.pt-x.part", run.path.parent / f".{run.path.name}-x.part"]
     for path in (*stray, others, run.workspace / "checkpoint.pt"):
         path.write_bytes(b"")
-    with FileLock(run.workspace / "lock"):  # somebody is at it: nothing is touched
+    with locks.hold(run.workspace):  # somebody is at it: nothing is touched
         study.ensure([run], quiet=True)
         assert all(path.exists() for path in stray)
     study.ensure([run], quiet=True)
