@@ -130,16 +130,8 @@ class ClassifierTask(nn.Module):
             by_class = [order_N[labels_N == label] for label in range(self.dataset.num_classes)]
             groups = [group for own in by_class for group in own.split(self.objective.samples_per_class)]
             order_N = torch.cat([groups[i] for i in torch.randperm(len(groups), generator=draw)])
-        if self.objective.shuffled:
-            self._shuffles = self._shuffles_of(epoch)
+        self._shuffle = generator(self.seed, "shuffled labels", epoch)
         yield from image_batches(train, order_N, self.batch_size, self.dtype)
-
-    def _shuffles_of(self, epoch: int) -> Iterator[Tensor]:
-        """A permutation for each batch, moved to the device in one copy."""
-        draw, count = generator(self.seed, "shuffled labels", epoch), len(self.dataset.train)
-        sizes = [min(self.batch_size, count - start) for start in range(0, count, self.batch_size)]
-        order_M = torch.cat([torch.randperm(size, generator=draw) for size in sizes])
-        return iter(order_M.to(self.dataset.train.labels_N.device).split(sizes))
 
     def encode(self, images_NCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Code [N, D] and the extractor's activations."""
@@ -189,7 +181,10 @@ class ClassifierTask(nn.Module):
         """SNNL of permuted labels, scaled to push on the activations as hard as the real one would."""
         assert self.objective.snnl is not None
         layers = [activations[name] for name in self.objective.snnl.layers]
-        placebo = self.snnl(activations, labels_N[next(self._shuffles)], epoch)
+        order_N = torch.randperm(len(labels_N), generator=self._shuffle)
+        if labels_N.is_cuda:  # pinned, or the host would wait for the copy
+            order_N = order_N.pin_memory().to(labels_N.device, non_blocking=True)
+        placebo = self.snnl(activations, labels_N[order_N], epoch)
 
         def push(loss: Tensor) -> Tensor:
             gradients = torch.autograd.grad(loss, layers, retain_graph=True)
