@@ -1,7 +1,7 @@
 """What a GPU is for: the rows of the other benchmarks at its sizes, how many runs can share it, and what the
 Adaptive Clustering (AC) router costs in a whole layer.
 
-    python -m benchmarks gpu --device cuda
+    python -m benchmarks workers gpu --device cuda
 
 Rows stand in the order of their worth: a lease may end before the last. `--quick` has tiny sizes that any CPU
 runs.
@@ -29,8 +29,8 @@ from moe_lib.models.vision import VisionConfig
 from moe_lib.moe import AdaptiveClusteringRouter, LinearRouter, MoE
 from moe_study.tasks import RoutedObjective, VisionTask
 
-WORKERS = (1, 2, 4, 8, 12, 16)
-SECONDS = 4.0  # of each number of workers
+WORKERS = (1, 4, 8, 16)
+SECONDS = 3.0  # of each number of workers
 
 
 def rows(quick: bool = False) -> list[Row]:
@@ -144,6 +144,18 @@ def workers(
         found.append({"workers": count, "images_per_second": sum(rates)})
         print(f"{count} processes: {sum(rates):.0f} images a second", flush=True)
     return found
+
+
+def figure(content: dict[str, Any]) -> Any:
+    from moe_study.report import plots
+
+    drawn, axes = plots.new_figure(5, 3, 1, 1)
+    found = content["workers"]
+    axes[0, 0].plot(
+        [one["workers"] for one in found], [one["images_per_second"] for one in found], "o-", color="k"
+    )
+    axes[0, 0].set(xlabel="processes", title="images a second, all together", ylim=(0, None))
+    return drawn
 
 
 def _train_for(device: str, batch: int, seconds: float, barrier: Any, queue: Any) -> None:

@@ -18,12 +18,13 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moe_study import store
 from moe_study.data import ROOT
+from moe_study.engine import GPU_WORKERS
 
 ARCHIVE_BYTES = 15 * 2**20  # may be exceeded by what the compressor still holds, some 100 kB
 ARCHIVES = 8  # as many come back
@@ -47,21 +48,17 @@ class Step:
     seconds: float  # after which its processes are killed
 
 
-def steps(arguments: argparse.Namespace) -> list[Step]:
-    """Tests, benchmark, blocks; a block gets what its own limit and the lease leave."""
+def steps(arguments: argparse.Namespace) -> Iterator[Step]:
+    """Tests, benchmarks, blocks; a block gets what its own limit and the lease leave."""
     python, out, device = sys.executable, arguments.out, arguments.device
-    planned = []
     if arguments.tests:
-        planned.append(
-            Step(
-                "tests",
-                (python, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "tests/gpu"),
-                arguments.tests,
-            )
-        )
+        tests = (python, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "tests/gpu")
+        yield Step("tests", tests, arguments.tests)
     if arguments.bench:
-        bench = (python, "-m", "benchmarks", "gpu", "--device", device, "--out", str(out / "bench"))
-        planned.append(Step("bench", (*bench, *["--quick"] * arguments.quick), arguments.bench))
+        for name in ("workers", "gpu"):
+            command = (python, "-m", "benchmarks", name, "--device", device, "--out", str(out / "bench"))
+            yield Step(name, (*command, *["--quick"] * arguments.quick), arguments.bench)
+    workers = arguments.workers or fastest(out / "bench" / "workers.json")
     for block in arguments.blocks:
         study, dataset = block.split(":")
         options = {
@@ -69,14 +66,22 @@ def steps(arguments: argparse.Namespace) -> list[Step]:
             "--study": study,
             "--dataset": dataset,
             "--device": device,
-            "--workers": str(arguments.workers),
+            "--workers": str(workers),
             "--time-limit": f"{arguments.block:g}",
             "--out": str(out / "results"),
         }
         run = (python, "-m", "moe_study", "run", *(word for pair in options.items() for word in pair))
         # The engine stops by itself between epochs; the kill is for one that hangs.
-        planned.append(Step(block.replace(":", "-"), run, arguments.block + 30))
-    return planned
+        yield Step(block.replace(":", "-"), run, arguments.block + 30)
+
+
+def fastest(path: Path) -> int:
+    """The number of processes that trained most images a second, as the benchmark "workers" has found."""
+    try:
+        measured = store.read(path)["workers"]
+    except store.StoreError:
+        return GPU_WORKERS
+    return max(measured, key=lambda one: one["images_per_second"])["workers"]
 
 
 def run_step(step: Step, logs: Path, deadline: float) -> str:
@@ -151,11 +156,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole (default 9)")
     parser.add_argument("--data", type=Path, help="data folder (default: MOE_DATA_DIR, or data/)")
     parser.add_argument("--commit", help="of this copy of the project, where there is no git (MOE_COMMIT)")
-    parser.add_argument("--workers", type=int, default=8, help="training processes that share the GPU")
+    parser.add_argument("--workers", type=int, help="training processes (default: as many as prove fastest)")
     parser.add_argument("--profile", default="paper")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tests", type=float, default=60, help="seconds for the tests; 0: none")
-    parser.add_argument("--bench", type=float, default=120, help="seconds for the benchmark; 0: none")
+    parser.add_argument("--bench", type=float, default=120, help="seconds for each benchmark; 0: none")
     parser.add_argument("--quick", action="store_true", help="a quick benchmark, for a rehearsal")
     parser.add_argument("--block", type=float, default=180, help="seconds for each block")
     parser.add_argument("--blocks", nargs="*", default=BLOCKS, help="STUDY:DATASET, in order")

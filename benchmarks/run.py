@@ -46,7 +46,8 @@ def benches() -> dict[str, Bench]:
         "moe": Bench(bench_moe.rows, {"new_shapes": bench_moe.new_shapes}, rows_figure),
         "router": Bench(bench_moe.router_rows, {}, rows_figure),
         "attacks": Bench(bench_attacks.rows, {}, rows_figure),
-        "gpu": Bench(bench_gpu.rows, {"workers": bench_gpu.workers}, rows_figure),
+        "gpu": Bench(bench_gpu.rows, {}, rows_figure),
+        "workers": Bench(lambda quick: [], {"workers": bench_gpu.workers}, bench_gpu.figure),
         "train": Bench(bench_train.rows, {"bfloat16": bench_train.bfloat16}, rows_figure),
         "scaling": Bench(
             bench_scaling.rows,
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(_memory(arguments.names[0], arguments.quick, machine, *arguments.memory_of)))
         return 0
     out = arguments.out or store.results_dir() / "bench"
-    every = [name for name in benches() if name != "gpu"]  # its sizes would take a CPU hours
+    every = [name for name in benches() if name not in ("gpu", "workers")]  # hours, on a CPU
     for name in every if "all" in arguments.names else arguments.names:
         keep = partial(store.write, out / f"{name}.json")
         keep(measure(name, machine, arguments.quick, arguments.rows, keep))
