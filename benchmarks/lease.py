@@ -52,7 +52,7 @@ def steps(arguments: argparse.Namespace) -> Iterator[Step]:
     """Tests, benchmarks, blocks; a block gets what its own limit and the lease leave."""
     python, out, device = sys.executable, arguments.out, arguments.device
     if arguments.tests:
-        tests = (python, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "tests/gpu")
+        tests = (python, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-m", "gpu", "tests/gpu")
         yield Step("tests", tests, arguments.tests)
     if arguments.bench:
         for name in ("workers", "gpu"):

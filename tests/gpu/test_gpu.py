@@ -1,12 +1,11 @@
 """Every fast path of a GPU against loops over float64 numbers; mixed precision, determinism, resuming, waits,
 memory.
 
-Needs what a bare machine has: torch and pytest. `MOE_GPU_TESTS=cpu` runs the GPU's paths on the CPU, for a
-rehearsal: what asks a GPU alone is then left out.
+Each test runs twice: on the CPU, told to take the branches of a GPU, and on a GPU (`-m gpu`; skipped where there
+is none). Needs what a bare machine has: torch and pytest.
 """
 
 import contextlib
-import os
 from dataclasses import replace
 
 import pytest
@@ -28,23 +27,19 @@ from moe_study.evaluate import validation_measures
 from moe_study.tasks import ClassifierTask, LanguageTask, Objective, RoutedObjective, VisionTask
 from moe_study.train import TrainConfig, _adam, fit
 
-REHEARSAL = os.environ.get("MOE_GPU_TESTS") == "cpu"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (torch.cuda.is_available() or REHEARSAL),
-        reason="torch finds no GPU; MOE_GPU_TESTS=cpu rehearses these paths on the CPU",
-    ),
-]
-needs_a_gpu = pytest.mark.skipif(REHEARSAL or not torch.cuda.is_available(), reason="asks a GPU alone")
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
 
-@pytest.fixture
-def device(monkeypatch):
-    if REHEARSAL:
+def on_a_gpu(test):
+    """For what the CPU can't play."""
+    return pytest.mark.gpu(NO_GPU(test))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def device(request, monkeypatch):
+    if request.param == "cpu":
         monkeypatch.setattr(products, "HOST", ())
-        return "cpu"
-    return "cuda"
+    return request.param
 
 
 def close(found, expected, rtol, atol=None):
@@ -256,7 +251,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, device):
         torch.testing.assert_close(weight, run().state_dict()[name], rtol=1e-9, atol=1e-9)
 
 
-@needs_a_gpu
+@on_a_gpu
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("make", [*TASKS.values(), lambda *a, **k: classifier(*a, **k, shuffled=True)])
 def test_no_step_waits(make, bf16):
@@ -276,7 +271,7 @@ def test_no_step_waits(make, bf16):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@needs_a_gpu
+@on_a_gpu
 def test_memory_of_snnl():
     """Streaming: far below one matrix of all pairs, which is 256 MiB here."""
     x_ND = torch.randn(8192, 128, device="cuda", requires_grad=True)
@@ -287,7 +282,7 @@ def test_memory_of_snnl():
     assert torch.cuda.max_memory_allocated() - before < 4 * 2048 * 8192 * 4
 
 
-@needs_a_gpu
+@on_a_gpu
 def test_memory_of_top_k_experts():
     """No more than a few times the activations of all choices; never rows times experts."""
     layer = MoE(512, 64, 512, top_k=2).to("cuda", torch.bfloat16)
