@@ -1,8 +1,8 @@
 """Every fast path of a GPU against loops over float64 numbers; mixed precision, determinism, resuming, waits,
 memory.
 
-Each test runs twice: on the CPU, told to take the branches of a GPU, and on a GPU (`-m gpu`; skipped where there
-is none). Needs what a bare machine has: torch and pytest.
+Each test runs twice: on the CPU, told to take the branches of a GPU, and on a GPU (`-m gpu`; skipped where
+there is none). Needs what a bare machine has: torch and pytest.
 """
 
 import contextlib

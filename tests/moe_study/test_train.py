@@ -151,9 +151,10 @@ def halfway(path, run_id="0123456789"):
         if epoch == 3:
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
-        fit(task, CONFIG, task.measure, label="line", checkpoint=path, run_id=run_id, on_epoch=stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(task, CONFIG, task.measure, label="line", checkpoint=path, run_id=run_id, on_epoch=stop)
 
 
 def test_a_damaged_optimiser_ends_in_an_error_of_the_run(tmp_path):
