@@ -10,8 +10,6 @@ import pytest
 from moe_study.data import ROOT
 from moe_study.report import page as report
 
-pytestmark = pytest.mark.slow
-
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
 )
@@ -54,7 +52,10 @@ addEventListener("message", event => {
 });
 </script>"""
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed"),
+]
 
 
 def browse(*arguments: str) -> subprocess.CompletedProcess:

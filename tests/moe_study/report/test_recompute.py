@@ -1,6 +1,6 @@
 """Every verdict on the committed runs once more, from the JSON files with numpy and scipy alone.
 
-    python tests/moe_study/test_recompute.py
+    python tests/moe_study/report/test_recompute.py
 
 prints the table. Claims, margins and the rule are restated here; as a test, the table is compared with
 `moe_study.verdicts`, which nothing here imports otherwise.
@@ -20,7 +20,7 @@ from scipy import stats
 
 pytestmark = pytest.mark.slow
 
-CORE = Path(__file__).parents[2] / "results" / "core"
+CORE = Path(__file__).parents[3] / "results" / "core"
 LAST, LOWEST = "last_epoch", "best_cross_entropy"
 ENDPOINTS = (LAST, "best_accuracy", LOWEST)
 # study -> whose claims

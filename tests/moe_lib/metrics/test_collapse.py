@@ -24,7 +24,7 @@ from moe_lib.metrics.interventions import expert_ablations
 from moe_study import store
 
 E, C, N = 4, 8, 4000
-RESULTS = sorted((Path(__file__).parents[2] / "results/core/snnl").glob("*/*.json"))
+RESULTS = sorted((Path(__file__).parents[3] / "results/core/snnl").glob("*/*.json"))
 
 
 def generator(seed=0):
