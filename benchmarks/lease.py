@@ -1,15 +1,10 @@
 """Use a borrowed GPU for some minutes: tests, benchmark, then as many whole blocks of the study as fit.
 
-    python -m benchmarks.lease OUT --minutes 9 --workers 12
+    python -m benchmarks.lease OUT --data DATA --commit COMMIT --minutes 9
 
-Needs only what `python -m moe_study run` needs; pytest for the tests. Steps run one after the other, each
-with a limit and a log of its own. Every minute, and at the end, what is finished is packed into
-OUT/archive-<n>.tar.gz, each under 16 MiB and whole at any moment, so that the machine may vanish at any
-second. Where there is no git, name the commit in MOE_COMMIT. At home,
-
-    for archive in OUT/archive-*.tar.gz; do tar -xzf "$archive" -C FOLDER; done
-
-gives FOLDER/results/<profile>/..., FOLDER/bench/*.json and FOLDER/logs/*.log.
+See benchmarks/README.md. Steps run one after the other, each with a limit and a log of its own. Every minute,
+and at the end, what is finished is packed into OUT/archive-<n>.tar.gz, each under 16 MiB and whole at any
+moment, so that the machine may vanish at any second.
 """
 
 from __future__ import annotations
@@ -23,13 +18,16 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_study import store
 from moe_study.data import ROOT
+from moe_study.engine import GPU_WORKERS
 
 ARCHIVE_BYTES = 15 * 2**20  # may be exceeded by what the compressor still holds, some 100 kB
+ARCHIVES = 8  # as many come back
 # In order of worth; the engine does a block seed by seed, so that a stopped one still has pairs.
 BLOCKS = (
     "snnl-confirm:fashion_mnist",
@@ -39,6 +37,7 @@ BLOCKS = (
     "ac-vision:cifar10",
     "ac-language:wikitext2",
     "crossed:cifar10",
+    "ac-vision:cifar100",
 )
 
 
@@ -49,15 +48,17 @@ class Step:
     seconds: float  # after which its processes are killed
 
 
-def steps(arguments: argparse.Namespace) -> list[Step]:
-    """Tests, benchmark, blocks; a block gets what its own limit and the lease leave."""
+def steps(arguments: argparse.Namespace) -> Iterator[Step]:
+    """Tests, benchmarks, blocks; a block gets what its own limit and the lease leave."""
     python, out, device = sys.executable, arguments.out, arguments.device
-    planned = []
     if arguments.tests:
-        planned.append(Step("tests", (python, "-m", "pytest", "-q", "-m", "gpu", "tests"), arguments.tests))
+        tests = (python, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-m", "gpu", "tests/gpu")
+        yield Step("tests", tests, arguments.tests)
     if arguments.bench:
-        bench = (python, "-m", "benchmarks", "snnl", "moe", "router", "--device", device)
-        planned.append(Step("bench", (*bench, "--out", str(out / "bench")), arguments.bench))
+        for name in ("workers", "gpu"):
+            command = (python, "-m", "benchmarks", name, "--device", device, "--out", str(out / "bench"))
+            yield Step(name, (*command, *["--quick"] * arguments.quick), arguments.bench)
+    workers = arguments.workers or fastest(out / "bench" / "workers.json")
     for block in arguments.blocks:
         study, dataset = block.split(":")
         options = {
@@ -65,14 +66,22 @@ def steps(arguments: argparse.Namespace) -> list[Step]:
             "--study": study,
             "--dataset": dataset,
             "--device": device,
-            "--workers": str(arguments.workers),
+            "--workers": str(workers),
             "--time-limit": f"{arguments.block:g}",
             "--out": str(out / "results"),
         }
         run = (python, "-m", "moe_study", "run", *(word for pair in options.items() for word in pair))
         # The engine stops by itself between epochs; the kill is for one that hangs.
-        planned.append(Step(block.replace(":", "-"), run, arguments.block + 30))
-    return planned
+        yield Step(block.replace(":", "-"), run, arguments.block + 30)
+
+
+def fastest(path: Path) -> int:
+    """The number of processes that trained most images a second, as the benchmark "workers" has found."""
+    try:
+        measured = store.read(path)["workers"]
+    except store.StoreError:
+        return GPU_WORKERS
+    return max(measured, key=lambda one: one["images_per_second"])["workers"]
 
 
 def run_step(step: Step, logs: Path, deadline: float) -> str:
@@ -135,6 +144,8 @@ class Packer:
                 elif todo:
                     self.sealed.update(packed)
                     self.number += 1
+                    if self.number == ARCHIVES:
+                        print(f"more than {ARCHIVES} archives: fetch some now", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,11 +154,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, help="folder for results, logs and archives")
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole (default 9)")
-    parser.add_argument("--workers", type=int, default=12, help="training processes that share the GPU")
+    parser.add_argument("--data", type=Path, help="data folder (default: MOE_DATA_DIR, or data/)")
+    parser.add_argument("--commit", help="of this copy of the project, where there is no git (MOE_COMMIT)")
+    parser.add_argument("--workers", type=int, help="training processes (default: as many as prove fastest)")
     parser.add_argument("--profile", default="paper")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tests", type=float, default=60, help="seconds for the tests; 0: none")
-    parser.add_argument("--bench", type=float, default=120, help="seconds for the benchmark; 0: none")
+    parser.add_argument("--bench", type=float, default=120, help="seconds for each benchmark; 0: none")
+    parser.add_argument("--quick", action="store_true", help="a quick benchmark, for a rehearsal")
     parser.add_argument("--block", type=float, default=180, help="seconds for each block")
     parser.add_argument("--blocks", nargs="*", default=BLOCKS, help="STUDY:DATASET, in order")
     parser.add_argument("--every", type=float, default=60, help="seconds between archives")
@@ -155,6 +169,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for block in arguments.blocks:
         if block.count(":") != 1:
             parser.error(f"a block is STUDY:DATASET, got {block!r}")
+    for variable, value in (("MOE_DATA_DIR", arguments.data), ("MOE_COMMIT", arguments.commit)):
+        if value is not None:
+            os.environ[variable] = str(value.resolve() if isinstance(value, Path) else value)
+    if store.provenance()["commit"] is None:
+        parser.error("the commit of this copy is unknown: name it with --commit")
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * arguments.minutes - 10  # ten seconds for the last archive

@@ -63,7 +63,7 @@ def missed(machine: Machine) -> list[dict[str, Any]]:
             if last is None or not row.goal_time or last["faster_than_fastest_peer"] >= row.goal_time:
                 continue
             times = {who: figures["milliseconds"] for who, figures in last["contestants"].items()}
-            peers = [contestant for contestant in row.contestants if contestant.peer]
+            peers = [one for one in row.contestants if one.peer and one.name in times]
             for contestant in (row.contestants[0], min(peers, key=lambda peer: times[peer.name])):
                 print(f"{row.name}: {contestant.name}", flush=True)
                 found.append(

@@ -13,12 +13,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import attacks as bench_attacks
 from benchmarks import experts as bench_moe
+from benchmarks import gpu as bench_gpu
 from benchmarks import profile as bench_profile
 from benchmarks import scaling as bench_scaling
 from benchmarks import snnl as bench_snnl
@@ -42,6 +45,9 @@ def benches() -> dict[str, Bench]:
         "snnl": Bench(bench_snnl.rows, checks, scaling_figure),
         "moe": Bench(bench_moe.rows, {"new_shapes": bench_moe.new_shapes}, rows_figure),
         "router": Bench(bench_moe.router_rows, {}, rows_figure),
+        "attacks": Bench(bench_attacks.rows, {}, rows_figure),
+        "gpu": Bench(bench_gpu.rows, {}, rows_figure),
+        "workers": Bench(lambda quick: [], {"workers": bench_gpu.workers}, bench_gpu.figure),
         "train": Bench(bench_train.rows, {"bfloat16": bench_train.bfloat16}, rows_figure),
         "scaling": Bench(
             bench_scaling.rows,
@@ -76,23 +82,30 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(_memory(arguments.names[0], arguments.quick, machine, *arguments.memory_of)))
         return 0
     out = arguments.out or store.results_dir() / "bench"
-    for name in benches() if "all" in arguments.names else arguments.names:
-        content = measure(name, machine, arguments.quick, arguments.rows)
-        store.write(out / f"{name}.json", content)
+    every = [name for name in benches() if name not in ("gpu", "workers")]  # hours, on a CPU
+    for name in every if "all" in arguments.names else arguments.names:
+        keep = partial(store.write, out / f"{name}.json")
+        keep(measure(name, machine, arguments.quick, arguments.rows, keep))
         print(f"wrote {out / name}.json")
         save_figure(benches()[name].figure, out / f"{name}.json")
     return 0
 
 
-def measure(name: str, machine: Machine, quick: bool, only: list[int] | None = None) -> dict[str, Any]:
+def measure(
+    name: str,
+    machine: Machine,
+    quick: bool,
+    only: list[int] | None = None,
+    keep: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """All rows, then all checks; `keep` is given what there is after each, since time may run out."""
     bench = benches()[name]
-    rows = bench.rows(quick)
-    content: dict[str, Any] = {"bench": name, "quick": quick, "provenance": store.provenance()}
-    content["rows"] = [
-        _measured(name, row, number, machine, quick)
-        for number, row in enumerate(rows)
-        if only is None or number in only
-    ]
+    content: dict[str, Any] = {"bench": name, "quick": quick, "provenance": store.provenance(), "rows": []}
+    for number, row in enumerate(bench.rows(quick)):
+        if only is None or number in only:
+            content["rows"].append(_measured(name, row, number, machine, quick))
+            if keep is not None:
+                keep(content)
     for key, check in bench.checks.items():
         content[key] = check(machine)
     return content | {key: fit(content["rows"]) for key, fit in bench.fits.items()}
@@ -115,9 +128,9 @@ def _measured(bench: str, row: Row, number: int, machine: Machine, quick: bool) 
             "fastest": 1e3 * times[0],
             "share_of_limit": limit / times[len(times) // 2],
             "times_ours": ratio(seconds[contestant.name], seconds[ours]),
-            "memory_mb": _memory_in_fresh_processes(
-                bench, number, contestant.name, machine, quick, row.processes
-            ),
+            "memory_mb": memory_of_a_step(contestant.build(machine.device), machine.device)
+            if machine.device != "cpu"  # torch's allocator counts exactly
+            else _memory_in_fresh_processes(bench, number, contestant.name, machine, quick, row.processes),
         }
     peers = [figures for figures in contestants.values() if figures["peer"]]
     memories = [figures["memory_mb"] for figures in peers]
@@ -199,7 +212,7 @@ def scaling_figure(content: dict[str, Any]) -> Any:
     """Time and memory of a step against N, where the other sizes stay the same, with the physical limit."""
     from moe_study.report import plots
 
-    rows = [row for row in content["rows"] if row["layers"] == 1]
+    rows = [row for row in content["rows"] if row["layers"] == 1 and " T=" not in row["row"]]
     figure, axes = plots.new_figure(10, 4, 1, 2)
     for axis, key, title in zip(
         axes[0],
@@ -248,7 +261,8 @@ def rows_figure(content: dict[str, Any]) -> Any:
                 if name in row["contestants"] and row["contestants"][name][key]
             ]
             if points:
-                style = {"color": plots.PALETTE[number + 1], "marker": "soDPv^X"[number], "label": name}
+                color = plots.PALETTE[1 + number % (len(plots.PALETTE) - 1)]
+                style = {"color": color, "marker": "soDPv^X"[number % 7], "label": name}
                 axis.plot(*zip(*points, strict=True), ls="", ms=6, alpha=0.8, **style)
         axis.set(xscale="log", title=title, ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), [row["row"] for row in rows] if key == "milliseconds" else [])

@@ -110,12 +110,22 @@ def rows(quick: bool = False) -> list[Row]:
         row(4096, [128], goal_time=10, goal_memory=12, goal_share=0.5, rounds=9),
         row(8192, [128], goal_time=10, goal_memory=25, goal_share=0.5, rounds=5),
         row(16384, [128], rounds=3),
+        row(1024, [128], cold=50, goal_time=1.5),  # cosine temperature 0.01, as late in an annealing
+        row(1024, [128], cold=200, goal_time=1.5),
     ]
 
 
-def row(num_samples: int, widths: Sequence[int], **options: Any) -> Row:
+def row(
+    num_samples: int,
+    widths: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    cold: float = 1,
+    **options: Any,
+) -> Row:
+    """`cold`: what the usual temperature is divided by."""
+
     def contestant(name: str, loss: Loss, cosine: bool, peer: bool = False, matrices: int = 0) -> Contestant:
-        build = partial(_build, num_samples, tuple(widths), loss, cosine)
+        build = partial(_build, num_samples, tuple(widths), loss, cosine, dtype, cold)
         return Contestant(name, build, peer, bytes=4.0 * matrices * num_samples**2)
 
     contestants = [
@@ -136,15 +146,28 @@ def row(num_samples: int, widths: Sequence[int], **options: Any) -> Row:
     if len(set(widths)) < len(widths):
         shape = f"{len(widths)} layers of {shape}"
     sizes = {"N": num_samples, "D": sum(widths) // len(widths), "layers": len(widths)}
-    return Row(f"N={num_samples} {shape}", sizes, work, tuple(contestants), **options)
+    short = str(dtype).removeprefix("torch.")
+    name = f"N={num_samples} {shape}" + ("" if dtype == torch.float32 else f" {short}")
+    name += "" if cold == 1 else f" T={COSINE_TEMPERATURE / cold:g}"
+    return Row(name, sizes, work, tuple(contestants), dtype=short, **options)
 
 
-def _build(num_samples: int, widths: Sequence[int], loss: Loss, cosine: bool, device: str) -> Step:
+def _build(
+    num_samples: int,
+    widths: Sequence[int],
+    loss: Loss,
+    cosine: bool,
+    dtype: torch.dtype,
+    cold: float,
+    device: str,
+) -> Step:
     """Value and gradient of the sum over layers of normal features; the temperature suits their distances."""
     draw = torch.Generator().manual_seed(0)
     labels_N = torch.randint(CLASSES, (num_samples,), generator=draw).to(device)
-    layers = [torch.randn(num_samples, dim, generator=draw).to(device).requires_grad_() for dim in widths]
-    temperature = COSINE_TEMPERATURE if cosine else 2.0 * max(widths)
+    layers = [
+        torch.randn(num_samples, dim, generator=draw).to(device, dtype).requires_grad_() for dim in widths
+    ]
+    temperature = (COSINE_TEMPERATURE if cosine else 2.0 * max(widths)) / cold
 
     def step() -> None:
         loss(layers, labels_N, temperature).backward()

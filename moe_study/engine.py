@@ -340,7 +340,7 @@ def _train_all(
     among: Sequence[Run],
 ) -> None:
     store.check_writable(store.results_dir())
-    if store.of_unknown_origin([store.provenance()]) and not quiet:
+    if store.provenance()["commit"] is None and not quiet:
         _say(
             "the commit is unknown: git is missing, or this folder is no git checkout. The results will say "
             "so; MOE_COMMIT names the commit of a copied folder"

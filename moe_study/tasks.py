@@ -130,16 +130,8 @@ class ClassifierTask(nn.Module):
             by_class = [order_N[labels_N == label] for label in range(self.dataset.num_classes)]
             groups = [group for own in by_class for group in own.split(self.objective.samples_per_class)]
             order_N = torch.cat([groups[i] for i in torch.randperm(len(groups), generator=draw)])
-        if self.objective.shuffled:
-            self._shuffles = self._shuffles_of(epoch)
+        self._shuffle = generator(self.seed, "shuffled labels", epoch)
         yield from image_batches(train, order_N, self.batch_size, self.dtype)
-
-    def _shuffles_of(self, epoch: int) -> Iterator[Tensor]:
-        """A permutation for each batch, moved to the device in one copy."""
-        draw, count = generator(self.seed, "shuffled labels", epoch), len(self.dataset.train)
-        sizes = [min(self.batch_size, count - start) for start in range(0, count, self.batch_size)]
-        order_M = torch.cat([torch.randperm(size, generator=draw) for size in sizes])
-        return iter(order_M.to(self.dataset.train.labels_N.device).split(sizes))
 
     def encode(self, images_NCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Code [N, D] and the extractor's activations."""
@@ -189,7 +181,10 @@ class ClassifierTask(nn.Module):
         """SNNL of permuted labels, scaled to push on the activations as hard as the real one would."""
         assert self.objective.snnl is not None
         layers = [activations[name] for name in self.objective.snnl.layers]
-        placebo = self.snnl(activations, labels_N[next(self._shuffles)], epoch)
+        order_N = torch.randperm(len(labels_N), generator=self._shuffle)
+        if labels_N.is_cuda:  # pinned, or the host would wait for the copy
+            order_N = order_N.pin_memory().to(labels_N.device, non_blocking=True)
+        placebo = self.snnl(activations, labels_N[order_N], epoch)
 
         def push(loss: Tensor) -> Tensor:
             gradients = torch.autograd.grad(loss, layers, retain_graph=True)
@@ -357,15 +352,16 @@ class LanguageTask(nn.Module):
     def batches(self, epoch: int) -> Iterator[Tensor]:
         """Windows [B, T + 1] of the training text; pass after pass, each in an order of (seed, pass)."""
         tokens_M, context = self.corpus.train.tokens_N, self.config.context
-        starts, orders = [], {}
-        size = self.num_batches * self.batch_size
-        for place in range(epoch * size, (epoch + 1) * size):
-            turn, at = divmod(place, self.num_windows)
-            if turn not in orders:
-                draw = generator(self.seed, "order", turn)
-                orders[turn] = (torch.randperm(self.num_windows, generator=draw) * context).tolist()
-            starts.append(orders[turn][at])
-        start_N = torch.tensor(starts).to(tokens_M.device)
+        size, whole = self.num_batches * self.batch_size, self.num_windows
+        first, last = epoch * size // whole, ((epoch + 1) * size - 1) // whole
+        order_N = torch.cat(
+            [
+                torch.randperm(whole, generator=generator(self.seed, "order", n))
+                for n in range(first, last + 1)
+            ]
+        )
+        begin = epoch * size - first * whole
+        start_N = (order_N[begin : begin + size] * context).to(tokens_M.device)
         offset_W = torch.arange(context + 1, device=tokens_M.device)
         for start_B in start_N.split(self.batch_size):
             yield tokens_M[start_B[:, None] + offset_W]

@@ -39,8 +39,8 @@ def fgsm(predict: Predict, images_NCHW: Tensor, labels_N: Tensor, eps: float) ->
         ValueError: eps is outside 0 to 1; images, labels or scores do not fit or are not finite.
     """
     labels_N = _check(images_NCHW, labels_N, eps)
-    step_NCHW = eps * _loss_gradient(predict, images_NCHW, labels_N).sign()
-    return _inside(images_NCHW + step_NCHW, images_NCHW, eps)
+    gradient_NCHW = _loss_gradient(predict, images_NCHW, labels_N)
+    return _stepped(images_NCHW, eps, gradient_NCHW, _ball(images_NCHW, eps))
 
 
 def pgd(
@@ -66,14 +66,14 @@ def pgd(
     labels_N = _check(images_NCHW, labels_N, eps)
     check_count(steps, "steps")
     size = STEP * eps if step_size is None else check_number(step_size, "step_size", least=0, above=True)
-    attacked_NCHW = images_NCHW
+    attacked_NCHW, ball = images_NCHW, _ball(images_NCHW, eps)
     if random_start:
         # Drawn in float64, so that models of either precision are attacked from the same start.
         start = torch.rand(images_NCHW.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        attacked_NCHW = _inside(images_NCHW + eps * start.to(images_NCHW), images_NCHW, eps)
+        attacked_NCHW = torch.clamp(images_NCHW + eps * start.to(images_NCHW), *ball)
     for _ in range(steps):
         gradient_NCHW = _loss_gradient(predict, attacked_NCHW, labels_N)
-        attacked_NCHW = _inside(attacked_NCHW + size * gradient_NCHW.sign(), images_NCHW, eps)
+        attacked_NCHW = _stepped(attacked_NCHW, size, gradient_NCHW, ball)
     return attacked_NCHW
 
 
@@ -110,7 +110,7 @@ def spsa(
     check_count(steps, "steps")
     check_count(samples, "samples")
     check_number(delta, "delta", least=0, above=True)
-    attacked_NCHW, slope_NCHW = images_NCHW, torch.zeros_like(images_NCHW)
+    attacked_NCHW, slope_NCHW, ball = images_NCHW, torch.zeros_like(images_NCHW), _ball(images_NCHW, eps)
     for _ in range(steps):
         for _ in range(samples):
             coin = torch.randint(0, 2, images_NCHW.shape, generator=generator, dtype=torch.int8)
@@ -119,7 +119,7 @@ def spsa(
             below_N = _log_odds(predict(attacked_NCHW - delta * sign_NCHW), labels_N)
             slope_NCHW += (above_N - below_N)[:, None, None, None] * sign_NCHW
         _check_finite(slope_NCHW)
-        attacked_NCHW = _inside(attacked_NCHW + STEP * eps * slope_NCHW.sign(), images_NCHW, eps)
+        attacked_NCHW = _stepped(attacked_NCHW, STEP * eps, slope_NCHW, ball)
     return attacked_NCHW
 
 
@@ -164,10 +164,17 @@ def _loss_gradient(predict: Predict, images_NCHW: Tensor, labels_N: Tensor) -> T
 
 
 def _check_finite(slope_NCHW: Tensor) -> None:
-    bad = ~slope_NCHW.isfinite()
-    if bad.any():
-        raise ValueError(f"the scores that predict returns have no finite slope: {slope_NCHW[bad][0]:g}")
+    low, high = torch.stack(slope_NCHW.aminmax()).tolist()  # NaN if any value is: one pass, one look
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bad = slope_NCHW[~slope_NCHW.isfinite()][0]
+        raise ValueError(f"the scores that predict returns have no finite slope: {bad:g}")
 
 
-def _inside(attacked_NCHW: Tensor, images_NCHW: Tensor, eps: float) -> Tensor:
-    return torch.minimum(torch.maximum(attacked_NCHW, images_NCHW - eps), images_NCHW + eps).clamp(0, 1)
+def _ball(images_NCHW: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The least and the greatest value that each pixel may take."""
+    return (images_NCHW - eps).clamp_(min=0), (images_NCHW + eps).clamp_(max=1)
+
+
+def _stepped(attacked_NCHW: Tensor, size: float, slope_NCHW: Tensor, ball: tuple[Tensor, Tensor]) -> Tensor:
+    """One step along the slope's sign, back into the ball."""
+    return slope_NCHW.sign().mul_(size).add_(attacked_NCHW).clamp_(*ball)

@@ -16,12 +16,11 @@ from moe_study.configs.arms import CROSSED_ARMS, routed_arms
 from moe_study.configs.run import Plan, Run
 
 VERSIONS = {"crossed": 1, "crossed-tuning": 1}
-SETTINGS = routed.with_paper(
-    {
-        "digits": {"digits": routed.DIGITS_VISION},
-        "core": {"cifar10": replace(routed.CORE_VISION, factor=0.1)},  # chosen by "crossed-tuning"
-    }
-)
+SETTINGS: routed.Settings = {
+    "digits": {"digits": routed.DIGITS_VISION},
+    "core": {"cifar10": replace(routed.CORE_VISION, factor=0.1)},  # chosen by "crossed-tuning"
+    "paper": {"cifar10": replace(routed.PAPER_VISION, factor=0.1)},  # two arms are those of "ac-vision"
+}
 SEED_COUNTS: routed.SeedCounts = {
     "digits": {"digits": [(CROSSED_ARMS, 2)]},
     "core": {"cifar10": [(CROSSED_ARMS, 5)]},

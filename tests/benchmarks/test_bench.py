@@ -11,7 +11,9 @@ import pytest
 import reference
 import torch
 
+from benchmarks import attacks as bench_attacks
 from benchmarks import experts as bench_moe
+from benchmarks import gpu as bench_gpu
 from benchmarks import measure
 from benchmarks import profile as bench_profile
 from benchmarks import run as bench
@@ -106,12 +108,76 @@ def test_all_mixtures_do_the_same(top_k):
     expected_NO = reference.moe(x_ND, routing.indices_NK, routing.weights_NK.detach(), *weights)
     gradients = []
     for name, kind in bench_moe.contestants(layer.top_k).items():
+        if issubclass(kind, bench_moe.GroupedMM):  # not in float64; below
+            continue
         input_ND = x_ND.clone().requires_grad_()
         out_NO = kind(layer)(input_ND)
         np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-9, atol=1e-11, err_msg=name)
         gradients += torch.autograd.grad(out_NO.square().sum(), input_ND)
     for gradient_ND in gradients[1:]:
         torch.testing.assert_close(gradient_ND, gradients[0])
+
+
+@pytest.mark.parametrize("kind", [bench_moe.GroupedMM, bench_moe.TorchTitan])
+def test_grouped_products_do_the_same(kind):
+    """With one expert that no row chooses."""
+    layer = bench_moe.build_layer(bench_moe.Size(40, 8, 16, 8, 5, 2), torch.float32, "cpu")
+    with torch.no_grad():
+        layer.router.gate.bias[3] = -50
+    x_ND = torch.randn(40, 8, generator=torch.Generator().manual_seed(3))
+    found = []
+    for module in (bench_moe.Ours(layer), kind(layer)):
+        input_ND = x_ND.clone().requires_grad_()
+        out_NO = module(input_ND)
+        found.append((out_NO, *torch.autograd.grad(out_NO.square().sum(), input_ND)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_both_attacks_stay_in_the_ball_and_cost_as_much():
+    torch.manual_seed(0)
+    weight_CP = torch.randn(10, 3 * 8 * 8)
+    images_NCHW, labels_N = torch.rand(20, 3, 8, 8), torch.arange(20) % 10
+
+    def predict(x_NCHW):
+        return x_NCHW.flatten(1) @ weight_CP.T
+
+    losses = []
+    for attack in (bench_attacks.ours, bench_attacks.torchattacks):
+        found = attack(predict, images_NCHW, labels_N)
+        assert (found - images_NCHW).abs().max() <= bench_attacks.EPS + 1e-6
+        assert found.min() >= 0
+        assert found.max() <= 1
+        losses.append(torch.nn.functional.cross_entropy(predict(found), labels_N).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] > torch.nn.functional.cross_entropy(predict(images_NCHW), labels_N).item()
+
+
+@pytest.mark.usefixtures("without_children")
+@pytest.mark.parametrize("name", ["gpu", "attacks"])
+def test_rows_of_a_gpu_run_on_a_cpu_and_are_kept_one_by_one(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_gpu, "workers", lambda machine: [])
+    kept, write = [], store.write
+
+    def keep(path, content):
+        kept.append(len(content["rows"]))
+        write(path, content)
+
+    monkeypatch.setattr(store, "write", keep)
+    assert bench.main([name, "--quick", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    assert kept[:-1] == list(range(1, len(content["rows"]) + 1))
+    for row in content["rows"]:
+        assert row["limit_milliseconds"] > 0
+        assert row["faster_than_fastest_peer"] > 0
+        assert row["rates"]["bandwidth"] > 0
+        assert row["rates"]["gemm_bf16"] > 0
+
+
+def test_several_processes_share_a_device():
+    found = bench_gpu.workers(Machine(), counts=[2], seconds=0.05)
+    assert found[0]["workers"] == 2
+    assert found[0]["images_per_second"] > 0
 
 
 def test_all_routers_by_absolute_deviation_decide_the_same():

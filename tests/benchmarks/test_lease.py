@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import lease
+from moe_study import store
 
 
 def restored(out, folder):
@@ -62,6 +63,21 @@ def test_a_step_that_hangs_is_killed_with_its_children(tmp_path):
     else:
         pytest.fail("the step's child still runs")
     assert lease.run_step(step, tmp_path / "logs", time.monotonic() + 0.5) == "not begun"
+
+
+def test_blocks_run_as_many_processes_as_proved_fastest(tmp_path):
+    path = tmp_path / "workers.json"
+    assert lease.fastest(path) == lease.GPU_WORKERS
+    rates = {1: 100.0, 4: 350.0, 8: 300.0}
+    store.write(path, {"workers": [{"workers": n, "images_per_second": r} for n, r in rates.items()]})
+    assert lease.fastest(path) == 4
+
+
+def test_an_unknown_commit_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(store, "provenance", lambda: {"commit": None})
+    with pytest.raises(SystemExit):
+        lease.main([str(tmp_path)])
+    assert "--commit" in capsys.readouterr().err
 
 
 def test_a_block_is_named_by_study_and_data_set(capsys):

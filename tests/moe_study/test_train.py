@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from moe_study import train
 from moe_study.train import (
     History,
     OutOfTime,
@@ -150,8 +151,10 @@ def halfway(path, run_id="0123456789"):
         if epoch == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        fit(task, CONFIG, task.measure, label="line", checkpoint=path, run_id=run_id, on_epoch=stop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            fit(task, CONFIG, task.measure, label="line", checkpoint=path, run_id=run_id, on_epoch=stop)
 
 
 def test_a_damaged_optimiser_ends_in_an_error_of_the_run(tmp_path):
@@ -222,6 +225,30 @@ def test_an_invalid_checkpoint_is_set_aside_and_the_run_starts_anew(damage, tmp_
     assert load_checkpoint(path, "0123456789")["epoch"] == 6
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, [1, 2, 3, 4, 5, 6]), (1000.0, [1, 6])])
+def test_checkpoints_between_the_first_epoch_and_the_last(seconds, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", seconds)
+    saved = []
+    monkeypatch.setattr(train, "save_checkpoint", lambda state, path, run_id: saved.append(state["epoch"]))
+    task = Line()
+    fit(task, CONFIG, task.measure, label="line", checkpoint=tmp_path / "checkpoint.pt")
+    assert saved == expected
+
+
+def test_the_time_limit_saves_what_no_checkpoint_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 1000.0)
+    clock = [0.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+
+    def on_epoch(epoch: int, history: History) -> None:
+        clock[0] = float(epoch)
+
+    task, path = Line(), tmp_path / "checkpoint.pt"
+    with pytest.raises(OutOfTime):
+        fit(task, CONFIG, task.measure, label="line", checkpoint=path, on_epoch=on_epoch, deadline=3.5)
+    assert load_checkpoint(path, "")["epoch"] == 4
+
+
 def test_time_limit_keeps_the_checkpoint(tmp_path):
     task = Line()
     with pytest.raises(OutOfTime):
@@ -229,8 +256,6 @@ def test_time_limit_keeps_the_checkpoint(tmp_path):
 
 
 def test_cosine_schedule_ends_near_zero(monkeypatch):
-    from moe_study import train
-
     rates, original = [], train.set_learning_rate
 
     def spy(optimizer, config, progress):
@@ -275,8 +300,6 @@ def test_warmup_rises_to_the_schedule(schedule, warmup):
 
 
 def test_warmup_counts_steps_of_the_whole_training(monkeypatch):
-    from moe_study import train
-
     rates = []
 
     def spy(optimizer, config, progress):

@@ -3,9 +3,9 @@
 Whatever needs a value on the host (`.item()`, `.tolist()`, `bool(...)`, `nonzero`, a boolean index) raises on
 them, as it would make the host wait on a real one.
 
-    pretended_gpu        they say that they are on "cuda", for the branches that ask; torch can't differentiate
-                         there without a driver. `Waits` sees copies between host and device, which wait
-                         unless memory is pinned
+    pretended_gpu        they say that they are on "cuda", for the branches that ask; torch can't
+                         differentiate there without a driver. `Waits` sees copies between host and device,
+                         which wait unless memory is pinned
     unreadable_values    they are on the CPU, and the library is told that this is not the host
 """
 
@@ -55,6 +55,8 @@ def pretended_gpu(monkeypatch: Any, capability: tuple[int, int] = (9, 0)) -> Ite
     with monkeypatch.context() as patch:
         patch.setattr(nn.Module, "to", _to)
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+        patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         with FakeTensorMode():
             yield
 

@@ -1,0 +1,180 @@
+"""What a GPU is for: the rows of the other benchmarks at its sizes, how many runs can share it, and what the
+Adaptive Clustering (AC) router costs in a whole layer.
+
+    python -m benchmarks workers gpu --device cuda
+
+Rows stand in the order of their worth: a lease may end before the last. `--quick` has tiny sizes that any CPU
+runs.
+
+Shapes: N rows, D width, H expert hidden width, E experts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import experts, snnl, training
+from benchmarks.experts import Size
+from benchmarks.measure import Contestant, Machine, Row, Step, Work
+from moe_lib.models.transformer import TransformerConfig
+from moe_lib.models.vision import VisionConfig
+from moe_lib.moe import AdaptiveClusteringRouter, LinearRouter, MoE
+from moe_study.tasks import RoutedObjective, VisionTask
+
+WORKERS = (1, 4, 8, 16)
+SECONDS = 3.0  # of each number of workers
+
+
+def rows(quick: bool = False) -> list[Row]:
+    """SNNL, top-k experts, a layer with the AC router, training steps; memory in one process each."""
+    few: dict[str, Any] = {"rounds": 3 if quick else 7, "processes": 1}
+    if quick:
+        return [
+            snnl.row(96, [16], torch.bfloat16, **few),
+            experts.row(Size(48, 16, 16, 16, 4, 2), torch.bfloat16, **few),
+            layer_row(64, 16, 16, 4, **few),
+            experts.router_row(64, 8, 4, **few),
+            vision_step(8, 8, TransformerConfig(dim=32, depth=2, moe_blocks=(0, 1)), **few),
+        ]
+    low = torch.bfloat16
+    return [
+        snnl.row(4096, [128], goal_time=5, goal_memory=10, **few),
+        experts.row(Size(16_384, 512, 512, 512, 16, 2), low, goal_time=1, **few),
+        layer_row(16_384, 512, 512, 16, goal_time=1 / 1.15, **few),
+        training._snnl_step(256, **few),
+        vision_step(256, 4, TransformerConfig(dim=192, depth=6, moe_blocks=(2, 3, 4, 5)), **few),
+        experts.row(Size(4096, 1024, 1024, 1024, 32, 2), low, goal_time=1, **few),
+        snnl.row(1024, [128], **few),
+        snnl.row(4096, [128], low, **few),
+        experts.router_row(16_384, 512, 16, **few),
+        experts.row(Size(1024, 512, 512, 512, 8, 2), low, goal_time=1, **few),
+        experts.row(Size(65_536, 1024, 1024, 1024, 64, 2), low, goal_time=1, **few),
+        experts.row(Size(4096, 2048, 2048, 2048, 8, 2), low, goal_time=1, **few),
+        experts.row(Size(16_384, 512, 512, 512, 16, 2), **few),
+        snnl.row(256, [128], **few),
+        snnl.row(16_384, [128], **few),
+    ]
+
+
+def layer_row(num_rows: int, dim: int, hidden: int, num_experts: int, **options: Any) -> Row:
+    """Forward and backward of a layer of top-2 experts, with the AC router and with a linear one."""
+
+    def build(adaptive: bool, device: str) -> Step:
+        torch.manual_seed(0)
+        kind = AdaptiveClusteringRouter if adaptive else LinearRouter
+        layer = MoE(dim, num_experts, hidden, top_k=2, router=kind(dim, num_experts, 2)).to(device)
+        draw = torch.Generator().manual_seed(1)
+        x_ND = torch.randn(num_rows, dim, generator=draw).to(device).requires_grad_()
+        with torch.no_grad():
+            previous = LinearRouter(dim, num_experts, 2).to(device)(x_ND.detach())
+        inputs = [x_ND, *layer.parameters()]
+
+        def step() -> None:
+            with torch.autocast(device, torch.bfloat16):
+                out_ND, routing = layer(x_ND, previous)
+            loss = out_ND.float().square().mean() + routing.probs_NE.square().mean()
+            torch.autograd.grad(loss, inputs)
+
+        return step
+
+    contestants = (
+        Contestant("AC router", partial(build, True), peer=False),
+        Contestant("linear router", partial(build, False)),
+    )
+    work = Work(gemm_bf16=6.0 * num_rows * 2 * hidden * 2 * dim)
+    sizes = {"N": num_rows, "D": dim, "H": hidden, "E": num_experts}
+    name = f"MoE layer, AC against linear router, N={num_rows} D={dim} E={num_experts}"
+    return Row(name, sizes, work, contestants, dtype="bfloat16 products, float32 routers", **options)
+
+
+def vision_step(batch: int, patch: int, trunk: TransformerConfig, **options: Any) -> Row:
+    """From data to update, with crops and flips; the two precisions of our own."""
+
+    def build(bf16: bool, device: str) -> Step:
+        dataset = training.random_dataset(training.CIFAR, 8 * batch, device)
+        config = VisionConfig(trunk, patch=patch)
+        task = VisionTask(
+            dataset, config, RoutedObjective(), seed=0, batch_size=batch, augment=True, bf16=bf16
+        )
+        optimizer = training.adam(task, fused=True)
+        batches = itertools.chain.from_iterable(map(task.batches, itertools.count()))
+        return lambda: training.descend(optimizer, task.losses(next(batches), 0)["total"])
+
+    contestants = (
+        Contestant("ours", partial(build, True), peer=False),
+        Contestant("ours, float32", partial(build, False), peer=False),
+    )
+    tokens = batch * (32 // patch) ** 2
+    products = trunk.depth * 4 * trunk.dim**2 + len(trunk.moe_blocks) * 4 * trunk.dim * trunk.expert_hidden
+    work = Work(gemm_bf16=6.0 * tokens * products)
+    name = f"vision transformer step, patch {patch}, width {trunk.dim}, batch {batch}"
+    return Row(name, {"N": batch, "D": trunk.dim}, work, contestants, dtype="bfloat16 or float32", **options)
+
+
+# ------------------------------------------------------------------------------------ many runs
+
+
+def workers(
+    machine: Machine, counts: Sequence[int] | None = None, seconds: float | None = None, batch: int = 256
+) -> list[dict[str, Any]]:
+    """Images a second of several processes that train the CNN with SNNL on one device at the same time."""
+    cores = os.cpu_count() or 1
+    on_gpu = machine.device != "cpu"
+    counts = [n for n in counts or WORKERS if n <= cores] if on_gpu or counts else [1]
+    seconds = seconds or (SECONDS if on_gpu else 0.2)
+    context = multiprocessing.get_context("spawn")
+    found = []
+    for count in counts:
+        barrier, queue = context.Barrier(count), context.Queue()
+        arguments = (machine.device, batch if on_gpu else 8, seconds, barrier, queue)
+        processes = [context.Process(target=_train_for, args=arguments, daemon=True) for _ in range(count)]
+        for process in processes:
+            process.start()
+        rates = [queue.get(timeout=180) for _ in processes]
+        for process in processes:
+            process.join()
+        found.append({"workers": count, "images_per_second": sum(rates)})
+        print(f"{count} processes: {sum(rates):.0f} images a second", flush=True)
+    return found
+
+
+def figure(content: dict[str, Any]) -> Any:
+    from moe_study.report import plots
+
+    drawn, axes = plots.new_figure(5, 3, 1, 1)
+    found = content["workers"]
+    axes[0, 0].plot(
+        [one["workers"] for one in found], [one["images_per_second"] for one in found], "o-", color="k"
+    )
+    axes[0, 0].set(xlabel="processes", title="images a second, all together", ylim=(0, None))
+    return drawn
+
+
+def _train_for(device: str, batch: int, seconds: float, barrier: Any, queue: Any) -> None:
+    torch.set_num_threads(1)
+    step = training.our_snnl_step(batch, "bfloat16", device)
+    for _ in range(3):
+        step()
+    _settle(device)
+    barrier.wait()
+    start, steps = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        step()
+        steps += 1
+        if steps % 16 == 0:  # else the host would run ahead of the device
+            _settle(device)
+    _settle(device)
+    queue.put(steps * batch / (time.perf_counter() - start))
+
+
+def _settle(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
