@@ -198,7 +198,10 @@ def simulate(seconds: Sequence[float], workers: int, start: float = START) -> Ou
     if not held:
         return Outcome(workers, 0.0, 0.0, 0.0)
     return Outcome(
-        workers, wall, len(seconds) * start / held, 1 - (sum(seconds) + len(seconds) * start) / held
+        workers,
+        wall,
+        len(seconds) * start / held,
+        max(0.0, 1 - (sum(seconds) + len(seconds) * start) / held),
     )
 
 
