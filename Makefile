@@ -1,4 +1,4 @@
-# make report | render | check | test | faults | lab | data | plan | bench | readme | notebooks | clean
+# make report | render | check | test | faults | cluster | lab | data | plan | bench | readme | notebooks | clean
 #   PROFILE=digits|core|paper   whose results (report, plan)
 #   CORES=n                     how many processes
 #   EXECUTOR=slurm              run on a cluster, see profiles/slurm/config.yaml (report)

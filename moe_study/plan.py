@@ -22,7 +22,8 @@ from moe_study.study import Run, read
 
 # Training images, or bytes of text, of a data set: what an epoch is where the run does not say.
 SIZES = {
-    "fashion_mnist": 54_000, "mnist": 54_000, "cifar10": 45_000, "cifar100": 45_000, "wikitext2": 10_797_148,
+    "fashion_mnist": 54_000, "mnist": 54_000, "cifar10": 45_000, "cifar100": 45_000, "domains": 40_500,
+    "wikitext2": 10_797_148,
 }  # fmt: skip
 UNKNOWN = 60.0  # seconds, for shards: a run of which nothing is known
 UNKNOWN_MB = 2000
@@ -197,7 +198,10 @@ def simulate(seconds: Sequence[float], workers: int, start: float = START) -> Ou
     if not held:
         return Outcome(workers, 0.0, 0.0, 0.0)
     return Outcome(
-        workers, wall, len(seconds) * start / held, 1 - (sum(seconds) + len(seconds) * start) / held
+        workers,
+        wall,
+        len(seconds) * start / held,
+        max(0.0, 1 - (sum(seconds) + len(seconds) * start) / held),
     )
 
 

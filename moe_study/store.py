@@ -174,7 +174,8 @@ def explain(error: OSError, folder: Path) -> StoreError:
     reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
     return StoreError(
         f"cannot write under {folder} on {platform.node()}: {reason}. Free some space or point "
-        "MOE_RESULTS_DIR (results) or MOE_FIGURES_DIR (figures) at a folder that can be written; finished runs are kept."
+        "MOE_RESULTS_DIR (results) or MOE_FIGURES_DIR (figures) at a folder that can be written; "
+        "finished runs are kept."
     )
 
 

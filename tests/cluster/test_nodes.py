@@ -7,6 +7,7 @@ Every number is compared with that of a grid trained here, without Slurm.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,12 +78,11 @@ def holders(runs: list[study.Run]) -> dict[str, study.Run]:
     found = {}
     for run in runs:
         try:
-            host = (run.workspace / "lease").read_text().split()
+            host = re.search(r"\bnode\d+\b", (run.workspace / "lease").read_text())
         except OSError:
             continue
-        names = [word.split("?")[0] for word in host if word.startswith("node")]
-        if names and (run.workspace / "checkpoint.pt").exists():
-            found[names[0]] = run
+        if host and (run.workspace / "checkpoint.pt").exists():
+            found[host[0]] = run
     return found
 
 

@@ -90,7 +90,7 @@ def test_simulated_wall_time(workers, wall):
 
 
 def test_nobody_beats_the_bounds_of_scheduling():
-    """At least the longest job and an equal split; at most their sum, since nobody waits while work is left."""
+    """At least the longest job and an equal split; at most their sum, as nobody waits while work is left."""
     seconds = [(i * 7919) % 1000 + 1.0 for i in range(300)]
     for workers in plan.CURVE:
         wall = plan.simulate(seconds, workers, start=0).wall
