@@ -1,6 +1,8 @@
-# make report | render | test | faults | lab | data | plan | bench | readme | notebooks | clean
+# make report | render | check | test | faults | lab | data | plan | bench | readme | notebooks | clean
 #   PROFILE=digits|core|paper   whose results (report, plan)
 #   CORES=n                     how many processes
+#   EXECUTOR=slurm              run on a cluster, see profiles/slurm/config.yaml (report)
+#   NODES=n GPUS=n              a cluster to simulate (plan)
 #   KILLS=n                     how many random kills (faults)
 #   PYTHON=python3.12           which Python makes .venv
 #   TORCH_INDEX=URL             take torch from there: https://download.pytorch.org/whl/cpu is without CUDA
@@ -11,11 +13,14 @@ endif
 PYTHON ?= python3
 TORCH_INDEX ?=
 KILLS ?= 5
+EXECUTOR ?=
+NODES ?=
+GPUS ?=
 BIN := .venv/bin
 export JUPYTER_PREFER_ENV_PATH := 1# a kernel in the user's home must not shadow the one in .venv
 
 .DEFAULT_GOAL := report
-.PHONY: report render test faults lab data plan bench readme notebooks clean
+.PHONY: report render check test faults cluster lab data plan bench readme notebooks clean
 
 no_digits = $(subst 9,,$(subst 8,,$(subst 7,,$(subst 6,,$(subst 5,,$(subst 4,,$(subst 3,,$(subst 2,,$(subst \
   1,,$(subst 0,,$(1)))))))))))
@@ -26,9 +31,21 @@ ifneq ($(words $(value PROFILE))$(filter-out digits core paper,$(value PROFILE))
 $(error PROFILE must be digits, core or paper, got '$(value PROFILE)')
 endif
 endif
-ifneq ($(filter report test plan,$(or $(MAKECMDGOALS),report)),)
+ifneq ($(filter report check test plan,$(or $(MAKECMDGOALS),report)),)
 ifeq ($(call positive,$(value CORES)),)
 $(error CORES must be an integer of 1 or more, got '$(value CORES)')
+endif
+endif
+ifneq ($(value EXECUTOR),)
+ifneq ($(words $(value EXECUTOR))$(filter-out $(notdir $(wildcard profiles/*)),$(value EXECUTOR)),1)
+$(error EXECUTOR must be one of the folders of profiles, got '$(value EXECUTOR)')
+endif
+endif
+ifneq ($(filter plan,$(MAKECMDGOALS)),)
+ifneq ($(value NODES)$(value GPUS),)
+ifneq ($(call positive,$(value NODES))$(call positive,$(or $(value GPUS),1)),11)
+$(error NODES and GPUS must be integers of 1 or more, got '$(value NODES)' and '$(value GPUS)')
+endif
 endif
 endif
 ifneq ($(filter faults,$(MAKECMDGOALS)),)
@@ -57,8 +74,12 @@ endif
 # --nolock: after a kill Snakemake's lock stays and would refuse to go on; the engine locks each run itself.
 report: .venv/ready
 	@$(if $(filter-out digits,$(PROFILE)),$(BIN)/python -m moe_study data --profile $(PROFILE))
+ifeq ($(EXECUTOR),)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) --keep-going --rerun-incomplete \
-	  --nolock --rerun-triggers mtime input --show-failed-logs --quiet rules host
+	  --nolock --rerun-triggers mtime input --quiet
+else
+	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --workflow-profile profiles/$(EXECUTOR) --config profile=$(PROFILE)
+endif
 	@echo "The report: $$($(BIN)/python -m moe_study where --profile $(PROFILE))"
 
 render: .venv/ready # the report of what is finished; trains nothing
@@ -69,14 +90,27 @@ render: .venv/ready # the report of what is finished; trains nothing
 	  $(BIN)/python -m moe_study.report.page build/$(PROFILE)/90_report.ipynb "$$page" && echo "The report: $$page"
 
 faults: .venv/ready # kills, damaged files, full disks: some minutes; KILLS=100 for the whole campaign
-	@FAULTS_KILLS=$(KILLS) $(BIN)/pytest -n 0 -s -m faults tests/faults
+	@FAULTS_RECORD=1 FAULTS_KILLS=$(KILLS) $(BIN)/pytest -n 0 -s tests/faults
 
+cluster: .venv/ready # three Slurm nodes on this machine; RECORD=1 writes results/cluster
+	@CLUSTER_RECORD=$(if $(RECORD),1) $(BIN)/pytest -n 0 -s -m cluster tests/cluster
+
+check: .venv/ready # lint, types, fast tests: a minute
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/pytest -n $(CORES) --dist loadscope -m "not slow and not faults and not cluster" tests
+
+# The digits runs are trained once, into a temporary folder, or taken from TRAINED: a results folder that this
+# code has filled (in CI, `make report` has). Tests and notebooks compare their numbers.
 test: .venv/ready
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
-	@$(BIN)/pytest -n $(CORES) --dist loadscope -m "not faults" tests
-	@tests/notebooks.sh $(BIN)
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && export TRAINED="$${TRAINED:-$$scratch}" && \
+	  $(BIN)/python -m moe_study run --profile digits --workers $(CORES) --out "$$TRAINED" && \
+	  $(BIN)/pytest -n $(CORES) --dist loadscope -m "not faults and not cluster" tests && \
+	  tests/notebooks.sh $(BIN) $(CORES)
 
 lab: .venv/ready
 	@$(BIN)/jupyter lab --notebook-dir=notebooks
@@ -85,7 +119,8 @@ data: .venv/ready
 	@$(BIN)/python -m moe_study data
 
 plan: .venv/ready
-	@$(BIN)/python -m moe_study plan --profile $(PROFILE) --workers $(CORES)
+	@$(BIN)/python -m moe_study plan --profile $(PROFILE) --workers $(CORES) \
+	  $(if $(NODES),--nodes $(NODES)) $(if $(GPUS),--gpus $(GPUS))
 
 bench: .venv/ready # ours against its peers: ratios within one run; some minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks all

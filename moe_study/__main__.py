@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 import moe_lib
-from moe_study import data, plan, store, study
+from moe_study import data, ddp, engine, plan, store, study
 from moe_study.data import text
 from moe_study.train import TrainingError
 
@@ -32,6 +34,12 @@ def _integer(text: str) -> int:
 def _seconds(text: str) -> float:
     if not re.fullmatch(r"[0-9]+(\.[0-9]*)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds of 0 or more")
+    return float(text)
+
+
+def _number(text: str) -> float:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return float(text)
 
 
@@ -57,14 +65,28 @@ def main(argv: list[str] | None = None) -> int:
             "--arm", help="one arm alone, such as base; of several (base,snnl) all seed by seed"
         )
         command.add_argument(
-            "--workers", type=_integer, metavar="N", help="processes (default: one per core, one on a GPU)"
+            "--workers", type=_integer, metavar="N", help="processes (default: one per core, eight on a GPU)"
         )
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: what there is")
+    run.add_argument("--ddp", action="store_true", help="all processes share each run, batch by batch")
     run.add_argument("--shard", default="1/1", help="i/n: the i-th of n equal parts, counted from 1")
+    run.add_argument(
+        "--plan",
+        type=_path,
+        metavar="FILE",
+        help="a list of n shards, of which --shard i/n takes the i-th",
+    )
     run.add_argument("--time-limit", type=_seconds, metavar="S", help="start no epoch after S seconds")
     run.add_argument("--out", type=_path, metavar="DIR", help="results folder (default: MOE_RESULTS_DIR)")
     run.add_argument("--done", type=_path, metavar="FILE", help="write this when every run has its file")
     run.add_argument("--follow", type=_integer, metavar="PID", help="end when this process ends")
+
+    plan.add_argument("--nodes", type=_integer, metavar="N", help="simulate a cluster of so many machines")
+    plan.add_argument("--gpus", type=_integer, metavar="N", help="workers of each machine (default: 1)")
+    plan.add_argument("--minutes", type=_number, metavar="M", help="least length of a shard (default: 5)")
+    plan.add_argument(
+        "--speed", type=_number, metavar="X", help="of a worker, as a multiple of the measured machines (1)"
+    )
 
     where = commands.add_parser("where", help="the report's path")
     where.add_argument("--profile", required=True, help=profiles)
@@ -82,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("rates", help="how often the rule says each word, into results/planted/verdicts.json")
 
     arguments = parser.parse_args(argv)
+    arguments.argv = sys.argv[1:] if argv is None else argv
     try:
         status = COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
@@ -119,12 +142,25 @@ def _follow(pid: int) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    runs = study.shard(_selected(arguments), arguments.shard)
     if arguments.out is not None:
         store.use_results_dir(arguments.out)
+    selected = _selected(arguments)
+    if arguments.plan is None:
+        runs = study.shard(selected, arguments.shard)
+    else:
+        runs = plan.part_of(selected, arguments.plan, arguments.shard)
     if arguments.follow is not None:
         _follow(arguments.follow)
-    study.ensure(runs, arguments.workers, arguments.device, arguments.time_limit)
+    if arguments.ddp:
+        if arguments.time_limit is not None:
+            raise ValueError("--time-limit has no effect with --ddp: stop it, and it goes on where it was")
+        device = arguments.device or engine.default_device()
+        if not ddp.is_worker():
+            there = torch.cuda.device_count() if device == "cuda" else os.cpu_count()
+            return ddp.start(arguments.argv, arguments.workers or there or 1)
+        ddp.ensure(runs, device)
+    else:
+        study.ensure(runs, arguments.workers, arguments.device, arguments.time_limit, among=selected)
     missing = sum(not run.path.exists() for run in runs)
     if arguments.done is not None and not missing:
         store.write(arguments.done, {"runs": [run.id for run in runs]})
@@ -133,7 +169,17 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    print(plan.plan(_selected(arguments), arguments.workers))
+    runs = _selected(arguments)
+    times = plan.Times(plan.related(runs))
+    print(plan.plan(runs, arguments.workers, times))
+    for name in ("nodes", "gpus"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if arguments.nodes is not None:
+        workers = arguments.nodes * (arguments.gpus or 1)
+        print("\n" + plan.curve(runs, workers, arguments.minutes or 5, arguments.speed or 1, times))
+    elif unused := [name for name in ("gpus", "minutes", "speed") if getattr(arguments, name) is not None]:
+        raise ValueError(f"--{unused[0]} has no effect without --nodes")
     return 0
 
 

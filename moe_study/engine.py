@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from moe_lib.models.classifier import ClassifierConfig
 from moe_lib.models.language import LanguageConfig
 from moe_lib.models.vision import VisionConfig
-from moe_study import data, store
+from moe_study import data, locks, store
 from moe_study.configs.run import Run, StudyError
 from moe_study.data import text
 from moe_study.evaluate import ClassifierExperiment, Experiment
@@ -34,6 +34,7 @@ from moe_study.evaluate_transformer import LanguageExperiment, VisionExperiment
 from moe_study.runs import STUDIES
 from moe_study.train import History, OutOfTime, TrainingError, fit
 
+GPU_WORKERS = 8
 # The experiment of each kind of model: another kind is one more line.
 EXPERIMENTS: dict[type, Callable[[Run, str], Experiment]] = {
     ClassifierConfig: ClassifierExperiment.of,
@@ -169,11 +170,6 @@ def sweep(run: Run) -> None:
         path.unlink(missing_ok=True)
 
 
-def _lock(run: Run, timeout: float) -> FileLock:
-    run.workspace.mkdir(parents=True, exist_ok=True)
-    return FileLock(run.workspace / "lock", timeout=timeout)
-
-
 def _work(run: Run, device: str, deadline: float) -> str:
     """In a worker process: train one run unless it is done; "done" or "out of time".
 
@@ -186,11 +182,13 @@ def _work(run: Run, device: str, deadline: float) -> str:
         return "out of time"
     left = -1 if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
     try:
-        with _lock(run, left):  # another notebook or shard may be at it
+        with locks.hold(run.workspace, left, run.path):  # another notebook, shard or machine may be at it
             sweep(run)
             done = "done" if run.path.exists() else _train(run, device, deadline)
             sweep(run)
             return done
+    except locks.Elsewhere:
+        return "done"
     except Timeout:
         return "out of time"
 
@@ -213,7 +211,8 @@ def _train(run: Run, device: str, deadline: float) -> str:
         )
 
     try:
-        result = execute(run, device, deadline, report)
+        with locks.unless(run.path):
+            result = execute(run, device, deadline, report)
     except OutOfTime:
         return "out of time"
     write(
@@ -247,12 +246,18 @@ def _start_worker(queue: Any) -> None:
 
 
 def watched() -> bool:
-    """Whether a person looks on: a terminal, or a notebook opened in Jupyter (not run by papermill)."""
-    return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
+    """Whether this is a notebook that a person opened in Jupyter (papermill does not)."""
+    return "JPY_SESSION_NAME" in os.environ
 
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_workers(device: str) -> int:
+    """Processes: one per core; on a GPU several share it, since one of these models leaves it idle."""
+    cores = os.cpu_count() or 1
+    return cores if device == "cpu" else min(GPU_WORKERS, cores)
 
 
 def ensure(
@@ -261,13 +266,15 @@ def ensure(
     device: str | None = None,
     time_limit: float | None = None,
     quiet: bool = False,
+    among: Sequence[Run] | None = None,
 ) -> list[dict[str, Any]]:
     """Train the runs that have no result file yet, one process each, and return all finished results.
 
     Args:
-        workers: processes; one per core if None, one on a GPU.
+        workers: processes; None: one per core, or eight that share a GPU.
         device: "cpu" or "cuda"; what there is if None. float64 runs always use the CPU.
         time_limit: seconds after which no epoch is started; checkpoints are kept and the next call goes on.
+        among: runs that progress is counted over, where these are a part of them; None: the wanted ones.
 
     Raises:
         StudyError: some runs failed. The others were finished first; the message has every reason.
@@ -278,10 +285,10 @@ def ensure(
     found = {run: read(run) for run in wanted if run.path.exists()}  # a damaged one is named before training
     for run in found:
         if leftovers(run):
-            with contextlib.suppress(Timeout, OSError), _lock(run, 0):
+            with contextlib.suppress(Timeout, OSError), locks.hold(run.workspace, 0):
                 sweep(run)
     if todo := [run for run in wanted if run not in found]:
-        _train_all(todo, workers, device or default_device(), time_limit, quiet)
+        _train_all(todo, workers, device or default_device(), time_limit, quiet, among or wanted)
         found |= {run: read(run) for run in todo if run.path.exists()}
     return [found[run] for run in wanted if run in found]
 
@@ -325,7 +332,12 @@ def _say(line: str) -> None:
 
 
 def _train_all(
-    todo: list[Run], workers: int | None, device: str, time_limit: float | None, quiet: bool
+    todo: list[Run],
+    workers: int | None,
+    device: str,
+    time_limit: float | None,
+    quiet: bool,
+    among: Sequence[Run],
 ) -> None:
     store.check_writable(store.results_dir())
     if store.of_unknown_origin([store.provenance()]) and not quiet:
@@ -343,7 +355,7 @@ def _train_all(
     on_cpu = all(device_of(run) == "cpu" for run in todo)
     if on_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the workers when they import torch
-    workers = max(1, min(workers or (os.cpu_count() or 1 if on_cpu else 1), len(todo)))
+    workers = max(1, min(workers or default_workers("cpu" if on_cpu else device), len(todo)))
     deadline = time.monotonic() + (float("inf") if time_limit is None else time_limit)
     context = multiprocessing.get_context("spawn")
     try:
@@ -354,7 +366,7 @@ def _train_all(
             "in a container, mount one (docker run --shm-size=1g)"
         ) from error
     unfinished = 0
-    with _Reporter(queue, len(todo), quiet) as reporter:
+    with _Reporter(queue, len(todo), quiet, among) as reporter:
 
         def attempt(runs: Sequence[Run], workers: int) -> list[Run]:
             """Those that were lost because a worker was killed, which takes the whole pool with it."""
@@ -394,31 +406,53 @@ def _train_all(
 
 
 class _Reporter:
-    """Shows the workers' epochs: a bar when a person watches, else one line each."""
+    """Shows progress: a bar in a notebook that a person watches, else one line now and then.
 
-    def __init__(self, queue: Any, total: int, quiet: bool) -> None:
+    Args:
+        among: runs that the line counts; other processes may train some of them.
+    """
+
+    EVERY = 10.0  # seconds between two lines, where they cannot be written over
+
+    def __init__(self, queue: Any, total: int, quiet: bool, among: Sequence[Run]) -> None:
         self.queue, self.total, self.quiet = queue, total, quiet
+        self.paths = [run.path for run in among]
+        self.start, self.done_before = time.monotonic(), self._count()
+        self.last, self.rewrites = -math.inf, sys.stdout.isatty()
         self.bar: Any = None
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> _Reporter:
         if watched() and not self.quiet:
-            try:
-                from tqdm.auto import tqdm
+            from tqdm.auto import tqdm
 
-                self.bar = tqdm(total=self.total, unit="run")
-            except ImportError:  # a bare machine
-                pass
+            self.bar = tqdm(total=self.total, unit="run")
         self.thread.start()
         return self
 
+    def _count(self) -> int:
+        return sum(path.exists() for path in self.paths)
+
     def _follow(self) -> None:
         while (message := self.queue.get()) is not None:
-            label, text = message
             if self.bar is not None:
-                self.bar.set_postfix_str(f"{label}: {text}")
-            elif not self.quiet:
-                _say(f"{label}: {text}")
+                self.bar.set_postfix_str(": ".join(message))
+            elif not self.quiet and time.monotonic() - self.last >= (1.0 if self.rewrites else self.EVERY):
+                self._line(": ".join(message))
+
+    def _line(self, now: str) -> None:
+        done, elapsed = self._count(), time.monotonic() - self.start
+        left, trained = len(self.paths) - done, done - self.done_before
+        seconds = left * elapsed / trained if trained else math.nan
+        wait = f"about {seconds:.0f} s" if seconds < 100 else f"about {seconds / 60:.0f} min"
+        line = f"{done} runs done, {left} left, {wait if trained else 'time left not known yet'} | {now}"
+        with contextlib.suppress(BrokenPipeError):
+            print(
+                f"\r{line[:150]}\x1b[K" if self.rewrites else line,
+                end="" if self.rewrites else "\n",
+                flush=True,
+            )
+        self.last = time.monotonic()
 
     def finished(self) -> None:
         if self.bar is not None:
@@ -429,3 +463,5 @@ class _Reporter:
         self.thread.join()
         if self.bar is not None:
             self.bar.close()
+        elif self.rewrites and not self.quiet:
+            _say("")

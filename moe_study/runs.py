@@ -79,6 +79,7 @@ NOTEBOOKS = {
     "collapse-map": "11_collapse",
     "ac-vision": "20_ac_vision",
     "ac-language": "21_ac_language",
+    "ac-language-confirm": "21_ac_language",
     "crossed": "30_snnl_x_ac",
     "snnl-dose": "50_dose_response",
     "snnl-batches": "50_dose_response",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_lib import parallel
 from moe_lib.checks import (
     check_count,
     check_floating,
@@ -30,6 +31,7 @@ from moe_lib.products import (
     at_least_float32,
     blocks_of_rows,
     differentiable_gradient,
+    on_host,
     product,
     traced,
 )
@@ -107,7 +109,7 @@ def cluster_dispersion(
     tokens_ND: Tensor, assignment_N: Tensor, num_experts: int, dispersion: Dispersion
 ) -> tuple[Tensor, Tensor]:
     """[E, D] dispersion of each cluster, 0 if empty, and [E] whether it has the 2 tokens that this takes."""
-    if tokens_ND.device.type == "cpu" and not traced():
+    if on_host(tokens_ND) and not traced() and not parallel.active():
         count_E = torch.bincount(assignment_N, minlength=num_experts)
         order_N, starts_E = assignment_N.argsort(stable=True), count_E.cumsum(0) - count_E
 
@@ -121,11 +123,11 @@ def cluster_dispersion(
         # (unlike atomic adds) a GPU repeats them to the last digit.
         clusters_E = torch.arange(num_experts, device=assignment_N.device)
         member_NE = (assignment_N[:, None] == clusters_E).to(tokens_ND.dtype)
-        count_E = member_NE.sum(0)
+        count_E = parallel.total(member_NE.sum(0))
         share_EN = (member_NE / count_E.clamp(min=1)).T
 
         def means(x_ND: Tensor) -> Tensor:
-            return share_EN @ x_ND
+            return parallel.total(share_EN @ x_ND)
 
         def spread(x_ED: Tensor) -> Tensor:
             return member_NE @ x_ED

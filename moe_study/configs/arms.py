@@ -108,7 +108,9 @@ class RoutedSettings:
 
     def run_options(self) -> dict[str, Any]:
         """What a run takes from the settings beside model, objective and training."""
-        names = "train_images epoch_tokens test_tokens attack_images corrupted_images augment".split()
+        names = (
+            "train_images", "epoch_tokens", "test_tokens", "attack_images", "corrupted_images", "augment"
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
 

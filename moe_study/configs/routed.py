@@ -14,7 +14,7 @@ from moe_study.train import TrainConfig
 
 # profile -> data set
 Settings = dict[str, dict[str, RoutedSettings]]
-# profile -> data set -> groups of arms and how many of SEEDS each gets
+# profile -> data set -> groups of arms and how many seeds each gets
 SeedCounts = Mapping[str, Mapping[str, list[tuple[Sequence[str], int]]]]
 Arms = Callable[[RoutedSettings], dict[str, RoutedArm]]
 
@@ -47,14 +47,20 @@ def with_paper(settings: Settings) -> Settings:
 
 
 def planned(
-    study: str, version: int, settings: Settings, counts: SeedCounts, make_arms: Arms, profile: str
+    study: str,
+    version: int,
+    settings: Settings,
+    counts: SeedCounts,
+    make_arms: Arms,
+    profile: str,
+    seeds: Sequence[int] = SEEDS,
 ) -> Iterator[Run]:
     """A study's main arms seed by seed, then the controls."""
     for dataset, groups in counts.get(profile, {}).items():
         own = settings[profile][dataset]
         arms = make_arms(own)
         for names, count in groups:
-            for seed in SEEDS[:count]:
+            for seed in seeds[:count]:
                 for arm in names:
                     model, objective = arms[arm]
                     rate = dict(own.learning_rates).get(arm, own.train.learning_rate)
@@ -71,16 +77,18 @@ def tuning(
     make_arms: Arms,
     grid: Callable[[RoutedSettings], list[tuple[str, float, RoutedSettings]]],
     profile: str,
+    full: bool = False,
 ) -> Iterator[Run]:
     """A third of the epochs, the first data set, two seeds outside the study, validation data alone.
 
     Args:
         grid: arms, learning rates and settings to try.
+        full: all of the epochs.
     """
     if profile != "core":
         return
     dataset, own = next(iter(settings[profile].items()))
-    train = replace(own.train, epochs=max(own.train.epochs // 3, 1))
+    train = own.train if full else replace(own.train, epochs=max(own.train.epochs // 3, 1))
     for seed in TUNING_SEEDS:
         for arm, rate, tried in grid(own):
             model, objective = make_arms(tried)[arm]

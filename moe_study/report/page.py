@@ -139,7 +139,7 @@ def accuracy_table(profile: str, study_name: str = "snnl") -> pd.DataFrame:
         }
     table = pd.DataFrame(columns)
     known = {**arms.ARM_DESCRIPTIONS, **arms.ROUTED_ARM_DESCRIPTIONS, **arms.CROSSED_ARM_DESCRIPTIONS}
-    order = [arm for arm in known if arm in table.index]
+    order = [arm for arm in dict.fromkeys([*known, *table.index]) if arm in table.index]
     return table.loc[order].fillna("-").rename_axis("arm")
 
 

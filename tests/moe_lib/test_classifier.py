@@ -305,7 +305,7 @@ def test_unusable_configurations_are_named(options, message):
 
 
 def test_a_classifier_needs_two_classes():
-    with pytest.raises(ValueError, match="two classes"):
+    with pytest.raises(ValueError, match="num_classes must be an integer, at least 2"):
         Classifier(SMALL, (1, 4, 4), 1)
 
 

@@ -18,6 +18,7 @@ from moe_lib.moe import (
     joined,
     load_balancing_loss,
     route,
+    router_z_loss,
 )
 
 
@@ -229,13 +230,27 @@ def test_a_step_down_the_balance_gradient_unloads_the_busiest_expert():
 @pytest.mark.parametrize("top_k", [None, 1, 3])
 def test_the_losses_of_a_decision_equal_the_loops(top_k):
     routing = route(3 * random_logits(11, 4), top_k)
-    losses = routing.losses()
-    assert set(losses) == {"balance", "router_z"}
     balance = reference.load_balancing_loss(routing.probs_NE, routing.indices_NK)
-    assert losses["balance"].item() == pytest.approx(balance, rel=1e-12)
-    assert losses["router_z"].item() == pytest.approx(
-        reference_ac.router_z_loss(routing.logits_NE), rel=1e-12
-    )
+    assert load_balancing_loss(routing).item() == pytest.approx(balance, rel=1e-12)
+    z_loss = reference_ac.router_z_loss(routing.logits_NE)
+    assert router_z_loss(routing).item() == pytest.approx(z_loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("build", [lambda: LinearRouter(64, 8, 2), lambda: MLPRouter(64, 8, 16, 2)])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_gates_run_in_float32_under_autocast(build, weights):
+    """In bfloat16 some of these tokens would go to other experts."""
+    torch.manual_seed(0)
+    router, tokens_ND = build().to(weights), random_tokens(4000, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = router(tokens_ND)
+        rounded_NE = router.gate.to(torch.float32)(tokens_ND)
+    expected_NE = router.gate.to(torch.float64)(tokens_ND.double())
+    assert found.logits_NE.dtype == found.probs_NE.dtype == torch.float32
+    torch.testing.assert_close(found.logits_NE.double(), expected_NE, rtol=1e-5, atol=1e-5)
+    chosen_N2 = expected_NE.topk(2).indices
+    assert torch.equal(found.indices_NK, chosen_N2)
+    assert not torch.equal(rounded_NE.topk(2).indices, chosen_N2)
 
 
 def test_joined_decisions_are_those_of_the_joined_tokens():

@@ -28,11 +28,10 @@ from moe_lib.models.vision import VisionConfig
 from moe_lib.moe import ACConfig, AdaptiveClusteringRouter, CosineRouter, LinearRouter
 from moe_lib.rng import initialise
 from moe_lib.snnl import SNNLConfig
+from moe_study.configs import ac_language, ac_vision, crossed
 from moe_study.configs.arms import (
     CROSSED_ARM_DESCRIPTIONS,
     ROUTED_ARM_DESCRIPTIONS,
-    ROUTED_SEED_COUNTS,
-    ROUTED_SETTINGS,
     RoutedSettings,
     routed_arms,
 )
@@ -354,12 +353,14 @@ def test_arms_of_a_seed_share_initial_weights_and_batches(study, settings):
     assert not torch.equal(task_of(*pair, seed=4).model.head.weight, other.model.head.weight)
 
 
-@pytest.mark.parametrize("study", ROUTED_SETTINGS)
-def test_every_planned_arm_exists_and_is_described(study):
+@pytest.mark.parametrize(
+    ("study", "config"), [("ac-vision", ac_vision), ("ac-language", ac_language), ("crossed", crossed)]
+)
+def test_every_planned_arm_exists_and_is_described(study, config):
     descriptions = CROSSED_ARM_DESCRIPTIONS if study == "crossed" else ROUTED_ARM_DESCRIPTIONS
-    for profile, datasets in ROUTED_SEED_COUNTS[study].items():
+    for profile, datasets in config.SEED_COUNTS.items():
         for dataset, groups in datasets.items():
-            arms = routed_arms(study, ROUTED_SETTINGS[study][profile][dataset])
+            arms = routed_arms(study, config.SETTINGS[profile][dataset])
             assert set(arms) <= set(descriptions)
             assert {arm for names, _ in groups for arm in names} <= set(arms)
 

@@ -246,7 +246,7 @@ def test_unusable_options_are_named(options, message):
 
 
 def test_one_class_is_no_classifier():
-    with pytest.raises(ValueError, match="two classes, got 1"):
+    with pytest.raises(ValueError, match="num_classes must be an integer, at least 2, got 1"):
         VisionTransformer(config_of(), (2, 4, 8), 1)
 
 

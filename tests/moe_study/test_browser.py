@@ -10,6 +10,8 @@ import pytest
 from moe_study.data import ROOT
 from moe_study.report import page as report
 
+pytestmark = pytest.mark.slow
+
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
 )

@@ -7,7 +7,7 @@ import pytest
 
 from moe_lib.moe import ACConfig
 from moe_study import store, study
-from moe_study.configs import arms
+from moe_study.configs import ac_language, arms, snnl
 from moe_study.configs.dose import PLANS, ACDose, Panel, SNNLDose
 from moe_study.report import plots, tables
 
@@ -52,12 +52,12 @@ def test_every_cell_has_its_own_label(name, profile):
 
 
 def test_the_default_dose_is_the_studys_own_arm():
-    settings = arms.SETTINGS["core"]["fashion_mnist"]
+    settings = snnl.SETTINGS["core"]["fashion_mnist"]
     model, objective, train = SNNLDose(settings.factor).arm(settings)
     assert (model, objective) == arms.snnl_arms(settings)["snnl"]
     assert train == settings.train
     assert SNNLDose().control.arm(settings)[:2] == arms.snnl_arms(settings)["base"]
-    routed = arms.ROUTED_SETTINGS["ac-language"]["core"]["wikitext2"]
+    routed = ac_language.SETTINGS["core"]["wikitext2"]
     assert ACDose().arm(routed)[:2] == arms.routed_arms("ac-language", routed)["ac"]
     assert ACDose().control.arm(routed)[:2] == arms.routed_arms("ac-language", routed)["cosine"]
 

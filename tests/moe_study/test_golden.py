@@ -5,6 +5,7 @@ it alone; one that is raises the study's version and rewrites it: python tests/m
 """
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +14,10 @@ import torch
 
 from moe_study import store, study, tasks
 from moe_study.configs import arms
+from moe_study.configs.snnl import VERSIONS
 from moe_study.report import tables
+
+pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).with_name("golden.json")
 RUNS = study.runs("digits", "snnl")
@@ -23,7 +27,7 @@ def golden(results):
     seed = arms.SEEDS[0]
     histories = {r["run"]["arm"]: r["history"] for r in results if r["run"]["seed"] == seed}
     return {
-        "version": arms.VERSIONS["snnl"],
+        "version": VERSIONS["snnl"],
         "cross_entropy": {arm: history["validation"]["cross_entropy"] for arm, history in histories.items()},
         "total": {arm: history["train"]["total"] for arm, history in histories.items()},
     }
@@ -44,7 +48,7 @@ def rendered(results):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_RESULTS_DIR", str(tmp_path_factory.mktemp("results")))
+        patch.setenv("MOE_RESULTS_DIR", os.environ.get("TRAINED") or str(tmp_path_factory.mktemp("results")))
         yield study.ensure(RUNS, quiet=True)
 
 

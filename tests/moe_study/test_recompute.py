@@ -18,15 +18,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
+pytestmark = pytest.mark.slow
+
 CORE = Path(__file__).parents[2] / "results" / "core"
 LAST, LOWEST = "last_epoch", "best_cross_entropy"
 ENDPOINTS = (LAST, "best_accuracy", LOWEST)
 # study -> whose claims
 STUDIES = {name: name for name in ("snnl", "collapse", "collapse-top1")} | {"snnl-confirm": "snnl"}
 STUDIES |= {"ac-vision": "ac-vision", "ac-language": "ac-language"}
+STUDIES |= {"ac-language-confirm": "ac-language"}
 # Confirmatory sets and their numbers of runs: nobody looks at one that is not whole.
 WHOLE = {"snnl-confirm": {"fashion_mnist": 40, "cifar10": 90, "cifar100": 90}, "collapse": {"domains": 360}}
-WHOLE["collapse-top1"] = {"domains": 100}
+WHOLE |= {"collapse-top1": {"domains": 100}, "ac-language-confirm": {"wikitext2": 90}}
 NO_UNIT = ("mnist", "digits", "digit_domains", "docs")
 
 

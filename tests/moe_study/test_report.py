@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from moe_study import store, study, trust
-from moe_study.configs import arms
+from moe_study.configs import arms, crossed, snnl
 from moe_study.data import ROOT
 from moe_study.report import page as report
 from moe_study.report import plots, tables
@@ -153,6 +153,7 @@ def test_scores_of_an_older_file_are_shown_where_it_has_them():
     assert "older" not in tables.endpoint_note([made_up(planned("base", 42))])
 
 
+@pytest.mark.slow
 def test_columns_name_what_a_run_writes(folders):
     """Against a result that the engine itself has made."""
     (result,) = study.ensure([small_runs.run(epochs=2, arm="raw")], workers=1, quiet=True)
@@ -428,6 +429,7 @@ def test_routed_columns_are_missing_where_a_result_lacks_them():
     assert row["accuracy"] == 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("study_name", "dataset"), [("ac-vision", "digits"), ("ac-language", "docs")])
 def test_routed_columns_name_what_a_run_writes(study_name, dataset, folders):
     """Against a result that the engine itself has made, as short as can be."""
@@ -643,7 +645,7 @@ def test_tuning_table(folders):
 
 def test_tuning_budgets_are_not_mixed(folders):
     """base is also tuned at the whole budget; its value there is not averaged with the short one's."""
-    rate = arms.LEARNING_RATES[0]
+    rate = snnl.LEARNING_RATES[0]
     runs = [
         run
         for run in study.runs("core", "snnl-tuning", "cifar100", "base")
@@ -668,7 +670,7 @@ def test_tuning_table_has_every_study(folders):
     assert sorted(table["study"]) == sorted(name.removesuffix("-tuning") for name in names)
     weights = dict(zip(table["study"], table["weight of the extra loss"], strict=True))
     assert weights["ac-vision"] == weights["ac-language"] == 0
-    assert weights["crossed"] == arms.CROSSED_FACTORS[0]
+    assert weights["crossed"] == crossed.FACTORS[0]
 
 
 def test_routed_tables(folders):

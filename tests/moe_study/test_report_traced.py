@@ -35,6 +35,8 @@ from moe_study.data import ROOT
 from moe_study.report.page import BENCH_TITLES
 from moe_study.report.plots import DATASET_TITLES
 
+pytestmark = pytest.mark.slow
+
 RECOMPUTE = runpy.run_path(str(Path(__file__).with_name("test_recompute.py")))
 PROFILE = "core"
 RESULTS = ROOT / "results"

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from pathlib import Path
 import pytest
 import small_runs
 import torch
-from filelock import FileLock
 
-from moe_study import data, store, study
-from moe_study.configs import arms, collapse
+from moe_lib.models.language import LanguageModel
+from moe_lib.models.transformer import moe_layers
+from moe_study import data, engine, locks, store, study
+from moe_study.configs import arms, collapse, snnl
 from moe_study.data import ROOT
 from moe_study.train import load_checkpoint
 
@@ -72,7 +74,7 @@ def test_committed_results_belong_to_the_plan(monkeypatch):
 
 
 def test_arms_differ_from_base_in_one_thing():
-    settings = arms.SETTINGS["core"]["fashion_mnist"]
+    settings = snnl.SETTINGS["core"]["fashion_mnist"]
     study_arms = arms.snnl_arms(settings)
     assert set(study_arms) | set(collapse.collapse_arms(settings)) | set(collapse.top1_arms(settings)) == set(
         arms.ARM_DESCRIPTIONS
@@ -111,9 +113,46 @@ def test_top1_arms_route_each_image_to_one_expert():
         assert (run.objective.snnl is not None) == run.arm.endswith("snnl")
 
 
-@pytest.mark.parametrize("dataset", arms.TUNING_DATASETS)
+def test_text_past_the_plateau_changes_the_last_router_alone():
+    """One pass over WikiText-2, on seeds that nobody has seen, with the arms' router in the last block."""
+    kinds = {}
+    for run in study.runs("core", "ac-language-confirm"):
+        assert run.seed in arms.CONFIRMATORY_SEEDS
+        assert 0.99 < run.train.epochs * run.epoch_tokens / 10_797_148 <= 1  # bytes of the training text
+        if run.arm not in kinds:
+            layers = moe_layers(LanguageModel(run.model, 256))
+            kinds[run.arm] = [type(layer.router).__name__ for layer in layers]
+    assert {tuple(found[:2]) for found in kinds.values()} == {("LinearRouter", "LinearRouter")}
+    assert kinds["linear"][2] == "LinearRouter"
+    assert kinds["cosine"][2] == "CosineRouter"
+    assert {kinds[arm][2] for arm in kinds if arm.startswith("ac")} == {"AdaptiveClusteringRouter"}
+    assert kinds["hash"][2] == kinds["hash-token"][2] == "HashRouter"
+
+
+@pytest.mark.parametrize("name", ["collapse", "collapse-top1"])
+def test_collapse_settings_are_what_tuning_chose(name, monkeypatch):
+    """For each arm the rate and the weight of the lowest validation cross-entropy at the last epoch."""
+    monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
+    scores = defaultdict(list)
+    for path in (ROOT / "results" / "core" / f"{name}-tuning" / "domains").glob("*.json"):
+        file = json.loads(path.read_text())
+        run = file["run"]
+        weight = (run["objective"]["snnl"] or {}).get("factor"), run["objective"]["balance"]
+        key = run["arm"], run["train"]["learning_rate"], weight
+        scores[key].append(file["history"]["validation"]["cross_entropy"][-1])
+    assert all(len(found) == len(arms.TUNING_SEEDS) for found in scores.values())
+    takes_over = {"snnl-shuffled", "snnl-weaker"}  # arms that are not in the grid
+    for run in study.runs("core", name):
+        if run.arm not in takes_over and run.seed == study.runs("core", name)[0].seed:
+            own = {key: sum(found) for key, found in scores.items() if key[0] == run.arm}
+            factor = None if run.objective.snnl is None else run.objective.snnl.factor
+            weight = factor, run.objective.balance
+            assert min(own, key=own.get) == (run.arm, run.train.learning_rate, weight)
+
+
+@pytest.mark.parametrize("dataset", snnl.TUNING_DATASETS)
 def test_settings_are_what_tuning_chose(dataset, monkeypatch):
-    """The rule of arms.SETTINGS, applied to the committed tuning results."""
+    """The rule of snnl.SETTINGS, applied to the committed tuning results."""
     monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
     runs = [run for run in study.runs("core", "snnl-tuning", dataset) if run.path.exists()]
     if not runs:
@@ -132,7 +171,7 @@ def test_settings_are_what_tuning_chose(dataset, monkeypatch):
         means = {k: sum(v[s] for s in seeds) / len(seeds) for k, v in tried.items()} if seeds else {}
         return min(means, key=means.get)[position] if means else None
 
-    settings = arms.SETTINGS["core"][dataset]
+    settings = snnl.SETTINGS["core"][dataset]
     rate = settings.train.learning_rate
     assert best("base", settings.train.epochs, 2) in (rate, None)
     assert best("snnl", 4, 3, rate) == settings.factor
@@ -199,6 +238,7 @@ def test_bad_shards(part):
 # ----------------------------------------------------------------------------------------- engine
 
 
+@pytest.mark.slow
 def test_ensure_writes_once_and_then_reads(folders):
     run = small_runs.run(epochs=1)
     first = study.ensure([run], workers=1, quiet=True)
@@ -214,6 +254,7 @@ def test_ensure_writes_once_and_then_reads(folders):
     assert not list(folders.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_with_the_same_numbers(folders, monkeypatch):
     """SIGKILL to the whole batch in the middle of a run; its worker must die with it."""
     run = small_runs.run(epochs=60)
@@ -241,6 +282,7 @@ def test_a_killed_run_resumes_with_the_same_numbers(folders, monkeypatch):
     assert small_runs.numbers(resumed) == small_runs.numbers(whole)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_no_other_run(folders):
     """SIGKILL to the only worker of three runs: all three are there in the end."""
     runs = [replace(small_runs.run(epochs=40), seed=seed) for seed in (1, 2, 3)]
@@ -256,11 +298,12 @@ def test_a_killed_worker_loses_no_other_run(folders):
     assert not killer.is_alive()
 
 
+@pytest.mark.slow
 def test_waiting_for_another_process_ends_with_the_time_limit(folders):
     run = small_runs.run(epochs=1)
     run.workspace.mkdir(parents=True)
-    with FileLock(run.workspace / "lock"):
-        assert study._work(run, "cpu", time.monotonic() + 0.2) == "out of time"
+    with locks.hold(run.workspace):
+        assert engine._work(run, "cpu", time.monotonic() + 0.2) == "out of time"
     assert not run.path.exists()
 
 
@@ -272,6 +315,7 @@ def test_a_raised_version_takes_no_older_numbers(folders):
     assert study.twin(replace(second, version=second.version + 1)) is None
 
 
+@pytest.mark.slow
 def test_a_run_that_another_study_has_is_not_trained_again(folders, monkeypatch):
     """base of the crossed study is cosine of the vision study: the same numbers, trained once."""
     first = study.runs("digits", "ac-vision", "digits", "cosine")[0]
@@ -290,6 +334,7 @@ def test_a_run_that_another_study_has_is_not_trained_again(folders, monkeypatch)
     assert study.twin(study.runs("digits", "crossed", "digits", "snnl")[0]) is None
 
 
+@pytest.mark.slow
 def test_time_limit_leaves_a_run_to_be_continued(folders):
     run = small_runs.run(epochs=2)
     assert study.ensure([run], workers=1, time_limit=0, quiet=True) == []
@@ -297,6 +342,7 @@ def test_time_limit_leaves_a_run_to_be_continued(folders):
     assert len(study.ensure([run], workers=1, quiet=True)) == 1
 
 
+@pytest.mark.slow
 def test_one_failing_run_does_not_stop_the_others(folders):
     """The first run diverges; the message names arm, seed, epoch and batch."""
     good, bad = small_runs.run(epochs=1), small_runs.run(epochs=1, arm="base", learning_rate=1e200)
@@ -306,6 +352,7 @@ def test_one_failing_run_does_not_stop_the_others(folders):
     assert not bad.path.exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_refuses_its_input_names_the_run(folders):
     """SNNL raises on features that are not finite before any loss can be."""
     run = small_runs.run(epochs=2, arm="snnl-pretrained", learning_rate=1e200)
@@ -313,6 +360,7 @@ def test_a_loss_that_refuses_its_input_names_the_run(folders):
         study.ensure([run], workers=1, quiet=True)
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_set_aside(folders):
     """The run starts anew, and nobody is told to load a file that could run code."""
     run = small_runs.run(epochs=2)
@@ -326,6 +374,7 @@ def test_damaged_checkpoint_is_set_aside(folders):
     assert found["history"]["validation"] == whole["history"]["validation"]
 
 
+@pytest.mark.slow
 def test_leftovers_are_swept_by_the_next_call(folders):
     """Of a run that was killed in a write, and of one killed before its checkpoint was deleted."""
     run = small_runs.run(epochs=1)
@@ -335,7 +384,7 @@ def test_leftovers_are_swept_by_the_next_call(folders):
     stray = [run.workspace / ".checkpoint.pt-x.part", run.path.parent / f".{run.path.name}-x.part"]
     for path in (*stray, others, run.workspace / "checkpoint.pt"):
         path.write_bytes(b"")
-    with FileLock(run.workspace / "lock"):  # somebody is at it: nothing is touched
+    with locks.hold(run.workspace):  # somebody is at it: nothing is touched
         study.ensure([run], quiet=True)
         assert all(path.exists() for path in stray)
     study.ensure([run], quiet=True)
@@ -344,6 +393,7 @@ def test_leftovers_are_swept_by_the_next_call(folders):
     assert others.exists()  # of another run, under its own lock
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -365,6 +415,7 @@ def test_options_are_checked_by_type_and_range(options, named, folders):
     assert list(folders.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_unusable_shared_memory_is_named(folders, monkeypatch):
     class Context:
         def Queue(self):
@@ -375,6 +426,7 @@ def test_unusable_shared_memory_is_named(folders, monkeypatch):
         study.ensure([small_runs.run(epochs=1)], workers=1, quiet=True)
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_had_is_asked_for_once(folders, monkeypatch):
     """Not by every run; runs on other data are trained, and the message has one line for all that failed."""
     asked = []
@@ -442,14 +494,30 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_edited_result_file_is_named_with_the_remedy(change, stamp, finished):
     changed(finished, CHANGES[change], stamp)
-    if change == "accuracy" and stamp != "as before":
-        study.read(finished)  # within its range, and no digest to hold it against
+    if change == "accuracy" and stamp == "anew":
+        study.read(finished)  # within its range, and whoever changed it made the digest anew
         return
     with pytest.raises(store.StoreError, match=r"delete it and run again") as raised:
         study.read(finished)
     assert str(finished.path) in str(raised.value)
 
 
+def test_an_edited_result_that_states_no_digest_is_named(folders):
+    """Files of earlier versions: their digests stand in one file beside them."""
+    run = study.runs("core", "snnl", "cifar100", "base")[0]
+    committed = ROOT / "results" / run.path.relative_to(store.results_dir())
+    content = json.loads(committed.read_bytes())
+    assert "digest" not in content
+    run.path.parent.mkdir(parents=True)
+    shutil.copy(committed, run.path)
+    assert study.read(run) == content
+    content["task"]["accuracy"] += 0.09
+    run.path.write_text(json.dumps(content))
+    with pytest.raises(store.StoreError, match=r"was changed after it was written.*delete it"):
+        study.read(run)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [b"", b"{}", b"[]", b"null", b'{"id": ', b"\xff\xfe", b'{"a": NaN}', b"[" * 100_000, b'{"a":' * 100_000],
@@ -489,6 +557,7 @@ def test_results_of_unknown_origin_are_counted():
     assert store.of_unknown_origin([known, known | {"commit": None}, known | {"dirty": None}, {}]) == 3
 
 
+@pytest.mark.slow
 def test_git_is_asked_in_the_folder_of_another_owner(tmp_path, monkeypatch):
     """Git refuses such a folder; that it does so here, and that the commit is found nevertheless."""
     if os.getuid() != 0:
@@ -541,6 +610,7 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_full_tmpfs_keeps_finished_runs(tmp_path, monkeypatch):
     """A real file system of 2 MB: a checkpoint does not fit, what was finished stays."""
     disk = tmp_path / "disk"
@@ -563,6 +633,7 @@ def test_full_tmpfs_keeps_finished_runs(tmp_path, monkeypatch):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_unwritable_results_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path / "file" / "results"))

@@ -97,6 +97,7 @@ def test_the_embedded_corpus_is_the_known_one_for_the_locked_version(monkeypatch
     assert not text.docs_is_known()
 
 
+@pytest.mark.slow
 def test_the_embedded_corpus_is_the_same_in_another_process_and_imports_nothing():
     program = (
         "import hashlib, sys; from moe_study.data import text; raw = text._docs(); "
