@@ -135,6 +135,6 @@ def play(draw: Callable[[Any], Figure], name: str, values: Sequence[Any], at: An
     """
     show(draw(at), path)
     if "JPY_SESSION_NAME" in os.environ:  # a server's kernel; papermill and nbconvert have none
-        from ipywidgets import SelectionSlider, interact
+        from ipywidgets import SelectionSlider, interact  # type: ignore[import-untyped]
 
         interact(draw, **{name: SelectionSlider(options=values, value=at)})

@@ -89,7 +89,7 @@ def domain_routing(results: Sequence[Result], arms: Sequence[str] | None = None)
         arm: median_run(own, "task.accuracy")
         for arm, own in arms_of(results, arms).items()
         if own[0]["run"]["model"]["num_experts"] > 1
-        and (arms is not None or own[0]["run"]["model"]["gate"] != "uniform")
+        and (arms is not None or own[0]["run"]["model"]["gate"] == "mlp")
     }
     wide = min(max(len(chosen), 1), 4)
     tall = max(-(-len(chosen) // wide), 1)

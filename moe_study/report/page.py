@@ -716,14 +716,14 @@ def arrange(body: str) -> Arranged:
         elif heading.name == "h3" and contents:
             contents[-1]["parts"].append(entry)
     for cell in soup.find_all("div", class_="cell"):
-        for child in list(cell.children):  # a section may begin inside a cell and end in another
-            if cell.get("class") == ["cell", "fold"] and getattr(child, "name", None) == "h2":
-                child["class"] = "fold"
-        cell.unwrap()
+        if "fold" in cell["class"]:
+            for heading in cell.find_all("h2", recursive=False):
+                heading["class"] = "fold"
+        cell.unwrap()  # a section may begin inside a cell and end in another
     _fold(soup, "h3", ("h2", "h3"))
     _fold(soup, "h2", ("h2",), "fold")
     for table in soup.find_all("table"):
-        if "scroll" not in table.parent.get("class", []):
+        if table.find_parent("div", class_="scroll") is None:
             table.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
     for cell in soup.find_all("td"):
         length = len(cell.get_text())
@@ -734,9 +734,11 @@ def arrange(body: str) -> Arranged:
 
 def _fold(soup: BeautifulSoup, level: str, ends: Sequence[str], kind: str | None = None) -> None:
     """Put everything from a heading to the next of `ends` into <details>, the heading as its summary."""
-    for heading in soup.find_all(level, class_=kind):
+    for heading in soup.find_all(level, class_=kind) if kind else soup.find_all(level):
         following = list(heading.next_siblings)
-        until = next((at for at, one in enumerate(following) if one.name in ends), len(following))
+        until = next(
+            (at for at, one in enumerate(following) if getattr(one, "name", None) in ends), len(following)
+        )
         details, summary = soup.new_tag("details"), soup.new_tag("summary")
         details["class"] = "part" if level == "h3" else "section"
         heading.insert_before(details)

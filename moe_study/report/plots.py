@@ -294,7 +294,7 @@ def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "s
             part.add_subplot(part.add_gridspec(1 + lines, small, height_ratios=[3.6, *[0.9] * lines])[0, :])
             for part in parts
         ]
-        picture = None
+        picture: Any = None
         for part, axis, (arm, group) in zip(parts, large, shown.items(), strict=True):
             grid = axis.get_subplotspec().get_gridspec()
             middle = median_run(group)
@@ -976,7 +976,7 @@ def save(figure: Figure, path: str | Path, sources: Sequence[Path]) -> str:
     flat = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     flat.save(packed, "PNG", optimize=True, pnginfo=text, dpi=picture.info["dpi"])
     store.write_bytes(target(path), packed.getvalue())
-    return "\n".join(filter(None, [figure.get_label(), f"figures/{path}.png <- {listing}"]))
+    return "\n".join(filter(None, [str(figure.get_label()), f"figures/{path}.png <- {listing}"]))
 
 
 def name_sources(sources: Sequence[Path]) -> str:

@@ -413,8 +413,8 @@ def contrasts(
 
 PARTNERS = (  # arms that differ in one thing
     ("snnl", "base"), ("snnl", "snnl-shuffled"), ("snnl", "base-aux"), ("snnl", "base-balance"),
-    ("snnl", "uniform-snnl"), ("snnl", "dense-snnl"), ("base", "uniform-gate"), ("base", "dense"),
-    ("dense-snnl", "dense"),
+    ("snnl", "uniform-snnl"), ("snnl", "hash-snnl"), ("snnl", "dense-snnl"), ("base", "uniform-gate"),
+    ("base", "hash-gate"), ("base", "dense"), ("dense-snnl", "dense"),
 )  # fmt: skip
 
 

@@ -198,6 +198,8 @@ ARM_WORDS = {
     "base-aux": "MoE with an auxiliary classifier",
     "uniform-gate": "a constant gate",
     "uniform-snnl": "SNNL with a constant gate",
+    "hash-gate": "a fixed random expert per image",
+    "hash-snnl": "SNNL with a fixed random expert",
     "linear": "linear router",
     "cosine": "cosine router",
     "ac": "AC router",
