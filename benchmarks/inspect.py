@@ -426,7 +426,8 @@ def sees(name: str) -> dict[str, str]:
     """What a tool says of each planted fault."""
     found = {}
     for fault in PLANTED:
-        model, say = tiny_mixtral(fault), []
+        model = tiny_mixtral(fault)
+        say: list[str] = []
         with TOOLS[name](model, say) as each:
             if name == "innards":
                 generate(model.eval(), 1)

@@ -117,7 +117,7 @@ class BlockState:
         ):
             self._tally()
         self.waiting.append(call)
-        if sum(len(call["indices"]) for call in self.waiting) >= WAITING:  # type: ignore[arg-type]
+        if sum(len(call["indices"]) for call in self.waiting) >= WAITING:  # type: ignore[arg-type, misc]
             self._tally()
 
     def _tally(self) -> None:
