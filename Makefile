@@ -1,4 +1,4 @@
-# make report | render | test | faults | cluster | lab | data | plan | bench | readme | notebooks | clean
+# make report | render | check | test | faults | cluster | lab | data | plan | bench | readme | notebooks | clean
 #   PROFILE=digits|core|paper   whose results (report, plan)
 #   CORES=n                     how many processes
 #   EXECUTOR=slurm              run on a cluster, see profiles/slurm/config.yaml (report)
@@ -20,7 +20,7 @@ BIN := .venv/bin
 export JUPYTER_PREFER_ENV_PATH := 1# a kernel in the user's home must not shadow the one in .venv
 
 .DEFAULT_GOAL := report
-.PHONY: report render test faults cluster lab data plan bench readme notebooks clean
+.PHONY: report render check test faults cluster lab data plan bench readme notebooks clean
 
 no_digits = $(subst 9,,$(subst 8,,$(subst 7,,$(subst 6,,$(subst 5,,$(subst 4,,$(subst 3,,$(subst 2,,$(subst \
   1,,$(subst 0,,$(1)))))))))))
@@ -31,7 +31,7 @@ ifneq ($(words $(value PROFILE))$(filter-out digits core paper,$(value PROFILE))
 $(error PROFILE must be digits, core or paper, got '$(value PROFILE)')
 endif
 endif
-ifneq ($(filter report test plan,$(or $(MAKECMDGOALS),report)),)
+ifneq ($(filter report check test plan,$(or $(MAKECMDGOALS),report)),)
 ifeq ($(call positive,$(value CORES)),)
 $(error CORES must be an integer of 1 or more, got '$(value CORES)')
 endif
@@ -90,17 +90,27 @@ render: .venv/ready # the report of what is finished; trains nothing
 	  $(BIN)/python -m moe_study.report.page build/$(PROFILE)/90_report.ipynb "$$page" && echo "The report: $$page"
 
 faults: .venv/ready # kills, damaged files, full disks: some minutes; KILLS=100 for the whole campaign
-	@FAULTS_KILLS=$(KILLS) $(BIN)/pytest -n 0 -s -m faults tests/faults
+	@FAULTS_RECORD=1 FAULTS_KILLS=$(KILLS) $(BIN)/pytest -n 0 -s tests/faults
 
 cluster: .venv/ready # three Slurm nodes on this machine; RECORD=1 writes results/cluster
 	@CLUSTER_RECORD=$(if $(RECORD),1) $(BIN)/pytest -n 0 -s -m cluster tests/cluster
 
+check: .venv/ready # lint, types, fast tests: a minute
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/pytest -n $(CORES) --dist loadscope -m "not slow and not faults and not cluster" tests
+
+# The digits runs are trained once, into a temporary folder, or taken from TRAINED: a results folder that this
+# code has filled (in CI, `make report` has). Tests and notebooks compare their numbers.
 test: .venv/ready
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
-	@$(BIN)/pytest -n $(CORES) --dist loadscope -m "not faults and not cluster" tests
-	@tests/notebooks.sh $(BIN)
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && export TRAINED="$${TRAINED:-$$scratch}" && \
+	  $(BIN)/python -m moe_study run --profile digits --workers $(CORES) --out "$$TRAINED" && \
+	  $(BIN)/pytest -n $(CORES) --dist loadscope -m "not faults and not cluster" tests && \
+	  tests/notebooks.sh $(BIN) $(CORES)
 
 lab: .venv/ready
 	@$(BIN)/jupyter lab --notebook-dir=notebooks

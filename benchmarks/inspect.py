@@ -1,7 +1,9 @@
 """The inspector: its alarms on planted faults, and its cost and sight beside its peers.
 
-    python -m benchmarks.inspect calibrate [--out FILE]   thresholds, false alarms and misses
-    python -m benchmarks.inspect peers [--out FILE]       needs transformers; and moewatch, if it is there
+    python -m benchmarks.inspect calibrate [--out FILE]   thresholds, false alarms, misses, early warning
+    python -m benchmarks.inspect peers [--out FILE]       needs transformers; and the peers, where installed
+
+Times are processor time of one thread, tools in turn with the bare model: medians of the ratios.
 
 Shapes: N tokens, D width, E experts, K chosen per token.
 """
@@ -14,24 +16,29 @@ import gc
 import importlib
 import io
 import json
+import logging
+import math
 import os
-import resource
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from moe_lib.inspect import THRESHOLDS, inspect_moe, watch
+from moe_lib import MoE, load_balancing_loss
+from moe_lib.inspect import THRESHOLDS, early_warning, inspect_moe, watch
 from moe_lib.inspect.alarms import AT_MOST, severity
 
 ROOT = Path(__file__).parents[1]
 D = 32
-FAULTS = ("dead", "collapsed", "dropping", "alike", "blind", "arbitrary")
+FAULTS = ("dead", "collapsed", "dropping", "alike", "blind", "arbitrary", "overridden", "unexplained")
 LEVELS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -41,7 +48,9 @@ class Planted(nn.Module):
     dead: half that share of the experts (one at least) is never chosen. collapsed: two experts' scores are
     raised, at level 1 far above all others. dropping: a tenth of that share of the tokens gets no expert.
     alike: experts' weights are mixed with a common one. blind: scores are mixed with a constant. arbitrary:
-    that share of the tokens is routed as another token.
+    that share of the tokens is routed as another token. overridden: that share of the tokens is served
+    against the scores that the gate returned. unexplained: a twentieth of that share of the output's norm is
+    added to it.
     """
 
     def __init__(self, seed: int, fault: str = "", level: float = 0.0) -> None:
@@ -51,6 +60,7 @@ class Planted(nn.Module):
         self.top_k = 1 + seed // 3 % 2
         self.draw, self.fault, self.level = draw, fault, level
         self.centres_ED = torch.randn(self.num_experts, D, generator=draw)
+        self.gate = nn.Identity()  # the scores pass through it, as those of a gate
         self.spread = 0.5 + float(torch.rand((), generator=draw))
         self.preference_E = torch.randn(self.num_experts, generator=draw)
         self.experts = nn.ModuleList(self._expert() for _ in range(self.num_experts))
@@ -86,6 +96,10 @@ class Planted(nn.Module):
             lost_N = torch.rand(len(x_ND), generator=self.draw) < self.level
             other_NE = score_NE[torch.randperm(len(x_ND), generator=self.draw)]
             score_NE = torch.where(lost_N[:, None], other_NE, score_NE)
+        score_NE = self.gate(score_NE)
+        if self.fault == "overridden":
+            against_N = torch.rand(len(x_ND), generator=self.draw) < self.level
+            score_NE = torch.where(against_N[:, None], -score_NE, score_NE)
         weight_NK, index_NK = score_NE.softmax(1).topk(self.top_k, 1)
         if self.fault == "dropping":
             weight_NK = weight_NK * (torch.rand(len(x_ND), 1, generator=self.draw) >= self.level / 10)
@@ -97,6 +111,9 @@ class Planted(nn.Module):
         for e, expert in enumerate(self.experts):
             row, slot = torch.where(index_NK == e)
             out_ND = out_ND.index_add(0, row, expert(x_ND[row]) * weight_NK[row, slot, None])
+        if self.fault == "unexplained":
+            extra_ND = torch.randn(x_ND.shape, generator=self.draw)
+            out_ND = out_ND + self.level / 20 * extra_ND * (out_ND.norm() / extra_ND.norm())
         return out_ND
 
 
@@ -135,20 +152,102 @@ def calibrate(num_healthy: int = 100, num_faulty: int = 12) -> dict[str, Any]:
             found = [severities(2000 + seed, fault, level)[fault] for seed in range(num_faulty)]
             missed = sum(not raised(v, fault, THRESHOLDS[fault]) for v in found) / len(found)
             result["alarms"][fault]["missed"][str(level)] = missed
+    result["early_warning"] = {"study": early_study(), "steps": early_steps()}
     return result
+
+
+def early_score(histories: list[tuple[int, list[float]]], ahead: int = 3) -> dict[str, Any]:
+    """How `early_warning` did on effective experts of whole runs; collapsed: they end below half of E.
+
+    A run that is below half of E at its first look cannot be warned of. Lead: looks between the first
+    warning and the first look below half.
+    """
+    score: Counter[str] = Counter()
+    leads = []
+    for num_experts, values in histories:
+        half = num_experts / 2
+        below = next((t for t, v in enumerate(values) if v < half), None)
+        if below == 0:
+            score["below half at the first look"] += 1
+            continue
+        until = len(values) if below is None else below
+        warned = next(
+            (t for t in range(1, until) if early_warning(values[: t + 1], num_experts, ahead) < half), None
+        )
+        if values[-1] < half:
+            score["collapsed later"] += 1
+            score["warned of"] += warned is not None
+            leads += [] if warned is None else [until - warned]
+        else:
+            score["stayed or recovered"] += 1
+            score["false alarms"] += warned is not None
+    return {
+        "runs": len(histories), "ahead": ahead, **score,
+        "lead_median": statistics.median(leads) if leads else None, "lead_most": max(leads, default=None),
+    }  # fmt: skip
+
+
+def early_study() -> dict[str, Any]:
+    """On the study's own runs at four experts or more with a gate that learns; one look an epoch."""
+    histories = []
+    for path in sorted((ROOT / "results" / "core").glob("*/*/*.json")):
+        stored = json.loads(path.read_text())
+        marginal = stored.get("history", {}).get("validation", {}).get("marginal")
+        model = stored.get("run", {}).get("model", {})
+        if marginal and model.get("num_experts", 0) >= 4 and model.get("gate") != "uniform":
+            histories.append((model["num_experts"], [math.exp(v) for v in marginal]))
+    return early_score(histories)
+
+
+def early_steps(num_runs: int = 20, steps: int = 240, every: int = 10) -> dict[str, Any]:
+    """On fresh runs on the embedded digits, watched every tenth step: eight experts, one for each image.
+
+    Half of them with a balance loss, half with neither it nor a small learning rate.
+    """
+    data = load_digits()
+    x_ND, y_N = torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
+    histories = []
+    for seed in range(num_runs):
+        torch.manual_seed(300 + seed)
+        moe = MoE(64, 8, 16, out_dim=32, top_k=1)
+        model = DigitsModel(moe, nn.Linear(32, 10)).train()
+        optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+        with watch(model, every=every) as w:
+            for _ in range(steps):
+                some = torch.randint(0, len(x_ND), (128,))
+                logits_NC, routing = model(x_ND[some])
+                loss = nn.functional.cross_entropy(logits_NC, y_N[some])
+                if seed % 2:
+                    loss = loss + 0.1 * load_balancing_loss(routing)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        histories.append((8, [row["moe/effective experts"] for row in w.history]))
+    return early_score(histories) | {"last_effective": [round(values[-1], 2) for _, values in histories]}
+
+
+class DigitsModel(nn.Module):
+    def __init__(self, moe: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.moe, self.head = moe, head
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Any]:
+        hidden_ND, routing = self.moe(x_ND)
+        return self.head(hidden_ND), routing
 
 
 # ------------------------------------------------------------------------------------------- peers
 
 
-def tiny_mixtral(fault: str = "") -> nn.Module:
-    """Two layers, 8 experts, K = 2; `fault` planted in every block."""
+def tiny_mixtral(fault: str = "", width: int = 64, num_experts: int = 8) -> nn.Module:
+    """Two layers, K = 2; `fault` planted in every block."""
     import transformers
 
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2,
+        vocab_size=128, hidden_size=width, intermediate_size=width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, num_local_experts=num_experts, num_experts_per_tok=2,
+        bos_token_id=0, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config)
     with torch.no_grad():
@@ -166,6 +265,8 @@ def tiny_mixtral(fault: str = "") -> nn.Module:
                 gate.zero_()
             elif fault == "noise":
                 _noise(block)
+            elif fault == "dropped tokens":
+                _drops(block)
             elif fault == "second choice only":
                 _second(block)
     return model
@@ -181,6 +282,16 @@ def _never(block: Any, experts: tuple[int, ...]) -> None:
 
 def _noise(block: Any) -> None:
     block.gate.register_forward_hook(lambda m, a, output: _again(5 * torch.randn_like(output[0])))
+
+
+def _drops(block: Any) -> None:
+    """A fifth of the tokens gets no weight from any expert."""
+
+    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        logits_NE, weight_NK, index_NK = output
+        return logits_NE, weight_NK * (torch.rand(len(weight_NK), 1) >= 0.2), index_NK
+
+    block.gate.register_forward_hook(hook)
 
 
 def _second(block: Any) -> None:
@@ -199,28 +310,176 @@ def _again(logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits_NE, weight_NK / weight_NK.sum(1, keepdim=True), index_NK
 
 
-PLANTED = ("healthy", "dead experts", "look-alike experts", "blind gate", "noise", "second choice only")
+PLANTED = (
+    "healthy", "dead experts", "look-alike experts", "blind gate", "noise", "dropped tokens",
+    "second choice only",
+)  # fmt: skip
 
 
-def batches(num: int) -> list[Tensor]:
+def batches(num: int, size: int = 8, length: int = 64) -> list[Tensor]:
     draw = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 128, (8, 64), generator=draw) for _ in range(num)]
+    return [torch.randint(0, 128, (size, length), generator=draw) for _ in range(num)]
 
 
-def train(model: nn.Module, steps: int, each: Callable[[int], Any] | None = None) -> float:
-    """Seconds per step, the median."""
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def train(model: nn.Module, steps: int, each: Callable[[int], Any] = lambda step: None) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     model.train()
-    times = []
     for step, ids in enumerate(batches(steps)):
-        start = time.perf_counter()
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-        if each is not None:
-            each(step)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[3:])
+        each(step)
+
+
+def generate(model: Any, num: int = 2) -> None:
+    with torch.no_grad():
+        for ids in batches(num, length=32):
+            mask = torch.ones_like(ids)
+            model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+
+
+def forward(model: nn.Module, data: list[Tensor]) -> None:
+    with torch.no_grad():
+        for ids in data:
+            model(input_ids=ids)
+
+
+# Each tool: a context in which the model is watched, and what it says in the end, in a few words.
+
+
+@contextlib.contextmanager
+def _ours(model: nn.Module, say: list[str]) -> Iterator[Callable[[int], Any]]:
+    with watch(model, every=1) as w:
+        yield lambda step: None
+    say += sorted({alarm.kind for alarm in w.panel().alarms})
+
+
+@contextlib.contextmanager
+def _moewatch(model: nn.Module, say: list[str], every: int = 1) -> Iterator[Callable[[int], Any]]:
+    moewatch = importlib.import_module("moewatch")
+    logging.getLogger("moewatch").setLevel(logging.ERROR)
+    with quiet():
+        watcher = moewatch.MoEWatch(model, moewatch.WatchConfig(sample_every=every, log_every=5))
+        watcher.start()
+
+        def each(step: int) -> None:
+            with quiet():
+                watcher.step(step)
+
+        yield each
+        alerts = [alert.to_dict() for alert in watcher.get_alert_log()]
+        watcher.stop()
+    last = [a for a in alerts if a["step"] == alerts[-1]["step"] and a["level"] != "INFO"]
+    say += moewatch_words([a["message"] for a in last])
+
+
+def moewatch_words(messages: list[str]) -> list[str]:
+    """ "Expert 3 DEAD - utilisation: 0.0%" and the like, counted by kind."""
+    kinds: Counter[str] = Counter()
+    for message in messages:
+        found = re.match(r"Expert \d+ (DEAD|COLD)|Routing entropy (CRITICAL|LOW)|Load imbalance", message)
+        if found is None:
+            raise ValueError(f"moewatch says something new: {message!r}")
+        kinds[f"experts {found[1].lower()}" if found[1] else f"entropy {found[2].lower()}"
+              if found[2] else "imbalance"] += 1  # fmt: skip
+    return [f"{count} {kind}" for kind, count in sorted(kinds.items())]
+
+
+@contextlib.contextmanager
+def _plumb(model: nn.Module, say: list[str]) -> Iterator[Callable[[int], Any]]:
+    counter = importlib.import_module("plumb.counter").ActivationCounter()
+    hooks = importlib.import_module("plumb.hook").ProfilingHooks(counter)
+    found = hooks.attach(model, top_k=2)
+    yield lambda step: None
+    hooks.detach()
+    counts = counter.snapshot()
+    say.append(f"{found} blocks found, {sum(counts.values())} slots counted")
+
+
+@contextlib.contextmanager
+def _innards(model: nn.Module, say: list[str]) -> Iterator[Callable[[int], Any]]:
+    innards = importlib.import_module("innards")
+    with quiet():
+        watcher = innards.observe(model, store=False, features=["moe"])
+    try:
+        yield lambda step: None
+        with quiet():
+            watcher.wait(60)
+        for record in watcher.records[-1:]:
+            data = record.features["moe"]["summary"]
+            say.append(f"{data['experts_used_mean']:g} of {data['experts']} used, "
+                       f"balance {data['balance_mean']:.2f}")  # fmt: skip
+    finally:
+        watcher.close()
+
+
+TOOLS = {"ours": _ours, "moewatch": _moewatch, "plumb-moe": _plumb, "innards": _innards}
+
+
+def sees(name: str) -> dict[str, str]:
+    """What a tool says of each planted fault."""
+    found = {}
+    for fault in PLANTED:
+        model, say = tiny_mixtral(fault), []
+        with TOOLS[name](model, say) as each:
+            if name == "innards":
+                generate(model.eval(), 1)
+            else:
+                train(model, 6, each)
+        found[fault] = ", ".join(say) or "nothing"
+    return found
+
+
+def ratio(plain: Callable[[], Any], tool: Callable[[], Any], rounds: int = 5) -> float:
+    """Processor time of `tool` over that of `plain`, in turn: the median over rounds."""
+    ratios = []
+    for turn in range(rounds + 1):
+        start = time.process_time()
+        plain()
+        middle = time.process_time()
+        tool()
+        ratios.append((time.process_time() - middle) / (middle - start))
+        if turn == 0:
+            ratios = []  # to warm up
+    return statistics.median(ratios)
+
+
+def added(name: str, what: str, steps: int = 10, **options: Any) -> float:
+    """Percent that a tool adds to training steps, or to generation, hooks set and results read included."""
+    model = tiny_mixtral()
+
+    def run(each: Callable[[int], Any] = lambda step: None) -> None:
+        train(model, steps, each) if what == "train" else generate(model.eval())
+
+    def tool() -> None:
+        with TOOLS[name](model, [], **options) as each:
+            run(each)
+
+    return 100 * (ratio(run, tool) - 1)
+
+
+def ours_added(every: int, steps: int = 20) -> float:
+    model = tiny_mixtral()
+
+    def tool() -> None:
+        with watch(model, every=every):
+            train(model, steps)
+
+    return 100 * (ratio(lambda: train(model, steps), tool) - 1)
+
+
+def pass_added(width: int, num_experts: int, num: int, size: int) -> float:
+    """Percent that `inspect_moe` adds to a pass over `num` batches, everything included."""
+    model = tiny_mixtral("", width, num_experts).eval()
+    data = batches(num, size)
+    inputs = [{"input_ids": ids} for ids in data]
+    return 100 * (ratio(lambda: forward(model, data), lambda: inspect_moe(model, inputs, "tokens"), 3) - 1)
 
 
 def resident() -> float:
@@ -229,116 +488,44 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def ours_sees() -> dict[str, list[str]]:
-    found = {}
-    for fault in PLANTED:
-        panel = inspect_moe(tiny_mixtral(fault), [{"input_ids": ids} for ids in batches(4)], "tokens")
-        found[fault] = sorted({alarm.kind for alarm in panel.alarms})
-    return found
-
-
-def moewatch_sees() -> dict[str, list[str]]:
-    moewatch = importlib.import_module("moewatch")
-    found = {}
-    for fault in PLANTED:
-        model = tiny_mixtral(fault)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            watcher = moewatch.MoEWatch(model)
-            watcher.start()
-            train(model, 12, watcher.step)
-            alerts = [alert.to_dict() for alert in watcher.get_alert_log()]
-            watcher.stop()
-        kinds = {
-            str(a.get("alert_type", a.get("type", a.get("kind", a.get("metric", "alert"))))) for a in alerts
-        }
-        found[fault] = sorted(kinds)
-    return found
-
-
-def interleaved(makers: dict[str, Callable[[], float]], rounds: int = 3) -> dict[str, float]:
-    """Median over rounds, contestants taking turns, so that a slow minute strikes all of them."""
-    times: dict[str, list[float]] = {name: [] for name in makers}
-    for _ in range(rounds):
-        for name, make in makers.items():
-            times[name].append(make())
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def peers(steps: int = 15) -> dict[str, Any]:
-    torch.set_num_threads(1)
-
-    def plain() -> float:
-        return train(tiny_mixtral(), steps)
-
-    def every(number: int) -> Callable[[], float]:
-        def run() -> float:
-            model = tiny_mixtral()
-            with watch(model, every=number):
-                return train(model, steps)
-
-        return run
-
-    def moewatch_run() -> float:
-        moewatch = importlib.import_module("moewatch")
-        model = tiny_mixtral()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            watcher = moewatch.MoEWatch(model)
-            watcher.start()
-            seconds = train(model, steps, watcher.step)
-            watcher.stop()
-        return seconds
-
-    contestants = {"nothing": plain, "ours, every 10th step": every(10), "ours, every step": every(1)}
-    notes, sees = {}, {"ours": ours_sees()}
-    try:
-        sees["moewatch"] = moewatch_sees()
-        contestants["moewatch"] = moewatch_run
-    except Exception as error:
-        notes["moewatch"] = f"{type(error).__name__}: {error}"
-    for name in ("plumb.hook", "innards"):
-        try:
-            importlib.import_module(name)
-            notes[name] = "imports; not run here"
-        except Exception as error:
-            notes[name] = f"does not import: {type(error).__name__}: {error}"
-    seconds = interleaved(contestants)
-    base = seconds["nothing"]
+def grows(name: str, steps: int = 100) -> float:
+    """MiB that the process gains over so many watched steps, after ten more to warm up."""
     model = tiny_mixtral()
-    before = resident()
-    with watch(model, every=1):
-        train(model, 50)
-    return {
-        "seconds_per_step": seconds,
-        "added_percent": {name: 100 * (value / base - 1) for name, value in seconds.items()},
-        "sees": sees,
-        "notes": notes,
-        "pass": one_pass(),
-        "ours_grows_mib_per_50_steps": resident() - before,
-        "max_resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "torch": torch.__version__,
+    with TOOLS[name](model, []) as each:
+        train(model, 10, each)
+        before = resident()
+        train(model, steps, each)
+        return resident() - before
+
+
+def peers() -> dict[str, Any]:
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {"torch": torch.__version__, "tools": {}, "missing": {}}
+    for name, module in (("ours", "moe_lib"), ("moewatch", "moewatch"), ("plumb-moe", "plumb.hook"),
+                         ("innards", "innards")):  # fmt: skip
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            result["missing"][name] = str(error)
+            continue
+        entry: dict[str, Any] = {"sees": sees(name)}
+        if name != "innards":
+            entry["added_percent_training"] = added(name, "train")
+            entry["mib_per_100_steps"] = grows(name)
+        if name in ("plumb-moe", "innards"):
+            entry["added_percent_generation"] = added(name, "generate")
+        result["tools"][name] = entry
+        print(name, json.dumps(entry), file=sys.stderr, flush=True)
+    if "moewatch" in result["tools"]:
+        entry = result["tools"]["moewatch"]
+        entry["added_percent_training_every_10"] = added("moewatch", "train", 20, every=10)
+    entry = result["tools"]["ours"]
+    entry["added_percent_training_every_10"] = ours_added(10)
+    result["pass_added_percent"] = {
+        "D 64, E 8, 16 batches of 512 tokens": pass_added(64, 8, 16, 8),
+        "D 512, E 64, 8 batches of 1024 tokens": pass_added(512, 64, 8, 16),
     }
-
-
-def one_pass() -> dict[str, float]:
-    """Seconds of `inspect_moe` and of the model alone over 16 batches of 512 tokens; MiB of the tables."""
-    model, data = tiny_mixtral().eval(), [{"input_ids": ids} for ids in batches(16)]
-
-    def alone() -> float:
-        start = time.perf_counter()
-        with torch.no_grad():
-            for batch in data:
-                model(**batch)
-        return time.perf_counter() - start
-
-    def inspected() -> float:
-        start = time.perf_counter()
-        inspect_moe(model, data, "tokens")
-        return time.perf_counter() - start
-
-    found = interleaved({"model alone": alone, "inspect_moe": inspected})
-    state = inspect_moe(model, data, "tokens")[0].state
-    held = [v for v in vars(state).values() if isinstance(v, Tensor)]
-    return found | {"table_mib_per_block": sum(v.numel() * v.element_size() for v in held) / 2**20}
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:

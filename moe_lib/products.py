@@ -21,6 +21,14 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+HOST = ("cpu",)  # devices whose values can be read without waiting; tests empty it
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether a look at the values of `x` costs nothing. Elsewhere it would wait for the device."""
+    return x.device.type in HOST
+
+
 def differentiable_gradient(
     function: Callable[..., Tensor], inputs: tuple[Any, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
@@ -63,7 +71,7 @@ ONEDNN_FROM = 1_500_000  # multiplications; below, its overhead of 10 microsecon
 def _fast_linear(a_RK: Tensor, columns: int) -> Callable[..., Tensor] | None:
     """None where torch must differentiate or compile the product: it can do neither with oneDNN's."""
     large = a_RK.numel() * max(32, columns) >= ONEDNN_FROM  # torch.mm is slow with few columns
-    fits = large and a_RK.dtype == torch.float32 and a_RK.device.type == "cpu"
+    fits = large and a_RK.dtype == torch.float32 and on_host(a_RK)
     return _onednn() if fits and not torch.is_grad_enabled() and not traced() else None
 
 
@@ -97,5 +105,5 @@ BLOCK = 2**17  # numbers of the widest matrix that a block of rows leads to: hal
 
 def blocks_of_rows(x_ND: Tensor, width: int) -> list[slice]:
     """Cuts x where the work on its rows forms `width` numbers a row; on a GPU into one block, of all rows."""
-    size = 1 << max(6, (BLOCK // width).bit_length() - 1) if x_ND.device.type == "cpu" else max(1, len(x_ND))
+    size = 1 << max(6, (BLOCK // width).bit_length() - 1) if on_host(x_ND) else max(1, len(x_ND))
     return [slice(top, top + size) for top in range(0, max(1, len(x_ND)), size)]

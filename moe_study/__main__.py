@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             "--arm", help="one arm alone, such as base; of several (base,snnl) all seed by seed"
         )
         command.add_argument(
-            "--workers", type=_integer, metavar="N", help="processes (default: one per core, one on a GPU)"
+            "--workers", type=_integer, metavar="N", help="processes (default: one per core, eight on a GPU)"
         )
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: what there is")
     run.add_argument("--ddp", action="store_true", help="all processes share each run, batch by batch")

@@ -219,21 +219,21 @@ def _ours(
     )
 
 
-def _snnl_claim(key: str, wording: str, measure: Measure, margin: float, reason: str, **more: Any) -> Claim:
-    study = more.pop("study", "snnl")
+def _claim(
+    study: str, key: str, wording: str, measure: Measure, margin: float, reason: str, **more: Any
+) -> Claim:
+    """A claim of a paper."""
     return Claim(
-        key=f"{study}-{key}",
-        source="SNNL-MoE",
-        study=study,
-        wording=wording,
-        measure=measure,
-        treatment="snnl",
-        controls=_BASE,
-        margin=margin,
-        margin_reason=reason,
-        attribution=_SNNL_ATTRIBUTION,
-        **more,
-    )
+        key=f"{study}-{key}", study=study, wording=wording, measure=measure, margin=margin,
+        margin_reason=reason, **more,
+    )  # fmt: skip
+
+
+def _snnl_claim(
+    key: str, wording: str, measure: Measure, margin: float, reason: str, study: str = "snnl", **more: Any
+) -> Claim:
+    more |= {"source": "SNNL-MoE", "treatment": "snnl", "controls": _BASE, "attribution": _SNNL_ATTRIBUTION}
+    return _claim(study, key, wording, measure, margin, reason, **more)
 
 
 def _ac_claims(study: str, partner: str, performance: Measure, margin: float, reason: str) -> list[Claim]:
@@ -249,22 +249,10 @@ def _ac_claims(study: str, partner: str, performance: Measure, margin: float, re
         Attribution("ac", "ac-causal", "statistics of the current batch"),
     )
 
-    def claim(key: str, wording: str, measure: Measure, margin: float, reason: str, **more: Any) -> Claim:
-        return Claim(
-            key=f"{study}-{key}",
-            source="AC router",
-            study=study,
-            wording=wording,
-            measure=measure,
-            treatment="ac",
-            controls=_ROUTERS,
-            margin=margin,
-            margin_reason=reason,
-            attribution=attribution,
-            gate=f"{study}-pays",
-            **more,
-        )
-
+    claim = partial(
+        _claim, study, source="AC router", treatment="ac", controls=_ROUTERS, attribution=attribution,
+        gate=f"{study}-pays",
+    )  # fmt: skip
     area = Measure("validation area", tables.validation_area, "lower", 4, "nats")
     found = [
         claim("convergence", "converges faster", area, 0.01, "one per cent of perplexity"),

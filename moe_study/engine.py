@@ -34,6 +34,7 @@ from moe_study.evaluate_transformer import LanguageExperiment, VisionExperiment
 from moe_study.runs import STUDIES
 from moe_study.train import History, OutOfTime, TrainingError, fit
 
+GPU_WORKERS = 8
 # The experiment of each kind of model: another kind is one more line.
 EXPERIMENTS: dict[type, Callable[[Run, str], Experiment]] = {
     ClassifierConfig: ClassifierExperiment.of,
@@ -253,6 +254,12 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def default_workers(device: str) -> int:
+    """Processes: one per core; on a GPU several share it, since one of these models leaves it idle."""
+    cores = os.cpu_count() or 1
+    return cores if device == "cpu" else min(GPU_WORKERS, cores)
+
+
 def ensure(
     wanted: Sequence[Run],
     workers: int | None = None,
@@ -264,7 +271,7 @@ def ensure(
     """Train the runs that have no result file yet, one process each, and return all finished results.
 
     Args:
-        workers: processes; one per core if None, one on a GPU.
+        workers: processes; None: one per core, or eight that share a GPU.
         device: "cpu" or "cuda"; what there is if None. float64 runs always use the CPU.
         time_limit: seconds after which no epoch is started; checkpoints are kept and the next call goes on.
         among: runs that progress is counted over, where these are a part of them; None: the wanted ones.
@@ -348,7 +355,7 @@ def _train_all(
     on_cpu = all(device_of(run) == "cpu" for run in todo)
     if on_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the workers when they import torch
-    workers = max(1, min(workers or (os.cpu_count() or 1 if on_cpu else 1), len(todo)))
+    workers = max(1, min(workers or default_workers("cpu" if on_cpu else device), len(todo)))
     deadline = time.monotonic() + (float("inf") if time_limit is None else time_limit)
     context = multiprocessing.get_context("spawn")
     try:

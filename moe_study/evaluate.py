@@ -19,7 +19,7 @@ from moe_lib.moe import Experts
 from moe_lib.rng import generator, initialise
 from moe_lib.snnl import soft_nearest_neighbor_loss
 from moe_study import data, store
-from moe_study.configs.run import Run, StudyError
+from moe_study.configs.run import Run
 from moe_study.data import Dataset, Split, pixels
 from moe_study.tasks import ClassifierTask, Objective
 from moe_study.train import Task, TrainConfig, set_learning_rate
@@ -35,11 +35,6 @@ def dataset_of(run: Run, device: str) -> Dataset:
     if run.train_images is None:
         return dataset
     return replace(dataset, train=dataset.train.take(slice(run.train_images)))
-
-
-def refuse_bfloat16(run: Run) -> None:
-    if run.train.precision == "bfloat16":
-        raise StudyError(f"{run.label}: bfloat16 is for the convolutional extractor alone; use float32")
 
 
 def validation_measures(task: ClassifierTask) -> dict[str, float]:

@@ -26,7 +26,7 @@ from moe_study import store
 from moe_study.configs.run import Run
 from moe_study.data import Split, pixels, text
 from moe_study.data.text import Text, head, swap_words
-from moe_study.evaluate import EMBEDDING_SAMPLES, KNN_SAMPLES, code_measures, dataset_of, refuse_bfloat16
+from moe_study.evaluate import EMBEDDING_SAMPLES, KNN_SAMPLES, code_measures, dataset_of
 from moe_study.tasks import LanguageTask, RoutedObjective, VisionTask
 
 # What is measured on how much of the test set: a whole pass for the task, less for the rest.
@@ -227,7 +227,6 @@ class VisionExperiment:
 
     @classmethod
     def of(cls, run: Run, device: str) -> VisionExperiment:
-        refuse_bfloat16(run)
         assert isinstance(run.model, VisionConfig)
         assert isinstance(run.objective, RoutedObjective)
         task = VisionTask(
@@ -238,6 +237,7 @@ class VisionExperiment:
             batch_size=run.train.batch_size,
             dtype=run.train.dtype,
             augment=run.augment,
+            bf16=run.train.precision == "bfloat16",
         )
         return cls(task, run.attack_images, run.corrupted_images)
 
@@ -338,60 +338,60 @@ class VisionExperiment:
         "detached" alone. SPSA uses no gradient at all: it takes less accuracy than PGD on the same images
         ("spsa-2 pgd", M differentiated) unless gradients are masked.
         """
-        model, dtype = self.task.model, self.task.dtype
-        routers = adaptive_routers(model)
-        batch_dependent = any(not router.config.causal for router in routers)
-        modes = ("detached", "through", "frozen") if batch_dependent else ("detached",)
         test = self.task.dataset.test.take(slice(self.attack_images))
-
-        def predict(images_NCHW: Tensor) -> Tensor:
-            return model(images_NCHW).log_probs_NC
-
-        def mode_of(name: str, images_NCHW: Tensor) -> AbstractContextManager:
-            if name == "through":
-                return gradient_through_scales(model)
-            if name == "frozen":
-                return frozen_scales(model, lambda: predict(images_NCHW))
-            return nullcontext()
-
         right: dict[tuple[str, str], list[Tensor]] = {}
-        clean = []
-
-        @torch.no_grad()
-        def correct(images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
-            return predict(images_NCHW).argmax(1) == labels_N
-
-        def note(attack: str, mode: str, attacked_NCHW: Tensor, labels_N: Tensor) -> None:
-            right.setdefault((attack, mode), []).append(correct(attacked_NCHW, labels_N))
-
         for number, start in enumerate(range(0, len(test), self.task.batch_size)):
             part = test.take(slice(start, start + self.task.batch_size))
-            images_NCHW, labels_N = pixels(part.images_NCHW, dtype), part.labels_N
-            clean.append(correct(images_NCHW, labels_N))
-            for strength, mode in itertools.product(ATTACK_STRENGTHS, modes):
-                eps = strength / 255
-                with mode_of(mode, images_NCHW):
-                    draw = generator(self.task.seed, "pgd", number)
-                    note(f"fgsm-{strength}", mode, fgsm(predict, images_NCHW, labels_N, eps), labels_N)
-                    note(f"pgd-{strength}", mode, pgd(predict, images_NCHW, labels_N, eps, draw), labels_N)
+            images_NCHW, labels_N = pixels(part.images_NCHW, self.task.dtype), part.labels_N
+            found = self._attack_batch(images_NCHW, labels_N, number)
             if number == 0:
-                few, known = images_NCHW[: self.spsa_images], labels_N[: self.spsa_images]
-                with gradient_through_scales(model):
-                    by_gradient = pgd(predict, few, known, 2 / 255, generator(self.task.seed, "pgd", number))
-                by_samples = spsa(predict, few, known, 2 / 255, generator(self.task.seed, "spsa"))
-                for name, attacked in (
-                    ("spsa-2", by_samples),
-                    ("spsa-2 pgd", by_gradient),
-                    ("spsa-2 clean", few),
-                ):
-                    note(name, "detached", attacked, known)
-        accuracy: dict[str, Any] = {"clean": torch.cat(clean).double().mean().item()}
-        packed: dict[str, Any] = {"clean": store.pack_bits(torch.cat(clean))}
+                found |= self._attack_by_samples(images_NCHW, labels_N)
+            for key, correct_N in found.items():
+                right.setdefault(key, []).append(correct_N)
+        clean_N = torch.cat(right.pop(("clean", "")))
+        accuracy: dict[str, Any] = {"clean": clean_N.double().mean().item()}
+        packed: dict[str, Any] = {"clean": store.pack_bits(clean_N)}
         for (name, mode), parts in right.items():
             correct_N = torch.cat(parts)
             accuracy.setdefault(name, {})[mode] = correct_N.double().mean().item()
             packed.setdefault(name, {})[mode] = store.pack_bits(correct_N)
         return accuracy, packed
+
+    def _log_probs(self, images_NCHW: Tensor) -> Tensor:
+        return self.task.model(images_NCHW).log_probs_NC
+
+    @torch.no_grad()
+    def _right(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
+        return self._log_probs(images_NCHW).argmax(1) == labels_N
+
+    def _attack_batch(
+        self, images_NCHW: Tensor, labels_N: Tensor, number: int
+    ) -> dict[tuple[str, str], Tensor]:
+        """Attack and treatment of M -> which images of the `number`-th batch are still classified rightly."""
+        model, predict = self.task.model, self._log_probs
+        treatments: dict[str, Callable[[], AbstractContextManager]] = {"detached": nullcontext}
+        if any(not router.config.causal for router in adaptive_routers(model)):  # M depends on the batch
+            treatments["through"] = lambda: gradient_through_scales(model)
+            treatments["frozen"] = lambda: frozen_scales(model, lambda: predict(images_NCHW))
+        right = {("clean", ""): self._right(images_NCHW, labels_N)}
+        for strength, (mode, treated) in itertools.product(ATTACK_STRENGTHS, treatments.items()):
+            eps = strength / 255
+            with treated():
+                draw = generator(self.task.seed, "pgd", number)
+                by_step = fgsm(predict, images_NCHW, labels_N, eps)
+                right[f"fgsm-{strength}", mode] = self._right(by_step, labels_N)
+                by_steps = pgd(predict, images_NCHW, labels_N, eps, draw)
+                right[f"pgd-{strength}", mode] = self._right(by_steps, labels_N)
+        return right
+
+    def _attack_by_samples(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[tuple[str, str], Tensor]:
+        """SPSA on some images of the first batch, and PGD on the same."""
+        few, known, predict = images_NCHW[: self.spsa_images], labels_N[: self.spsa_images], self._log_probs
+        with gradient_through_scales(self.task.model):
+            by_gradient = pgd(predict, few, known, 2 / 255, generator(self.task.seed, "pgd", 0))
+        by_samples = spsa(predict, few, known, 2 / 255, generator(self.task.seed, "spsa"))
+        attacked = {"spsa-2": by_samples, "spsa-2 pgd": by_gradient, "spsa-2 clean": few}
+        return {(name, "detached"): self._right(images, known) for name, images in attacked.items()}
 
     def _embedding(self) -> dict[str, float]:
         """Of the mean token in front of the first MoE layer."""
@@ -444,7 +444,6 @@ class LanguageExperiment:
 
     @classmethod
     def of(cls, run: Run, device: str) -> LanguageExperiment:
-        refuse_bfloat16(run)
         assert isinstance(run.model, LanguageConfig)
         assert isinstance(run.objective, RoutedObjective)
         task = LanguageTask(
@@ -455,6 +454,7 @@ class LanguageExperiment:
             batch_size=run.train.batch_size,
             epoch_tokens=run.epoch_tokens,
             dtype=run.train.dtype,
+            bf16=run.train.precision == "bfloat16",
         )
         return cls(task, run.test_tokens)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Sequence
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_study import study
@@ -78,5 +81,60 @@ def show(figure: Figure, path: str, runs: Sequence[study.Run] = (), files: Seque
     from IPython.display import Image, display
 
     caption = plots.save(figure, path, [*(run.path for run in runs if run.path.exists()), *files])
-    display(Image(filename=str(plots.target(path)), embed=True))
+    alt = figure.get_label() or path.replace("/", " ")
+    display(Image(filename=str(plots.target(path)), embed=True, retina=True, alt=alt))
     print(caption)
+
+
+def picture(figure: Figure) -> Any:
+    """A figure to display now and again, without a file of its own: a curve that grows."""
+    from IPython.display import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=96 * plots.RETINA)
+    return Image(data=drawn.getvalue(), retina=True)
+
+
+def arms_table(runs: Sequence[study.Run], descriptions: Mapping[str, str]) -> pd.DataFrame:
+    """One row an arm: what it is, its learning rate, and how many seeds are planned."""
+    rows = [
+        {
+            "arm": arm,
+            "what it is": descriptions.get(arm, "an arm of your own"),
+            "learning rate": ", ".join(
+                dict.fromkeys(f"{run.train.learning_rate:g}" for run in runs if run.arm == arm)
+            ),
+            "seeds planned": sum(run.arm == arm for run in runs),
+        }
+        for arm in dict.fromkeys(run.arm for run in runs)
+    ]
+    return pd.DataFrame(rows).set_index("arm")
+
+
+def finished(runs: Sequence[study.Run], workers: int = 0, train: bool = True) -> list[dict[str, Any]]:
+    """Results of the runs; those without a file are trained first, or left out with `train=False`.
+
+    Raises:
+        StudyError: nothing is finished, and nothing was to be trained.
+    """
+    results = study.ensure(runs, workers=workers or None) if train else study.results(runs)
+    if not results:
+        names = ", ".join(dict.fromkeys(f"{run.profile}/{run.study}/{run.dataset}" for run in runs))
+        raise study.StudyError(f"nothing is finished for {names}: set train = True")
+    return results
+
+
+def play(draw: Callable[[Any], Figure], name: str, values: Sequence[Any], at: Any, path: str) -> None:
+    """A figure with a slider where a person sits at JupyterLab; elsewhere the figure at one value.
+
+    Args:
+        draw: value -> figure.
+        name: of the slider.
+        at: the value at the start, one of `values`.
+        path: as for `show`.
+    """
+    show(draw(at), path)
+    if "JPY_SESSION_NAME" in os.environ:  # a server's kernel; papermill and nbconvert have none
+        from ipywidgets import SelectionSlider, interact
+
+        interact(draw, **{name: SelectionSlider(options=values, value=at)})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 from moe_study import data, store, study
 from moe_study.configs.arms import PROFILES
 from moe_study.data import text
+from moe_study.engine import default_device, default_workers
 from moe_study.study import Run, read
 
 # Training images, or bytes of text, of a data set: what an epoch is where the run does not say.
@@ -248,7 +248,7 @@ def curve(
 def plan(wanted: list[Run], workers: int | None = None, times: Times | None = None) -> str:
     """What is done, what is left, and what that will take, as text; starts nothing."""
     todo = [run for run in wanted if not run.path.exists()]
-    workers = max(1, min(workers or os.cpu_count() or 1, len(todo)))
+    workers = max(1, min(workers or default_workers(default_device()), len(todo)))
     times = times or Times(related(wanted))
     wide = max([16, *(len(run.arm) for run in wanted)])
     lines = [f"{'study':18} {'data set':14} {'arm':{wide}} {'done':>5} {'left':>5} {'minutes left':>13}"]

@@ -41,10 +41,21 @@ def sign_flip_p(differences_S: Sequence[float] | np.ndarray) -> float:
 
     Exact, over all 2^S sign patterns, for S <= 40; its smallest value is 2 / 2^S. The sums of each half of
     the seeds are listed; a sorted half tells how many of its sums lift one of the other half's far enough.
+    Beyond that the share of 99,999 random patterns, itself included: the same at every call, within about 2 %
+    of the exact value at p = 0.05, and never below 1e-5.
     """
     differences = np.asarray(differences_S, dtype=float)
     if len(differences) > 40:
-        raise ValueError(f"exact up to 40 seeds, got {len(differences)}")
+        draws = stats.permutation_test(
+            (differences,),
+            np.sum,
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=99_999,
+            batch=1000,
+            rng=np.random.default_rng(0),
+        )
+        return float(draws.pvalue)
     observed = abs(differences.sum()) - 1e-12 * np.abs(differences).sum()  # equal up to rounding is equal
     if observed <= 0:
         return 1.0

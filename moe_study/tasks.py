@@ -37,22 +37,23 @@ def image_batches(split: Split, order_N: Tensor, batch_size: int, dtype: torch.d
         yield pixels(batch.images_NCHW, dtype), batch.labels_N
 
 
-def augmented(images_NCHW: Tensor, draw: torch.Generator, padding: int = 4) -> Tensor:
-    """Each image cropped at random out of itself with a black border, and flipped or not.
+BORDER = 4  # black pixels on each side of an image that is cropped
 
-    Args:
-        images_NCHW: of any type, on any device.
-        draw: a CPU generator.
-        padding: pixels of the border on each side.
-    """
+
+def drawn_crops(count: int, draw: torch.Generator, border: int = BORDER) -> tuple[Tensor, Tensor]:
+    """Where each of N images is cropped, [2, N], and whether it is flipped, [N]."""
+    offset_2N = torch.randint(2 * border + 1, (2, count), generator=draw)
+    return offset_2N, torch.rand(count, generator=draw) < 0.5
+
+
+def augmented(images_NCHW: Tensor, offset_2N: Tensor, flip_N: Tensor, border: int = BORDER) -> Tensor:
+    """Each image cropped out of itself with a black border, and flipped or not, as `drawn_crops` says."""
     count, _, height, width = images_NCHW.shape
     device = images_NCHW.device
-    offset_2N = torch.randint(2 * padding + 1, (2, count), generator=draw)
-    flip_N = torch.rand(count, generator=draw) < 0.5
-    rows_NH = (offset_2N[0, :, None] + torch.arange(height)).to(device)
-    columns_NW = offset_2N[1, :, None] + torch.arange(width)
-    columns_NW = torch.where(flip_N[:, None], columns_NW.flip(1), columns_NW).to(device)
-    bordered = F.pad(images_NCHW, (padding,) * 4)
+    rows_NH = offset_2N[0, :, None] + torch.arange(height, device=device)
+    columns_W = torch.arange(width, device=device)
+    columns_NW = offset_2N[1, :, None] + torch.where(flip_N[:, None], columns_W.flip(0), columns_W)
+    bordered = F.pad(images_NCHW, (border,) * 4)
     image_N = torch.arange(count, device=device)[:, None, None]
     return bordered[image_N, :, rows_NH[:, :, None], columns_NW[:, None, :]].permute(0, 3, 1, 2)
 
@@ -129,8 +130,16 @@ class ClassifierTask(nn.Module):
             by_class = [order_N[labels_N == label] for label in range(self.dataset.num_classes)]
             groups = [group for own in by_class for group in own.split(self.objective.samples_per_class)]
             order_N = torch.cat([groups[i] for i in torch.randperm(len(groups), generator=draw)])
-        self._shuffle = generator(self.seed, "shuffled labels", epoch)
+        if self.objective.shuffled:
+            self._shuffles = self._shuffles_of(epoch)
         yield from image_batches(train, order_N, self.batch_size, self.dtype)
+
+    def _shuffles_of(self, epoch: int) -> Iterator[Tensor]:
+        """A permutation for each batch, moved to the device in one copy."""
+        draw, count = generator(self.seed, "shuffled labels", epoch), len(self.dataset.train)
+        sizes = [min(self.batch_size, count - start) for start in range(0, count, self.batch_size)]
+        order_M = torch.cat([torch.randperm(size, generator=draw) for size in sizes])
+        return iter(order_M.to(self.dataset.train.labels_N.device).split(sizes))
 
     def encode(self, images_NCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Code [N, D] and the extractor's activations."""
@@ -180,8 +189,7 @@ class ClassifierTask(nn.Module):
         """SNNL of permuted labels, scaled to push on the activations as hard as the real one would."""
         assert self.objective.snnl is not None
         layers = [activations[name] for name in self.objective.snnl.layers]
-        order_N = torch.randperm(len(labels_N), generator=self._shuffle).to(labels_N.device)
-        placebo = self.snnl(activations, labels_N[order_N], epoch)
+        placebo = self.snnl(activations, labels_N[next(self._shuffles)], epoch)
 
         def push(loss: Tensor) -> Tensor:
             gradients = torch.autograd.grad(loss, layers, retain_graph=True)
@@ -229,6 +237,7 @@ class VisionTask(nn.Module):
 
     Args:
         augment: train on random crops and flips, see `augmented`.
+        bf16: compute under bfloat16 autocast; weights, gates and losses stay as they are.
     """
 
     def __init__(
@@ -241,6 +250,7 @@ class VisionTask(nn.Module):
         batch_size: int,
         dtype: torch.dtype = torch.float32,
         augment: bool = False,
+        bf16: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 2:
@@ -250,6 +260,7 @@ class VisionTask(nn.Module):
         self.num_batches = -(-len(dataset.train) // batch_size)
         channels, height, width = dataset.train.images_NCHW.shape[1:]
         self.model = VisionTransformer(config, (channels, height, width), dataset.num_classes)
+        self.model.bf16 = bf16
         if objective.snnl is not None:
             self.snnl = LayerwiseSNNL(objective.snnl)
         initialise(self, seed)
@@ -259,9 +270,15 @@ class VisionTask(nn.Module):
         """The training set in the order of (seed, epoch), ragged last batch included."""
         train = self.dataset.train
         order_N = torch.randperm(len(train), generator=generator(self.seed, "order", epoch))
-        draw = generator(self.seed, "augmentation", epoch)
-        for images_NCHW, labels_N in image_batches(train, order_N, self.batch_size, self.dtype):
-            yield augmented(images_NCHW, draw) if self.augment else images_NCHW, labels_N
+        batches = image_batches(train, order_N, self.batch_size, self.dtype)
+        if not self.augment:
+            yield from batches
+            return
+        drawn = drawn_crops(len(train), generator(self.seed, "augmentation", epoch))
+        offset_2N, flip_N = (values.to(train.labels_N.device) for values in drawn)
+        crops = zip(offset_2N.split(self.batch_size, 1), flip_N.split(self.batch_size), strict=True)
+        for (images_NCHW, labels_N), crop in zip(batches, crops, strict=True):
+            yield augmented(images_NCHW, *crop), labels_N
 
     def losses(self, batch: ImageBatch, epoch: int) -> dict[str, Tensor]:
         """Unweighted losses by name, and their weighted sum, "total"."""
@@ -295,6 +312,7 @@ class LanguageTask(nn.Module):
         batch_size: B, sequences.
         epoch_tokens: an epoch covers this many tokens of the training text (rounded down to whole batches)
             and the next epoch goes on from there, so that a long text still has a curve; None: all of it.
+        bf16: compute under bfloat16 autocast; weights, gates and losses stay as they are.
     """
 
     def __init__(
@@ -307,6 +325,7 @@ class LanguageTask(nn.Module):
         batch_size: int,
         epoch_tokens: int | None = None,
         dtype: torch.dtype = torch.float32,
+        bf16: bool = False,
     ) -> None:
         super().__init__()
         if objective.snnl is not None:
@@ -331,25 +350,25 @@ class LanguageTask(nn.Module):
                 f"{batch_size}: use a longer text or a smaller batch_size"
             )
         self.model = LanguageModel(config, corpus.num_tokens)
+        self.model.bf16 = bf16
         initialise(self, seed)
         self.to(device=corpus.train.tokens_N.device, dtype=dtype)
 
     def batches(self, epoch: int) -> Iterator[Tensor]:
         """Windows [B, T + 1] of the training text; pass after pass, each in an order of (seed, pass)."""
         tokens_M, context = self.corpus.train.tokens_N, self.config.context
-        offset_W = torch.arange(context + 1)
-        orders: dict[int, Tensor] = {}
-        for batch in range(epoch * self.num_batches, (epoch + 1) * self.num_batches):
-            windows = []
-            for place in range(batch * self.batch_size, (batch + 1) * self.batch_size):
-                turn, at = divmod(place, self.num_windows)
-                if turn not in orders:
-                    orders[turn] = torch.randperm(
-                        self.num_windows, generator=generator(self.seed, "order", turn)
-                    )
-                windows.append(orders[turn][at])
-            index_BW = torch.stack(windows)[:, None] * context + offset_W
-            yield tokens_M[index_BW.to(tokens_M.device)]
+        starts, orders = [], {}
+        size = self.num_batches * self.batch_size
+        for place in range(epoch * size, (epoch + 1) * size):
+            turn, at = divmod(place, self.num_windows)
+            if turn not in orders:
+                draw = generator(self.seed, "order", turn)
+                orders[turn] = (torch.randperm(self.num_windows, generator=draw) * context).tolist()
+            starts.append(orders[turn][at])
+        start_N = torch.tensor(starts).to(tokens_M.device)
+        offset_W = torch.arange(context + 1, device=tokens_M.device)
+        for start_B in start_N.split(self.batch_size):
+            yield tokens_M[start_B[:, None] + offset_W]
 
     def losses(self, batch: Tensor, epoch: int) -> dict[str, Tensor]:
         """Unweighted losses by name, and their weighted sum, "total"."""

@@ -6,7 +6,7 @@ Shapes: N samples, S seeds, E experts, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from moe_study import stats, theory, trust
 from moe_study.data import Dataset, Split
 from moe_study.data.planted import ClusterConfig, feature_clusters
 from moe_study.evaluate import validation_measures
-from moe_study.report.plots import FAULT_TITLES, PALETTE, new_figure
+from moe_study.report.plots import FAULT_TITLES, PALETTE, captioned, new_figure
 from moe_study.tasks import ClassifierTask, Objective
 from moe_study.train import TrainConfig, fit
 
@@ -33,30 +33,59 @@ CLASS_COLOURS = PALETTE[1:5]
 CLASS_MARKERS = ("o", "s", "^", "D")
 
 
-def gates_table(seed: int, samples: int = 4000) -> pd.DataFrame:
-    """Routing measures of four hand-made gates over four experts and eight classes."""
+def gates_table(gates: Mapping[str, Tensor], labels_N: Tensor, seed: int) -> pd.DataFrame:
+    """Routing measures of some gates, [N, E] each, on samples with these labels."""
     draw = generator(seed, "gates")
-    labels_N = torch.arange(samples) % 8
-    arbitrary_N = torch.randint(0, 4, (samples,), generator=draw)
-    gates = {
-        "collapsed": torch.tensor([1.0, 0, 0, 0]).expand(samples, 4),
-        "blind": torch.full((samples, 4), 0.25),
-        "arbitrary": torch.nn.functional.one_hot(arbitrary_N, 4).float(),
-        "specialised": torch.nn.functional.one_hot(labels_N // 2, 4).float(),
-    }
+    classes = int(labels_N.max()) + 1
     rows = {}
     for name, probs_NE in gates.items():
-        entropy = metrics.routing_entropy(probs_NE, labels_N, 8)
+        entropy = metrics.routing_entropy(probs_NE, labels_N, classes)
         rows[name] = {
             "H(E)": entropy.marginal,
             "H(E|x)": entropy.per_sample,
             "H(E|c)": entropy.class_conditional,
             "I(x;E)": entropy.information_input,
             "I(c;E)": entropy.information_class,
-            "I(c;E) null": metrics.information_class_null(probs_NE, labels_N, 8, draw),
+            "I(c;E) null": metrics.information_class_null(probs_NE, labels_N, classes, draw),
             "AMI": metrics.load(probs_NE, labels_N).adjusted_mutual_information,
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("gate").round(3) + 0.0  # no -0.0
+
+
+def loss_figure(points_N2: Tensor, labels_N: Tensor, temperature: float) -> Figure:
+    """Each point coloured by its own loss at one temperature."""
+    figure, axes = new_figure(4.6, 3.6)
+    loss_N = soft_nearest_neighbor_loss(points_N2, labels_N, temperature, "sqeuclidean", "none")
+    picture = axes[0, 0].scatter(*points_N2.T.numpy(), c=loss_N, s=8, cmap="viridis", vmin=0, vmax=3)
+    axes[0, 0].set_aspect("equal")
+    axes[0, 0].set(xlabel="$x_1$", ylabel="$x_2$", title=f"T = {temperature:g}: mean {loss_N.mean():.2f}")
+    figure.colorbar(picture, ax=axes[0, 0], label="loss of a point (nats)")
+    return captioned(
+        figure,
+        f"The loss of each point at temperature {temperature:g}: dark points have neighbours of their own "
+        "class.",
+    )
+
+
+def scaling_figure(ratio: float) -> Figure:
+    """Two clusters, each tight along its own feature, as they are and as the scaling matrix M sees them."""
+    draw = np.random.default_rng(0)
+    figure, axes = new_figure(7.2, 3.4, 1, 2)
+    for k, (centre, wide) in enumerate((((0.0, 0.0), (ratio, 1.0)), ((1.2, 1.2), (1.0, ratio)))):
+        points_N2 = np.array(centre) + 0.4 * np.array(wide) * draw.normal(size=(150, 2))
+        spread_2 = np.abs(points_N2 - points_N2.mean(0)).mean(0)
+        scaled_N2 = points_N2 * spread_2.mean() / spread_2
+        for axis, shown_N2 in zip(axes[0], (points_N2, scaled_N2), strict=True):
+            axis.plot(*shown_N2.T, CLASS_MARKERS[k], color=CLASS_COLOURS[k], ms=3, mew=0, alpha=0.8)
+    for axis, title in zip(axes[0], ("as they are", "scaled: each cluster by its own M"), strict=True):
+        axis.set(title=title, xlabel="feature 1", ylabel="feature 2")
+        axis.set_aspect("equal", adjustable="datalim")
+    return captioned(
+        figure,
+        f"What M does: two clusters, each {ratio:g} times as wide along one feature as along the other. M "
+        "divides each "
+        "cluster's features by their own spread (mean absolute deviation), so a cluster becomes round.",
+    )
 
 
 def eps_form(points_ND: Tensor, labels_N: Tensor, temperature: float, eps: float = 1e-5) -> float:

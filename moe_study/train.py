@@ -18,7 +18,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from moe_lib.products import on_host
 from moe_study import store
+
+CHECKPOINT_SECONDS = 20.0  # between two checkpoints, the first epoch's and the last one's excepted
 
 
 class TrainingError(RuntimeError):
@@ -55,7 +58,9 @@ class TrainConfig:
     batch_size: int = 256
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine"] = "cosine"  # cosine: down to 0 at the last step
-    precision: Literal["float64", "float32", "bfloat16"] = "float32"  # bfloat16: autocast of CNNs
+    precision: Literal["float64", "float32", "bfloat16"] = (
+        "float32"  # bfloat16: autocast of CNNs and transformers
+    )
     warmup: float = 0.0  # share of the training over which the rate rises from 0
 
     def __post_init__(self) -> None:
@@ -105,9 +110,10 @@ def fit(
     Args:
         evaluate: measures on validation data, "cross_entropy" and "accuracy" among them.
         label: names the run (arm and seed) in errors.
-        checkpoint: written after every epoch and read if it exists; a resumed run ends with the same
-            numbers as one that was never stopped, since batch order depends on (seed, epoch) alone. One that
-            is damaged, or of another run, is set aside with a warning, and the run starts anew.
+        checkpoint: written after the first epoch and the last, and in between at most every
+            `CHECKPOINT_SECONDS`; read if it exists. A resumed run ends with the same numbers as one that was
+            never stopped, since batch order depends on (seed, epoch) alone. One that is damaged, or of
+            another run, is set aside with a warning, and the run starts anew.
         run_id: names the run in its checkpoint.
         on_epoch: called with the epoch's number and the history so far.
         deadline: `time.monotonic()` value after which no further epoch is started.
@@ -148,8 +154,24 @@ def fit(
             optimizer = _adam(task, config)
             history, selected, epoch = History(), {}, 0
 
+    saved, saved_at = epoch, time.monotonic()  # epochs in the checkpoint
+
+    def save() -> None:
+        nonlocal saved, saved_at
+        if checkpoint is not None and epoch > saved:
+            state = {
+                "task": task.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "history": vars(history),
+                "selected": selected,
+                "epoch": epoch,
+            }
+            save_checkpoint(state, checkpoint, run_id)
+            saved, saved_at = epoch, time.monotonic()
+
     while epoch < config.epochs:
         if time.monotonic() > deadline:
+            save()
             raise OutOfTime(label)
         start = time.perf_counter()
         for name, value in _train_epoch(task, optimizer, config, epoch, label).items():
@@ -183,15 +205,8 @@ def fit(
             selected |= dict.fromkeys(improved, deepcopy(task.state_dict()))
         epoch += 1
         history.seconds += time.perf_counter() - start
-        if checkpoint is not None:
-            state = {
-                "task": task.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "history": vars(history),
-                "selected": selected,
-                "epoch": epoch,
-            }
-            save_checkpoint(state, checkpoint, run_id)
+        if epoch in (1, config.epochs) or time.monotonic() - saved_at >= CHECKPOINT_SECONDS:
+            save()
         if on_epoch is not None:
             on_epoch(epoch, history)
     return history, selected
@@ -248,7 +263,7 @@ def _train_epoch(
 ) -> dict[str, float]:
     """One pass over the batches; the mean of every named loss."""
     task.train()
-    on_cpu = next(task.parameters()).device.type == "cpu"
+    on_cpu = on_host(next(task.parameters()))
     rows: list[dict[str, Tensor]] = []
     for step, batch in enumerate(task.batches(epoch)):
         set_learning_rate(optimizer, config, (epoch + step / task.num_batches) / config.epochs)
@@ -260,12 +275,19 @@ def _train_epoch(
         losses["total"].backward()
         optimizer.step()
         rows.append({name: loss.detach() for name, loss in losses.items()})
-        if on_cpu or step + 1 == task.num_batches:  # a look at a GPU's losses would stall it
-            for at in range(step if on_cpu else 0, step + 1):
-                if not rows[at]["total"].isfinite():
-                    values = ", ".join(f"{name} = {loss.item():g}" for name, loss in rows[at].items())
-                    raise TrainingError(
-                        f"{label}, epoch {epoch}, batch {at}: the loss is not finite ({values}). "
-                        f"{_lower_rate(config)}"
-                    )
+        if on_cpu:  # a look at a GPU's losses would stall it
+            _check_finite(rows[-1:], f"{label}, epoch {epoch}", step, config)
+    if not on_cpu:
+        _check_finite(rows, f"{label}, epoch {epoch}", 0, config)
     return {name: torch.stack([row[name] for row in rows]).mean().item() for name in rows[0]}
+
+
+def _check_finite(rows: list[dict[str, Tensor]], where: str, first: int, config: TrainConfig) -> None:
+    """Raises TrainingError for the first batch whose total is not finite; `first`: the number of row 0."""
+    finite = torch.stack([row["total"] for row in rows]).isfinite()
+    if not finite.all():
+        at = finite.tolist().index(False)
+        values = ", ".join(f"{name} = {loss.item():g}" for name, loss in rows[at].items())
+        raise TrainingError(
+            f"{where}, batch {first + at}: the loss is not finite ({values}). {_lower_rate(config)}"
+        )

@@ -95,7 +95,7 @@ class Cause(NamedTuple):
 
     contrast: str
     comparison: stats.PairedComparison
-    reading: Literal["as claimed", "opposite to the claim", "interval includes 0"]
+    reading: Literal["interval on the claimed side", "interval on the other side", "interval includes 0"]
     cause: str
 
 
@@ -268,9 +268,8 @@ def _causes(claim: Claim, results: Sequence[Result], endpoint: str) -> tuple[Cau
         arms = {arm: by_seed(results, claim.measure, arm, endpoint) for arm in _MECHANISM}
         seeds = sorted(set.intersection(*(set(values) for values in arms.values())))
         snnl, base, dense_snnl, dense = (np.array([arms[arm][s] for s in seeds]) for arm in _MECHANISM)
-        name = "(snnl - base) - (dense-snnl - dense)"
         found.append(
-            (name, "SNNL in a mixture, not better features alone", (snnl - base, dense_snnl - dense))
+            (MECHANISM, "SNNL in a mixture, not better features alone", (snnl - base, dense_snnl - dense))
         )
     causes = []
     for name, cause, (treatment_S, control_S) in found:
@@ -281,6 +280,7 @@ def _causes(claim: Claim, results: Sequence[Result], endpoint: str) -> tuple[Cau
     return tuple(causes)
 
 
+MECHANISM = "(snnl - base) - (dense-snnl - dense)"
 _MECHANISM = ("snnl", "base", "dense-snnl", "dense")
 
 

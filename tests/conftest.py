@@ -1,11 +1,16 @@
 import os
+import shutil
 import tempfile
 
 import pytest
 import torch
 
 # Each test process compiles into a folder of its own: a killed one must not leave half a file to the next.
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+COMPILED = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -152,7 +152,7 @@ def test_scripts_can_be_run(name):
 
 def test_ci_runs_both_commands_and_stops_at_the_first_failure():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert {"make report", "make test"} <= set(lines)
+    assert [line for line in lines if line.startswith("make ")] == ["make report", "make test"]
     assert "set -euo pipefail" in lines
 
 
@@ -370,6 +370,7 @@ def test_public_names_are_there_and_documented():
     assert (ROOT / "moe_lib" / "py.typed").exists()
 
 
+@pytest.mark.slow
 def test_the_library_works_installed_elsewhere(tmp_path):
     """A wheel, unpacked into an empty folder and imported from outside the checkout."""
     source, site = tmp_path / "source", tmp_path / "site"

@@ -145,6 +145,6 @@ def stacked_weights(experts: Any) -> list[Tensor]:
     """The parameters of a list of like modules, stacked [E, P]; a few thousand entries of each."""
     columns = []
     for same in zip(*([*expert.parameters()] for expert in experts), strict=True):
-        step = max(same[0].numel() // 65536, 1)
+        step = max(same[0].numel() // 8192, 1)
         columns.append(torch.stack([p.detach().flatten()[::step] for p in same]))
     return columns

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from moe_lib.inspect.adapters import Adapter, Dispatch
 from moe_lib.inspect.state import BlockState
 
-EXAMINED = 64  # tokens of each block whose mixture and experts' answers are computed again
+EXAMINED = 64  # tokens of each block whose mixture and experts' answers are computed again,
+ANSWERS = 1024  # as long as all experts together give no more answers; but at least
+LEAST = 16
 
 
 class Block:
@@ -45,7 +47,8 @@ class Block:
         usable = usable_N.nonzero().flatten()
         if not len(usable):
             return
-        some_M = usable[torch.linspace(0, len(usable) - 1, min(EXAMINED, len(usable))).long()]
+        size = min(max(ANSWERS // self.adapter.num_experts, LEAST), EXAMINED, len(usable))
+        some_M = usable[torch.linspace(0, len(usable) - 1, size).long()]
         self.sample_MD = seen.tokens_ND[some_M].clone()
         if seen.output_NO is None:
             self.explanation = "not checked: the adapter gives no output"

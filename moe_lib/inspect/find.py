@@ -145,6 +145,7 @@ def _try_lists(recorder: Recorder, lists: list[Block], run: Callable[[], Any]) -
 
 def varies(state: BlockState) -> bool:
     """Do tokens differ in their weights?"""
+    state.finish()
     mean_E = state.weight_E / state.weight_E.sum()
     marginal = torch.special.entr(mean_E).sum()
     per_token = state.entropy / (state.tokens - state.dropped).clamp(min=1)

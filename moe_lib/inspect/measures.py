@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_lib.inspect.state import BlockState
+from moe_lib.inspect.state import DENSE_TABLE, BlockState
 
 if TYPE_CHECKING:
     from moe_lib.inspect.block import Block
@@ -154,7 +154,7 @@ def input_separation(state: BlockState) -> Value:
     count, groups = float(state.read_E.sum()), int((state.read_E > 0).sum())
     if state.inputs_ED is None or count < 3 or groups < 1:
         return Value(math.nan, math.nan)
-    sums_ED = state.inputs_ED.double()
+    sums_ED = state.inputs_ED[:-1].double()
     middle = float(sums_ED.sum(0).square().sum()) / count
     between = float((sums_ED.square().sum(1) / state.read_E.clamp(min=1)).sum()) - middle
     total = float(state.squares) - middle
@@ -187,9 +187,18 @@ def class_information(state: BlockState, seed: int = 0) -> Value:
             labels_N = classes_C.repeat_interleave(size_C)
         experts_NK = chosen_MK[drawn]
         key = (labels_N[:, None] * state.num_experts + experts_NK)[experts_NK >= 0]
-        keys, counts = key.unique(return_counts=True)
-        total += information(keys, counts.double(), state.num_experts)
+        total += information(*counted(key), state.num_experts)
     return Value(value, total / draws)
+
+
+def counted(key: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys that occur, and how often."""
+    if len(key) and int(key.max()) < DENSE_TABLE:
+        count = key.bincount()
+        keys = count.nonzero().flatten()
+        return keys, count[keys].double()
+    keys, counts = key.unique(return_counts=True)
+    return keys, counts.double()
 
 
 def information(key: Tensor, count: Tensor, num_experts: int) -> float:
@@ -227,7 +236,7 @@ def expert_measures(block: Block, seed: int = 0) -> dict[str, Value]:
     inner_EE: Tensor | float = 0.0
     for weight in block.adapter.expert_weights():
         flat_EP = weight.detach().flatten(1)
-        flat_EP = flat_EP[:, :: max(flat_EP.shape[1] // 65536, 1)].float()
+        flat_EP = flat_EP[:, :: max(flat_EP.shape[1] // 8192, 1)].float()
         inner_EE = inner_EE + flat_EP @ flat_EP.T
     if isinstance(inner_EE, Tensor):
         norm_E = inner_EE.diagonal().clamp(min=1e-30).sqrt()

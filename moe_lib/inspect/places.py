@@ -26,6 +26,7 @@ class Stream:
         self.masks: dict[str, Tensor | None] = {}
         self.batch_shape: tuple[int, ...] = ()
         self.encoder_decoder = False
+        self.drawn: dict[int, tuple[Tensor, Tensor]] = {}  # positions and priorities, by number of tokens
 
     def starts(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """The model is called: what its arguments say about the tokens."""
@@ -39,6 +40,7 @@ class Stream:
         self.batch_shape = tuple(ids.shape) if isinstance(ids, Tensor) else ()
         self.encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.num_calls += 1
+        self.drawn = {}
 
     def place(self, block: Block, own: Tensor, num_tokens: int) -> Place:
         """Of the tokens that a block reads, given its first input."""
@@ -74,9 +76,11 @@ class Stream:
             place.valid_N = place.valid_N.to(own.device)
         if labels is not None:
             place.labels_N = self._aligned(block, labels, size, length, bool(first), "labels").to(own.device)
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.num_calls)
-        place.position_N = (self.num_calls << 24) + torch.arange(num_tokens)
-        place.priority_N = torch.rand(num_tokens, generator=draw, dtype=torch.float64)
+        if num_tokens not in self.drawn:
+            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.num_calls)
+            positions_N = (self.num_calls << 24) + torch.arange(num_tokens)
+            self.drawn[num_tokens] = positions_N, torch.rand(num_tokens, generator=draw, dtype=torch.float64)
+        place.position_N, place.priority_N = self.drawn[num_tokens]
         return place
 
     def _aligned(self, block: Block, given: Tensor, size: int, length: int, first: bool, what: str) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_lib.inspect.adapters import Dispatch
 
+WAITING = 4096  # tokens of a block that are tallied together: small calls would cost more than they say
 KEPT = 16384  # tokens kept per block, by position: the same ones in every model that reads the same data
 MAX_WIDTH = 512  # features of a token used for `input separation`
 DENSE_TABLE = 1 << 20  # entries; a larger class table is kept sparse
@@ -74,7 +75,8 @@ class BlockState:
         for name in BY_EXPERT:
             setattr(self, name, torch.zeros(num_experts, dtype=torch.float64))
         self.together_EE = torch.zeros(num_experts, num_experts, dtype=torch.float64)
-        self.inputs_ED: Tensor | None = None
+        self.inputs_ED: Tensor | None = None  # sums; the last of its E + 1 rows: read by no expert
+        self.waiting: list[dict[str, Tensor | None]] = []
         self.class_key = torch.zeros(0, dtype=torch.long)  # class * E + expert
         self.class_count = torch.zeros(0, dtype=torch.float64)
         self.pending: list[Tensor] = []
@@ -93,61 +95,91 @@ class BlockState:
 
     @torch.no_grad()
     def update(self, seen: Dispatch, place: Place) -> None:
-        indices_NK, size_NK = seen.indices_NK, seen.weights_NK.abs().float()
+        """One call's dispatch; tallied once enough tokens wait."""
+        size_NK, scores_NE = seen.weights_NK.abs().float(), seen.scores_NE
+        indices_NK = seen.indices_NK.where(size_NK.any(1, keepdim=True), -1)  # no weight at all: not served
+        size, sequences = len(indices_NK), place.sequences
+        follows_N = None  # is the next token its successor?
+        if sequences is not None and sequences[1] > 1:
+            follows_N = torch.ones(sequences, dtype=torch.bool, device=indices_NK.device)
+            follows_N[:, -1] = False
+            follows_N = follows_N.flatten()
+        if seen.tokens_ND.is_floating_point() and len(seen.tokens_ND) == size:
+            self._inputs(seen.tokens_ND, indices_NK, size_NK, place.valid_N)
+        call = {
+            "indices": indices_NK, "size": size_NK, "follows": follows_N, "valid": place.valid_N,
+            "scores": scores_NE if scores_NE is not None and len(scores_NE) == size else None,
+            "labels": place.labels_N, "position": place.position_N, "priority": place.priority_N,
+        }  # fmt: skip
+        last = self.waiting[-1] if self.waiting else call
+        if any((call[key] is None) != (last[key] is None) for key in call) or (
+            indices_NK.shape[1] != last["indices"].shape[1]  # type: ignore[union-attr]
+        ):
+            self._tally()
+        self.waiting.append(call)
+        if sum(len(call["indices"]) for call in self.waiting) >= WAITING:  # type: ignore[arg-type]
+            self._tally()
+
+    def _tally(self) -> None:
+        """Add the waiting calls to the tables; they have the same entries and number of slots."""
+        if not self.waiting:
+            return
+        waiting, self.waiting = self.waiting, []
+        joined = {
+            key: None if value is None else torch.cat([call[key] for call in waiting])  # type: ignore[misc]
+            for key, value in waiting[0].items()
+        }
+        indices_NK, size_NK = joined["indices"], joined["size"]
+        assert indices_NK is not None
+        assert size_NK is not None
         num_experts = self.num_experts
         chosen_NK = indices_NK >= 0
         incidence_NE = torch.zeros(len(indices_NK), num_experts + 1, device=indices_NK.device)
         incidence_NE.scatter_(1, indices_NK.where(chosen_NK, num_experts), 1.0)
         incidence_NE = incidence_NE[:, :num_experts]
         first_N = indices_NK.gather(1, size_NK.argmax(1, keepdim=True)).squeeze(1)
-        valid_N = torch.ones_like(first_N, dtype=torch.bool) if place.valid_N is None else place.valid_N
+        valid_N = torch.ones_like(first_N, dtype=torch.bool) if joined["valid"] is None else joined["valid"]
         used_N = valid_N & chosen_NK.any(1)
         self.num_slots = max(self.num_slots, int(indices_NK.shape[1]))
-        if place.sequences is not None and place.sequences[1] > 1:
-            self._pairs(incidence_NE, first_N, used_N, place.sequences)
+        if joined["follows"] is not None:
+            self._pairs(incidence_NE, first_N, used_N, joined["follows"])
         self._add("padding", (~valid_N).sum())
         self._add("tokens", valid_N.sum())
         self._add("dropped", (valid_N & ~used_N).sum())
-        if seen.scores_NE is not None:
-            self._scores(seen.scores_NE.float(), incidence_NE, valid_N, chosen_NK)
+        if joined["scores"] is not None:
+            self._scores(joined["scores"].float(), incidence_NE, valid_N, chosen_NK)
         all_used = bool(used_N.all())  # the usual case needs no copies
         if not all_used:
             indices_NK, size_NK, chosen_NK = indices_NK[used_N], size_NK[used_N], chosen_NK[used_N]
             incidence_NE, first_N = incidence_NE[used_N], first_N[used_N]
         self._add("slots", chosen_NK.sum())
         self._add("together_EE", (incidence_NE.T @ incidence_NE).double())
-        self._add("first_E", _sum(first_N, torch.ones_like(first_N), num_experts))
+        self._add("first_E", first_N.bincount(minlength=num_experts).double())
         share_NK = (size_NK / size_NK.sum(1, keepdim=True).clamp(min=1e-30)).where(chosen_NK, 0)
         self._add("weight_E", _sum(indices_NK.clamp(min=0), share_NK, num_experts))
         self._add("entropy", torch.special.entr(share_NK).sum().double())
-        tokens_ND = seen.tokens_ND
-        if tokens_ND.is_floating_point() and len(tokens_ND) == len(used_N):
-            self._inputs(tokens_ND if all_used else tokens_ND[used_N], first_N)
-        labels_N = place.labels_N if place.labels_N is None or all_used else place.labels_N[used_N]
+        labels_N = joined["labels"]
         if labels_N is not None:
+            labels_N = labels_N if all_used else labels_N[used_N]
             key_NK = (labels_N[:, None] * num_experts + indices_NK)[chosen_NK & (labels_N >= 0)[:, None]]
             self.pending.append(key_NK.cpu())
             if sum(map(len, self.pending)) > DENSE_TABLE:
                 self.merge_pending()
-        if place.priority_N is not None and place.position_N is not None:
+        if joined["priority"] is not None and joined["position"] is not None:
             used = slice(None) if all_used else used_N.cpu()
-            self._keep(place.priority_N[used], place.position_N[used], labels_N, indices_NK)
+            self._keep(joined["priority"][used], joined["position"][used], labels_N, indices_NK)
 
-    def _pairs(self, inside_NE: Tensor, first_N: Tensor, used_N: Tensor, shape: tuple[int, int]) -> None:
-        inside_BTE, first_BT = inside_NE.unflatten(0, shape), first_N.view(shape)
-        used_BT = used_N.view(shape)
-        both_BT = used_BT[:, 1:] & used_BT[:, :-1]
-        common_BT = (inside_BTE[:, 1:] * inside_BTE[:, :-1]).sum(2)
-        size_BT = inside_BTE.sum(2)
-        larger_BT = torch.maximum(size_BT[:, 1:], size_BT[:, :-1]).clamp(min=1)
-        self._add("pairs", both_BT.sum())
-        self._add("overlap", (common_BT / larger_BT).where(both_BT, 0).sum().double())
-        self._add("first_same", ((first_BT[:, 1:] == first_BT[:, :-1]) & both_BT).sum())
+    def _pairs(self, inside_NE: Tensor, first_N: Tensor, used_N: Tensor, follows_N: Tensor) -> None:
+        both_N = (used_N & follows_N)[:-1] & used_N[1:]
+        size_N = inside_NE.sum(1)
+        common_N = (inside_NE[1:] * inside_NE[:-1]).sum(1)
+        larger_N = torch.maximum(size_N[1:], size_N[:-1]).clamp(min=1)
+        self._add("pairs", both_N.sum())
+        self._add("overlap", (common_N / larger_N).where(both_N, 0).sum().double())
+        self._add("first_same", ((first_N[1:] == first_N[:-1]) & both_N).sum())
 
     def _scores(self, scores_NE: Tensor, inside_NE: Tensor, valid_N: Tensor, chosen_NK: Tensor) -> None:
         """What the router preferred, and whether the dispatch followed it."""
-        if len(scores_NE) != len(inside_NE):
-            return
         total_N = scores_NE.sum(1)
         already = bool((scores_NE >= 0).all()) and torch.allclose(
             total_N, torch.ones_like(total_N), atol=1e-2
@@ -163,17 +195,21 @@ class BlockState:
         self._add("twice_E", (probs_NE.softmax(1) * valid_N[:, None]).sum(0).double())
         self._add("score_entropy", (torch.special.entr(probs_NE).sum(1) * valid_N).sum().double())
 
-    def _inputs(self, tokens_ND: Tensor, first_N: Tensor) -> None:
+    def _inputs(self, tokens_ND: Tensor, indices_NK: Tensor, size_NK: Tensor, valid_N: Tensor | None) -> None:
         """Means of what each expert reads, from at most 256 tokens of a call."""
         if not len(tokens_ND):
             return
         step, stride = -(-len(tokens_ND) // 256), -(-tokens_ND.shape[1] // MAX_WIDTH)
-        some_MD, expert_M = tokens_ND[::step, ::stride].float(), first_N[::step]
+        some_MD, num_experts = tokens_ND[::step, ::stride].float(), self.num_experts
+        first_M1 = size_NK[::step].argmax(1, keepdim=True)
+        expert_M = indices_NK[::step].gather(1, first_M1).squeeze(1)
+        used_M = expert_M >= 0 if valid_N is None else (expert_M >= 0) & valid_N[::step]
+        expert_M = expert_M.where(used_M, num_experts)
         if self.inputs_ED is None:
-            self.inputs_ED = torch.zeros(self.num_experts, some_MD.shape[1], device=some_MD.device)
+            self.inputs_ED = torch.zeros(num_experts + 1, some_MD.shape[1], device=some_MD.device)
         self.inputs_ED.index_add_(0, expert_M, some_MD)
-        self._add("read_E", _sum(expert_M, torch.ones_like(expert_M), self.num_experts))
-        self._add("squares", some_MD.square().sum().double())
+        self._add("read_E", expert_M.bincount(minlength=num_experts + 1)[:num_experts].double())
+        self._add("squares", (some_MD.square().sum(1) * used_M).sum().double())
 
     def _keep(
         self, priority_N: Tensor, position_N: Tensor, labels_N: Tensor | None, indices_NK: Tensor
@@ -220,6 +256,7 @@ class BlockState:
 
     def finish(self) -> BlockState:
         """On the CPU, nothing pending."""
+        self._tally()
         self.merge_pending()
         for name, value in vars(self).items():
             if isinstance(value, Tensor):

@@ -117,7 +117,7 @@ class Tamper:
         for block in self.recorder.blocks:
             if not block.calls or not block.adapter.mixes or block.adapter.num_experts < 2:
                 continue
-            order = block.state.weight_E.argsort(descending=True).tolist()
+            order = block.state.finish().weight_E.argsort(descending=True).tolist()
             trials = {"permuted": permute(seed), "swapped": swap(*order[:2]), "dropped": drop(order[0])}
             found[block.name] = {
                 name: self.loss_with(batches, {block.name: change}) - clean for name, change in trials.items()

@@ -17,6 +17,7 @@ from torch import nn
 
 from moe_lib.inspect.adapters import Adapter
 from moe_lib.inspect.alarms import early_warning
+from moe_lib.inspect.block import Block
 from moe_lib.inspect.find import REMEDY, confirm, recorder_of
 from moe_lib.inspect.panel import Panel
 from moe_lib.inspect.recorder import Recorder
@@ -37,7 +38,7 @@ class Watch:
         self.history: list[dict[str, float]] = []  # "step", and the numbers of each look
         self.steps = 0
         self.recorder: Recorder | None = None
-        self.known: set[str] | None = None
+        self.found: Recorder | None = None  # with the blocks that were confirmed, never attached
         self.last: Panel | None = None
         self.handles: list[Any] = []
         self.stance: Any = None
@@ -60,14 +61,14 @@ class Watch:
         self.steps += 1
         if (self.steps - 1) % self.every:
             return
-        recorder = self.recorder = recorder_of(module, self.adapters)
-        if self.known is None:
+        if self.found is None:
+            self.found = recorder_of(module, self.adapters)
             with torch.no_grad():
-                confirm(recorder, lambda: module(*args, **kwargs))
-            self.known = {block.name for block in recorder.blocks}
-            if not self.known:
-                raise ValueError(f"no mixture-of-experts block was recognised {recorder.unread}: {REMEDY}")
-        recorder.blocks = [block for block in recorder.blocks if block.name in self.known]
+                confirm(self.found, lambda: module(*args, **kwargs))
+            if not self.found.blocks:
+                raise ValueError(f"no mixture-of-experts block was recognised {self.found.unread}: {REMEDY}")
+        fresh = [Block(block.name, block.adapter, block.parent) for block in self.found.blocks]
+        recorder = self.recorder = Recorder(module, fresh, self.found.unread)
         recorder.attach()
         recorder._batch_starts(module, args, kwargs)
         self.handles.append(module.register_forward_hook(self._after, always_call=True))

@@ -19,6 +19,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from moe_lib.checks import check_count, check_number
+
 
 class Degree(NamedTuple):
     value: float  # in [0, 1]; NaN where the measure says nothing
@@ -48,12 +50,13 @@ def routing_collapse(marginal_entropy: float, num_experts: int) -> float:
     0: all experts are used alike; 1: a single one is. With k of E used alike it is (E - k) / (E - 1).
     NaN for one expert.
     """
-    if num_experts < 2:
+    if check_count(num_experts, "num_experts") < 2:
         return math.nan
+    check_number(marginal_entropy, "marginal_entropy")
     tolerance = 1e-5 * max(1, math.log(num_experts))  # result files keep six digits
     if not -tolerance <= marginal_entropy <= math.log(num_experts) + tolerance:
         raise ValueError(
-            f"H(E) of {num_experts} experts lies in [0, {math.log(num_experts):.4g}] nats, "
+            f"marginal_entropy: H(E) of {num_experts} experts lies in [0, {math.log(num_experts):.4g}] nats, "
             f"got {marginal_entropy}"
         )
     return _unit(1 - (math.exp(marginal_entropy) - 1) / (num_experts - 1))
@@ -66,7 +69,7 @@ def representational_collapse(output_similarity: float) -> float:
     equal experts may have orthogonal weights.
     """
     if not math.isnan(output_similarity) and abs(output_similarity) > 1 + 1e-6:
-        raise ValueError(f"a cosine lies in [-1, 1], got {output_similarity}")
+        raise ValueError(f"output_similarity is a cosine and lies in [-1, 1], got {output_similarity}")
     return _unit(output_similarity)
 
 
@@ -79,6 +82,8 @@ def functional_collapse(cost: float, accuracy: float, num_classes: int, share: f
         share: of samples that the intervention gives to another expert, were all used alike:
             1 - 1 / E (permuted), 2 / E (swapped, merged), 1 (dropped, summed over experts).
     """
+    check_count(num_classes, "num_classes")
+    check_number(share, "share", least=0, above=True)
     advantage = accuracy - 1 / num_classes
     if not advantage > 0:
         return math.nan

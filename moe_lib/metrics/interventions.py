@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_lib.checks import check_floating, check_labels
 from moe_lib.models.classifier import Mixture, mix
 
 
@@ -35,8 +36,21 @@ def expert_ablations(
     """Ablate a trained mixture on a data set, from its routing weights and expert logits alone.
 
     With one expert nothing is left to drop or swap: the lists hold NaN and the means are NaN.
+
+    Raises:
+        ValueError: an argument has another shape, type or range, or there is no sample.
     """
+    check_floating(weights_NE, "weights", "N, E")
+    check_floating(expert_logits_NEC, "expert_logits", "N, E, C")
     num_experts, num_classes = expert_logits_NEC.shape[1:]
+    if not expert_logits_NEC.numel() or weights_NE.shape != expert_logits_NEC.shape[:2]:
+        raise ValueError(
+            "expert_logits must hold the classes of every weight, for one sample or more, "
+            f"got {list(expert_logits_NEC.shape)} for weights {list(weights_NE.shape)}"
+        )
+    if (weights_NE < 0).any():
+        raise ValueError(f"weights must not be negative, got {weights_NE.min():g}")
+    labels_N = check_labels(labels_N, len(weights_NE), num_classes, like=weights_NE)
 
     def score(weights_NE: Tensor, logits_NEC: Tensor = expert_logits_NEC) -> tuple[Tensor, float]:
         log_probs_NC = mix(weights_NE, logits_NEC, mixture)

@@ -6,12 +6,13 @@ Shapes: N samples, D code width, E experts, C classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_lib.checks import check_count, check_floating, check_labels, check_option
 from moe_lib.moe import HashRouter, MLPRouter, MoE, Routing, UniformRouter
 
 Mixture = Literal["logits", "likelihood", "jacobs"]
@@ -58,6 +59,7 @@ def build_extractor(config: ClassifierConfig, image_shape: tuple[int, int, int])
     layers: dict[str, nn.Module] = {}
     dim = channels * height * width
     if config.extractor == "mlp":
+        check_count(config.extractor_hidden, "extractor_hidden")
         layers["hidden"] = nn.Sequential(
             nn.Flatten(), nn.Linear(dim, config.extractor_hidden), nn.ReLU(inplace=True)
         )
@@ -71,12 +73,20 @@ def build_extractor(config: ClassifierConfig, image_shape: tuple[int, int, int])
             raise ValueError(f"extractor 'cnn' needs images of 14 x 14 or more, got {height} x {width}")
         height, width = ((((side + 2 - 8) // 2 + 1) + 2 - 6) // 2 + 1 for side in (height, width))
         dim = 128 * height * width
-    elif config.extractor != "none":
-        raise ValueError(f"unknown extractor {config.extractor!r}; use 'mlp', 'cnn' or 'none'")
+    else:
+        check_option(config.extractor, "extractor", ("mlp", "cnn", "none"))
     if config.extractor != "none" and config.code_dim is not None:
+        check_count(config.code_dim, "code_dim")
         layers["code"] = nn.Sequential(nn.Flatten(), nn.Linear(dim, config.code_dim))
         dim = config.code_dim
     return Extractor(layers), dim
+
+
+def check_images(images_NCHW: Tensor, image_shape: tuple[int, int, int]) -> None:
+    """Raises ValueError for images of another shape or type than the model was built for."""
+    check_floating(images_NCHW, "images", "N, C, H, W", finite=False)
+    if images_NCHW.shape[1:] != torch.Size(image_shape):
+        raise ValueError(f"images must have shape [N, {image_shape}], got {list(images_NCHW.shape)}")
 
 
 class Classifier(nn.Module):
@@ -91,28 +101,26 @@ class Classifier(nn.Module):
 
     def __init__(self, config: ClassifierConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
-        if config.mixture not in ("logits", "likelihood", "jacobs"):
-            raise ValueError(f"unknown mixture {config.mixture!r}; use 'logits', 'likelihood' or 'jacobs'")
-        if num_classes < 2:
-            raise ValueError(f"a classifier needs at least two classes, got {num_classes}")
-        self.mixture, self.hashed = config.mixture, config.gate == "hash"
+        check_option(config.mixture, "mixture", get_args(Mixture))
+        check_option(config.gate, "gate", ("mlp", "uniform", "hash"))
+        check_count(num_classes, "num_classes", 2)
+        self.mixture, self.hashed, self.image_shape = config.mixture, config.gate == "hash", image_shape
         self.extractor, self.code_dim = build_extractor(config, image_shape)
         if config.gate == "uniform":
             router: nn.Module = UniformRouter(config.num_experts)
         elif config.gate == "mlp":
             router = MLPRouter(self.code_dim, config.num_experts, config.gate_hidden)
-        elif config.gate == "hash":
+        else:
             if config.top_k is None:
                 raise ValueError("gate 'hash' needs top_k, the number of experts per image, got None")
             router = HashRouter(config.num_experts, HASH_KEYS, config.top_k)
-        else:
-            raise ValueError(f"unknown gate {config.gate!r}; use 'mlp', 'uniform' or 'hash'")
         self.moe = MoE(
             self.code_dim, config.num_experts, config.expert_hidden, num_classes, config.top_k, router
         )
 
     def forward(self, images_NCHW: Tensor) -> ClassifierOutput:
         """Images in [0, 1]."""
+        check_images(images_NCHW, self.image_shape)
         code_ND, activations = self.extractor(images_NCHW)
         return self.classify(code_ND, activations, self.keys(images_NCHW))
 
@@ -137,6 +145,7 @@ class Classifier(nn.Module):
 
 def mix(weights_NE: Tensor, expert_logits_NEC: Tensor, mixture: Mixture) -> Tensor:
     """Log-probabilities [N, C] of the mixture."""
+    check_option(mixture, "mixture", get_args(Mixture))
     if mixture == "logits":
         return torch.einsum("ne,nec->nc", weights_NE, expert_logits_NEC).log_softmax(1)
     tiny = torch.finfo(weights_NE.dtype).tiny
@@ -145,6 +154,7 @@ def mix(weights_NE: Tensor, expert_logits_NEC: Tensor, mixture: Mixture) -> Tens
 
 def jacobs_loss(output: ClassifierOutput, labels_N: Tensor) -> Tensor:
     """The competitive loss of the "jacobs" mixture; see `Classifier`."""
+    labels_N = check_labels(labels_N, *output.log_probs_NC.shape)
     target_N1C = F.one_hot(labels_N, output.log_probs_NC.shape[1])[:, None]
     distance_NE = (target_N1C - output.expert_logits_NEC.softmax(2)).square().sum(2)
     tiny = torch.finfo(distance_NE.dtype).tiny

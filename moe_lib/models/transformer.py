@@ -7,7 +7,7 @@ I, O width before and after a linear layer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -25,7 +25,7 @@ from moe_lib.moe import (
     Routing,
     load_balancing_loss,
 )
-from moe_lib.products import differentiable_gradient, product, traced
+from moe_lib.products import differentiable_gradient, on_host, product, traced
 
 Router = Literal["linear", "cosine", "ac", "hash", "hash-token"]  # by position, by token id
 
@@ -67,6 +67,11 @@ class TransformerConfig:
             )
 
 
+def precision(bf16: bool, x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 on the device of `x`, or whatever is in force already."""
+    return torch.autocast(x.device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
 class Projection(nn.Linear):
     """A linear layer that keeps the variance: weights from N(0, 1 / fan-in), zero bias."""
 
@@ -75,7 +80,7 @@ class Projection(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        plain = x.dtype == torch.float32 and on_host(x) and not torch.is_autocast_enabled("cpu")
         if not plain or traced():
             return super().forward(x)
         return _Linear.apply(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
@@ -135,7 +140,7 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         batch, length, dim = x_BTD.shape
         query, key, value = (
-            part_BTD.view(batch, length, self.num_heads, -1).transpose(1, 2)
+            part_BTD.view(batch, length, self.num_heads, dim // self.num_heads).transpose(1, 2)
             for part_BTD in self.qkv(x_BTD).split(dim, 2)
         )
         out = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
@@ -176,7 +181,7 @@ class Block(nn.Module):
         routing = None
         if isinstance(self.feed_forward, MoE):
             keys_N = None
-            if isinstance(self.feed_forward.router, HashRouter):
+            if getattr(self.feed_forward.router, "needs_keys", False):
                 batch, length = x_BTD.shape[:2]
                 positions_N = torch.arange(length, device=x_BTD.device).repeat(batch)
                 keys_N = positions_N if ids_BT is None else ids_BT.flatten()

@@ -10,13 +10,17 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from moe_lib.checks import check_count
+from moe_lib.models.classifier import check_images
 from moe_lib.models.transformer import (
     Block,
     Embedding,
     Projection,
     TransformerConfig,
+    precision,
 )
 from moe_lib.moe import Routing
+from moe_lib.products import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class ConvStem(nn.Sequential):
 class VisionTransformer(nn.Module):
     """Patches -> blocks -> mean token -> classes. Each MoE block hands its decision to the next."""
 
+    bf16 = False  # set on a model: products in bfloat16; weights, gates and log-probabilities in float32
+
     def __init__(self, config: VisionConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         channels, height, width = image_shape
@@ -83,8 +89,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"patch must divide the image, got patch {config.patch}, image {height} x {width}"
             )
-        if num_classes < 2:
-            raise ValueError(f"a classifier needs at least two classes, got {num_classes}")
+        check_count(num_classes, "num_classes", 2)
+        self.image_shape = image_shape
         trunk, dim = config.trunk, config.trunk.dim
         num_tokens = (height // config.patch) * (width // config.patch)
         stem = PatchStem if config.stem == "patch" else ConvStem
@@ -99,14 +105,16 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> VisionOutput:
         """Images in [0, 1]."""
-        x_NTD = self.embed(images_NCHW * 2 - 1) + self.position.weight
-        previous, routings, activations = None, [], {}
-        for index, block in enumerate(self.blocks):
-            if index == self.first_moe_block:
-                activations["stem"] = x_NTD.mean(1)
-            x_NTD, routing = block(x_NTD, previous)
-            if routing is not None:
-                previous = routing
-                routings.append(routing)
-        log_probs_NC = self.head(self.norm(x_NTD.mean(1))).log_softmax(1)
-        return VisionOutput(log_probs_NC, routings, activations)
+        check_images(images_NCHW, self.image_shape)
+        with precision(self.bf16, images_NCHW):
+            x_NTD = self.embed(images_NCHW * 2 - 1) + self.position.weight
+            previous, routings, activations = None, [], {}
+            for index, block in enumerate(self.blocks):
+                if index == self.first_moe_block:
+                    activations["stem"] = x_NTD.mean(1)
+                x_NTD, routing = block(x_NTD, previous)
+                if routing is not None:
+                    previous = routing
+                    routings.append(routing)
+            logits_NC = at_least_float32(self.head(self.norm(x_NTD.mean(1))))
+            return VisionOutput(logits_NC.log_softmax(1), routings, activations)

@@ -2,14 +2,17 @@
 
     soft     all experts side by side are one network of width E * H whose hidden activations the gates
              weigh: outputs of single experts are never formed
-    top-k    expert by expert, each on the rows that chose it; gradients go straight into the stacked weights
+    top-k    on a CPU: expert by expert, each on the rows that chose it; gradients go straight into the
+             stacked weights
+    blocks   top-k on a GPU: rows sorted by expert, in blocks of one expert each, and one batched product of
+             as many blocks as any decision could need
     grouped  top-k on a GPU that has one product for all experts
 
 Second derivatives come from the same operations, recorded by torch.
 
 Shapes: N rows, D width, H expert hidden width, O output width, E experts, K chosen; F = E * H;
-M = N * K choices; R rows of a block or a group of experts; S rows of one expert; I, J widths in and out of a
-layer.
+M = N * K choices; R rows of a block or a group of experts; P blocks; S rows of one expert; I, J widths in and
+out of a layer.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from moe_lib.products import (
     add_product,
     at_least_float32,
     differentiable_gradient,
+    on_host,
     product,
     relu_product,
     traced,
@@ -57,7 +61,7 @@ def mixture(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
         if _has_grouped_products(experts):
             return _by_grouped_products(x_ND, routing, experts)
         if not traced():
-            return _by_expert(x_ND, routing, experts)
+            return (_by_expert if on_host(x_ND) else _by_blocks)(x_ND, routing, experts)
     return _soft(x_ND, routing.dense_weights().to(x_ND.dtype), experts)
 
 
@@ -85,8 +89,7 @@ def _by_expert(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
     num_experts, hidden_dim, out_dim = experts.w2_EHO.shape
     expert_M = routing.indices_NK.flatten()  # row by row
     counts = torch.bincount(expert_M, minlength=num_experts).tolist()
-    on_cpu = x_ND.device.type == "cpu"
-    spares = [_spare(count, hidden_dim * max(x_ND.shape[1], out_dim)) if on_cpu else 0 for count in counts]
+    spares = [_spare(count, hidden_dim * max(x_ND.shape[1], out_dim)) for count in counts]
     by_expert = expert_M.argsort(stable=True).split(counts)
     # Spare places are filled with a choice that does not exist, M, of weight 0.
     choice_M = torch.cat(
@@ -204,7 +207,51 @@ def _each(function: Callable[..., Tensor], parts: Sequence[Tensor], *weights: Te
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-# ------------------------------------------------------------------------------- grouped products
+# ----------------------------------------------------------------- on a GPU: no size hangs on a decision
+
+
+def _by_blocks(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
+    """Sizes are those that any decision would need, so that nothing waits for the device."""
+    num_experts, choices = len(experts.b1_EH), _sorted_choices(routing, len(experts.b1_EH))
+    # A quarter of an expert's fair share: at most a quarter more rows than choices, at equal loads.
+    num_rows = max(16, 1 << max(0, (len(choices.expert_M) // (4 * num_experts)).bit_length() - 1))
+    num_blocks = len(choices.expert_M) // num_rows + num_experts
+    starts_E = F.pad(choices.ends_E[:-1], (1, 0))
+    blocks_E = (choices.ends_E - starts_E + num_rows - 1) // num_rows
+    last_E = blocks_E.cumsum(0)  # the block after an expert's last one
+    expert_P = torch.searchsorted(last_E, torch.arange(num_blocks, device=x_ND.device), right=True)
+    expert_P = expert_P.clamp(max=num_experts - 1)  # of blocks that stay empty
+    shift_E = (last_E - blocks_E) * num_rows - starts_E
+    place_M = torch.arange(len(choices.expert_M), device=x_ND.device) + shift_E[choices.expert_M]
+    filled = x_ND.new_zeros(num_blocks * num_rows, x_ND.shape[1])
+    filled = filled.index_copy(0, place_M, x_ND.index_select(0, choices.row_M))
+    w1_PDH, b1_PH, w2_PHO, b2_PO = (weight.index_select(0, expert_P) for weight in experts)
+    hidden_PRH = torch.baddbmm(b1_PH[:, None], filled.unflatten(0, (num_blocks, num_rows)), w1_PDH).relu()
+    out_PRO = torch.baddbmm(b2_PO[:, None], hidden_PRH, w2_PHO)
+    return _combined(out_PRO.flatten(0, 1).index_select(0, place_M), routing, choices).to(x_ND.dtype)
+
+
+class _Choices(NamedTuple):
+    """All choices, expert by expert."""
+
+    expert_M: Tensor
+    order_M: Tensor  # place among the choices row by row
+    row_M: Tensor
+    ends_E: Tensor  # one behind each expert's last
+
+
+def _sorted_choices(routing: Routing, num_experts: int) -> _Choices:
+    expert_M, order_M = routing.indices_NK.flatten().sort(stable=True)
+    numbers_E = torch.arange(num_experts, device=expert_M.device)
+    ends_E = torch.searchsorted(expert_M, numbers_E, right=True)
+    return _Choices(expert_M, order_M, order_M // routing.indices_NK.shape[1], ends_E)
+
+
+def _combined(out_MO: Tensor, routing: Routing, choices: _Choices) -> Tensor:
+    """Each row's outputs, weighted: [N, O], summed in the weights' type."""
+    gate_M1 = routing.weights_NK.flatten().index_select(0, choices.order_M)[:, None]
+    sum_NO = gate_M1.new_zeros(len(routing.indices_NK), out_MO.shape[1])
+    return sum_NO.index_add(0, choices.row_M, gate_M1 * out_MO)
 
 
 def _has_grouped_products(experts: Stacked) -> bool:
@@ -217,15 +264,10 @@ def _has_grouped_products(experts: Stacked) -> bool:
 
 def _by_grouped_products(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
     """One product for all experts; sizes stay on the device, so nothing waits for it."""
-    num_experts, top_k = len(experts.b1_EH), routing.indices_NK.shape[1]
-    expert_M, order_M = routing.indices_NK.flatten().sort(stable=True)
-    ends_E = torch.searchsorted(expert_M, torch.arange(num_experts, device=x_ND.device), right=True)
-    ends_E = ends_E.to(torch.int32)
-    row_M = order_M // top_k
-    hidden_MH = F.grouped_mm(x_ND.index_select(0, row_M), experts.w1_EDH, offs=ends_E)
-    hidden_MH = (hidden_MH + experts.b1_EH.index_select(0, expert_M)).relu()
+    choices = _sorted_choices(routing, len(experts.b1_EH))
+    ends_E = choices.ends_E.to(torch.int32)
+    hidden_MH = F.grouped_mm(x_ND.index_select(0, choices.row_M), experts.w1_EDH, offs=ends_E)
+    hidden_MH = (hidden_MH + experts.b1_EH.index_select(0, choices.expert_M)).relu()
     out_MO = F.grouped_mm(hidden_MH, experts.w2_EHO, offs=ends_E)
-    out_MO = out_MO + experts.b2_EO.index_select(0, expert_M)
-    gate_M1 = routing.weights_NK.flatten().index_select(0, order_M)[:, None]
-    out_NO = gate_M1.new_zeros(len(x_ND), out_MO.shape[1])
-    return out_NO.index_add(0, row_M, gate_M1 * out_MO).to(x_ND.dtype)
+    out_MO = out_MO + experts.b2_EO.index_select(0, choices.expert_M)
+    return _combined(out_MO, routing, choices).to(x_ND.dtype)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from moe_lib import parallel
 from moe_lib.checks import check_count, check_floating, check_labels
-from moe_lib.products import at_least_float32
+from moe_lib.products import at_least_float32, on_host
 
 
 class Routing(NamedTuple):
@@ -55,10 +55,6 @@ class Routing(NamedTuple):
         """[N, E]: the weights, zero for experts that were not chosen."""
         return torch.zeros_like(self.probs_NE).scatter(1, self.indices_NK, self.weights_NK)
 
-    def losses(self) -> dict[str, Tensor]:
-        """The unweighted losses on this decision, by name."""
-        return {"balance": load_balancing_loss(self), "router_z": router_z_loss(self)}
-
 
 def route(logits_NE: Tensor, top_k: int | None = None, renormalize: bool | None = None) -> Routing:
     """Softmax over the experts, in float32 or better; `top_k=None` keeps them all.
@@ -76,7 +72,7 @@ def route(logits_NE: Tensor, top_k: int | None = None, renormalize: bool | None 
 @torch.no_grad()
 def _largest(probs_NE: Tensor, k: int) -> Tensor:
     """[N, k] indices, the largest first: on a CPU one or two maxima take a third of topk's time."""
-    if k > 2 or probs_NE.device.type != "cpu":
+    if k > 2 or not on_host(probs_NE):
         return probs_NE.topk(k, dim=1).indices
     first_N1 = probs_NE.max(1, keepdim=True).indices
     if k == 1:
@@ -209,6 +205,7 @@ class HashRouter(nn.Module):
     """
 
     experts_RK: Tensor  # R = num_keys
+    needs_keys = True  # a model that holds this router must tell it each token's key
 
     def __init__(self, num_experts: int, num_keys: int, top_k: int = 1) -> None:
         super().__init__()

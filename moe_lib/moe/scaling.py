@@ -31,6 +31,7 @@ from moe_lib.products import (
     at_least_float32,
     blocks_of_rows,
     differentiable_gradient,
+    on_host,
     product,
     traced,
 )
@@ -108,7 +109,7 @@ def cluster_dispersion(
     tokens_ND: Tensor, assignment_N: Tensor, num_experts: int, dispersion: Dispersion
 ) -> tuple[Tensor, Tensor]:
     """[E, D] dispersion of each cluster, 0 if empty, and [E] whether it has the 2 tokens that this takes."""
-    if tokens_ND.device.type == "cpu" and not traced() and not parallel.active():
+    if on_host(tokens_ND) and not traced() and not parallel.active():
         count_E = torch.bincount(assignment_N, minlength=num_experts)
         order_N, starts_E = assignment_N.argsort(stable=True), count_E.cumsum(0) - count_E
 

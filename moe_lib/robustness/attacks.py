@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lib.checks import check_floating, check_labels, check_number
+from moe_lib.checks import check_count, check_floating, check_labels, check_number
 
 Predict = Callable[[Tensor], Tensor]  # images [N, C, H, W] -> log-probabilities or logits [N, K]
 STEP = 0.15  # of eps, as in the experiments with the AC router
@@ -64,11 +64,8 @@ def pgd(
             For the other arguments, the result and the errors see `fgsm`.
     """
     labels_N = _check(images_NCHW, labels_N, eps)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if step_size is not None and not 0 < step_size < math.inf:
-        raise ValueError(f"step_size must be positive and finite, got {step_size}")
-    size = STEP * eps if step_size is None else step_size
+    check_count(steps, "steps")
+    size = STEP * eps if step_size is None else check_number(step_size, "step_size", least=0, above=True)
     attacked_NCHW = images_NCHW
     if random_start:
         # Drawn in float64, so that models of either precision are attacked from the same start.
@@ -110,10 +107,9 @@ def spsa(
             For the other arguments, the result and the errors see `fgsm`.
     """
     labels_N = _check(images_NCHW, labels_N, eps)
-    if steps < 1 or samples < 1 or not 0 < delta < math.inf:
-        raise ValueError(
-            f"steps, samples and delta must be positive, got steps={steps}, samples={samples}, delta={delta}"
-        )
+    check_count(steps, "steps")
+    check_count(samples, "samples")
+    check_number(delta, "delta", least=0, above=True)
     attacked_NCHW, slope_NCHW = images_NCHW, torch.zeros_like(images_NCHW)
     for _ in range(steps):
         for _ in range(samples):
@@ -148,9 +144,7 @@ def _log_odds(scores_NK: Tensor, labels_N: Tensor) -> Tensor:
         raise ValueError(
             f"predict must return scores [{len(labels_N)}, at least 2 classes], got {tuple(scores_NK.shape)}"
         )
-    low, high = labels_N.aminmax()
-    if not (low >= 0 and high < scores_NK.shape[1]):
-        raise ValueError(f"labels must lie in 0..{scores_NK.shape[1] - 1}, got {low} to {high}")
+    check_labels(labels_N, *scores_NK.shape)
     label_N1 = labels_N[:, None]
     return scores_NK.scatter(1, label_N1, -math.inf).logsumexp(1) - scores_NK.gather(1, label_N1)[:, 0]
 

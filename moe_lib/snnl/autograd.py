@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lib.products import differentiable_gradient, product, traced
+from moe_lib.products import differentiable_gradient, on_host, product, traced
 from moe_lib.snnl.dense import (
     RANGES,
     Distance,
@@ -22,7 +22,6 @@ from moe_lib.snnl.dense import (
     Parts,
     Reduction,
     Route,
-    centred,
     dense,
     direct,
     plain,
@@ -109,7 +108,7 @@ class _SNNL(torch.autograd.Function):
             slope_L, gradients = parts.slope_L, parts.gradients
             scale_L = largest.expand(number)
         # On the CPU it costs nothing to look: a layer that "min" leaves out needs no product.
-        scales = scale_L.tolist() if scale_L.device.type == "cpu" else list(scale_L)
+        scales = scale_L.tolist() if on_host(scale_L) else list(scale_L)
         with _without_autocast(scale_L.device.type):
             out = [
                 _times(gradient, scale).to(x_ND.dtype) if wanted else None
@@ -145,22 +144,25 @@ def _compute(
 ) -> Parts:
     """`weight_LN`: the anchors' weights in the total; None: the reduction's."""
     if isinstance(temperature, Tensor):  # a GPU's stays there: nothing waits for it under "dense"
-        on_gpu = temperature.device.type != "cpu"
+        on_gpu = not on_host(temperature)
         temperature = temperature.detach().to(layers[0].dtype) if on_gpu else temperature.item()
     dtype = layers[0].dtype
     with _without_autocast(labels_N.device.type):
         # The derivative by the temperature is a small difference of large sums: it needs the digits.
-        spread = _spread(options, layers, temperature)
+        middle = _middle(options, layers)
+        spread = _spread(options, middle, temperature)
         if dtype != torch.float64 and (options.learned or not spread <= RANGES[dtype].precise):
             layers = [x_ND.double() for x_ND in layers]
             weight_LN = None if weight_LN is None else weight_LN.double()
-            spread = _spread(options, layers, temperature)
+            middle = _middle(options, layers)
+            spread = _spread(options, middle, temperature)
         if not spread <= RANGES[layers[0].dtype].precise:
             kernel = direct
         elif options.route == "dense":
-            return _in_type(dtype, dense(options, layers, labels_N, temperature, weight_LN))
+            return _in_type(dtype, dense(options, middle, labels_N, temperature, weight_LN))
         else:
             kernel = by_tiles
+        del middle
         weights = [None] * len(layers) if weight_LN is None else list(weight_LN)
         parts = [
             kernel(options, x_ND, labels_N, float(temperature), weight_N)
@@ -175,24 +177,29 @@ def _compute(
     return _in_type(dtype, joined)
 
 
-def _spread(options: Options, layers: Sequence[Tensor], temperature: float | Tensor) -> float:
+def _middle(options: Options, layers: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Under "sqeuclidean" features minus their mean: no squared distance changes, and less cancels."""
+    return layers if options.distance == "cosine" else [x_ND - x_ND.mean(0) for x_ND in layers]
+
+
+def _spread(options: Options, middle: Sequence[Tensor], temperature: float | Tensor) -> float:
     """A bound on scores in units of log 2: their rounding error is this times the type's.
 
     0 where a GPU would have to be waited for.
     """
-    if isinstance(temperature, Tensor) or (options.route == "dense" and layers[0].device.type != "cpu"):
+    if isinstance(temperature, Tensor) or (options.route == "dense" and not on_host(middle[0])):
         return 0.0
     base2 = math.log2(math.e) / temperature
     if options.distance == "cosine":
         return base2
-    largest = [torch.linalg.vector_norm(centred(x_ND), dim=1).max().item() for x_ND in layers]
+    largest = [torch.linalg.vector_norm(x_ND, dim=1).max().item() for x_ND in middle]
     return 4 * max(largest) ** 2 * base2
 
 
 def _in_type(dtype: torch.dtype, parts: Parts) -> Parts:
     """The loss in the features' type; gradients stay in the type that they were formed in."""
     loss = parts.loss.to(dtype)
-    if loss.dtype != parts.loss.dtype and loss.device.type == "cpu" and not loss.isfinite().all():
+    if loss.dtype != parts.loss.dtype and on_host(loss) and not loss.isfinite().all():
         raise ValueError(
             f"features are too large for the temperature: the loss leaves the range of {dtype}; "
             "scale the features down, raise the temperature or use distance='cosine'"

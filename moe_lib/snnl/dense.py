@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lib.products import product
+from moe_lib.products import on_host, product
 
 Distance = Literal["cosine", "sqeuclidean"]
 Reduction = Literal["mean", "mean_all", "sum", "none"]
@@ -133,7 +133,10 @@ def dense(
     temperature: float | Tensor,
     weight_LN: Tensor | None,
 ) -> Parts:
-    """All layers at once, from one Gram matrix each; the gradient is one matrix times the features."""
+    """All layers at once, from one Gram matrix each; the gradient is one matrix times the features.
+
+    Under "sqeuclidean" features are best given minus their mean, so that less cancels.
+    """
     same_NN = layers[0].new_empty(len(labels_N), len(labels_N))
     torch.eq(labels_N[:, None], labels_N, out=same_NN).fill_diagonal_(0)
     has_positive_N = same_NN.sum(1).clamp_(max=1)
@@ -184,9 +187,7 @@ def _grams(
     [L, N, 1] by which rows were multiplied (None: 1), the largest squared norm (None: unknown, since
     a GPU must not wait for it).
     """
-    on_cpu = layers[0].device.type == "cpu"
-    if not cosine:
-        layers = [centred(x_ND) for x_ND in layers]
+    on_cpu = on_host(layers[0])
     power_LN1 = None
     if cosine and not on_cpu:
         layers, power_LN1 = _rescaled(layers)
@@ -206,11 +207,6 @@ def _gram_matrices(layers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     grams = [product(x_ND, x_ND.T) for x_ND in layers]
     gram_LNN = torch.stack(grams) if len(grams) > 1 else grams[0][None]
     return gram_LNN, gram_LNN.diagonal(dim1=1, dim2=2).clone()
-
-
-def centred(x_ND: Tensor) -> Tensor:
-    """No squared distance changes, and less cancels."""
-    return x_ND - x_ND.mean(0)
 
 
 def check_finite(layers: Sequence[Tensor], largest_square: float) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lib.products import add_product, product
+from moe_lib.products import add_product, on_host, product
 from moe_lib.snnl.dense import (
     RANGES,
     Distance,
@@ -147,7 +147,7 @@ def _tiles(class_ends_N: Tensor) -> list[_Tile]:
     Column edges are multiples of the width (itself one of the height), so that few shapes occur: oneDNN keeps
     half a megabyte of code for each.
     """
-    on_gpu, count = class_ends_N.device.type != "cpu", len(class_ends_N)
+    on_gpu, count = not on_host(class_ends_N), len(class_ends_N)
     height, width = TILE_GPU if on_gpu else TILE
     tops = range(0, count, height)
     bottoms = [min(top + height, count) for top in tops]
@@ -164,7 +164,7 @@ def _sorted_scores(
     distance: Distance, x_ND: Tensor, order_N: Tensor, temperature: float
 ) -> tuple[_Scores, Tensor | None]:
     """Scores, and under "cosine" what each row was multiplied by to have length 1 (1 for a row of zeros)."""
-    base2, limit, on_cpu = math.log2(math.e) / temperature, RANGES[x_ND.dtype], x_ND.device.type == "cpu"
+    base2, limit, on_cpu = math.log2(math.e) / temperature, RANGES[x_ND.dtype], on_host(x_ND)
     v_ND = x_ND[order_N]
     if distance == "sqeuclidean":  # v = sqrt(2 base2) x, h = |v|^2 / 2
         v_ND.sub_(x_ND.mean(0)).mul_(math.sqrt(2 * base2))  # no distance changes, and less cancels

@@ -9,10 +9,20 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Polygon
 from scipy.optimize import linear_sum_assignment
 
 from moe_study.data import Dataset
-from moe_study.report.plots import ARM_STYLE, new_figure
+from moe_study.report.plots import (
+    DATASET_TITLES,
+    PALETTE,
+    arm_style,
+    arms_of,
+    captioned,
+    median_run,
+    new_figure,
+    seeds_in_words,
+)
 from moe_study.report.tables import Result
 
 DOMAIN_NAMES = {
@@ -36,56 +46,60 @@ def domain_images(dataset: Dataset) -> Figure:
             if domain == 0:
                 axis.set_title(f"label {label}", fontsize=9)
         axes[domain, 0].set_ylabel(name, fontsize=9)
-    return figure
+    return captioned(
+        figure,
+        f"One label means {len(names)} things: a test image of each label (column) in each domain (row).",
+    )
 
 
 def collapse_and_accuracy(results: Sequence[Result]) -> Figure:
     """Each run as a dot: effective experts, exp H(E), against test accuracy; large: the mean of an arm. Lines
-    for the dense networks, which have no experts to lose."""
-    figure, axes = new_figure(7.5, 4.6)
+    for the networks of one expert, which have none to lose."""
+    figure, axes = new_figure(8.4, 4.3)
     axis = axes[0, 0]
-    for arm, (colour, marker) in ARM_STYLE.items():
-        own = [r for r in results if r["run"]["arm"] == arm]
-        if not own:
-            continue
+    lines = iter(("--", ":", "-."))
+    for arm, own in arms_of(results).items():
+        colour, marker = arm_style(arm)
         accuracy_S = np.array([100 * r["task"]["accuracy"] for r in own])
         if own[0]["run"]["model"]["num_experts"] == 1:
-            style = "--" if arm == "dense" else ":"
-            axis.axhline(accuracy_S.mean(), color=colour, lw=1.2, ls=style, label=arm)
+            axis.axhline(accuracy_S.mean(), color=colour, lw=1.2, ls=next(lines, "-"), label=arm)
             continue
         effective_S = np.array([r["routing"]["load"]["effective_experts"] for r in own])
         axis.plot(effective_S, accuracy_S, marker, color=colour, alpha=0.3, ms=4, mew=0)
-        axis.plot(
-            effective_S.mean(),
-            accuracy_S.mean(),
-            marker,
-            color=colour,
-            ms=10,
-            mec="white",
-            mew=1.2,
-            label=arm,
-        )
+        centre = effective_S.mean(), accuracy_S.mean()
+        axis.plot(*centre, marker, color=colour, ms=10, mec="white", mew=1.2, label=arm)
     axis.set(xlabel="effective experts, exp H(E)", ylabel="test accuracy (%)")
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside right center", fontsize=9)
-    return figure
+    figure.legend(loc="outside right center", fontsize=9, frameon=False)
+    return captioned(
+        figure,
+        "Does collapse cost accuracy? To the right more experts are at work, upwards the model is more "
+        "accurate. Small "
+        "marks are runs, large ones the means of arms; lines are the dense networks, which have no "
+        "experts to lose; "
+        f"{seeds_in_words(results)}.",
+    )
 
 
-def domain_routing(results: Sequence[Result], arms: Sequence[str]) -> Figure:
+def domain_routing(results: Sequence[Result], arms: Sequence[str] | None = None) -> Figure:
     """Mean gate of each domain (row) over experts (columns), at each arm's seed of median accuracy; experts
-    are ordered so that they match those of the first arm (Hungarian method)."""
-    chosen = {}
-    for arm in arms:
-        own = sorted((r for r in results if r["run"]["arm"] == arm), key=lambda r: r["task"]["accuracy"])
-        if own:
-            chosen[arm] = own[len(own) // 2]
-    figure, axes = new_figure(2.9 * max(len(chosen), 1), 2.5, 1, max(len(chosen), 1))
+    are ordered so that they match those of the first arm (Hungarian method). Of all arms that learn a gate,
+    or of those named."""
+    chosen = {
+        arm: median_run(own, "task.accuracy")
+        for arm, own in arms_of(results, arms).items()
+        if own[0]["run"]["model"]["num_experts"] > 1
+        and (arms is not None or own[0]["run"]["model"]["gate"] != "uniform")
+    }
+    wide = min(max(len(chosen), 1), 4)
+    tall = max(-(-len(chosen) // wide), 1)
+    figure, axes = new_figure(2.3 * wide + 0.6, 2.1 * tall, tall, wide)
     first_GE = None
-    for axis, (arm, result) in zip(axes[0], chosen.items(), strict=True):
+    for axis, (arm, result) in zip(axes.flat, chosen.items(), strict=False):
         gate_GE = np.array(result["domains"]["domain_expert"])
         if first_GE is None:
             first_GE = gate_GE = gate_GE[:, gate_GE.argmax(0).argsort(kind="stable")]
-        else:
+        elif gate_GE.shape == first_GE.shape:
             gate_GE = gate_GE[:, linear_sum_assignment(first_GE.T @ gate_GE, maximize=True)[1]]
         axis.imshow(gate_GE, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for (row, column), value in np.ndenumerate(gate_GE):
@@ -94,7 +108,74 @@ def domain_routing(results: Sequence[Result], arms: Sequence[str]) -> Figure:
         names = DOMAIN_NAMES[result["run"]["dataset"]]
         axis.set(xticks=range(gate_GE.shape[1]), yticks=range(len(names)), xlabel="expert")
         axis.set_xticklabels(range(1, gate_GE.shape[1] + 1))
-        axis.set_yticklabels(names if axis is axes[0, 0] else [], fontsize=8)
+        axis.set_yticklabels(names if axis in axes[:, 0] else [], fontsize=9)
         accuracy = 100 * result["task"]["accuracy"]
-        axis.set_title(f"{arm}, seed {result['run']['seed']}\n{accuracy:.1f} %", fontsize=9)
-    return figure
+        axis.set_title(f"{arm}, seed {result['run']['seed']}\n{accuracy:.1f} %", fontsize=10)
+    for axis in axes.flat[len(chosen) :]:
+        axis.set_visible(False)
+    return captioned(
+        figure,
+        "Who serves which domain: the mean gate of each domain (row) over the experts (columns), at each "
+        "arm's seed of "
+        "median accuracy, with experts matched between pictures. Rows that differ: the gate tells domains "
+        "apart; one "
+        "dark column: routing collapse.",
+    )
+
+
+def idea(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
+    """The study in one look: features, gate and experts, without and with SNNL. Features are drawn by hand;
+    shares, effective experts and accuracy are those of each arm's seed of median effective experts."""
+    chosen = {arm: median_run(own) for arm, own in arms_of(results, arms).items()}
+    figure, axes = new_figure(4.8 * max(len(chosen), 1), 3.0, 1, max(len(chosen), 1))
+    draw = np.random.default_rng(0)
+    for axis, (arm, result) in zip(axes[0], chosen.items(), strict=True):
+        apart = result["run"]["objective"]["snnl"] is not None
+        share_E = np.array(sorted(result["routing"]["load"]["share"], reverse=True))
+        for at, angle in enumerate(np.pi * (0.5 + 2 * np.arange(3) / 3)):
+            centre = 0.55 * np.array([np.cos(angle), np.sin(angle)]) * (1.0 if apart else 0.25)
+            points_N2 = (
+                np.array([1.0, 1.6]) + centre + draw.normal(scale=0.13 if apart else 0.33, size=(40, 2))
+            )
+            axis.plot(*points_N2.T, "o", color=PALETTE[1 + at], ms=3, mew=0, alpha=0.8)
+        axis.add_patch(Polygon([(2.3, 1.1), (2.3, 2.1), (2.75, 1.6)], fc="#dddddd", ec="#555555"))
+        for e, (share, y) in enumerate(zip(share_E, np.linspace(2.75, 0.45, len(share_E)), strict=True), 1):
+            axis.plot(
+                [2.75, 4.0], [1.6, y], color="#333333", lw=0.4 + 10 * share, alpha=0.75, solid_capstyle="butt"
+            )
+            shade = 0.12 + 0.88 * share / share_E.max()
+            axis.add_patch(
+                FancyBboxPatch(
+                    (4.05, y - 0.2),
+                    0.85,
+                    0.4,
+                    boxstyle="round,pad=0.04",
+                    fc=(0, 0.45, 0.7, shade),
+                    ec="#555555",
+                )
+            )
+            ink = "white" if shade > 0.6 else "black"
+            axis.text(4.47, y, f"expert {e}", ha="center", va="center", fontsize=9, color=ink)
+            axis.text(5.05, y, f"{100 * share:.0f} %", va="center", fontsize=9)
+        for x, label in ((1.0, "features"), (2.5, "gate"), (4.47, "experts")):
+            axis.text(x, 3.15, label, ha="center", fontsize=10)
+        effective = result["routing"]["load"]["effective_experts"]
+        name = {"base": "plain MoE", "snnl": "SNNL-MoE"}.get(arm, arm)
+        axis.set_title(
+            f"{name}: {100 * result['task']['accuracy']:.1f} % accurate, {effective:.1f} effective experts",
+            fontsize=10,
+        )
+        axis.set(xlim=(-0.1, 5.5), ylim=(0.1, 3.35))
+        axis.set_axis_off()
+    one = next(iter(chosen.values()), None)
+    where = f" ({DATASET_TITLES[one['run']['dataset']]})" if one else ""
+    return captioned(
+        figure,
+        "The idea. A gate shares inputs out among experts by their features. Where classes overlap "
+        "(left), the gate tells them "
+        "apart badly and a few experts get most of the work: collapse. SNNL pulls each class together "
+        "first (right), which "
+        "should spread the work. Dots are drawn, colours are classes; shares of inputs, effective experts "
+        "and accuracy "
+        f"are measured, at each arm's seed of median effective experts{where}.",
+    )

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
+from bs4 import BeautifulSoup
 from IPython.display import HTML
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from nbformat import NotebookNode
 
 from moe_lib.models.language import LanguageConfig
 from moe_study import store, study, verdicts
 from moe_study.claims import BY_KEY, CLAIMS, CONFIRMATORY
 from moe_study.configs import arms
-from moe_study.report import tables
+from moe_study.report import collapse_plots, plots, tables
 from moe_study.report import verdicts as words
-from moe_study.report.plots import DATASET_TITLES
+from moe_study.report.plots import DATASET_TITLES, RETINA
 from moe_study.verdicts import Verdict
 
 # Columns of the README's tables of the other studies.
@@ -112,7 +117,12 @@ def collapse_table(profile: str) -> pd.DataFrame:
                 columns = ("effective experts", "dead experts", "cost of permuted routing", "cos outputs")
                 rows.append(
                     {"data set": DATASET_TITLES[dataset], "arm": arm, "seeds": str(len(group))}
-                    | {name: tables.spread(group[name], tables.COLUMNS[name][1]) for name in columns}
+                    | {
+                        tables.COLUMNS[name].title(name, level=True): tables.shown_level(
+                            group[name], tables.COLUMNS[name]
+                        )
+                        for name in columns
+                    }
                     | {"cos outputs, trained alone": tables.spread(pd.Series(null, dtype=float), 3)}
                 )
     return pd.DataFrame(rows).set_index(["data set", "arm"]) if rows else pd.DataFrame()
@@ -124,12 +134,12 @@ def accuracy_table(profile: str, study_name: str = "snnl") -> pd.DataFrame:
     for dataset, runs in whole_runs(profile, study_name).items():
         frame = tables.frame(study.results(runs), {"accuracy": tables.COLUMNS["accuracy"]})
         columns[DATASET_TITLES[dataset]] = {
-            str(arm): f"{tables.spread(group['accuracy'] * 100, 2)} ({len(group)})"
+            str(arm): f"{tables.shown_level(group['accuracy'], tables.COLUMNS['accuracy'])} ({len(group)})"
             for arm, group in frame.groupby("arm", sort=False)
         }
     table = pd.DataFrame(columns)
     known = {**arms.ARM_DESCRIPTIONS, **arms.ROUTED_ARM_DESCRIPTIONS, **arms.CROSSED_ARM_DESCRIPTIONS}
-    order = [arm for arm in known if arm in table.index]
+    order = [arm for arm in dict.fromkeys([*known, *table.index]) if arm in table.index]
     return table.loc[order].fillna("-").rename_axis("arm")
 
 
@@ -190,7 +200,8 @@ def crossed_table(profile: str) -> pd.DataFrame:
 
 
 def tuning_table(profile: str) -> pd.DataFrame:
-    """Best validation cross-entropy of every setting tried, mean over the tuning seeds."""
+    """Validation cross-entropy of every setting tried, at its best epoch and at the last, mean over
+    the tuning seeds; and by which of the two the setting was chosen."""
     rows = []
     for name in (name for name in study.STUDIES if name.endswith("-tuning")):
         for runs in finished_runs(profile, name).values():
@@ -209,15 +220,22 @@ def tuning_table(profile: str) -> pd.DataFrame:
                         "epochs": run["train"]["epochs"],
                         "learning rate": run["train"]["learning_rate"],
                         "weight of the extra loss": weight,
-                        "cross-entropy": result["history"]["best_cross_entropy"],
+                        "chosen by": "the last epoch" if name.startswith("collapse") else "the best epoch",
+                        "validation cross-entropy": result["history"]["best_cross_entropy"],
+                        "at the last epoch": (
+                            tables.look_up(result, "history.validation.cross_entropy") or [math.nan]
+                        )[-1],
                     }
                 )
     if not rows:
         return pd.DataFrame()
-    keys = ["study", "data set", "arm", "training images", "epochs", "learning rate"]
-    by_setting = pd.DataFrame(rows).groupby([*keys, "weight of the extra loss"])["cross-entropy"]
-    table = by_setting.agg(["mean", "count"]).round({"mean": 4})
-    return table.rename(columns={"mean": "validation cross-entropy", "count": "seeds"})
+    keys = ["study", "data set", "arm", "training images", "epochs", "learning rate", "chosen by"]
+    settings = pd.DataFrame(rows).groupby([*keys, "weight of the extra loss"])
+    table = settings.mean().round(4)
+    table["seeds"] = settings.size()
+    return table.reset_index("chosen by")[
+        ["validation cross-entropy", "at the last epoch", "chosen by", "seeds"]
+    ]
 
 
 def provenance_table(profile: str) -> pd.DataFrame:
@@ -233,6 +251,7 @@ def provenance_table(profile: str) -> pd.DataFrame:
     rows = {
         "runs finished / planned": f"{len(results)} / {planned}",
         "commits": distinct([(r["commit"] or "unknown")[:10] for r in results]),
+        "runs of unknown origin (no commit, or unknown changes)": f"{store.of_unknown_origin(results)}",
         "code changed since the commit": distinct(
             [{True: "yes", False: "no"}.get(r["dirty"], "?") for r in results]
         ),
@@ -260,7 +279,42 @@ def as_html(table: pd.DataFrame) -> HTML:
 
 def folded(title: str, table: pd.DataFrame) -> HTML:
     """A table that is shown on a click."""
-    return HTML(f"<details><summary>{html.escape(title)}</summary>{as_html(table).data}</details>")
+    return HTML(
+        f'<details class="more"><summary>{html.escape(title)}</summary>{as_html(table).data}</details>'
+    )
+
+
+# Of a profile that decides nothing: study, measure, and the contrasts that its report tells in words.
+HAPPENED: tuple[tuple[str, str, tables.Columns, tuple[tuple[str, str], ...]], ...] = (
+    ("snnl", "accuracy", tables.COLUMNS, (("snnl", "base"), ("base", "uniform-gate"))),
+    ("collapse", "accuracy", tables.COLUMNS, (("snnl", "base"), ("base", "uniform-gate"))),
+    ("ac-vision", "accuracy", tables.VISION_COLUMNS, (("ac", "cosine"), ("ac", "linear"))),
+    ("ac-language", "cross-entropy", tables.LANGUAGE_COLUMNS, (("ac", "cosine"), ("ac", "linear"))),
+)
+
+
+def happened(profile: str) -> str:
+    """What runs that decide nothing did, as Markdown: levels, differences, and where the answer is."""
+    lines = []
+    for name, measure, columns, pairs in HAPPENED:
+        for dataset, runs in finished_runs(profile, name).items():
+            frame = tables.frame(study.results(runs), columns)
+            said = words.differences(frame, [(a, b, measure) for a, b in pairs], columns)
+            if said:
+                lines += [f"- **{DATASET_TITLES[dataset]}** ({measure})", *(f"    - {text}" for text in said)]
+    core = store.results_dir() / "core" / "report.html"
+    link = "[the report of profile `core`](../core/report.html)"
+    return "\n".join(
+        [
+            f"> Profile `{profile}` shows the machinery at work on embedded data: small sets, few seeds. "
+            "It decides "
+            f"nothing. The answer is in {link if core.exists() else '`results/core/report.html`'}.",
+            "",
+            "What happened here, mean difference over paired seeds with its 95 % interval:",
+            "",
+            *lines,
+        ]
+    )
 
 
 def budget_table(profile: str) -> pd.DataFrame:
@@ -410,8 +464,32 @@ def readme_section() -> str:
     found = current(find_verdicts("core"))
     if not found:
         return f"{BEGIN}\nNo finished runs yet.\n{END}"
-    parts = [BEGIN, words.answers(found), f"{words.tally(found)} {unfinished('core')}".strip()]
+    parts = [BEGIN, words.answers(found), words.scope(found)]
+    parts.append(
+        f"![Every claim on every data set: verdict, difference, 95 % interval]({README_PICTURES['verdicts']})"
+    )
+    if whole_runs("core", "collapse"):
+        parts.append(
+            "Who serves which domain, without and with SNNL: rows are domains, columns experts. Rows that "
+            "differ "
+            "show a gate that tells domains apart.\n\n"
+            f"![Mean gate of each domain without and with SNNL]({README_PICTURES['routing']})"
+        )
     return "\n\n".join(parts) + f"\n\n{END}"
+
+
+README_PICTURES = {"verdicts": "figures/readme/verdicts.png", "routing": "figures/readme/routing.png"}
+
+
+def readme_pictures() -> dict[str, Figure]:
+    """The README's two pictures, from results/core."""
+    pictures = {}
+    if found := current(find_verdicts("core")):
+        pictures["verdicts"] = plots.verdict_grid(words.grid(found))
+    for runs in whole_runs("core", "collapse").values():
+        shown = [run for run in runs if run.arm in ("base", "snnl")]
+        pictures.setdefault("routing", collapse_plots.domain_routing(study.results(shown)))
+    return pictures
 
 
 def results_page() -> str:
@@ -430,6 +508,7 @@ def results_page() -> str:
         "## Verdicts",
         f"{words.tally(found)} {unfinished(profile)}".strip(),
         words.answers(found),
+        words.scope(found),
         "One row a claim, data set and control, at the last epoch, paired by seed: mean difference, 95 % t "
         "interval, exact sign-flip p (Holm over the units of a study). *Counts from*: the published "
         "difference, or a declared margin. Fewer than eight seeds are a pilot: shown, never decided.",
@@ -508,6 +587,9 @@ def update_readme(path: Path, check: bool = False) -> int:
         path.with_name("RESULTS.md"): results_page(),
     }
     stale = [file for file, content in wanted.items() if not file.exists() or file.read_text() != content]
+    if not check:
+        for name, figure in readme_pictures().items():
+            plots.save(figure, f"readme/{name}", [])
     for file in stale:
         if check:
             print(f"{file} is out of date: run `make readme`", file=sys.stderr)
@@ -518,78 +600,7 @@ def update_readme(path: Path, check: bool = False) -> int:
 
 # ------------------------------------------------------------------------------------------- HTML
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<link rel="icon" href="data:,">
-<style>
-:root {{ color-scheme: light; }}
-body {{ margin: 0; padding: 1rem; background: #fff; color: #1a1a1a;
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }}
-main {{ max-width: 62rem; margin: 0 auto; overflow-wrap: break-word; }}
-h1 {{ line-height: 1.2; font-size: 1.7rem; margin: .2rem 0 .6rem; }}
-h2 {{ margin-top: 2.5rem; padding-top: .8rem; border-top: 1px solid #ddd; font-size: 1.35rem; }}
-h2:first-of-type {{ margin-top: 1rem; }}
-h3 {{ margin-top: 1.6rem; font-size: 1.1rem; }}
-a {{ color: #005a94; }}
-nav {{ font-size: .85rem; }}
-nav ul {{ list-style: none; margin: 0; padding: 0; }}
-nav > ul > li {{ display: inline-block; margin-right: .9rem; }}
-nav ul ul {{ display: none; }}
-nav a {{ text-decoration: none; }}
-nav a:hover, nav a:focus {{ text-decoration: underline; }}
-@media screen and (min-width: 70rem) {{
-  body {{ padding-left: 14rem; }}
-  nav {{ position: fixed; left: 0; top: 0; bottom: 0; width: 11rem; padding: 1rem; overflow-y: auto;
-        border-right: 1px solid #ddd; }}
-  nav > ul > li {{ display: block; margin: 0 0 .5rem; }}
-  nav ul ul {{ display: block; padding-left: .8rem; }}
-}}
-figure {{ margin: 1rem 0 1.5rem; }}
-img {{ max-width: 100%; height: auto; }}
-@media screen and (max-width: 40rem) {{
-  figure img {{ width: max(100%, calc(var(--width) * .6)); max-width: none; }}
-}}
-figcaption {{ font-size: .75rem; line-height: 1.4; color: #555; overflow-wrap: anywhere; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; color: #555; }}
-code {{ font-size: .9em; background: #f3f3f3; padding: 0 .2em; overflow-wrap: anywhere; }}
-.scroll {{ overflow-x: auto; margin: .5rem 0 1rem; }}
-table {{ border-collapse: collapse; font-size: .75rem; line-height: 1.35;
-        font-variant-numeric: tabular-nums; }}
-table, th, td {{ border: 0; }}
-th, td {{ padding: .2rem .4rem; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4; }}
-td.long {{ min-width: 15rem; }}
-@media screen and (min-width: 40rem) {{ td:not(.wrap, .long) {{ white-space: nowrap; }} }}
-thead th {{ border-bottom: 2px solid #888; }}
-blockquote {{ margin: 1rem 0; padding: .2rem 1rem; border-left: 4px solid #E69F00; background: #fdf6e7; }}
-@page {{ size: A4; margin: 12mm; }}
-@media print {{
-  body {{ padding: 0; font-size: 9.5pt; }}
-  main {{ max-width: none; }}
-  nav {{ display: none; }}
-  h2, h3 {{ break-after: avoid; }}
-  .scroll {{ overflow: visible; }}
-  table {{ font-size: 6.8pt; width: 100%; }}
-  thead {{ display: table-header-group; }}
-  th, td {{ padding: .1rem .25rem; overflow-wrap: break-word; }}
-  td.long {{ min-width: 0; }}
-  tr, figure, blockquote {{ break-inside: avoid; }}
-  img {{ max-height: 230mm; object-fit: contain; object-position: left; }}
-}}
-</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-CAPTION = re.compile(r"figures/(?P<name>\S+)\.png <- (?P<sources>.+)")
-HEADING = re.compile(r"<h([234])[^>]*>(.*?)</h\1>", re.DOTALL)
+CAPTION = re.compile(r"(?:(?P<caption>.+)\n)?figures/(?P<name>\S+)\.png <- (?P<sources>.+)", re.DOTALL)
 
 
 def made_by(sources: str) -> list[str]:
@@ -606,70 +617,83 @@ def made_by(sources: str) -> list[str]:
     return [command, f"make render PROFILE={profile}"]
 
 
-def _figure(png: str, caption: re.Match[str]) -> str:
-    """A picture with its caption: what it is called, the files it shows, the commands that make both."""
-    name, sources = caption["name"], caption["sources"]
-    commands = ", then ".join(f"<code>{command}</code>" for command in made_by(sources))
-    alt = html.escape(" ".join(reversed(name.split("/"))))
-    width = int.from_bytes(base64.b64decode(png[:32])[16:20])  # a PNG's header
-    return (
-        f'<figure><div class="scroll"><img alt="{alt}" style="--width: {width}px" '
-        f'src="data:image/png;base64,{png.strip()}"></div>\n'
-        f"<figcaption>figures/{html.escape(name)}.png, from {html.escape(sources)}"
-        f"{'; made by ' + commands if commands else ''}</figcaption></figure>"
-    )
+def number_figures(content: NotebookNode) -> None:
+    """Join each picture with the lines that `notebook.show` printed below it: number, caption, sources."""
+    number = 0
+    for cell in content.cells:
+        joined: list[NotebookNode] = []
+        for output in cell.get("outputs", []):
+            found = CAPTION.fullmatch(output.get("text", "").strip())
+            if found and joined and "image/png" in joined[-1].get("data", {}):
+                number += 1
+                png = base64.b64decode(joined[-1].data["image/png"])
+                width, height = (round(int.from_bytes(png[at : at + 4]) / RETINA) for at in (16, 20))
+                joined[-1].metadata["figure"] = {
+                    **found.groupdict(default=found["name"].replace("/", " ")),
+                    "number": number,
+                    "commands": made_by(found["sources"]),
+                    "width": width,
+                    "height": height,
+                }
+            else:
+                joined.append(output)
+        if "outputs" in cell:
+            cell.outputs = joined
 
 
-def _with_figures(outputs: Sequence[Any]) -> list[Any]:
-    """A cell's outputs, each picture joined with the line below it that `notebook.show` printed."""
-    from nbformat.v4 import new_output
+class Arranged(NamedTuple):
+    """The page's content, and its sections for the list of contents."""
 
-    joined: list[Any] = []
-    for output in outputs:
-        caption = CAPTION.fullmatch(output.get("text", "").strip())
-        png = joined[-1].get("data", {}).get("image/png") if joined else None
-        if caption and png:
-            joined[-1] = new_output("display_data", {"text/html": _figure(png, caption)})
-        else:
-            joined.append(output)
-    return joined
+    body: Markup
+    contents: list[dict[str, Any]]
 
 
-def _with_contents(body: str) -> str:
-    """Every heading gets an id of its own; those of level 2 and 3 a place in the table of contents, which
-    stands before the first of them."""
-    entries: list[tuple[str, str, str]] = []
+def arrange(body: str) -> Arranged:
+    """Give headings an id, fold the parts of sections (level 3) and the sections tagged "fold", let tables
+    scroll, and list the contents."""
+    soup = BeautifulSoup(body, "html.parser")
+    for link in soup.find_all("a", class_="anchor-link"):
+        link.decompose()
+    contents: list[dict[str, Any]] = []
+    taken: Counter[str] = Counter()
+    for heading in soup.find_all(["h2", "h3", "h4"]):
+        stem = re.sub(r"\W+", "-", heading.get_text().lower()).strip("-")
+        taken[stem] += 1
+        heading["id"] = f"{stem}--{taken[stem]}" if taken[stem] > 1 else stem
+        entry: dict[str, Any] = {"id": heading["id"], "title": heading.get_text(), "parts": []}
+        if heading.name == "h2":
+            contents.append(entry)
+        elif heading.name == "h3" and contents:
+            contents[-1]["parts"].append(entry)
+    for cell in soup.find_all("div", class_="cell"):
+        for child in list(cell.children):  # a section may begin inside a cell and end in another
+            if cell.get("class") == ["cell", "fold"] and getattr(child, "name", None) == "h2":
+                child["class"] = "fold"
+        cell.unwrap()
+    _fold(soup, "h3", ("h2", "h3"))
+    _fold(soup, "h2", ("h2",), "fold")
+    for table in soup.find_all("table"):
+        if "scroll" not in table.parent.get("class", []):
+            table.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
+    for cell in soup.find_all("td"):
+        length = len(cell.get_text())
+        if length > 24 and not cell.has_attr("class"):
+            cell["class"] = "long" if length > 60 else "wrap"
+    return Arranged(Markup(soup.decode(formatter="html5")), contents)
 
-    def anchored(found: re.Match[str]) -> str:
-        level, title = found.groups()
-        stem = re.sub(r"\W+", "-", html.unescape(re.sub("<.*?>", "", title)).lower()).strip("-")
-        taken = sum(name == stem or name.startswith(f"{stem}--") for _, name, _ in entries)
-        name = f"{stem}--{taken + 1}" if taken else stem
-        entries.append((level, name, re.sub("<.*?>", "", title)))
-        return f'<h{level} id="{name}">{title}</h{level}>'
 
-    body = HEADING.sub(anchored, body)
-    items: list[str] = []
-    inside = False
-    for level, name, title in (entry for entry in entries if entry[0] != "4"):
-        if inside and level == "2":
-            items.append("</ul>")
-            inside = False
-        if not inside and level == "3":
-            items.append("<ul>")
-            inside = True
-        items.append(f'<li><a href="#{name}">{title}</a>')
-    items.append("</ul>" if inside else "")
-    contents = '<nav aria-label="contents"><ul>\n' + "\n".join(items) + "\n</ul></nav>\n"
-    first = body.find("<h2 ")
-    return body if first < 0 else body[:first] + contents + body[first:]
-
-
-def _cell(found: re.Match[str]) -> str:
-    """A cell of a table; one of many words may be broken into lines."""
-    length = len(re.sub("<.*?>", "", found[1]))
-    kind = ' class="long"' if length > 60 else ' class="wrap"' if length > 24 else ""
-    return f"<td{kind}>{found[1]}</td>"
+def _fold(soup: BeautifulSoup, level: str, ends: Sequence[str], kind: str | None = None) -> None:
+    """Put everything from a heading to the next of `ends` into <details>, the heading as its summary."""
+    for heading in soup.find_all(level, class_=kind):
+        following = list(heading.next_siblings)
+        until = next((at for at, one in enumerate(following) if one.name in ends), len(following))
+        details, summary = soup.new_tag("details"), soup.new_tag("summary")
+        details["class"] = "part" if level == "h3" else "section"
+        heading.insert_before(details)
+        summary.append(heading.extract())
+        details.append(summary)
+        for one in following[:until]:
+            details.append(one.extract())
 
 
 def render(notebook: Path, target: Path) -> None:
@@ -678,19 +702,14 @@ def render(notebook: Path, target: Path) -> None:
     from nbconvert import HTMLExporter
 
     content = nbformat.read(notebook, as_version=4)
-    for cell in content.cells:
-        if cell.cell_type == "code":
-            cell.outputs = _with_figures(cell.outputs)
-    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True)
-    exporter.exclude_output_prompt = True
-    body, _ = exporter.from_notebook_node(content)
-    body = re.sub('<a class="anchor-link".*?</a>', "", body)
-    body = body.replace("<table", '<div class="scroll" tabindex="0"><table').replace(
-        "</table>", "</table></div>"
+    number_figures(content)
+    exporter = HTMLExporter(
+        template_name="template", extra_template_basedirs=[str(Path(__file__).parent)], exclude_input=True
     )
-    body = re.sub(r"<td>(.*?)</td>", _cell, body, flags=re.DOTALL)
+    exporter.register_filter("arranged", arrange)
     title = content.cells[0].source.lstrip("# ").split("\n")[0]
-    store.write_bytes(target, PAGE.format(title=html.escape(title), body=_with_contents(body)).encode())
+    page, _ = exporter.from_notebook_node(content, resources={"title": title})
+    store.write_bytes(target, page.encode())
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,11 +17,33 @@ from moe_study.configs.dose import Panel
 PILOT_BELOW = 8  # paired seeds; fewer are shown, never decided on
 
 Result = dict[str, Any]
-# column -> path inside a result file or function of it, and how many decimals it is shown with
-Columns = dict[str, tuple[str | Callable[[Result], float | None], int]]
 
 
-def at_three_endpoints(name: str, decimals: int = 4) -> Columns:
+class Column(NamedTuple):
+    """Where a table finds a number, and how it shows it."""
+
+    source: str | Callable[[Result], float | None]  # a dotted path inside a result file, or a function of it
+    decimals: int
+    unit: str = ""  # "points": a share of 1, shown in percentage points
+
+    @property
+    def scale(self) -> float:
+        return 100.0 if self.unit == "points" else 1.0
+
+    def title(self, name: str, level: bool = False) -> str:
+        """The column's heading with its unit; a level of accuracy, whose differences are points, is in %."""
+        unit = "%" if level and self.unit == "points" and "accuracy" in name else self.unit
+        return f"{name} ({unit})" if unit else name
+
+
+Columns = dict[str, Column]
+
+
+def _columns(entries: Mapping[str, tuple[Any, ...]]) -> Columns:
+    return {name: Column(*entry) for name, entry in entries.items()}
+
+
+def at_three_endpoints(name: str, decimals: int = 4, unit: str = "") -> Columns:
     """A score of the task at the last epoch, and at the two epochs that validation data select; None where a
     file has none there."""
 
@@ -31,7 +53,7 @@ def at_three_endpoints(name: str, decimals: int = 4) -> Columns:
         )
 
     return {
-        f"{name}{suffix}": (partial(at, endpoint), decimals)
+        f"{name}{suffix}": Column(partial(at, endpoint), decimals, unit)
         for endpoint, suffix in zip(store.ENDPOINTS, ("", *SELECTED), strict=True)
     }
 
@@ -46,36 +68,38 @@ def dead_experts(result: Result) -> float | None:
     return look_up(result, "routing.load.dead_experts")
 
 
-COLUMNS: Columns = {
-    **at_three_endpoints("accuracy"),
-    **at_three_endpoints("cross-entropy"),
-    **at_three_endpoints("calibration error"),
-    "H(E)": ("routing.entropy.marginal", 3),
-    "H(E|x)": ("routing.entropy.per_sample", 3),
-    "H(E|c)": ("routing.entropy.class_conditional", 3),
-    "H(C|E)": ("routing.entropy.expert_class", 3),
-    "I(x;E)": ("routing.entropy.information_input", 3),
-    "I(c;E)": ("routing.entropy.information_class", 3),
-    "I(c;E) null": ("routing.information_class_null", 4),
-    "effective experts": ("routing.load.effective_experts", 2),
-    "dead experts": (dead_experts, 1),
-    "AMI": ("routing.load.adjusted_mutual_information", 3),
-    "cost of permuted routing": ("ablation.permuted", 4),
-    "|cos| weights": ("similarity.weights", 4),
-    "|cos| weights, aligned": ("similarity.weights_aligned", 4),
-    "cos outputs": ("similarity.outputs", 3),
-    "CKA outputs": ("similarity.cka", 3),
-    "cos outputs, by use": ("similarity.outputs_weighted", 3),
-    "CKA outputs, by use": ("similarity.cka_weighted", 3),
-    "kNN accuracy": ("embedding.knn_accuracy", 3),
-    "silhouette": ("embedding.silhouette", 3),
-    "trustworthiness": ("embedding.trustworthiness", 3),
-    "SNNL at T = 1": ("embedding.snnl", 3),
-}
+COLUMNS: Columns = _columns(
+    {
+        **at_three_endpoints("accuracy", 2, "points"),
+        **at_three_endpoints("cross-entropy", 4, "nats"),
+        **at_three_endpoints("calibration error"),
+        "H(E)": ("routing.entropy.marginal", 3),
+        "H(E|x)": ("routing.entropy.per_sample", 3),
+        "H(E|c)": ("routing.entropy.class_conditional", 3),
+        "H(C|E)": ("routing.entropy.expert_class", 3),
+        "I(x;E)": ("routing.entropy.information_input", 3),
+        "I(c;E)": ("routing.entropy.information_class", 3),
+        "I(c;E) null": ("routing.information_class_null", 4),
+        "effective experts": ("routing.load.effective_experts", 2),
+        "dead experts": (dead_experts, 1),
+        "AMI": ("routing.load.adjusted_mutual_information", 3),
+        "cost of permuted routing": ("ablation.permuted", 2, "points"),
+        "|cos| weights": ("similarity.weights", 4),
+        "|cos| weights, aligned": ("similarity.weights_aligned", 4),
+        "cos outputs": ("similarity.outputs", 3),
+        "CKA outputs": ("similarity.cka", 3),
+        "cos outputs, by use": ("similarity.outputs_weighted", 3),
+        "CKA outputs, by use": ("similarity.cka_weighted", 3),
+        "kNN accuracy": ("embedding.knn_accuracy", 1, "points"),
+        "silhouette": ("embedding.silhouette", 3),
+        "trustworthiness": ("embedding.trustworthiness", 3),
+        "SNNL at T = 1": ("embedding.snnl", 3),
+    }
+)
 SCORE = (*at_three_endpoints("accuracy"), "cross-entropy", "calibration error")
-ROUTING = (
-    "H(E)", "H(E|x)", "H(E|c)", "H(C|E)", "I(x;E)", "I(c;E)", "I(c;E) null", "AMI",
-    "effective experts", "dead experts", "cost of permuted routing",
+ROUTING = (  # the measures of collapse first
+    "effective experts", "dead experts", "cost of permuted routing", "AMI",
+    "H(E)", "H(E|x)", "H(E|c)", "H(C|E)", "I(x;E)", "I(c;E)", "I(c;E) null",
 )  # fmt: skip
 SIMILARITY = ("|cos| weights", "|cos| weights, aligned", "cos outputs", "CKA outputs")
 BY_USE = ("cos outputs, by use", "CKA outputs, by use")
@@ -184,47 +208,54 @@ def leak(path: str, result: Result) -> float | None:
     return _difference(found.get("cross_entropy_alone"), found.get("cross_entropy_together"))
 
 
-ROUTED_COLUMNS: Columns = {
-    **at_three_endpoints("cross-entropy"),
-    **at_three_endpoints("accuracy"),
-    "validation area": (validation_area, 4),
-    "H(E|x)": (partial(layer_mean, "per_sample"), 3),
-    "H(E|c)": (partial(layer_mean, "class_conditional"), 3),
-    "effective experts": (partial(layer_mean, "load.effective_experts"), 2),
-    "dead experts": (partial(layer_mean, "load.dead_experts"), 1),
-    "AMI": (partial(layer_mean, "load.adjusted_mutual_information"), 3),
-    "stability": (lambda result: _mean(look_up(result, "routing.stability") or ()), 3),
-    "changed by M": (partial(layer_mean, "changed.chosen"), 3),
-    "cost of permuted routing": ("ablation.permuted_everywhere", 4),
-}
-VISION_COLUMNS: Columns = ROUTED_COLUMNS | {
-    **at_three_endpoints("calibration error"),
-    "accuracy under corruption": (accuracy_corrupted, 4),
-    "accuracy under attack": (partial(accuracy_attacked, GRADIENT_ATTACKS), 4),
-    "lost to corruption": (corruption_loss, 4),
-    "lost to attack": (partial(attack_loss, GRADIENT_ATTACKS), 4),
-    "FGSM, 2/255": (partial(attack_loss, ["fgsm-2"]), 4),
-    "PGD, 2/255": (partial(attack_loss, ["pgd-2"]), 4),
-    "SPSA, 2/255": (partial(attack_loss, ["spsa-2"]), 4),
-    "leak": (partial(leak, "company"), 4),
-    "kNN accuracy": ("embedding.knn_accuracy", 3),
-    "SNNL at T = 1": ("embedding.snnl", 3),
-}
-LANGUAGE_COLUMNS: Columns = ROUTED_COLUMNS | {
-    **at_three_endpoints("perplexity", 2),
-    **at_three_endpoints("bits per byte"),
-    "cross-entropy under word swap": (partial(swapped, SWAP_SHARES), 4),
-    "lost to swap": (partial(swap_loss, SWAP_SHARES), 4),
-    "1.5 %": (partial(swap_loss, SWAP_SHARES[:1]), 4),
-    "2.5 %": (partial(swap_loss, SWAP_SHARES[1:2]), 4),
-    "5 %": (partial(swap_loss, SWAP_SHARES[2:3]), 4),
-    "10 %": (partial(swap_loss, SWAP_SHARES[3:]), 4),
-    "leak, other sequences": (partial(leak, "company.other sequences"), 4),
-    "leak, later tokens": (partial(leak, "company.later tokens"), 4),
-}
+ROUTED_COLUMNS: Columns = _columns(
+    {
+        **at_three_endpoints("cross-entropy", 4, "nats"),
+        **at_three_endpoints("accuracy", 2, "points"),
+        "validation area": (validation_area, 4, "nats"),
+        "H(E|x)": (partial(layer_mean, "per_sample"), 3),
+        "H(E|c)": (partial(layer_mean, "class_conditional"), 3),
+        "effective experts": (partial(layer_mean, "load.effective_experts"), 2),
+        "dead experts": (partial(layer_mean, "load.dead_experts"), 1),
+        "AMI": (partial(layer_mean, "load.adjusted_mutual_information"), 3),
+        "stability": (lambda result: _mean(look_up(result, "routing.stability") or ()), 3),
+        "changed by M": (partial(layer_mean, "changed.chosen"), 3),
+        "cost of permuted routing": ("ablation.permuted_everywhere", 2, "points"),
+    }
+)
+VISION_COLUMNS: Columns = ROUTED_COLUMNS | _columns(
+    {
+        **at_three_endpoints("calibration error"),
+        "accuracy under corruption": (accuracy_corrupted, 2, "points"),
+        "accuracy under attack": (partial(accuracy_attacked, GRADIENT_ATTACKS), 2, "points"),
+        "lost to corruption": (corruption_loss, 2, "points"),
+        "lost to attack": (partial(attack_loss, GRADIENT_ATTACKS), 2, "points"),
+        "FGSM, 2/255": (partial(attack_loss, ["fgsm-2"]), 2, "points"),
+        "PGD, 2/255": (partial(attack_loss, ["pgd-2"]), 2, "points"),
+        "SPSA, 2/255": (partial(attack_loss, ["spsa-2"]), 2, "points"),
+        "leak": (partial(leak, "company"), 4, "nats"),
+        "kNN accuracy": ("embedding.knn_accuracy", 1, "points"),
+        "SNNL at T = 1": ("embedding.snnl", 3),
+    }
+)
+LANGUAGE_COLUMNS: Columns = ROUTED_COLUMNS | _columns(
+    {
+        **at_three_endpoints("perplexity", 2),
+        **at_three_endpoints("bits per byte"),
+        "cross-entropy under word swap": (partial(swapped, SWAP_SHARES), 4, "nats"),
+        "lost to swap": (partial(swap_loss, SWAP_SHARES), 4, "nats"),
+        "1.5 %": (partial(swap_loss, SWAP_SHARES[:1]), 4, "nats"),
+        "2.5 %": (partial(swap_loss, SWAP_SHARES[1:2]), 4, "nats"),
+        "5 %": (partial(swap_loss, SWAP_SHARES[2:3]), 4, "nats"),
+        "10 %": (partial(swap_loss, SWAP_SHARES[3:]), 4, "nats"),
+        "leak, other sequences": (partial(leak, "company.other sequences"), 4, "nats"),
+        "leak, later tokens": (partial(leak, "company.later tokens"), 4, "nats"),
+        "cost of permuted routing": ("ablation.permuted_everywhere", 4, "nats"),
+    }
+)
 ROUTED_ROUTING = (
-    "H(E|x)", "H(E|c)", "AMI", "effective experts", "dead experts", "stability", "changed by M",
-    "cost of permuted routing",
+    "effective experts", "dead experts", "cost of permuted routing", "AMI",
+    "H(E|x)", "H(E|c)", "stability", "changed by M",
 )  # fmt: skip
 
 # The three claims for the AC router: wording, then measures and claimed directions.
@@ -270,7 +301,7 @@ def frame(results: Iterable[Result], columns: Columns = COLUMNS) -> pd.DataFrame
         {key: result["run"][key] for key in keys}
         | {
             name: look_up(result, source) if isinstance(source, str) else source(result)
-            for name, (source, _) in columns.items()
+            for name, (source, *_) in columns.items()
         }
         for result in results
     ]
@@ -282,9 +313,10 @@ def summary(runs: pd.DataFrame, names: Sequence[str], columns: Columns = COLUMNS
     rows = {}
     for arm, group in runs.groupby("arm", sort=False):
         rows[arm] = {"seeds": str(len(group))} | {
-            name: spread(group[name], columns[name][1]) for name in names
+            columns[name].title(name, level=True): shown_level(group[name], columns[name]) for name in names
         }
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["seeds", *names])
+    titles = [columns[name].title(name, level=True) for name in names]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["seeds", *titles])
     return table.rename_axis("arm")
 
 
@@ -300,6 +332,10 @@ def spread(values: pd.Series, decimals: int) -> str:
         return "-"
     mean = f"{rounded(values.mean(), decimals):.{decimals}f}"
     return mean if len(values) == 1 else f"{mean} ± {values.std():.{decimals}f}"
+
+
+def shown_level(values: pd.Series, column: Column) -> str:
+    return spread(values * column.scale, column.decimals)
 
 
 def similarity_nulls(results: Sequence[Result], arms: Sequence[str]) -> pd.DataFrame:
@@ -368,8 +404,26 @@ def contrasts(
         found.append(("mechanism: (snnl - base) - (dense-snnl - dense)", mechanism(runs, column)))
         for name, value in found:
             if value is not None:
-                rows.append({"measure": column, "contrast": name} | show(value, columns[column][1]))
+                rows.append(
+                    {"measure": columns[column].title(column), "contrast": name}
+                    | show(value, columns[column])
+                )
     return pd.DataFrame(rows, columns=CONTRAST_COLUMNS).set_index(CONTRAST_COLUMNS[:2])
+
+
+PARTNERS = (  # arms that differ in one thing
+    ("snnl", "base"), ("snnl", "snnl-shuffled"), ("snnl", "base-aux"), ("snnl", "base-balance"),
+    ("snnl", "uniform-snnl"), ("snnl", "dense-snnl"), ("base", "uniform-gate"), ("base", "dense"),
+    ("dense-snnl", "dense"),
+)  # fmt: skip
+
+
+def partners(runs: pd.DataFrame) -> list[tuple[str, str]]:
+    """The pairs of arms worth comparing among those that ran; every arm without a partner against `base`."""
+    there = list(dict.fromkeys(runs["arm"]))
+    pairs = [pair for pair in PARTNERS if set(pair) <= set(there)]
+    known = {arm for pair in PARTNERS for arm in pair}
+    return pairs + [(arm, "base") for arm in there if arm not in known]
 
 
 CROSSED_MEASURES = (
@@ -391,7 +445,8 @@ def crossed_effects(runs: pd.DataFrame, names: Sequence[str] = CROSSED_MEASURES)
             ("interaction: (snnl-ac - snnl) - (ac - base)", joint - snnl, ac - base),
         ):
             found = stats.paired_comparison(treatment, control)
-            rows.append({"measure": name, "contrast": effect} | show(found, VISION_COLUMNS[name][1]))
+            column = VISION_COLUMNS[name]
+            rows.append({"measure": column.title(name), "contrast": effect} | show(found, column))
     return pd.DataFrame(rows, columns=CONTRAST_COLUMNS).set_index(CONTRAST_COLUMNS[:2])
 
 
@@ -438,8 +493,8 @@ def _median_epoch(steps: Sequence[float], epochs: int) -> str:
 
 
 def attack_modes(results: Sequence[Result]) -> pd.DataFrame:
-    """Accuracy lost to each attack by each treatment of M, mean ± sd over seeds. "-": there is no such
-    treatment, because SPSA uses no gradient or the router has no M that depends on the batch."""
+    """Points of accuracy lost to each attack by each treatment of M, mean ± sd over seeds. "-": there is no
+    such treatment, because SPSA uses no gradient or the router has no M that depends on the batch."""
     rows = []
     for attack in ("fgsm-1", "fgsm-2", "pgd-1", "pgd-2", "spsa-2"):
         name, strength = attack.split("-")
@@ -448,7 +503,7 @@ def attack_modes(results: Sequence[Result]) -> pd.DataFrame:
             lost = lost.reindex(columns=["detached", "through", "frozen"]).astype(float)
             rows.append(
                 {"attack": f"{name.upper()}, {strength}/255", "arm": arm}
-                | {str(mode): spread(values, 4) for mode, values in lost.items()}
+                | {str(mode): spread(100 * values, 2) for mode, values in lost.items()}
             )
     return pd.DataFrame(rows).set_index(["attack", "arm"])
 
@@ -457,10 +512,10 @@ def routing_by_layer(results: Sequence[Result]) -> pd.DataFrame:
     """Routing of each MoE layer, mean ± sd over seeds. "Changed" is against M = I in the same model, a share
     of the tokens; "follows cluster" is the adjusted mutual information of best expert and cluster."""
     measures = {
-        "H(E|x)": ("per_sample", 3),
-        "H(E|c)": ("class_conditional", 3),
         "effective experts": ("load.effective_experts", 2),
         "dead experts": ("load.dead_experts", 1),
+        "H(E|x)": ("per_sample", 3),
+        "H(E|c)": ("class_conditional", 3),
         "AMI": ("load.adjusted_mutual_information", 3),
         "best expert changed by M": ("changed.best", 3),
         "chosen set changed by M": ("changed.chosen", 3),
@@ -517,18 +572,26 @@ def claim_rows(
                 found = contrast(runs, a, b, column)
                 if found is not None:
                     rows.append(
-                        {"claim": claim, "measure": f"{column} ({direction})", "contrast": f"{a} - {b}"}
-                        | show(found, columns[column][1])
+                        {
+                            "claim": claim,
+                            "measure": f"{columns[column].title(column)}, {direction} is better",
+                            "contrast": f"{a} - {b}",
+                        }
+                        | show(found, columns[column])
                         | {"reading": reading(found, direction)}
                     )
     keys = ["claim", "measure", "contrast"]
     return pd.DataFrame(rows, columns=[*keys, *CONTRAST_COLUMNS[2:], "reading"]).set_index(keys)
 
 
-def show(value: stats.PairedComparison, decimals: int = 4) -> dict[str, str]:
+PLAIN = Column("", 4)
+
+
+def show(value: stats.PairedComparison, column: Column = PLAIN) -> dict[str, str]:
     """A comparison as text: difference, t interval, sign-flip p, and "pilot" below eight seeds."""
     difference, low, high = (
-        f"{rounded(number, decimals):+.{decimals}f}" for number in (value.difference, value.low, value.high)
+        f"{rounded(number * column.scale, column.decimals):+.{column.decimals}f}"
+        for number in (value.difference, value.low, value.high)
     )
     return {
         "difference": difference,
@@ -543,9 +606,9 @@ def reading(value: stats.PairedComparison, claimed: str) -> str:
     sign = {"higher": 1, "lower": -1}[claimed]
     low, high = sorted((sign * value.low, sign * value.high))
     if low > 0:
-        return "as claimed"
+        return "interval on the claimed side"
     if high < 0:
-        return "opposite to the claim"
+        return "interval on the other side"
     return "interval includes 0"
 
 
@@ -570,7 +633,7 @@ def dose_table(runs: pd.DataFrame, panel: Panel, name: str, columns: Columns) ->
     cells = [["-"] * len(heads) for _ in rows]
     for (row, column), found in dose_effects(runs, panel, name).items():
         if found is not None:
-            shown = show(found, columns[name][1])
+            shown = show(found, columns[name])
             cells[row][column] = f"{shown['difference']} {shown['95 % interval']} ({found.seeds})"
     return pd.DataFrame(cells, pd.Index(rows, name=down), pd.Index(heads, name=across))
 
@@ -591,6 +654,6 @@ def dose_trends(runs: pd.DataFrame, panels: Iterable[Panel], names: Sequence[str
             if both is not None:
                 slopes = np.polyfit(np.log10([float(f) for f in factors]), both.to_numpy().T, 1)[0]
                 found = stats.paired_comparison(slopes, np.zeros(len(slopes)))
-                rows.append({"measure": name, "at": at} | show(found, COLUMNS[name][1]))
+                rows.append({"measure": COLUMNS[name].title(name), "at": at} | show(found, COLUMNS[name]))
     keys = ["measure", "at"]
     return pd.DataFrame(rows, columns=[*keys, *CONTRAST_COLUMNS[2:]]).set_index(keys)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader, Template
 
-from moe_study.claims import BY_KEY
+from moe_study.claims import ACCURACY, BY_KEY, PAYS, Measure
+from moe_study.configs.dose import Panel
 from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
-from moe_study.verdicts import Cause, Verdict, Word
+from moe_study.verdicts import MECHANISM, Cause, Verdict, Word
 
 COLUMNS = ("claim", "against", "verdict", "difference", "95 % interval", "counts from", "p (Holm)", "seeds")
 
@@ -138,8 +142,8 @@ def cause(one: Cause, verdict: Verdict) -> str:
         said = f"a pilot on whether it is {one.cause}"
     else:
         said = {
-            "as claimed": f"the effect needs {one.cause}",
-            "opposite to the claim": f"the opposite of what would show {one.cause}",
+            "interval on the claimed side": f"the effect needs {one.cause}",
+            "interval on the other side": f"the opposite of what would show {one.cause}",
             "interval includes 0": f"we cannot tell whether it needs {one.cause}",
         }[one.reading]
     return f"{one.contrast} {numbers}, {seeds}: {said}."
@@ -182,69 +186,350 @@ def tally(found: Sequence[Verdict]) -> str:
     )
 
 
-# Questions that the first screen answers: key of the claims, then how each word is said.
-_QUESTIONS: tuple[tuple[str, tuple[str, ...], Mapping[Word, str]], ...] = (
-    (
-        "Does learned routing pay?",
-        ("snnl-pays", "collapse-pays", "ac-vision-pays", "ac-language-pays"),
-        {
-            "supported": "It pays on",
-            "contradicted": "A router that learns nothing does better on",
-            "smaller than claimed": "It gains less than would matter on",
-            "undecided": "It is undecided on",
-        },
-    ),
-    (
-        "Does SNNL make a mixture of experts more accurate?",
-        ("snnl-accuracy", "collapse-accuracy"),
-        {
-            "supported": "Yes on",
-            "contradicted": "It makes it less accurate on",
-            "smaller than claimed": "By less than claimed, if at all, on",
-            "undecided": "It is undecided on",
-        },
-    ),
-    (
-        "Does the AC router do better?",
-        ("ac-vision-performance", "ac-language-performance"),
-        {
-            "supported": "Yes on",
-            "contradicted": "It does worse on",
-            "smaller than claimed": "By less than would matter, if at all, on",
-            "undecided": "It is undecided on",
-            "not testable here": "It cannot be tested, for learned routing is not shown to pay, on",
-        },
-    ),
-)
+# ------------------------------------------------------------------------------------- first screen
+
+ARM_WORDS = {
+    "base": "plain MoE",
+    "snnl": "SNNL-MoE",
+    "dense": "a dense network",
+    "dense-snnl": "a dense network with SNNL",
+    "base-balance": "MoE with balance loss",
+    "snnl-shuffled": "MoE with SNNL of shuffled labels",
+    "base-aux": "MoE with an auxiliary classifier",
+    "uniform-gate": "a constant gate",
+    "uniform-snnl": "SNNL with a constant gate",
+    "linear": "linear router",
+    "cosine": "cosine router",
+    "ac": "AC router",
+    "hash": "fixed random experts per position",
+    "hash-token": "fixed random experts per byte",
+}
+MARKS: Mapping[Word, tuple[str, str]] = {  # sign and style of each word
+    "supported": ("✓", "supported"),
+    "contradicted": ("✗", "contradicted"),
+    "smaller than claimed": ("<", "smaller"),
+    "undecided": ("?", "undecided"),
+    "not testable here": ("·", "untestable"),
+    "pilot": ("○", "pilot"),
+}
+SOURCES = {  # of claims, in the order of the grid
+    "SNNL-MoE": "SNNL makes a mixture of experts",
+    "this study": "Is it worth having?",
+    "AC router": "The AC router",
+}
+
+
+def in_words(arm: str) -> str:
+    """What an arm is, in two or three words; one of your own is called by its name."""
+    return ARM_WORDS.get(arm, arm)
+
+
+def contrast_in_words(verdict: Verdict) -> str:
+    return f"{in_words(verdict.claim.treatment)} minus {in_words(verdict.control)}"
+
+
+def grid(found: Sequence[Verdict]) -> dict[str, Any]:
+    """Claim x data set: sections of rows of cells, one entry a verdict, for the page and for a picture."""
+    datasets = [name for name in DATASET_TITLES if any(v.dataset == name for v in found)]
+    sections = []
+    for source, title in SOURCES.items():
+        rows: dict[tuple[str, ...], list[Verdict]] = {}
+        for v in (v for v in found if v.claim.source == source):
+            rows.setdefault((v.claim.wording, v.claim.treatment, v.claim.measure.name), []).append(v)
+        shared = {_contrasts(units) for units in rows.values()}
+        if rows:
+            sections.append(
+                {
+                    "title": f"{title} ({min(shared)})" if len(shared) == 1 else title,
+                    "rows": [_grid_row(units, datasets, len(shared) > 1) for units in rows.values()],
+                }
+            )
+    used = [word for word in MARKS if any(v.word == word for v in found)]
+    return {
+        "datasets": [DATASET_TITLES[name] for name in datasets],
+        "sections": sections,
+        "legend": [(word, *MARKS[word]) for word in used],
+    }
+
+
+def _contrasts(units: Sequence[Verdict]) -> str:
+    """ "AC router minus linear router, then minus cosine router", in the order of a cell's lines."""
+    controls = dict.fromkeys(v.control for v in units)
+    return f"{in_words(units[0].claim.treatment)} " + ", then ".join(f"minus {in_words(c)}" for c in controls)
+
+
+def _grid_row(units: Sequence[Verdict], datasets: Sequence[str], named: bool) -> dict[str, Any]:
+    measure = units[0].claim.measure
+    controls = list(dict.fromkeys(v.control for v in units))
+    return {
+        "claim": units[0].claim.wording,
+        "measure": ", ".join(
+            filter(None, [measure.unit, "low is good" if measure.direction == "lower" else ""])
+        ),
+        "contrast": _contrasts(units) if named else "",
+        "cells": [
+            [
+                {
+                    "mark": MARKS[v.word][0],
+                    "style": MARKS[v.word][1],
+                    "word": v.word,
+                    "title": f"{contrast_in_words(v)}: {word(v)}. {reason(v)}",
+                    "difference": "no pairs" if v.comparison is None else _bare(v, v.comparison.difference),
+                    "interval": ""
+                    if v.comparison is None
+                    else _short(measure).shown(v.comparison.low, v.comparison.high, unit=False),
+                }
+                for control in controls
+                for v in units
+                if (v.dataset, v.control) == (name, control)
+            ]
+            for name in datasets
+        ],
+    }
+
+
+def _short(measure: Measure) -> Measure:
+    """With three decimals at most, as fits into a cell."""
+    return replace(measure, decimals=min(measure.decimals, 3))
+
+
+def _bare(verdict: Verdict, value: float) -> str:
+    return _short(verdict.claim.measure).shown(value, unit=False)
+
+
+def _template(name: str) -> Template:
+    folder = Path(__file__).parent / "template"
+    return Environment(
+        loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    ).get_template(name)
+
+
+GLOSSARY = {
+    "mixture of experts (MoE)": "a gate shares inputs out among small networks, the experts",
+    "collapse": "experts idle, or all do the same",
+    "SNNL": "soft nearest neighbor loss: draws features of one class together",
+    "AC router": "routes in a space scaled by each expert's cluster",
+    "+a [b, c]": "mean difference over paired seeds [95 % interval], in points of accuracy or as said",
+    "supported": "claimed sign, corrected p at most 0.05, no checkpoint against it",
+    "contradicted": "90 % interval on the wrong side of 0",
+    "smaller than claimed": "90 % interval below the difference that counts",
+    "undecided": "too few seeds to say",
+    "not testable here": "nothing to resolve, or learned routing is not shown to pay",
+    "confirmatory": "seeds declared before their first run; else exploratory",
+}
+
+
+def first_screen(found: Sequence[Verdict]) -> str:
+    """Grid and glossary side by side, as HTML."""
+    glossary = {term: text for term, text in GLOSSARY.items() if term not in MARKS or _said(found, term)}
+    return _template("first.html.j2").render(grid(found) | {"glossary": glossary, "scope": scope(found)})
+
+
+def _said(found: Sequence[Verdict], term: str) -> bool:
+    return any(v.word == term for v in found)
 
 
 def answers(found: Sequence[Verdict]) -> str:
-    """The study's answer as a Markdown list: a question, what was found where, and the scope. Pilots are left
-    out."""
+    """The study's answer as a Markdown list of three: a question, and what was found where, how surely.
+    Pilots are left out."""
+    decided = [v for v in found if v.word != "pilot"]
+    own = {
+        "Did SNNL help?": _snnl_answer([v for v in decided if v.claim.source == "SNNL-MoE"]),
+        "Should I use the AC router?": _ac_answer([v for v in decided if v.claim.source == "AC router"]),
+        "Does learned routing pay at all?": _pays_answer(
+            [v for v in decided if v.claim.wording.startswith(PAYS)]
+        ),
+    }
+    return "\n".join(f"- **{question}** {answer}" for question, answer in own.items() if answer)
+
+
+def scope(found: Sequence[Verdict]) -> str:
+    """Models, budgets and seeds behind the answers, in a sentence."""
+    decided = [v for v in found if v.word != "pilot"]
+    scopes = list(dict.fromkeys(v.scope for v in decided))
+    return (
+        f"Scope: small models, trained briefly ({'; '.join(scopes)}), judged at the last epoch."
+        if scopes
+        else ""
+    )
+
+
+def differences(
+    runs: pd.DataFrame, asked: Sequence[tuple[str, str, str]], columns: tables.Columns = tables.COLUMNS
+) -> list[str]:
+    """Sentences on (treatment, control, measure): both levels, the difference, and what it says."""
+    said = []
+    for treatment, control, name in asked:
+        both = tables.paired(runs, [treatment, control], name)
+        found = tables.contrast(runs, treatment, control, name)
+        if both is None or found is None:
+            continue
+        column = columns[name]
+        unit = "%" if column.unit == "points" else column.unit
+        a, b = (
+            f"{column.scale * both[arm].mean():.{column.decimals}f} {unit}".strip()
+            for arm in (treatment, control)
+        )
+        shown = tables.show(found, column)
+        if found.low <= 0 <= found.high:
+            reading = "these seeds show no difference"
+        else:
+            reading = f"{in_words(treatment)} is {'higher' if found.difference > 0 else 'lower'}"
+        pilot = ", too few to decide" if found.seeds < tables.PILOT_BELOW else ""
+        said.append(
+            f"{name}: {in_words(treatment)} {a}, {in_words(control)} {b}. The difference is "
+            f"{shown['difference']} "
+            f"{shown['95 % interval']} {column.unit}".strip()
+            + f" over {found.seeds} seeds{pilot}: {reading}."
+        )
+    return said
+
+
+def conclusion(
+    runs: pd.DataFrame, asked: Sequence[tuple[str, str, str]], columns: tables.Columns = tables.COLUMNS
+) -> str:
+    """The end of a notebook: `differences` as a Markdown list."""
+    said = differences(runs, asked, columns)
+    return "\n".join(f"- {text}" for text in said) or "No two seeds have both arms yet."
+
+
+def dose_conclusion(runs: pd.DataFrame, panels: Sequence[Panel], name: str, columns: tables.Columns) -> str:
+    """For each panel the cell furthest from its control, as a Markdown list."""
     lines = []
-    for question, keys, phrases in _QUESTIONS:
-        own = [v for v in found if v.claim.key in keys and v.word in phrases]
-        said = [
-            f"{phrase} {_places([v for v in own if v.word == outcome])}."
-            for outcome, phrase in phrases.items()
-            if any(v.word == outcome for v in own)
-        ]
-        if said:
-            stage = {True: "confirmatory", False: "exploratory"}
-            scopes = dict.fromkeys(f"{v.scope} ({stage[v.confirmatory]})" for v in own)
-            lines.append(f"- **{question}** {' '.join(said)} Scope: {'; '.join(scopes)}.")
-    return "\n".join(lines)
+    column = columns[name]
+    for panel in panels:
+        found = {at: one for at, one in tables.dose_effects(runs, panel, name).items() if one is not None}
+        if not found:
+            continue
+        (down, rows), (across, heads) = panel.labels
+        row, head = max(found, key=lambda at: abs(found[at].difference))
+        one = found[row, head]
+        shown = tables.show(one, column)
+        apart = sum(other.low > 0 or other.high < 0 for other in found.values())
+        lines.append(
+            f"- **{panel.title.capitalize()}**: furthest at {down} {rows[row]}, {across} {heads[head]}, "
+            f"where {name} "
+            f"differs by {shown['difference']} {shown['95 % interval']} {column.unit} over {one.seeds} "
+            "seeds; "
+            f"{apart} of {len(found)} cells are told apart from 0."
+        )
+    return "\n".join(lines) or "No dose yet that two seeds share with its control."
+
+
+def _snnl_answer(found: Sequence[Verdict]) -> str:
+    own = [v for v in found if v.claim.measure == ACCURACY]
+    said = []
+    if yes := [v for v in own if v.word == "supported"]:
+        said.append(" ".join([f"Yes on {_places(yes)}", *filter(None, map(_mechanism, yes))]))
+    if no := [v for v in own if v.word == "contradicted"]:
+        said.append(f"it makes the model less accurate on {_places(no)}")
+    for outcome, phrase in (
+        ("smaller than claimed", "the gain is smaller than claimed, if there is one, on"),
+        ("undecided", "undecided on"),
+    ):
+        if units := [v for v in own if v.word == outcome]:
+            said.append(f"{phrase} {_names(units)} ({_surely(units)})")
+    text = "; ".join(said)
+    if any(v.depends_on_checkpoint for v in own if v.word != "supported"):
+        text += "; there another checkpoint would change the verdict"
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _names(units: Sequence[Verdict]) -> str:
+    return _and(list(dict.fromkeys(DATASET_TITLES[v.dataset] for v in units)))
+
+
+def _mechanism(verdict: Verdict) -> str:
+    """Whether a gain needs the mixture; "" where nothing says so."""
+    for one in verdict.causes:
+        if one.contrast == MECHANISM:
+            shown = verdict.claim.measure.shown(
+                one.comparison.difference, one.comparison.low, one.comparison.high
+            )
+            return {
+                "interval on the claimed side": f"({shown} more than a dense network gains)",
+                "interval on the other side": f"(but a dense network gains more: {shown})",
+                "interval includes 0": f"(a dense network may gain as much: {shown})",
+            }[one.reading]
+    return ""
+
+
+def _ac_answer(found: Sequence[Verdict]) -> str:
+    own = [v for v in found if v.claim.key.endswith("-performance")]
+    if not own:
+        return ""
+    by_dataset = {
+        name: [v for v in own if v.dataset == name] for name in dict.fromkeys(v.dataset for v in own)
+    }
+    wins = [us for us in by_dataset.values() if all(v.word == "supported" for v in us)]
+    rest = [v for us in by_dataset.values() if us not in wins for v in us]
+    said = [f"Yes on {_places([v for us in wins for v in us])}."] if wins else ["We see no reason to."]
+    for measure in dict.fromkeys(v.claim.measure for v in rest):
+        said.append(_no_gain([v for v in rest if v.claim.measure == measure and v.comparison is not None]))
+    if gated := [v for v in rest if v.obstacle is not None and v.obstacle.kind == "gate"]:
+        where = "here" if len(gated) == len(own) else f"on {_names(gated)}"
+        said.append(f"Learned routing is not shown to pay {where}, so a better router has nothing to prove.")
+    return " ".join(filter(None, said))
+
+
+def _no_gain(units: Sequence[Verdict]) -> str:
+    """Where it differs from the two control routers in one measure, and where it does not, in a sentence."""
+    said = []
+    same = []
+    for v in units:
+        assert v.comparison is not None
+        if v.comparison.low <= 0 <= v.comparison.high:
+            same.append(v)
+            continue
+        better = v.claim.measure.sign * v.comparison.difference > 0
+        said.append(
+            f"{'better' if better else 'worse'} than the {in_words(v.control)} on "
+            f"{DATASET_TITLES[v.dataset]} "
+            f"by {difference(v)}"
+        )
+    if same and not said:
+        ends = [end for v in same if v.comparison for end in (v.comparison.low, v.comparison.high)]
+        within = same[0].claim.measure.shown(min(ends), max(ends))
+        said.append(
+            f"no gain over {_and(list(dict.fromkeys(f'the {in_words(v.control)}' for v in same)))} shows on "
+            f"{_names(same)} (95 % intervals within {within}, {_surely(same)})"
+        )
+    text = "; ".join(said)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _pays_answer(found: Sequence[Verdict]) -> str:
+    said = []
+    for outcome, phrase in (
+        ("supported", "yes on"),
+        ("contradicted", "no: a gate that learns nothing does better on"),
+        ("smaller than claimed", "it gains less than would matter on"),
+        ("undecided", "it is undecided on"),
+    ):
+        units = [v for v in found if v.word == outcome]
+        if alone := [v for v in units if v.claim.wording == PAYS]:
+            said.append(f"{phrase} {_places(alone)}")
+        if beside := [v for v in units if v.claim.wording != PAYS]:
+            said.append(f"{'likewise' if alone else phrase} beside SNNL, {_places(beside)}")
+    text = "; ".join(said)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _places(units: Sequence[Verdict]) -> str:
-    """Data sets with their differences; without, where nothing can be tested."""
-    if units[0].word == "not testable here":
-        return _and(list(dict.fromkeys(DATASET_TITLES[v.dataset] for v in units)))
-    parts = []
+    """Data sets with their differences, and how sure they are."""
+    by_stage: dict[str, list[str]] = {}
     for v in units:
-        checkpoint = ", which depends on the checkpoint" if v.depends_on_checkpoint else ""
-        parts.append(f"{DATASET_TITLES[v.dataset]} ({contrast(v)}: {difference(v)}{checkpoint})")
-    return _and(parts)
+        several = len({(one.claim.treatment, one.control) for one in units}) > 1
+        versus = f", {contrast_in_words(v)}" if several else ""
+        by_stage.setdefault(_surely([v]), []).append(f"{DATASET_TITLES[v.dataset]} ({difference(v)}{versus})")
+    return "; ".join(f"{_and(parts)}, {stage}" for stage, parts in by_stage.items())
+
+
+def _surely(units: Sequence[Verdict]) -> str:
+    """ "40 seeds, confirmatory"."""
+    seeds = sorted({v.comparison.seeds for v in units if v.comparison is not None})
+    stages = {"confirmatory" if v.confirmatory else "exploratory" for v in units}
+    return f"{'-'.join(str(n) for n in (seeds[:1] + seeds[1:][-1:]))} seeds, {' and '.join(sorted(stages))}"
 
 
 def _and(parts: Sequence[str]) -> str:

@@ -21,6 +21,8 @@ from benchmarks.measure import Contestant, Machine, Rates, Row, Work
 from moe_lib.moe import AdaptiveClusteringRouter, route
 from moe_study import store
 
+pytestmark = pytest.mark.slow
+
 
 def sample(num_samples=12, dim=4, num_classes=3, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)

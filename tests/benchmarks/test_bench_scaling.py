@@ -10,6 +10,8 @@ from benchmarks import run as bench
 from benchmarks import scaling as bench_scaling
 from benchmarks.measure import Machine, Rates
 
+pytestmark = pytest.mark.slow
+
 
 def planted(exponents, rows):
     """Rows as measured: time 3 * product of (the job's own) sizes ** exponents, memory its square."""

@@ -15,6 +15,8 @@ from benchmarks.training import CIFAR, CNN, MLP, MNIST, SNNL, PublicClassifier, 
 from moe_study.data import pixels
 from moe_study.tasks import Objective
 
+pytestmark = pytest.mark.slow
+
 
 def with_weights_of(task):
     """The peer, with the weights of one of our models."""

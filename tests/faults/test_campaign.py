@@ -1,14 +1,16 @@
 """What may befall a grid of runs: kills, damaged files, full and read-only disks.
 
 After each fault the same work is asked for again, and every number is compared bit for bit with those of a
-grid that nothing disturbed. Prints a table of tried, held and failed.
+grid that nothing disturbed. A table says what was tried, what held and what failed.
 
-    make faults             a small campaign
+    make test               a few faults of each kind
+    make faults             a small campaign, recorded in results/faults/ and REPRODUCIBILITY.md
     make faults KILLS=100   the whole one
 """
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -18,7 +20,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import nbformat
@@ -27,35 +29,80 @@ import pytest
 import small_runs
 import torch
 
+from moe_study import __main__ as cli
 from moe_study import engine, store, study
 from moe_study.data import ROOT
-
-pytestmark = pytest.mark.faults
+from moe_study.train import TrainingError
 
 KILLS = int(os.environ.get("FAULTS_KILLS", "5"))
-SHARD = "1/5"
-GRID = f"--profile digits --study snnl --arm base,snnl --shard {SHARD}"
-VICTIMS = ("parent", "worker", "group", "Snakemake", "notebook")
+RECORD = os.environ.get("FAULTS_RECORD") == "1"  # `make faults` sets it; nothing else writes the table
+SHARD = "1/8"  # of 24 runs: three, of three arms
+AMID = "amid training"
+VICTIMS = (
+    *("parent", "group", "worker", "parent", "Snakemake"),
+    *("group", "parent", "worker", "group", "notebook"),
+)
 TABLE: dict[str, Counter] = {}
+BEGIN, END = "<!-- faults: begin, written by `make faults` -->\n", "<!-- faults: end -->\n"
+PAGE, FOUND = ROOT / "REPRODUCIBILITY.md", ROOT / "results" / "faults" / "campaign.json"
 
 
 def planned() -> list[study.Run]:
-    return study.shard(study.runs("digits", "snnl", arm="base,snnl"), SHARD)
+    """A small real grid."""
+    return study.shard(study.runs("digits", "snnl"), SHARD)
 
 
 def tried(kind: str, fault: str | None) -> None:
     """Count a fault, and what was wrong after it, if anything was."""
     TABLE.setdefault(kind, Counter()).update(["tried", "failed" if fault else "held"])
     if fault:
-        print(f"{kind}: {fault}", flush=True)
+        print(f"\n{kind}: {fault}", flush=True)
+
+
+def lines_of(found: dict) -> str:
+    """The table of a campaign, as Markdown."""
+    rows = [
+        f"| {kind} | {counts['tried']} | {counts['held']} | {counts['failed']} |"
+        for kind, counts in found["faults"].items()
+    ]
+    where = f"`make faults` on {found['machine']}, {found['minutes']} minutes"
+    share = f"{found['kills']} random kills, {found['amid_training']} of them while runs were being trained"
+    return "\n".join(
+        [f"{where}; {share}:", "", "| fault | tried | held | failed |", "|---|---|---|---|", *rows, ""]
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def table():
+    """Prints the table at the end; `make faults` also writes it."""
+    started = time.monotonic()
     yield
-    print("\n\n| fault | tried | held | failed |\n|---|---|---|---|")
-    for kind, found in TABLE.items():
-        print(f"| {kind} | {found['tried']} | {found['held']} | {found['failed']} |")
+    faults = {
+        kind: {word: counts[word] for word in ("tried", "held", "failed")}
+        for kind, counts in TABLE.items()
+        if kind != AMID
+    }
+    found = {
+        **store.provenance(),
+        "kills": sum(found["tried"] for kind, found in TABLE.items() if kind.startswith("kill: ")),
+        "minutes": round((time.monotonic() - started) / 60),
+        "amid_training": TABLE.get(AMID, Counter())["tried"],
+        "faults": faults,
+    }
+    print(f"\n\n{lines_of(found)}")
+    if RECORD:
+        store.write(FOUND, found)
+        head, rest = PAGE.read_text().split(BEGIN)
+        store.write_bytes(PAGE, (head + BEGIN + lines_of(found) + END + rest.split(END)[1]).encode())
+
+
+def test_the_page_shows_the_campaign_that_is_recorded():
+    if not FOUND.exists():
+        pytest.skip("no campaign is recorded")
+    found = json.loads(FOUND.read_text())
+    shown = PAGE.read_text().split(BEGIN)[1].split(END)[0]
+    assert shown == lines_of(found)
+    assert all(counts["tried"] == counts["held"] + counts["failed"] for counts in found["faults"].values())
 
 
 @pytest.fixture(autouse=True)
@@ -98,97 +145,185 @@ def command(victim: str, folder: Path) -> list[str]:
             if not (folder / name).exists():
                 (folder / name).symlink_to(ROOT / name)
         ids = [run.id for run in study.runs("digits", "snnl")]
-        runs = {run.id for run in planned()}
-        shards = [i for i in range(len(ids)) if ids[i] in runs]
         done = store.results_dir() / "digits" / ".work" / f"shards-{store.digest(ids)}"
-        targets = [str(done / f"{i + 1}of{len(ids)}.json") for i in shards]
-        options = "--cores 2 --keep-going --rerun-incomplete --nolock --rerun-triggers mtime input --quiet"
-        config = ["--config", "profile=digits", "study=snnl", f"shards={len(ids)}"]
-        return ["snakemake", *options.split(), *config, "--", *targets]
+        part, parts = SHARD.split("/")
+        options = "--cores 1 --keep-going --rerun-incomplete --nolock --rerun-triggers mtime input --quiet"
+        config = ["--config", "profile=digits", "study=snnl", f"shards={parts}"]
+        return ["snakemake", *options.split(), *config, "--", str(done / f"{part}of{parts}.json")]
     if victim == "notebook":
         source = (
             "from moe_study import study\n"
-            f"runs = study.shard(study.runs('digits', 'snnl', arm='base,snnl'), {SHARD!r})\n"
+            f"runs = study.shard(study.runs('digits', 'snnl'), {SHARD!r})\n"
             "len(study.ensure(runs, workers=2))"
         )
         made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
         made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(made, folder / "grid.ipynb")
         return [*["papermill", "--no-progress-bar", "--cwd"], str(folder), "grid.ipynb", "out.ipynb"]
-    return [sys.executable, "-m", "moe_study", "run", *GRID.split(), "--workers", "2"]
 
 
-def begin(victim: str, folder: Path) -> psutil.Popen:
-    line = command(victim, folder)
+def run_grid() -> int:
+    """`python -m moe_study run` of the grid, here and now.
+
+    In a fork of this process, workers are forks too: nothing is imported again, and most kills strike work.
+    """
+    context = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: context
+    return cli.main(["run", "--profile", "digits", "--study", "snnl", "--shard", SHARD, "--workers", "2"])
+
+
+@contextlib.contextmanager
+def begun(victim: str, folder: Path) -> Iterator[psutil.Process]:
+    """The command in a session of its own; what is left of it at the end is killed."""
+    folder.mkdir(exist_ok=True)
     with (folder / "output").open("w") as output:
-        return psutil.Popen(line, cwd=folder, stdout=output, stderr=output, start_new_session=True)
+        if victim in ("Snakemake", "notebook"):
+            line = command(victim, folder)
+            process: psutil.Process = psutil.Popen(
+                line, cwd=folder, stdout=output, stderr=output, start_new_session=True
+            )
+        else:
+            process = psutil.Process(fork(run_grid, output.fileno()))
+    try:
+        yield process
+    finally:
+        if status_of(process) is None:  # the campaign itself was interrupted
+            os.killpg(process.pid, signal.SIGKILL)
 
 
-def strike(victim: str, process: psutil.Popen, draw: random.Random) -> None:
-    family = process.children(recursive=True)
+def fork(work: Callable[[], int | None], output: int | None = None) -> int:
+    """The number of a child of this process, which has imported everything. What it returns is its status."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            warnings.simplefilter("ignore")
+            torch.set_num_threads(1)
+            if output is not None:
+                os.setsid()
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+            status = work() or 0
+        except (store.StoreError, TrainingError, OSError):
+            status = 3  # said clearly
+        finally:
+            os._exit(status)
+    return child
+
+
+def status_of(process: psutil.Process) -> int | None:
+    """None while it runs; negative after a signal."""
+    try:
+        return process.wait(0)
+    except psutil.TimeoutExpired:
+        return None
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    """Of the engine, whoever started it."""
+    found = []
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            words = " ".join(child.cmdline())
+            forked = child.ppid() == process.pid and "resource_tracker" not in words
+            if "spawn_main" in words or (forked and not isinstance(process, psutil.Popen)):
+                found.append(child)
+    return found
+
+
+def strike(victim: str, process: psutil.Process, draw: random.Random) -> None:
+    """Kill; then wait until everything that was started has ended by itself.
+
+    Raises:
+        AssertionError: something did not end, or a batch that lost a worker did not finish.
+    """
+    family, workers = process.children(recursive=True), workers_of(process)
+    target = process
     if victim == "worker":
-        workers = [child for child in family if "spawn_main" in " ".join(child.cmdline())]
-        if workers:
-            draw.choice(workers).kill()
-        process.wait(600)  # the batch goes on without it
-        return
+        target = draw.choice(workers)
+    elif victim == "notebook":  # papermill, its kernel, or a worker of the kernel
+        kernels = [child for child in family if "ipykernel" in " ".join(child.cmdline())]
+        target = draw.choice([process, *kernels[:1], *workers])
     if victim == "group":
         os.killpg(process.pid, signal.SIGKILL)
-    elif victim == "notebook":
-        draw.choice([process, *family]).kill()
     else:
-        process.kill()
-    process.wait(600)
+        target.kill()
+    status = process.wait(600)
+    if target in workers and status:
+        raise AssertionError(f"{victim}: lost one worker and ended with {status}")
     _, alive = psutil.wait_procs(family, timeout=60)
-    for child in alive:
-        child.kill()
-    if alive and victim != "notebook":  # of papermill the kernel may outlive a killed worker
-        raise AssertionError(f"{len(alive)} processes outlived it: {[' '.join(c.cmdline()) for c in alive]}")
+    if alive:
+        outlived = []
+        for child in alive:
+            with contextlib.suppress(psutil.Error):
+                outlived.append(" ".join(child.cmdline())[:80])
+                child.kill()
+        raise AssertionError(f"{victim}: outlived by {outlived}")
 
 
-def test_random_kills(home, monkeypatch):
-    """Of a real grid: after each kill every finished file is whole and right; resumed, the grid is."""
-    draw = random.Random(KILLS)
-    results = home / "undisturbed"
-    monkeypatch.setenv("MOE_RESULTS_DIR", str(results))
+def random_kills(home: Path, monkeypatch: pytest.MonkeyPatch, number: int, victims: Sequence[str]) -> None:
+    """Kills of a real grid: after each every finished file is right, and of the resumed grid all are.
+
+    A command that ends before its moment comes is begun again, and no kill is counted.
+    """
+    draw = random.Random(number)
+    monkeypatch.setenv("MOE_RESULTS_DIR", str(home / "undisturbed"))
     started = time.monotonic()
-    study.ensure(planned(), workers=2, quiet=True)
-    usual = time.monotonic() - started + 8  # and what it takes to import everything
+    with begun("parent", home / "undisturbed-command") as process:
+        assert process.wait(600) == 0
+    usual = time.monotonic() - started
+    subprocess.run([sys.executable, "-c", "import moe_study.study"], check=True)
+    start_up = time.monotonic() - started - usual
     undisturbed = {run.id: small_runs.numbers(study.read(run)) for run in planned()}
-
     pending: list[str] = []  # kills of the grid at work: whether they held shows when it is whole
-    number = 0
+    folders = 0
 
     def fresh() -> None:
-        nonlocal number
-        number += 1
-        monkeypatch.setenv("MOE_RESULTS_DIR", str(home / f"results-{number}"))
-
-    def settle(fault: str | None) -> None:
-        for kind in pending:
-            tried(f"kill: {kind}", fault)
-        pending.clear()
-        fresh()
+        nonlocal folders
+        folders += 1
+        monkeypatch.setenv("MOE_RESULTS_DIR", str(home / f"results-{folders}"))
 
     fresh()
-    for i in range(KILLS):
-        victim = VICTIMS[i % len(VICTIMS)]
-        process = begin(victim, home / victim)
-        until = time.monotonic() + draw.uniform(0.2, 1) * usual
-        while process.poll() is None and time.monotonic() < until:
-            time.sleep(0.05)
-        pending.append(victim)
+    struck = 0
+    while struck < number:
+        victim = victims[struck % len(victims)]
+        imports = 4 * start_up * (victim in ("Snakemake", "notebook"))  # one after the other
+        after = draw.uniform(0.05, 0.65) * usual + imports * draw.random()
         fault = None
-        try:
-            if process.poll() is None:
-                strike(victim, process, draw)
-        except (AssertionError, psutil.Error) as error:
-            fault = str(error)
+        with begun(victim, home / victim) as process:
+            until = time.monotonic() + after
+            while status_of(process) is None and (
+                time.monotonic() < until or (victim == "worker" and not workers_of(process))
+            ):
+                time.sleep(0.05)
+            amid = any((run.workspace / "checkpoint.pt").exists() for run in planned())
+            try:
+                if status_of(process) is None:
+                    strike(victim, process, draw)
+                    struck += 1
+                    pending.append(victim)
+                    TABLE.setdefault(AMID, Counter())["tried"] += amid
+                    print(f"kill {struck} of {number}: {victim} after {after:.1f} s", flush=True)
+            except AssertionError as error:
+                fault = str(error)
+                pending.append(victim)
+            except (psutil.NoSuchProcess, ProcessLookupError, IndexError):  # it ended in this very moment
+                process.wait(600)
+            if (status := status_of(process) or 0) > 0 and pending[-1:] != ["notebook"]:
+                fault = fault or f"{victim} ended with {status}"  # papermill fails with its kernel
         fault = fault or faults_of(planned(), undisturbed, whole=False)
-        if fault or all(run.path.exists() for run in planned()) or i + 1 == KILLS:
-            study.ensure(planned(), workers=2, quiet=True)
-            settle(fault or faults_of(planned(), undisturbed, whole=True))
-    assert not sum(found["failed"] for found in TABLE.values())
+        if fault or struck == number or all(run.path.exists() for run in planned()):
+            with begun("parent", home / "resumed") as process:
+                if process.wait(600):
+                    fault = fault or "resuming failed: " + (home / "resumed" / "output").read_text()[-300:]
+            fault = fault or faults_of(planned(), undisturbed, whole=True)
+            for kind in pending:
+                tried(f"kill: {kind}", fault)
+            if fault:
+                pytest.fail(f"{fault}\n{(home / victim / 'output').read_text()[-2000:]}")
+            pending.clear()
+            shutil.rmtree(store.results_dir())
+            fresh()
 
 
 # -------------------------------------------------------------------------- faults at known moments
@@ -200,21 +335,13 @@ class Queue:
 
 
 def forked(work: Callable[[], None]) -> int:
-    """Exit status of `work` in a child of this process, which has imported everything; -9 if killed."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            warnings.simplefilter("ignore")
-            torch.set_num_threads(1)
-            engine._progress = Queue()
-            work()
-            status = 0
-        except (store.StoreError, study.TrainingError, OSError):
-            status = 3  # said clearly
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    """Exit status of `work` in a child of this process; -9 if killed, 3 if it said clearly what is wrong."""
+
+    def alone() -> None:
+        engine._progress = Queue()
+        work()
+
+    return os.waitstatus_to_exitcode(os.waitpid(fork(alone), 0)[1])
 
 
 RUN = small_runs.run(epochs=2, arm="raw")
@@ -270,6 +397,7 @@ def resumed(truth: dict) -> str | None:
     return faults_of([RUN], truth, whole=True)
 
 
+@pytest.mark.faults
 def test_kills_between_write_rename_and_unlink(home, truth):
     assert forked(lambda: killed_at(0, home / "count")) == 0
     moments = int((home / "count").read_text())
@@ -327,7 +455,12 @@ RESULT = {
 }
 
 
-@pytest.mark.parametrize("damage", ANY_FILE)
+def mostly_of_the_campaign(values: Sequence, usual: object) -> list:
+    """Parameters of a test, of which the ordinary tests try one."""
+    return [pytest.param(value, marks=() if value == usual else pytest.mark.faults) for value in values]
+
+
+@pytest.mark.parametrize("damage", mostly_of_the_campaign(list(ANY_FILE), "bit flipped at 0.5"))
 def test_damaged_checkpoints(damage, truth):
     """The run starts anew and ends with the right numbers."""
     # The first epoch's checkpoint is there: fdopen, fsync, chmod, replace, fsync of the folder. Now the next.
@@ -374,7 +507,7 @@ def disk(folder: Path, options: str):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("kilobytes", [8, 64, 256, 512, 1024])
+@pytest.mark.parametrize("kilobytes", mostly_of_the_campaign([8, 64, 256, 512, 1024], 64))
 def test_full_disk(kilobytes, truth):
     with disk(store.results_dir(), f"size={kilobytes}k") as remount:
         status = forked(train)
@@ -400,3 +533,16 @@ def test_read_only_folder(truth):
         remount("rw")
     tried("read-only folder", fault)
     assert fault is None
+
+
+@pytest.mark.slow
+def test_a_few_random_kills(home, monkeypatch):
+    if RECORD:
+        pytest.skip("the campaign has more of them")
+    random_kills(home, monkeypatch, 2, ("group", "worker"))
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_random_kills(home, monkeypatch):
+    random_kills(home, monkeypatch, KILLS, VICTIMS)

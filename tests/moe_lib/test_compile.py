@@ -11,6 +11,8 @@ from moe_lib.models.transformer import Projection
 from moe_lib.moe import ACConfig, AdaptiveClusteringRouter, HashRouter, MoE, route
 from moe_lib.snnl import soft_nearest_neighbor_loss
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def fresh():

@@ -2,12 +2,12 @@
 
 import torch
 
-from moe_study.tasks import augmented
+from moe_study.tasks import augmented, drawn_crops
 
 
 def test_crops_and_flips_against_a_loop():
     images = torch.randint(1, 256, (40, 3, 6, 5), dtype=torch.uint8)
-    found = augmented(images, torch.Generator().manual_seed(3), padding=2)
+    found = augmented(images, *drawn_crops(40, torch.Generator().manual_seed(3), border=2), border=2)
     draw = torch.Generator().manual_seed(3)
     offsets, flips = torch.randint(5, (2, 40), generator=draw), torch.rand(40, generator=draw) < 0.5
     assert found.shape == images.shape

@@ -154,12 +154,14 @@ def piped(arguments: str, reader: str, cwd: Path) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_ends_the_plan_quietly(folders):
     process = piped("plan --profile digits", "head -1", ROOT)
     assert process.stdout.startswith("study ")
     assert (process.returncode, process.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_broken_pipe_does_not_keep_a_run_from_its_done_file(folders):
     done = folders / "DONE.json"
     wanted = f"run --profile digits --study snnl --arm raw --shard 1/5 --workers 1 --done {done}"
@@ -171,6 +173,7 @@ def test_a_broken_pipe_does_not_keep_a_run_from_its_done_file(folders):
     study.read(run)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_process_that_it_follows(folders):
     """As a shard with Snakemake; its workers with it."""
     followed = subprocess.Popen(["sleep", "300"])
@@ -187,7 +190,7 @@ def test_a_run_ends_with_the_process_that_it_follows(folders):
     ]
     process = subprocess.Popen([sys.executable, "-m", "moe_study", *wanted], cwd=ROOT, stdout=subprocess.PIPE)
     try:
-        assert b"epoch" in process.stdout.readline()  # its worker trains
+        assert b"epoch 1/12" in process.stdout.readline()  # its worker trains
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         followed.kill()
         followed.wait()
@@ -232,6 +235,7 @@ def test_a_profile_whose_runs_are_finished_needs_no_data(folders, capsys, monkey
     assert main(["data", "--profile", "digits"]) == 0
 
 
+@pytest.mark.slow
 def test_an_unknown_profile_from_another_folder(tmp_path):
     process = python(["-m", "moe_study", "run", "--profile", "nope"], cwd=tmp_path)
     assert process.returncode == 1
@@ -385,6 +389,7 @@ def test_where_is_below_the_results_folder(folders, capsys):
     assert files(folders) == []
 
 
+@pytest.mark.slow
 def test_where_does_not_depend_on_the_working_folder(tmp_path):
     process = python(["-m", "moe_study", "where", "--profile", "digits"], cwd=tmp_path, MOE_RESULTS_DIR="")
     assert process.stdout == f"{ROOT / 'results' / 'digits' / 'report.html'}\n"
@@ -403,10 +408,10 @@ def test_time_limit_zero_trains_nothing(folders, capsys):
 
 def test_done_is_written_when_every_run_has_its_file(folders, capsys):
     """Two runs, one finished: no DONE. Both finished: DONE with their ids, and nothing is trained."""
-    runs = study.shard(study.runs("digits", arm="raw"), "1/3")
+    runs = study.shard(study.runs("digits", arm="raw"), "1/1")
     assert len(runs) == 2
     done = folders / "a" / "DONE.json"
-    command = ["run", "--profile", "digits", "--arm", "raw", "--shard", "1/3", "--done", str(done)]
+    command = ["run", "--profile", "digits", "--arm", "raw", "--shard", "1/1", "--done", str(done)]
     study.write(runs[0], {})
     assert main([*command, "--time-limit", "0"]) == 0
     assert f"1 of 2 runs have their result under {folders / 'results'}\n" in capsys.readouterr().out
@@ -463,6 +468,7 @@ def bare_distributions() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_run_needs_only_what_a_bare_machine_has(folders):
     """Every other installed package is out of reach, of this process and of its workers."""
     allowed = bare_distributions() | {"moe-collapse"}

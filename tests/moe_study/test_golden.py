@@ -5,6 +5,7 @@ it alone; one that is raises the study's version and rewrites it: python tests/m
 """
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from moe_study import store, study, tasks
 from moe_study.configs import arms
 from moe_study.configs.snnl import VERSIONS
 from moe_study.report import tables
+
+pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).with_name("golden.json")
 RUNS = study.runs("digits", "snnl")
@@ -45,7 +48,7 @@ def rendered(results):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_RESULTS_DIR", str(tmp_path_factory.mktemp("results")))
+        patch.setenv("MOE_RESULTS_DIR", os.environ.get("TRAINED") or str(tmp_path_factory.mktemp("results")))
         yield study.ensure(RUNS, quiet=True)
 
 

@@ -15,6 +15,8 @@ from moe_study import store, study
 from moe_study.configs import arms
 from moe_study.data import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def grid(folders):
@@ -99,19 +101,19 @@ def test_a_killed_batch_goes_on_where_it_was(grid, folders, monkeypatch):
         study.runs("digits", "snnl"), "2/11"
     )
     assert sorted((run.arm, run.seed) for run in runs) == sorted(
-        (arm, seed) for arm in ("base", "snnl") for seed in arms.SEEDS[:5]
+        (arm, seed) for arm in ("base", "snnl") for seed in arms.SEEDS[:3]
     )
     done = done_files(11, 1, 2)
     batch = start(grid, 11, done)
     try:
         until = time.monotonic() + 480
-        while len(finished(runs)) < 3 and time.monotonic() < until:
+        while len(finished(runs)) < 2 and time.monotonic() < until:
             assert batch.poll() is None, (grid / "output").read_text()
             time.sleep(0.02)
     finally:
         kill(batch)
     before = finished(runs)
-    assert 3 <= len(before) < 10
+    assert 2 <= len(before) < 6
     assert not any(path.exists() for path in done)
     cut = [run for run in runs if run.path not in before]
     cut.sort(key=lambda run: not (run.workspace / "checkpoint.pt").exists())  # begun ones first
@@ -119,7 +121,7 @@ def test_a_killed_batch_goes_on_where_it_was(grid, folders, monkeypatch):
     status, said = finish(grid, 11, done)  # the same command, nothing else
     assert status == 0, said
     after = finished(runs)
-    assert len(after) == 10
+    assert len(after) == 6
     assert set(cut[0].path.parent.glob("*.json")) == set(after)
     assert {path: after[path] for path in before} == before
     for i, path in enumerate(done, 1):
@@ -140,14 +142,14 @@ def test_a_killed_batch_goes_on_where_it_was(grid, folders, monkeypatch):
 
 def test_a_failing_shard_leaves_the_other_alone(grid):
     """The first run of one shard cannot make its workspace: its siblings and the other shard are finished."""
-    failing, sound = (study.shard(study.runs("digits", "snnl"), f"{i}/22") for i in (8, 19))
-    assert {run.arm for run in failing + sound} == {"uniform-gate"}
-    done_failing, done_sound = done = done_files(22, 8, 19)
+    failing, sound = (study.shard(study.runs("digits", "snnl"), f"{i}/11") for i in (8, 9))
+    assert [run.arm for run in failing + sound] == ["uniform-gate"] * 2 + ["raw"] * 2
+    done_failing, done_sound = done = done_files(11, 8, 9)
     obstacle = failing[0].workspace
     obstacle.parent.mkdir(parents=True)
     obstacle.write_text("in the way")
 
-    status, said = finish(grid, 22, done)
+    status, said = finish(grid, 11, done)
     assert status != 0
     assert failing[0].label in said
     assert not done_failing.exists()
@@ -159,7 +161,7 @@ def test_a_failing_shard_leaves_the_other_alone(grid):
     obstacle.unlink()
     lost = kept.popitem()[0]
     lost.unlink()  # a DONE file counts only as long as its result files are there
-    status, said = finish(grid, 22, done)
+    status, said = finish(grid, 11, done)
     assert status == 0, said
     assert done_failing.exists()
     assert done_sound.exists()

@@ -40,13 +40,28 @@ def test_sign_flip_p_is_scipys(seeds):
 
 
 def test_sign_flip_p_of_forty_seeds():
-    """Against the normal limit, and its floor; a seed more is refused."""
+    """Against the normal limit, and its floor."""
     differences = np.random.default_rng(0).normal(0, 1, 40)
     z = abs(differences.sum()) / np.sqrt(np.square(differences).sum())
     assert stats.sign_flip_p(differences) == pytest.approx(2 * scipy_stats.norm.sf(z), abs=0.01)
     assert stats.sign_flip_p(np.linspace(1, 2, 40)) == 2 / 2**40
-    with pytest.raises(ValueError, match="exact up to 40 seeds, got 41"):
-        stats.sign_flip_p(np.ones(41))
+
+
+@pytest.mark.parametrize(("seeds", "shift"), [(41, 0.3), (60, 0.1), (100, 0.25)])
+def test_sign_flip_p_of_more_seeds_is_drawn(seeds, shift):
+    """Of whole numbers the distribution of all 2^S sums is a convolution."""
+    differences = np.random.default_rng(seeds).normal(10 * shift, 10, seeds).round().astype(int)
+    most = np.abs(differences).sum()
+    share = np.zeros(2 * most + 1)
+    share[most] = 1  # of a sum of 0
+    for value in differences:
+        share = (np.roll(share, value) + np.roll(share, -value)) / 2
+    sums = np.arange(-most, most + 1)
+    exact = share[np.abs(sums) >= abs(differences.sum())].sum()
+    assert 1e-3 < exact < 0.9
+    found = stats.sign_flip_p(differences)
+    assert found == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 99_999) + 1e-5)
+    assert stats.paired_comparison(differences, np.zeros(seeds)).p == found
 
 
 def test_sign_flip_p_of_unanimous_seeds_is_its_floor():

@@ -14,6 +14,8 @@ from torch import nn
 from moe_lib import AdaptiveClusteringRouter, MoE
 from moe_lib.inspect import Adapter, Dispatch, inspect_moe, rows
 
+pytestmark = pytest.mark.slow
+
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed: .[test-hf]"
 )

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from moe_lib.inspect import CollapseCallback, early_warning, inspect_moe, watch
 from moe_lib.inspect.tamper import default_loss
 
+pytestmark = pytest.mark.slow
+
 B, T, D, E, K = 4, 6, 16, 4, 2
 
 

@@ -1,0 +1,1443 @@
+"""Tables, figures and the rendered report, on made-up result files, against numbers done by hand."""
+
+import base64
+import inspect
+import re
+from dataclasses import asdict, replace
+from itertools import pairwise
+
+import matplotlib as mpl
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import small_runs
+from bs4 import BeautifulSoup
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from moe_study import store, study, trust
+from moe_study.configs import arms, crossed, snnl
+from moe_study.data import ROOT
+from moe_study.report import page as report
+from moe_study.report import plots, tables
+from moe_study.report import verdicts as words
+from moe_study.stats import PairedComparison
+
+# ------------------------------------------------------------------------------------ made-up results
+
+
+def planned(arm: str, seed: int, dataset: str = "fashion_mnist", profile: str = "core") -> study.Run:
+    (run,) = [r for r in study.runs(profile, "snnl", dataset, arm) if r.seed == seed]
+    return run
+
+
+def made_up(run: study.Run, accuracy: float = 0.9, num_classes: int = 10, epochs: int = 3) -> dict:
+    """What a result file of `run` could hold; every number follows from `accuracy` and the seed."""
+    draw = np.random.default_rng(run.seed)
+    experts = run.model.num_experts
+    score = {"accuracy": accuracy, "cross_entropy": 1 - accuracy, "calibration_error": 0.02}
+    dense = experts == 1  # similarity of one expert is no number
+    similarity = dict.fromkeys(("weights", "weights_aligned", "outputs", "cka"), None if dense else 0.1)
+    by_use = dict.fromkeys(("outputs_weighted", "cka_weighted"), None if dense else 0.2)
+    result = {
+        "id": run.id,
+        "run": asdict(run),
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "versions": {"python": "3.12.0", "torch": "2.14.0"},
+        "machine": "Some CPU",
+        "device": "cpu",
+        "wall_seconds": 90.0,
+        "peak_memory_mb": 500.0 + run.seed,
+        "history": {
+            "best_cross_entropy": 1 - accuracy,
+            "validation": {
+                "cross_entropy": [1 / (e + 1) for e in range(epochs)],
+                "accuracy": [accuracy - 0.1 * (epochs - 1 - e) for e in range(epochs)],
+                "marginal": [1.3] * epochs,
+                "per_sample": [1.3 - 0.2 * e for e in range(epochs)],
+                "output_similarity": [0.6 - 0.1 * e for e in range(epochs)],
+            },
+        },
+        "primary_endpoint": "last_epoch",
+        "task": score,
+        "endpoints": {
+            "best_accuracy": {"epoch": 1, "task": score | {"accuracy": accuracy - 0.001}},
+            "best_cross_entropy": {"epoch": epochs - 1, "same_as": "last_epoch"},
+        },
+        "routing": {
+            "entropy": {
+                **{"marginal": 1.3, "per_sample": 0.4, "class_conditional": 0.5, "expert_class": 1.5},
+                **{"information_input": 0.9, "information_class": 0.8},
+                **{"num_experts": experts, "num_classes": num_classes},
+            },
+            "information_class_null": 0.02,
+            "load": {"effective_experts": 3.5, "dead_experts": 0, "adjusted_mutual_information": 0.6},
+            "class_expert": draw.dirichlet(np.ones(experts), num_classes).tolist(),
+        },
+        "similarity": similarity | by_use,
+        "initial": {
+            "similarity": {k: v and v / 2 for k, v in similarity.items()},
+            "routing": {"entropy": {"marginal": 1.38}},
+        },
+        "embedding": {"knn_accuracy": 0.9, "silhouette": 0.4, "trustworthiness": 0.95, "snnl": 1.6},
+        "ablation": {"permuted": 0.3, "swapped": 0.1, "merged": 0.1, "dropped": [0.1] * experts},
+        "expert_parameters": 1000,
+        "num_parameters": 1_234_567,
+    }
+    if run.independent_experts:
+        result["null"] = {"similarity": {k: v and v * 4 for k, v in similarity.items()}}
+    if run.tsne:
+        points = draw.integers(0, 1000, (2, 400, 2)).tolist()
+        labels = [i % num_classes for i in range(400)]
+        result["tsne"] = {"before": points[0], "after": points[1], "labels": labels}
+    return result
+
+
+# arm -> accuracy of each of three seeds; the differences are done by hand in the tests
+ACCURACIES = {
+    "base": (0.90, 0.91, 0.92),
+    "snnl": (0.92, 0.92, 0.94),
+    "dense": (0.80, 0.80, 0.80),
+    "dense-snnl": (0.81, 0.80, 0.82),
+}
+
+
+def some_results(accuracies: dict = ACCURACIES, **options: object) -> list[dict]:
+    return [
+        made_up(planned(arm, seed), accuracy, **options)
+        for arm, values in accuracies.items()
+        for seed, accuracy in zip(arms.SEEDS, values, strict=False)
+    ]
+
+
+@pytest.fixture
+def core(folders):
+    """Those results as files of profile "core", at the planned paths."""
+    for result in some_results():
+        run = planned(result["run"]["arm"], result["run"]["seed"])
+        store.write(run.path, result)
+    return folders
+
+
+# -------------------------------------------------------------------------------------------- tables
+
+
+def test_every_column_is_found_in_a_real_kind_of_result():
+    frame = tables.frame(some_results())
+    assert list(frame.columns) == ["profile", "study", "dataset", "arm", "seed", *tables.COLUMNS]
+    assert len(frame) == 12
+    assert not frame[frame["arm"].isin(["base", "snnl"])].isna().any().any()
+    assert {str(kind) for kind in frame[list(tables.COLUMNS)].dtypes} == {"float64"}
+    first = frame.iloc[0]
+    assert (first["arm"], first["seed"], first["accuracy"]) == ("base", 42, 0.90)
+    assert first["accuracy, best validation accuracy"] == pytest.approx(0.899)
+    assert first["accuracy, best validation cross-entropy"] == 0.90  # it was the last epoch
+    assert first["cos outputs, by use"] == 0.2
+    assert first["cost of permuted routing"] == 0.3
+    assert frame[frame["arm"] == "dense"]["|cos| weights"].isna().all()
+
+
+def test_scores_of_an_older_file_are_shown_where_it_has_them():
+    """It has the last epoch's scores, and everything else of the lowest validation cross-entropy."""
+    old = made_up(planned("base", 42))
+    old["last_epoch"] = old["task"] | {"accuracy": 0.8}
+    for key in ("primary_endpoint", "endpoints"):
+        del old[key]
+    row = tables.frame([old]).iloc[0]
+    assert row["accuracy"] == 0.8
+    assert np.isnan(row["accuracy, best validation accuracy"])
+    assert row["accuracy, best validation cross-entropy"] == 0.9
+    assert "older result files" in tables.endpoint_note([old, made_up(planned("base", 1234))])
+    assert "older" not in tables.endpoint_note([made_up(planned("base", 42))])
+
+
+@pytest.mark.slow
+def test_columns_name_what_a_run_writes(folders):
+    """Against a result that the engine itself has made."""
+    (result,) = study.ensure([small_runs.run(epochs=2, arm="raw")], workers=1, quiet=True)
+    row = tables.frame([result]).iloc[0]
+    assert row.index[row.isna()].tolist() == []
+    for source in ("similarity", "initial.similarity"):
+        for key in ("weights", "weights_aligned", "outputs", "cka"):
+            assert tables.look_up(result, f"{source}.{key}") is not None
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [("a.b", 1), ("a", {"b": 1}), ("a.c", None), ("x.y.z", None), ("a.b.c", None)]
+)
+def test_look_up(path, value):
+    assert tables.look_up({"a": {"b": 1}}, path) == value
+
+
+def test_summary_is_mean_and_sample_deviation():
+    table = tables.summary(tables.frame(some_results()), ["accuracy", "|cos| weights"])
+    assert table.index.tolist() == list(ACCURACIES)  # in the order given, not by the alphabet
+    assert table.loc["base"].tolist() == ["3", "91.00 ± 1.00", "0.1000 ± 0.0000"]
+    assert table.loc["snnl"].tolist() == ["3", "92.67 ± 1.15", "0.1000 ± 0.0000"]
+    assert table.loc["dense"].tolist() == ["3", "80.00 ± 0.00", "-"]
+
+
+def test_summary_of_one_seed_has_no_deviation():
+    table = tables.summary(tables.frame(some_results({"base": (0.9,)})), ["accuracy"])
+    assert table.loc["base"].to_dict() == {"seeds": "1", "accuracy (%)": "90.00"}
+
+
+def test_contrast_by_hand():
+    """Differences 0.02, 0.01, 0.02: mean 1/60, deviation 1/(100 sqrt 3), t(0.975, 2) = 4.302653."""
+    frame = tables.frame(some_results())
+    found = tables.contrast(frame, "snnl", "base", "accuracy")
+    assert found.difference == pytest.approx(1 / 60)
+    assert found.low == pytest.approx(1 / 60 - 4.302653 / 300, abs=1e-7)
+    assert found.high == pytest.approx(1 / 60 + 4.302653 / 300, abs=1e-7)
+    assert found.p == 0.25  # 2 of 2^3 sign patterns
+    assert found.effect == pytest.approx(100 * 3**0.5 / 60)
+    assert tables.show(found) == {
+        "difference": "+0.0167",
+        "95 % interval": "[+0.0023, +0.0310]",
+        "p": "0.2500",
+        "seeds": "3 (pilot)",
+    }
+    assert tables.reading(found, "higher") == "interval on the claimed side"
+    assert tables.reading(found, "lower") == "interval on the other side"
+
+
+def test_contrast_pairs_by_seed_and_not_by_position():
+    """Rows in any order; a seed that one arm lacks is left out."""
+    results = some_results({"base": (0.90, 0.91, 0.92), "snnl": (0.92, 0.92, 0.94)})
+    shuffled = [results[i] for i in (5, 0, 3, 2, 4, 1)]
+    assert tables.contrast(tables.frame(shuffled), "snnl", "base", "accuracy") == (
+        tables.contrast(tables.frame(results), "snnl", "base", "accuracy")
+    )
+    found = tables.contrast(tables.frame(results[1:]), "snnl", "base", "accuracy")  # base without seed 42
+    assert found.seeds == 2
+    assert found.difference == pytest.approx((0.01 + 0.02) / 2)
+
+
+def test_contrast_needs_two_pairs():
+    frame = tables.frame(some_results({"base": (0.9, 0.91), "snnl": (0.92,)}))
+    assert tables.contrast(frame, "snnl", "base", "accuracy") is None
+    assert tables.contrast(frame, "snnl", "raw", "accuracy") is None
+    dense = tables.frame(some_results({"dense": (0.8, 0.81), "dense-snnl": (0.82, 0.83)}))
+    assert tables.contrast(dense, "dense-snnl", "dense", "|cos| weights") is None  # not a number
+
+
+def test_a_seed_that_is_there_twice_is_refused():
+    results = some_results({"base": (0.9, 0.91), "snnl": (0.92, 0.93)})
+    with pytest.raises(ValueError, match="duplicate"):
+        tables.contrast(tables.frame([*results, results[0]]), "snnl", "base", "accuracy")
+
+
+def test_mechanism_by_hand():
+    """Mixture 0.02, 0.01, 0.02 minus dense 0.01, 0, 0.02: 0.01, 0.01, 0."""
+    found = tables.mechanism(tables.frame(some_results()), "accuracy")
+    assert found.difference == pytest.approx(0.02 / 3)
+    assert found.low == pytest.approx(0.02 / 3 - 4.302653 / 300, abs=1e-7)
+    assert found.p == 0.5  # a third of 0 flips freely: 4 of 8 patterns
+    assert tables.reading(found, "higher") == "interval includes 0"
+    without = {arm: values for arm, values in ACCURACIES.items() if arm != "dense"}
+    assert tables.mechanism(tables.frame(some_results(without)), "accuracy") is None
+
+
+def test_contrasts_lists_what_there_is():
+    pairs = [("snnl", "base"), ("snnl", "raw")]
+    table = tables.contrasts(tables.frame(some_results()), pairs, ["accuracy", "|cos| weights"])
+    mechanism = "mechanism: (snnl - base) - (dense-snnl - dense)"
+    assert table.index.tolist() == [
+        ("accuracy (points)", "snnl - base"),
+        ("accuracy (points)", mechanism),
+        ("|cos| weights", "snnl - base"),  # the dense arms have no such number: no mechanism
+    ]
+    assert table.loc[("accuracy (points)", "snnl - base"), "95 % interval"] == "[+0.23, +3.10]"
+    assert table.loc[("accuracy (points)", mechanism), "difference"] == "+0.67"
+    assert table.loc[("|cos| weights", "snnl - base"), "difference"] == "+0.0000"
+    assert tables.contrasts(tables.frame(some_results({"base": (0.9,)})), pairs, ["accuracy"]).empty
+
+
+def comparison(low: float, high: float, p: float = 0.01, seeds: int = 10) -> PairedComparison:
+    return PairedComparison((low + high) / 2, low, high, p, 1.0, low, high, seeds)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "claimed", "reading"),
+    [
+        (0.1, 0.2, "higher", "interval on the claimed side"),
+        (-0.2, -0.1, "higher", "interval on the other side"),
+        (-0.1, 0.2, "higher", "interval includes 0"),
+        (0.0, 0.2, "higher", "interval includes 0"),
+        (-0.2, 0.0, "higher", "interval includes 0"),
+        (0.0, 0.0, "lower", "interval includes 0"),
+        (-0.2, -0.1, "lower", "interval on the claimed side"),
+        (0.1, 0.2, "lower", "interval on the other side"),
+        (-0.1, 0.2, "lower", "interval includes 0"),
+    ],
+)
+def test_reading(low, high, claimed, reading):
+    assert tables.reading(comparison(low, high), claimed) == reading
+
+
+def test_reading_of_an_unknown_direction():
+    with pytest.raises(KeyError, match="sideways"):
+        tables.reading(comparison(0, 1), "sideways")
+
+
+def test_show_rounds_and_marks_pilots():
+    assert tables.show(comparison(0.1, 0.3, p=0.00002, seeds=8), tables.Column("", 1)) == {
+        "difference": "+0.2",
+        "95 % interval": "[+0.1, +0.3]",
+        "p": "< 0.0001",
+        "seeds": "8",
+    }
+    assert tables.show(comparison(0.1, 0.3, seeds=7))["seeds"] == "7 (pilot)"
+
+
+def test_similarity_nulls():
+    table = tables.similarity_nulls(some_results(), ["base", "dense", "raw"])  # no result of raw
+    floor = (2 / (np.pi * 1000)) ** 0.5
+    kinds = ["trained together", "before training", "null: trained alone", "floor sqrt(2 / (pi P))"]
+    assert table.index.tolist() == [(arm, kind) for arm in ("base", "dense") for kind in kinds]
+    column = table.loc["base", "|cos| weights"]
+    assert column.tolist() == ["0.1000 ± 0.0000", "0.0500 ± 0.0000", "0.4000 ± 0.0000", f"{floor:.4f}"]
+    assert table.loc[("base", kinds[3])].tolist()[1:] == ["-", "-", "-"]
+    assert table.loc[("dense", kinds[0])].tolist() == ["-"] * 4
+
+
+# --------------------------------------------------------------------- made-up AC and crossed results
+
+
+def routed_plan(study_name: str, arm: str, seed: int, dataset: str | None = None) -> study.Run:
+    dataset = dataset or {"ac-language": "wikitext2"}.get(study_name, "cifar10")
+    (run,) = [r for r in study.runs("core", study_name, dataset, arm) if r.seed == seed]
+    return run
+
+
+def routed(run: study.Run, value: float = 0.9, epochs: int = 3) -> dict:
+    """What a result file of an AC or crossed run could hold; every number follows from `value`."""
+    scaled, text = run.model.trunk.router == "ac", run.study == "ac-language"
+    experts = run.model.trunk.num_experts
+    load = {"dead_experts": 1, "effective_experts": 10 * value, "adjusted_mutual_information": 0.1}
+    load["share"] = [2 * (e + 1) / experts / (experts + 1) for e in range(experts)]
+    changed = {"best": value / 4, "chosen": value / 2, "follows": 0.3, "follows_plain": 0.2}
+    layer = {"marginal": 1.3, "per_sample": 0.8, "class_conditional": 1.2, "load": load}
+    layers = [layer | {"changed": changed if scaled and at else None} for at in range(3)]
+    company = {"cross_entropy_alone": 2 + value / 100, "cross_entropy_together": 2.0}
+    company |= {"changed_choice": value / 10, "largest_change": value}
+    score = {"accuracy": value, "cross_entropy": 1 - value}
+    score |= {"perplexity": 20.0, "bits_per_byte": 2.0} if text else {"calibration_error": 0.02}
+    result = {
+        "id": run.id,
+        "run": asdict(run),
+        "wall_seconds": 90.0,
+        "history": {
+            "best_cross_entropy": 1 - value,
+            "validation": {
+                "cross_entropy": [2 - value / (epochs - e) for e in range(epochs)],
+                "accuracy": [value] * epochs,
+                "effective_experts": [10 * value] * epochs,
+            },
+        },
+        "primary_endpoint": "last_epoch",
+        "task": score,
+        "endpoints": {
+            name: {"epoch": epochs - 1, "same_as": "last_epoch"}
+            for name in ("best_accuracy", "best_cross_entropy")
+        },
+        "num_parameters": 1_234_567,
+        "routing": {"layers": layers, "stability": [0.1, None]},
+        "company": {"other sequences": company, "later tokens": company} if text else company,
+        "ablation": {"permuted": [0.1, 0.2, 0.3], "permuted_everywhere": 0.5},
+    }
+    if text:
+        lost = {"0": 0.0, "0.015": 0.01, "0.025": 0.02, "0.05": 0.03, "0.1": 0.06}
+        result["swap"] = {
+            share: {"clean": 2.0, "swapped": 2 + value * v, "all": 2.1 + v, "words": 9}
+            for share, v in lost.items()
+        }
+        return result
+    kinds = ("noise", "blur", "contrast", "jpeg")
+    result["corruption"] = {k: [value - 0.1 * severity for severity in range(1, 6)] for k in kinds}
+    result["corruption"]["clean"] = value
+    modes = ("detached", "through", "frozen") if scaled else ("detached",)
+    result["attack"] = {
+        f"{name}-{strength}": {mode: value - 0.1 * (strength + at) for at, mode in enumerate(modes)}
+        for name in ("fgsm", "pgd")
+        for strength in (1, 2)
+    }
+    result["attack"] |= {"clean": value, "spsa-2": {"detached": 0.3}, "spsa-2 clean": {"detached": 0.7}}
+    result["embedding"] = {"knn_accuracy": 0.9, "silhouette": 0.4, "trustworthiness": 0.95, "snnl": 1.6}
+    return result
+
+
+ROUTED_VALUES = {
+    "linear": (0.80, 0.81, 0.82),
+    "cosine": (0.80, 0.80, 0.80),
+    "ac": (0.84, 0.82, 0.84),
+    "ac-shuffled": (0.80, 0.81, 0.80),
+    "ac-row": (0.83, 0.84, 0.83),
+    "ac-pooled": (0.83, 0.82, 0.83),
+    "ac-matched": (0.80, 0.81, 0.80),
+    "ac-causal": (0.80, 0.81, 0.80),
+}
+CROSSED_VALUES = {
+    "base": (0.80, 0.80, 0.80),
+    "ac": (0.82, 0.81, 0.82),
+    "snnl": (0.81, 0.81, 0.81),
+    "snnl-ac": (0.85, 0.82, 0.85),
+}
+
+
+def routed_results(study_name: str, values: dict | None = None, seeds: int = 3, **options: int) -> list[dict]:
+    chosen = dict(values or (CROSSED_VALUES if study_name == "crossed" else ROUTED_VALUES))
+    if study_name == "ac-vision":
+        chosen.pop("ac-row", None)
+    return [
+        routed(routed_plan(study_name, arm, seed), value, **options)
+        for arm, own in chosen.items()
+        for seed, value in zip(arms.SEEDS[:seeds], own, strict=False)
+    ]
+
+
+def store_routed(study_name: str, **options: int) -> None:
+    for result in routed_results(study_name, **options):
+        run = routed_plan(study_name, result["run"]["arm"], result["run"]["seed"])
+        store.write(run.path, result)
+
+
+COLUMN_SETS = {
+    "ac-vision": tables.VISION_COLUMNS,
+    "ac-language": tables.LANGUAGE_COLUMNS,
+    "crossed": tables.VISION_COLUMNS,
+}
+
+
+@pytest.mark.parametrize("study_name", COLUMN_SETS)
+def test_routed_columns_are_all_found(study_name):
+    frame = tables.frame(routed_results(study_name), COLUMN_SETS[study_name])
+    assert not frame[frame["arm"] == "ac"].isna().any().any()
+    plain = frame[~frame["arm"].str.contains("ac")]
+    assert plain.columns[plain.isna().any()].tolist() == ["changed by M"]
+
+
+def test_routed_columns_are_missing_where_a_result_lacks_them():
+    result = routed_results("ac-vision")[0]
+    for key in ("corruption", "attack", "company", "embedding"):
+        del result[key]
+    (row,) = tables.frame([result], tables.VISION_COLUMNS).to_dict("records")
+    missing = {name for name, value in row.items() if value != value}
+    assert missing >= {"lost to corruption", "lost to attack", "PGD, 2/255", "SPSA, 2/255", "leak"}
+    assert row["accuracy"] == 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("study_name", "dataset"), [("ac-vision", "digits"), ("ac-language", "docs")])
+def test_routed_columns_name_what_a_run_writes(study_name, dataset, folders):
+    """Against a result that the engine itself has made, as short as can be."""
+    run = study.runs("digits", study_name, dataset, "ac")[0]
+    short = replace(run.train, epochs=1, batch_size=64 if study_name != "ac-language" else 8)
+    run = replace(run, train=short, attack_images=4, corrupted_images=4, train_images=64, epoch_tokens=512)
+    (result,) = study.ensure([run], workers=1, quiet=True)
+    row = tables.frame([result], COLUMN_SETS[study_name]).iloc[0]
+    assert row.index[row.isna()].tolist() == []
+    assert tables.company_table([result]).shape[1] == 4
+    assert len(tables.routing_by_layer([result])) == len(run.model.trunk.moe_blocks)
+
+
+def test_losses_by_hand():
+    vision = routed_results("ac-vision", {"ac": (0.9,)})[0]
+    row = tables.frame([vision], tables.VISION_COLUMNS).iloc[0]
+    assert row["validation area"] == pytest.approx((2 - 0.3 + 2 - 0.45 + 2 - 0.9) / 3)
+    assert row["lost to corruption"] == pytest.approx(0.3)  # 0.1 to 0.5, "clean" is not among them
+    assert row["FGSM, 2/255"] == pytest.approx(0.3)  # through loses more than detached; frozen, more, is out
+    assert row["lost to attack"] == pytest.approx((0.2 + 0.3 + 0.2 + 0.3) / 4)
+    assert row["accuracy under corruption"] == pytest.approx(0.9 - 0.3)
+    assert row["accuracy under attack"] == pytest.approx(0.9 - (0.2 + 0.3 + 0.2 + 0.3) / 4)
+    assert row["SPSA, 2/255"] == pytest.approx(0.4)  # against the clean accuracy of its own images
+    assert row["changed by M"] == pytest.approx(0.45)  # the first layer has none
+    assert row["stability"] == pytest.approx(0.1)
+    assert row["leak"] == pytest.approx(0.009)
+
+    text = routed_results("ac-language", {"ac": (0.5,)})[0]
+    row = tables.frame([text], tables.LANGUAGE_COLUMNS).iloc[0]
+    assert row["2.5 %"] == pytest.approx(0.01)
+    assert row["lost to swap"] == pytest.approx(0.5 * (0.01 + 0.02 + 0.03 + 0.06) / 4)
+    assert row["cross-entropy under word swap"] == pytest.approx(2 + row["lost to swap"])
+    assert row["leak, later tokens"] == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize(
+    ("curve", "level", "epoch"),
+    [([3, 2, 1], 2, 2), ([3, 2, 1], 2.5, 2), ([3, 2, 1], 0.5, np.inf), ([1, 2], 1, 1), ([3, 1, 2], 1.5, 2)],
+)
+def test_epochs_until(curve, level, epoch):
+    assert tables.epochs_until(curve, level) == epoch
+
+
+def test_convergence_by_hand():
+    """Curves planted: ac reaches the cosine's best (1.0) after 2, never and 4 of 4 epochs."""
+    curves = {
+        "cosine": ([4, 3, 2, 1], [4, 3, 2, 1], [4, 3, 1, 2]),
+        "ac": ([2, 1, 1, 1], [4, 3, 2, 1.5], [4, 3, 2, 0.5]),
+        "ac-shuffled": ([4, 3, 2, 1.5], [4, 3, 2, 1.5], [4, 3, 2, 0.5]),
+    }
+    results = routed_results("ac-vision", dict.fromkeys(curves, (0.9, 0.9, 0.9)))
+    for result in results:
+        arm, seed = result["run"]["arm"], result["run"]["seed"]
+        result["history"]["validation"]["cross_entropy"] = curves[arm][arms.SEEDS.index(seed)]
+    table = tables.convergence(results[:-1])  # ac-shuffled without its last seed
+    assert table["epochs to best of cosine"].tolist() == ["4 (3 of 3)", "4 (2 of 3)", "> 4 (0 of 2)"]
+    assert table["epochs to best of linear"].tolist() == ["-"] * 3  # not there
+    assert table.loc["ac", "validation area"] == "2.0833 ± 0.7324"  # 1.25, 2.625, 2.375
+    assert table.loc["ac-shuffled", "best validation cross-entropy"] == "1.5000 ± 0.0000"
+
+
+def test_crossed_effects_by_hand():
+    """AC: mean of (0.02, 0.01, 0.02) and (0.04, 0.01, 0.04); interaction: 0.02, 0, 0.02."""
+    frame = tables.frame(routed_results("crossed"), tables.VISION_COLUMNS)
+    table = tables.crossed_effects(frame, ["accuracy"])
+    assert table["difference"].tolist() == ["+2.33", "+1.67", "+1.33"]
+    half = 4.302653 * np.std([0.02, 0, 0.02], ddof=1) / 3**0.5
+    assert (
+        table["95 % interval"].iloc[2] == f"[{100 * (0.04 / 3 - half):+.2f}, {100 * (0.04 / 3 + half):+.2f}]"
+    )
+    without = frame[frame["arm"] != "snnl"]
+    assert tables.crossed_effects(without).empty
+
+
+def test_claim_rows_hold_each_claim_against_every_control():
+    for study_name, claims, pairs in (
+        ("ac-vision", tables.VISION_CLAIMS, tables.VISION_PAIRS),
+        ("ac-language", tables.LANGUAGE_CLAIMS, tables.LANGUAGE_PAIRS),
+    ):
+        columns = COLUMN_SETS[study_name]
+        table = tables.claim_rows(tables.frame(routed_results(study_name), columns), claims, pairs, columns)
+        measures = [name for own in claims.values() for name, _ in own]
+        assert len(table) == len(measures) * len(pairs)
+        compared = {contrast.split(" - ")[1] for contrast in table.index.get_level_values("contrast")}
+        assert compared >= {"linear", "cosine", "ac-shuffled", "ac-pooled", "ac-matched", "ac-causal"}
+        assert set(table.query("claim == 'better'").index.get_level_values("claim")) == {"better"}
+    row = table.loc[("better", "accuracy (points), higher is better", "ac-row - ac-pooled")]
+    assert (row["difference"], row["seeds"]) == ("+0.67", "3 (pilot)")
+    assert row["reading"] == "interval includes 0"
+
+
+def test_claim_rows_of_too_few_runs():
+    frame = tables.frame(routed_results("ac-vision", seeds=1), tables.VISION_COLUMNS)
+    table = tables.claim_rows(frame, tables.VISION_CLAIMS, tables.VISION_PAIRS, tables.VISION_COLUMNS)
+    assert table.empty
+    assert table.query("claim == 'better'").empty
+
+
+def test_attack_modes():
+    table = tables.attack_modes(routed_results("ac-vision", {"cosine": (0.8, 0.9), "ac": (0.9, 0.9)}))
+    assert table.loc[("PGD, 2/255", "ac")].tolist() == [f"{v:.2f} ± 0.00" for v in (20, 30, 40)]
+    assert table.loc[("FGSM, 1/255", "cosine")].tolist() == ["10.00 ± 0.00", "-", "-"]
+    assert table.loc[("SPSA, 2/255", "ac")].tolist() == ["40.00 ± 0.00", "-", "-"]
+
+
+def test_routing_by_layer():
+    table = tables.routing_by_layer(routed_results("ac-vision", {"cosine": (0.8,), "ac": (0.8, 0.9)}))
+    assert table.index.tolist() == [(arm, str(at)) for arm in ("cosine", "ac") for at in (1, 2, 3)]
+    assert table["chosen set changed by M"].tolist() == ["-"] * 4 + ["0.425 ± 0.035"] * 2
+    assert table["effective experts"].tolist() == ["8.00"] * 3 + ["8.50 ± 0.71"] * 3
+
+
+def test_company_table():
+    table = tables.company_table(routed_results("ac-language", {"cosine": (0.0,), "ac": (0.8, 0.9)}))
+    kinds = ("later tokens", "other sequences")
+    assert table.index.tolist() == [(kind, arm) for kind in kinds for arm in ("cosine", "ac")]
+    shown = ["2.0000 ± 0.0000", "0.0085 ± 0.0007", "0.085 ± 0.007", "0.9000"]
+    assert table.loc[("later tokens", "ac")].tolist() == shown
+    assert table.loc[("later tokens", "cosine")].tolist() == ["2.0000", "0.0000", "0.000", "0.0000"]
+    images = tables.company_table(routed_results("ac-vision", {"ac": (0.8,)}))
+    assert images.index.tolist() == [("other images", "ac")]
+
+
+def test_what_rounds_to_zero_has_no_sign():
+    assert tables.show(comparison(-2e-6, 1e-6))["difference"] == "+0.0000"
+    assert tables.show(comparison(-2e-6, 1e-6))["95 % interval"] == "[+0.0000, +0.0000]"
+    assert tables.spread(pd.Series([-1e-6, -1e-6]), 4) == "0.0000 ± 0.0000"
+
+
+# -------------------------------------------------------------------------------------------- report
+
+
+def test_only_result_files_of_the_plan_are_read(core):
+    """A file of an earlier setting beside the planned ones is not."""
+    before = report.accuracy_table("core")
+    run = planned("base", 42)
+    stray = run.path.with_name(f"base-s{arms.SEEDS[3]}-0000000000.json")
+    store.write(stray, made_up(run, accuracy=0.0))
+    assert report.accuracy_table("core").equals(before)
+
+
+def test_verdicts_as_tables(core):
+    """Three seeds are pilots; each unit against its control, by hand."""
+    found = report.find_verdicts("core")
+    table = words.table(found).reset_index().set_index(["claim", "against"])
+    row = table.loc[("more accurate", "base: published baseline and fair control")]
+    assert row[["of", "data set", "verdict", "counts from"]].tolist() == [
+        "SNNL-MoE", "FashionMNIST", "pilot", "+0.28 points",
+    ]  # fmt: skip
+    assert row[["difference", "95 % interval"]].tolist() == ["+1.67 points", "[+0.23, +3.10]"]
+    assert row["seeds"] == "3 (pilot)"
+    assert (
+        table.loc[("a mixture beats a dense network of its size", "dense: no mixture"), "seeds"]
+        == "3 (pilot)"
+    )
+    hangs = words.firmness(found).loc[("FashionMNIST", "more accurate")]
+    assert hangs[["at half the margin", "last epoch", "best accuracy"]].tolist() == ["pilot"] * 3
+    assert hangs["interval over seeds and images"] == "-"
+    why = words.reasons(found).loc[("FashionMNIST", "more accurate")]
+    assert why["reason"] == "snnl - base +1.67 [+0.23, +3.10] points: fewer than 8 paired seeds."
+    assert "(snnl - base) - (dense-snnl - dense) +0.67" in why["attribution"]
+    assert "CNN, 4 experts of width 512, 8 epochs; measured at last epoch" in why["scope"]
+
+
+def test_collapse_table_puts_the_null_beside(core):
+    table = report.collapse_table("core")
+    assert [arm for _, arm in table.index] == ["base", "snnl"] * (len(table) // 2)
+    for _, row in table.iterrows():
+        assert row["seeds"] == "3"
+        assert row["effective experts"] == "3.50 ± 0.00"
+        together, alone = (float(row[c].split()[0]) for c in ("cos outputs", "cos outputs, trained alone"))
+        assert alone == pytest.approx(4 * together, abs=3e-3)  # as `made_up` has it; both are rounded
+
+
+def test_accuracy_table(core):
+    run = planned("base", 42, "mnist")
+    store.write(run.path, made_up(run, accuracy=0.99))
+    table = report.accuracy_table("core")
+    assert table.columns.tolist() == ["FashionMNIST", "MNIST"]
+    assert table["FashionMNIST"].to_dict() == {
+        "base": "91.00 ± 1.00 (3)",
+        "snnl": "92.67 ± 1.15 (3)",
+        "dense": "80.00 ± 0.00 (3)",
+        "dense-snnl": "81.00 ± 1.00 (3)",
+    }
+    assert table["MNIST"].to_dict() == {"base": "99.00 (1)", "snnl": "-", "dense": "-", "dense-snnl": "-"}
+
+
+def test_published_table(core):
+    table = report.published_table("core")
+    assert table.index.tolist() == [("snnl", "FashionMNIST")]
+    shown = "91.33|91.00|91.61|92.67|+0.28|+1.67|[+0.23, +3.10]|3"
+    assert table.iloc[0].tolist() == shown.split("|")
+
+
+def test_tuning_table(folders):
+    """The two seeds of one setting are averaged; settings of one arm stand apart."""
+    runs = [r for r in study.runs("core", "snnl-tuning", "cifar100") if r.train.learning_rate == 1e-3]
+    tried = [r for r in runs if r.arm == "snnl" and r.objective.snnl.factor in (1.0, 10.0)]
+    assert len(tried) == 4
+    for run in tried:
+        value = run.objective.snnl.factor + run.seed
+        curve = {"cross_entropy": [value, value + 1]}
+        study.write(run, {"history": {"best_cross_entropy": value, "validation": curve}})
+    table = report.tuning_table("core").reset_index()
+    assert table["learning rate"].tolist() == [1e-3, 1e-3]
+    assert table["weight of the extra loss"].tolist() == [1.0, 10.0]
+    assert table["validation cross-entropy"].tolist() == [2.5, 11.5]
+    assert table["at the last epoch"].tolist() == [3.5, 12.5]
+    assert table["chosen by"].tolist() == ["the best epoch"] * 2
+    assert table["seeds"].tolist() == [2, 2]
+
+
+def test_tuning_budgets_are_not_mixed(folders):
+    """base is also tuned at the whole budget; its value there is not averaged with the short one's."""
+    rate = snnl.LEARNING_RATES[0]
+    runs = [
+        run
+        for run in study.runs("core", "snnl-tuning", "cifar100", "base")
+        if run.train.learning_rate == rate and run.seed == 1
+    ]
+    assert len({run.train.epochs for run in runs}) == len(runs) == 2
+    for run in runs:
+        history = {"best_cross_entropy": float(run.train.epochs)}
+        study.write(run, {"history": history})
+    assert sorted(report.tuning_table("core")["validation cross-entropy"]) == sorted(
+        float(run.train.epochs) for run in runs
+    )
+
+
+def test_tuning_table_has_every_study(folders):
+    """The balance weight, which is the same everywhere there, is no tuned weight of an AC study."""
+    names = [name for name in study.STUDIES if name.endswith("-tuning")]
+    for name in names:
+        run = study.runs("core", name)[0]
+        study.write(run, {"history": {"best_cross_entropy": 2.0}})
+    table = report.tuning_table("core").reset_index()
+    assert sorted(table["study"]) == sorted(name.removesuffix("-tuning") for name in names)
+    weights = dict(zip(table["study"], table["weight of the extra loss"], strict=True))
+    assert weights["ac-vision"] == weights["ac-language"] == 0
+    assert weights["crossed"] == crossed.FACTORS[0]
+
+
+def test_routed_tables(folders):
+    for name in COLUMN_SETS:
+        store_routed(name)
+    vision = report.routed_claims_table("core", "ac-vision")
+    assert set(vision.index.get_level_values("data set")) == {"CIFAR-10"}
+    row = vision.loc[("CIFAR-10", "better", "accuracy (points), higher is better", "ac - cosine")]
+    assert (row["difference"], row["reading"]) == ("+3.33", "interval on the claimed side")
+    language = report.routed_claims_table("core", "ac-language")
+    assert ("better", "cross-entropy (nats), lower is better", "ac-row - ac-pooled") in language.droplevel(
+        0
+    ).index
+    accuracy = report.accuracy_table("core", "ac-vision")["CIFAR-10"]
+    assert accuracy["ac"] == "83.33 ± 1.15 (3)"
+    assert accuracy.index.tolist()[:3] == ["linear", "cosine", "ac"]
+    assert len(report.crossed_table("core")) == 3 * len(tables.CROSSED_MEASURES)
+
+
+def test_provenance_table(core):
+    rows = report.provenance_table("core")["value"]
+    assert rows["runs finished / planned"] == f"12 / {len(study.runs('core'))}"
+    assert rows["commits"] == "0123456789"
+    assert rows["code changed since the commit"] == "no"
+    assert rows["versions"] == "python 3.12.0, torch 2.14.0"
+    assert rows["machines"] == "Some CPU (cpu)"
+    assert rows["time"] == "18 core-minutes"
+    assert rows["longest run"] == "90 s"
+    assert rows["highest memory of a run"] == f"{500 + max(arms.SEEDS[:3])} MB"
+
+
+def test_provenance_does_not_hide_a_dirty_or_unknown_tree(core):
+    for seed, dirty in zip(arms.SEEDS, (True, None), strict=False):
+        run = planned("base", seed)
+        store.write(run.path, store.read(run.path) | {"dirty": dirty, "commit": None})
+    rows = report.provenance_table("core")["value"]
+    assert rows["code changed since the commit"] == "?, no, yes"
+    assert rows["commits"] == "0123456789, unknown"
+
+
+def test_a_confirmatory_set_is_shown_when_it_is_whole(folders):
+    """Nobody is to look at a part of it."""
+    runs = study.runs("core", "snnl-confirm", "fashion_mnist")
+    for run in runs[:-1]:
+        store.write(run.path, made_up(run, 0.92 + 0.001 * (run.seed % 2) if run.arm == "snnl" else 0.9))
+    assert report.find_verdicts("core") == []
+    assert report.accuracy_table("core", "snnl-confirm").empty
+    assert f"snnl-confirm on FashionMNIST ({len(runs) - 1} of {len(runs)} runs)" in report.unfinished("core")
+    store.write(runs[-1].path, made_up(runs[-1]))
+    found = report.find_verdicts("core")
+    [accuracy] = [v for v in found if v.claim.key == "snnl-accuracy"]
+    assert (accuracy.study, accuracy.comparison.seeds) == ("snnl-confirm", 20)
+    assert "FashionMNIST" not in report.unfinished("core")
+
+
+def test_confirmation_takes_the_place_of_exploration(folders):
+    for name in ("snnl", "snnl-confirm"):
+        for run in study.runs("core", name, "fashion_mnist"):
+            if run.arm in arms.MAIN_ARMS:
+                gain = 0.001 * (run.seed % 3) * (run.arm == "snnl")
+                store.write(run.path, made_up(run, 0.9 + gain))
+    found = report.find_verdicts("core")
+    assert [v.study for v in found if v.claim.key == "snnl-accuracy"] == ["snnl-confirm", "snnl"]
+    assert [v.study for v in report.current(found) if v.claim.key == "snnl-accuracy"] == ["snnl-confirm"]
+
+
+def test_tables_of_a_profile_without_runs(folders):
+    assert report.finished_runs("core", "snnl") == {}
+    for table in (
+        report.accuracy_table("core"),
+        report.published_table("core"),
+        report.collapse_table("core"),
+        report.tuning_table("core"),
+        report.routed_claims_table("core", "ac-vision"),
+        report.routed_claims_table("core", "ac-language"),
+        report.accuracy_table("core", "ac-vision"),
+        report.crossed_table("core"),
+    ):
+        assert report.as_html(table).data == "<p>None in this profile.</p>"
+    assert report.provenance_table("core").loc["commits", "value"] == "-"
+    assert report.find_verdicts("core") == []
+
+
+def test_html_table(core):
+    html = report.as_html(report.accuracy_table("core")).data
+    assert html.count("<tr") == 5
+    assert "<th>arm</th>" in html
+    assert "<td>92.67 ± 1.15 (3)</td>" in html
+
+
+# -------------------------------------------------------------------------------------------- README
+
+
+def test_markdown():
+    table = pd.DataFrame({"|cos| weights": ["0.1", "a | b"], "seeds": ["3", "4"]}, index=["x", "y"])
+    lines = report.markdown(table.rename_axis("arm")).split("\n")
+    assert lines[:2] == ["| arm | \\|cos\\| weights | seeds |", "| --- | --- | --- |"]
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+    assert [cell.strip() for cell in cells[3]] == ["y", "a \\| b", "4"]
+
+
+README = f"# Title\n\nBefore.\n\n{report.BEGIN}\nold\n{report.END}\n\nAfter.\n"
+
+
+def test_readme_is_rewritten_between_its_markers(core):
+    path, page = core / "README.md", core / "RESULTS.md"
+    path.write_text(README)
+    assert report.update_readme(path) == 0
+    first, results = path.read_text(), page.read_text()
+    assert first.startswith(f"# Title\n\nBefore.\n\n{report.BEGIN}\n")
+    assert first.endswith(f"{report.END}\n\nAfter.\n")
+    assert "\nold\n" not in first
+    assert "Of 4 verdicts: 4 pilot." in results
+    assert "![Every claim on every data set" in first
+    for name in report.README_PICTURES.values():
+        assert (core / name).exists() == ("verdicts" in name)  # no collapse study here
+    total = len(study.runs("core"))
+    assert f"12 of {total} planned runs finished, tuning included, 18 core-minutes on Some CPU." in results
+    verdict = (
+        "| SNNL-MoE | FashionMNIST | more accurate | base: published baseline and fair control | pilot |"
+    )
+    assert f"{verdict} +1.67 points | [+0.23, +3.10] | +0.28 points | 1.0000 | 3 (pilot) |" in results
+    assert "| snnl | 92.67 ± 1.15 (3) |" in results
+    assert "| snnl | FashionMNIST | 91.33 | 91.00 | 91.61 | 92.67 | +0.28 | +1.67 |" in results
+
+    assert report.update_readme(path) == 0
+    assert (path.read_text(), page.read_text()) == (first, results)
+    assert report.update_readme(path, check=True) == 0
+
+
+def test_answers_name_what_is_decided_and_leave_pilots_out(folders):
+    """Ten pairs one point apart decide; three do not."""
+    for arm, accuracy in (("base", 0.80), ("snnl", 0.82), ("dense", 0.85), ("dense-snnl", 0.86)):
+        for place, run in enumerate(study.runs("core", "snnl", "cifar100", arm)):
+            value = accuracy + 0.001 * (place % 2) * (arm == "snnl")
+            store.write(run.path, made_up(run, value, num_classes=100))
+    for arm in ("base", "snnl"):
+        for run in study.runs("core", "snnl", "fashion_mnist", arm)[:3]:
+            store.write(run.path, made_up(run))
+    text = words.answers(report.find_verdicts("core"))
+    assert "**Did SNNL help?** Yes on CIFAR-100 (+2.05 [+2.01, +2.09] points), 10 seeds, exploratory" in text
+    assert "CNN, 4 experts of width 512, 8 epochs" in words.scope(report.find_verdicts("core"))
+    assert "FashionMNIST" not in text
+    assert words.answers([]) == ""
+
+
+def test_readme_shows_the_benchmark(core):
+    row = {"row": "N=1024", "faster_than_fastest_peer": 3.06, "memory_saving": 7.0, "share_of_limit": 0.397}
+    store.write(store.results_dir() / "bench" / "snnl.json", {"rows": [row]})
+    assert "| N=1024 | 3.1 | 7.0 | 0.40 |" in report.results_page()
+
+
+def test_readme_shows_how_steps_grow(core):
+    fit = {"exponent": 1.93, "low": 1.871, "high": 1.99}
+    entry = {"job": "SNNL", "size": "N", "time": fit, "memory": None}
+    other = {"job": "AC router", "size": "K", "time": fit, "memory": fit}
+    times = {"median": 1.874, "low": 1.8, "high": 1.9}
+    rows = [{"processes": 1, "times_one": dict.fromkeys(times, 1.0)}, {"processes": 2, "times_one": times}]
+    content = {"exponents": [entry, other], "throughput": rows}
+    store.write(store.results_dir() / "bench" / "scaling.json", content)
+    section = report.results_page()
+    assert "| step of | grows | N | K |" in section
+    assert "| SNNL | time | 1.93 [1.87, 1.99] | - |" in section
+    assert "| SNNL | memory | - | - |" in section
+    assert "2 processes do 1.87 times as much (quartiles 1.80 to 1.90)." in section
+
+
+def test_readme_check_sees_a_stale_table_and_changes_nothing(core, capsys):
+    path = core / "README.md"
+    path.write_text(README)
+    report.update_readme(path)
+    current = path.read_text()
+    run = planned("snnl", 42)
+    store.write(run.path, made_up(run, accuracy=0.95))
+    assert report.update_readme(path, check=True) == 1
+    assert "out of date: run `make readme`" in capsys.readouterr().err
+    assert path.read_text() == current
+    report.update_readme(path)
+    assert report.update_readme(path, check=True) == 0
+
+
+def test_readme_before_any_run(folders):
+    path = folders / "README.md"
+    path.write_text(README)
+    report.update_readme(path)
+    assert f"{report.BEGIN}\nNo finished runs yet.\n{report.END}" in path.read_text()
+
+
+def test_readme_with_no_data_set_that_was_published(folders):
+    """MNIST alone: every table of the section still has its columns."""
+    for arm in ("base", "snnl"):
+        for seed in arms.SEEDS[:2]:
+            run = planned(arm, seed, "mnist")
+            store.write(run.path, made_up(run, accuracy=0.99))
+    section = report.results_page()
+    assert "| of | data set | claim | against | verdict |" in section  # no row: MNIST is outside
+    assert "| MNIST | base | 2 |" in section
+    assert "| index |" not in section
+
+
+@pytest.mark.parametrize("text", ["# No markers\n", README + README, README.replace(report.END, "")])
+def test_readme_without_its_markers_is_refused(text, core):
+    path = core / "README.md"
+    path.write_text(text)
+    with pytest.raises(store.StoreError, match="results: begin"):
+        report.update_readme(path)
+    assert path.read_text() == text
+
+
+def test_readme_of_the_project_shows_the_committed_results(monkeypatch):
+    monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
+    if not (ROOT / "README.md").exists():
+        pytest.skip("no README.md yet")
+    assert report.update_readme(ROOT / "README.md", check=True) == 0
+
+
+# ---------------------------------------------------------------------------------------------- HTML
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+def test_report_is_one_page_that_needs_nothing_else(tmp_path, core):
+    new = nbformat.v4
+    picture = {"image/png": base64.b64encode(PNG).decode(), "text/plain": "<Image>"}
+    notebook = new.new_notebook(
+        cells=[
+            new.new_markdown_cell("# The title of it\n\nWords with *stress*, $x$ and {braces}."),
+            new.new_code_cell("secret_source()", execution_count=1),
+            new.new_code_cell(
+                "notebook.show()",
+                execution_count=2,
+                outputs=[
+                    new.new_output("display_data", picture),
+                    new.new_output(
+                        "stream", name="stdout", text="What <b> shows\nfigures/a.png <- results/b\n"
+                    ),
+                ],
+            ),
+            new.new_code_cell(
+                "as_html(table)",
+                execution_count=3,
+                outputs=[
+                    new.new_output(
+                        "execute_result",
+                        {"text/html": report.as_html(report.accuracy_table("core")).data, "text/plain": "x"},
+                        execution_count=3,
+                    )
+                ],
+            ),
+        ]
+    )
+    source, target = tmp_path / "in.ipynb", tmp_path / "pages" / "report.html"
+    nbformat.write(notebook, source)
+    report.render(source, target)
+
+    page = target.read_text()
+    assert [p.name for p in target.parent.iterdir()] == ["report.html"]
+    assert target.stat().st_size < 8_000_000
+    assert page.startswith("<!DOCTYPE html>")
+    assert page.count("<html") == page.count("</html>") == page.count("<main>") == 1
+    assert "<title>The title of it</title>" in page
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert "<script" not in page
+    assert "secret_source" not in page
+    assert "Words with <em>stress</em>" in page
+    assert "{braces}" in page
+    assert "92.67 ± 1.15 (3)" in page
+    assert "<figcaption><b>Figure 1.</b> What &lt;b&gt; shows" in page
+    assert "figures/a.png, from results/b" in page
+    assert 'alt="What &lt;b&gt; shows"' in page
+    assert page.count("<img") == page.count("<figure") == 1
+    assert "--width: 0px" in page  # a picture of one pixel, two of which make one of the page
+    assert "In&nbsp;[" not in page
+    assert "Out[" not in page
+
+    used = re.findall(r"""(?:src|href|srcset|data|poster)\s*=\s*["']?([^"'\s>]+)""", page)
+    used += re.findall(r"""url\(\s*["']?([^"')]+)""", page)
+    outside = [name for name in used if not name.startswith(("data:", "#"))]
+    assert outside == []
+    assert any(name.startswith("data:image/png;base64,") for name in used)
+    assert "@import" not in page
+
+
+@pytest.mark.parametrize(
+    ("sources", "commands"),
+    [
+        (
+            "results/core/snnl/cifar10/{base,snnl}-s*.json (4 files)",
+            ["python -m moe_study run --profile core --study snnl --dataset cifar10"],
+        ),
+        ("results/core/snnl/**/*.json (9 files)", ["python -m moe_study run --profile core --study snnl"]),
+        ("results/core/**/*.json (104 files)", ["python -m moe_study run --profile core"]),
+    ],
+)
+def test_commands_that_made_a_figure(sources, commands):
+    assert report.made_by(sources) == [*commands, "make render PROFILE=core"]
+
+
+def test_commands_of_figures_that_show_no_runs():
+    assert report.made_by("results/planted/trust.json") == ["python -m moe_study trust"]
+    assert report.made_by("results/planted/verdicts.json") == ["python -m moe_study rates"]
+    assert report.made_by("computed in this notebook") == []
+
+
+def test_contents_list_every_heading_once(tmp_path):
+    new = nbformat.v4
+    shown = new.new_output(
+        "display_data", {"text/markdown": "### Same\n\n#### Same\n\n### A & `b`", "text/plain": ""}
+    )
+    cells = [
+        new.new_markdown_cell("# T\n\nIntroduction."),
+        new.new_markdown_cell("## Same\n\nwords\n\n### Same"),
+        new.new_code_cell("display()", execution_count=1, outputs=[shown]),
+        new.new_markdown_cell("## Last: *one*?"),
+    ]
+    source, target = tmp_path / "in.ipynb", tmp_path / "out.html"
+    nbformat.write(new.new_notebook(cells=cells), source)
+    report.render(source, target)
+    page = target.read_text()
+    names = re.findall(r'<h[234] id="([^"]+)"', page)
+    assert names == ["same", "same--2", "same--3", "same--4", "a-b", "last-one"]
+    assert re.findall('href="#([^"]+)"', page) == [name for name in names if name != "same--4"]
+    assert page.index("<nav") < page.index("Introduction.") < page.index('<h2 id="same"')
+    assert page.count("<ul>") == page.count("</ul>") == 2  # the list, and the one below its first entry
+    assert page.count('<details class="part">') == 3  # every part folds, with what belongs to it
+
+
+def test_long_cells_may_be_broken_and_tables_scroll(tmp_path):
+    table = report.as_html(pd.DataFrame({"x": ["short", "long " * 8, "word " * 20]}, index=[1, 2, 3])).data
+    shown = nbformat.v4.new_output("display_data", {"text/html": table, "text/plain": ""})
+    cells = [
+        nbformat.v4.new_markdown_cell("# T\n\n| a | b |\n| --- | --- |\n| 1 | `code` |"),
+        nbformat.v4.new_code_cell("display()", execution_count=1, outputs=[shown]),
+    ]
+    source, target = tmp_path / "in.ipynb", tmp_path / "out.html"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), source)
+    report.render(source, target)
+    page = target.read_text()
+    assert page.count('<div class="scroll" tabindex="0"><table') == page.count("</table></div>") == 2
+    assert page.count('<td class="wrap">long') == page.count('<td class="long">word') == 1
+    assert "<td>short</td>" in page
+    assert "<td><code>code</code></td>" in page
+
+
+def test_a_section_tagged_fold_is_folded_to_its_end(tmp_path):
+    new = nbformat.v4
+    cells = [
+        new.new_markdown_cell("# T"),
+        new.new_markdown_cell("## Aside\n\nhidden words", metadata={"tags": ["fold"]}),
+        new.new_markdown_cell("### Part\n\nmore"),
+        new.new_markdown_cell("## Open\n\nshown words"),
+    ]
+    source, target = tmp_path / "in.ipynb", tmp_path / "out.html"
+    nbformat.write(new.new_notebook(cells=cells), source)
+    report.render(source, target)
+    soup = BeautifulSoup(target.read_text(), "html.parser")
+    (section,) = soup.find_all("details", class_="section")
+    assert section.summary.h2["id"] == "aside"
+    assert "hidden words" in section.get_text()
+    assert "more" in section.find("details", class_="part").get_text()
+    assert "shown words" not in section.get_text()
+
+
+def test_first_screen_holds_every_verdict(core):
+    """One cell of the grid a verdict, with its word, difference and interval; in words what minus what."""
+    found = report.find_verdicts("core")
+    soup = BeautifulSoup(words.first_screen(found), "html.parser")
+    units = soup.find("table").find_all("span", class_="unit")
+    assert len(units) == len(found) == 4
+    assert all("pilot" in one["class"] for one in units)
+    (row,) = [row for row in soup.find_all("tr") if row.th.get_text().startswith("more accurate")]
+    assert row.find("span").get_text().split() == ["○", "+1.67", "[+0.23,", "+3.10]"]
+    assert "SNNL-MoE minus plain MoE" in row.find("span")["title"]
+    assert "SNNL-MoE minus plain MoE" in soup.get_text()
+
+
+def test_names_are_escaped_on_the_first_screen(core):
+    found = [replace(verdict, scope="<b>bold</b> & small") for verdict in report.find_verdicts("core")]
+    pilots = words.first_screen(found)
+    assert "<b>" not in pilots
+    drawn = words._template("first.html.j2").render(
+        words.grid(found) | {"glossary": {"<i>": "<u>"}, "scope": "<s>"}
+    )
+    assert not {"<i>", "<u>", "<s>"} & set(re.findall("<[a-z]+>", drawn))
+
+
+def test_what_happened_is_told_in_words(folders):
+    """Of runs that decide nothing: levels, difference, interval, seeds; and where the answer is."""
+    for arm, accuracy in (("base", 0.90), ("snnl", 0.92)):
+        for place, run in enumerate(study.runs("digits", "snnl", "digits", arm)[:3]):
+            store.write(run.path, made_up(run, accuracy + 0.01 * place))
+    text = report.happened("digits")
+    assert (
+        "accuracy: SNNL-MoE 93.00 %, plain MoE 91.00 %. The difference is +2.00 [+2.00, +2.00] points" in text
+    )
+    assert "over 3 seeds, too few to decide: SNNL-MoE is higher." in text
+    assert "results/core/report.html" in text
+
+
+def test_partners_know_arms_of_ones_own(core):
+    runs = tables.frame(
+        [*some_results(), *({**r, "run": r["run"] | {"arm": "mine"}} for r in some_results()[:3])]
+    )
+    pairs = tables.partners(runs)
+    assert ("snnl", "base") in pairs
+    assert ("mine", "base") in pairs
+
+
+def test_budget_table(core):
+    table = report.budget_table("core")
+    row = table.loc[("snnl", "FashionMNIST")]
+    assert (row["arms"], row["runs"], row["training images"]) == ("4", "12", "all")
+    assert row["epochs"] == f"{planned('base', 42).train.epochs}"
+    assert row["tokens an epoch"] == "-"
+    assert report.as_html(report.budget_table("digits")).data == "<p>None in this profile.</p>"
+
+
+def test_report_is_the_same_whenever_it_is_rendered(tmp_path):
+    new = nbformat.v4
+    source = tmp_path / "in.ipynb"
+    nbformat.write(new.new_notebook(cells=[new.new_markdown_cell("# T\n\n## Part")]), source)
+    pages = [tmp_path / "1.html", tmp_path / "2.html"]
+    for page in pages:
+        report.render(source, page)
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+
+
+def test_title_is_escaped(tmp_path):
+    source, page = tmp_path / "in.ipynb", tmp_path / "out.html"
+    cell = nbformat.v4.new_markdown_cell("# Experts & <gates>")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), source)
+    report.render(source, page)
+    assert "<title>Experts &amp; &lt;gates&gt;</title>" in page.read_text()
+
+
+# ----------------------------------------------------------------------------------------------- plots
+
+FIGURES = {
+    name: function
+    for name, function in inspect.getmembers(plots, inspect.isfunction)
+    if function.__module__ == plots.__name__
+    and not name.startswith("_")
+    and inspect.signature(function).return_annotation in (Figure, "Figure")
+}
+SITUATIONS = {
+    "several seeds": (ACCURACIES, {}),
+    "one seed": ({arm: values[:1] for arm, values in ACCURACIES.items()}, {}),
+    "one arm": ({"snnl": ACCURACIES["snnl"]}, {}),
+    "one run": ({"base": (0.9,)}, {}),
+    "100 classes": (ACCURACIES, {"num_classes": 100}),
+    "one epoch": (ACCURACIES, {"epochs": 1}),
+    "every arm": (
+        {run.arm: (0.9, 0.91, 0.92) for run in study.runs("core", "snnl", "fashion_mnist")},
+        {},
+    ),
+}
+
+
+SNNL_FIGURES = (
+    "training_curves",
+    "accuracy_by_arm",
+    "tsne_panels",
+    "routing_heatmap",
+    "similarity_with_nulls",
+    "collapse_panel",
+)
+VISION = (tables.VISION_PAIRS, tables.VISION_CLAIMS, tables.VISION_COLUMNS)
+LANGUAGE = (tables.LANGUAGE_PAIRS, tables.LANGUAGE_CLAIMS, tables.LANGUAGE_COLUMNS)
+ROUTED_FIGURES = [  # name, study, further arguments
+    ("training_curves", "ac-vision", ()),
+    ("accuracy_by_arm", "ac-vision", ()),
+    ("corruption_by_severity", "ac-vision", ()),
+    ("corruption_by_severity", "crossed", (arms.CROSSED_ARMS,)),
+    ("swap_curve", "ac-language", ()),
+    ("changed_choices", "ac-language", ()),
+    ("expert_load", "ac-language", ()),
+    ("paired_differences", "ac-vision", VISION),
+    ("paired_differences", "ac-language", LANGUAGE),
+    ("crossed_lines", "crossed", ()),
+]
+ROUTED_SITUATIONS = {
+    "several seeds": {},
+    "one seed": {"seeds": 1},
+    "one run of one epoch": {"values": {"ac": (0.9,)}, "epochs": 1},
+}
+
+
+def test_the_figures_are_found():
+    others = {"verdict_forest", "verdict_grid", "live_curves", "trust_grid", "dose_heatmaps"}
+    assert set(FIGURES) == {*SNNL_FIGURES, *(name for name, _, _ in ROUTED_FIGURES), *others}
+
+
+def test_trust_grid_marks_every_score(folders):
+    scores = pd.DataFrame(0.0, index=["a", "b", trust.TRUTH], columns=list(trust.LADDERS))
+    scores.loc["b", ["noise", "collapse", "blind", "split", "alike"]] = 1, 0.9, 0.65, -0.3, -0.31
+    scores.loc[trust.TRUTH] = 1
+    figure = plots.trust_grid(scores)
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["b", "a", trust.TRUTH]
+    marks = [text.get_text() for text in axis.texts]
+    assert marks[:7] == ["✓", "✓", "~", "–", "✗", "–", "–"]
+    assert marks[7:] == ["–"] * 7 + ["✓"] * 7
+    check_drawn(figure, "trust_grid")
+
+
+def test_collapse_panel_shows_values_beside_their_nulls():
+    """exp(1.3) effective experts of four; answers as alike as 0.1, alone 0.4; 0.3 lost of 3/4 (0.9 - 0.1)."""
+    routing, representational, degrees = plots.collapse_panel(some_results({"base": (0.9,)})).axes
+    expected = 1 - (np.exp(1.3) - 1) / 3
+    np.testing.assert_allclose(routing.lines[0].get_ydata(), expected)
+    np.testing.assert_allclose(representational.lines[0].get_ydata(), [0.6, 0.5, 0.4])
+    shown = [line.get_xdata()[0] for line in degrees.lines]
+    nulls = [1 - (np.exp(1.38) - 1) / 3, 0.4, 1]
+    np.testing.assert_allclose(shown[::2], [expected, 0.1, 0.5])
+    np.testing.assert_allclose(shown[1::2], nulls, atol=1e-9)
+
+
+def test_sources_of_a_figure_in_short(folders):
+    base = folders / "results" / "core"
+    one = [base / "snnl" / "cifar10" / f"{name}.json" for name in ("base-s1-aa", "base-s2-bb", "raw-s1-cc")]
+    assert plots.name_sources([]) == "computed in this notebook"
+    assert plots.name_sources(one) == "results/core/snnl/cifar10/{base,raw}-s*.json (3 files)"
+    planted = folders / "results" / "planted" / "trust.json"
+    assert plots.name_sources([planted]) == "results/planted/trust.json"
+    several = [*one, base / "snnl" / "mnist" / "base-s1-dd.json"]
+    assert plots.name_sources(several) == "results/core/snnl/**/*.json (4 files)"
+
+
+def test_verdict_forest_is_in_margins(core):
+    """A hollow dot a pilot, where the difference is in units of the published one; 90 % inside 95 %."""
+    found = report.find_verdicts("core")
+    axis = plots.verdict_forest(found).axes[0]
+    names = dict(zip([label.get_text() for label in axis.get_yticklabels()], axis.get_yticks(), strict=True))
+    row = names["more accurate, FashionMNIST: snnl - base"]
+    [verdict] = [v for v in found if v.dataset == "fashion_mnist" and v.claim.key == "snnl-accuracy"]
+    assert verdict.word == "pilot"
+    wide, narrow, dot = [
+        line for line in axis.lines if row in line.get_ydata() and len(set(line.get_ydata())) == 1
+    ]
+    assert dot.get_xdata()[0] == pytest.approx(verdict.comparison.difference / 0.0028)
+    assert dot.get_markerfacecolor() == "white"
+    assert min(wide.get_xdata()) < min(narrow.get_xdata()) < max(narrow.get_xdata()) < max(wide.get_xdata())
+    low, high = axis.get_xlim()
+    assert all(low < x < high for line in axis.lines for x in line.get_xdata())  # nothing is clipped
+
+
+def test_verdict_grid_draws_every_verdict(core):
+    found = report.find_verdicts("core")
+    figure = plots.verdict_grid(words.grid(found))
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert sum("[+" in text or "[-" in text for text in texts) == len(found)
+    check_drawn(figure, "verdict_grid")
+
+
+@pytest.mark.parametrize("name", ["training_curves", "accuracy_by_arm", "tsne_panels", "routing_heatmap"])
+def test_figures_say_what_to_see(name, folders):
+    figure = FIGURES[name](some_results())
+    assert len(figure.get_label()) > 60
+    caption, line = plots.save(figure, name, []).split("\n")
+    assert caption == figure.get_label()
+    assert line.startswith(f"figures/{name}.png <- ")
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("name", SNNL_FIGURES)
+def test_every_figure_can_be_drawn(name, situation, folders):
+    accuracies, options = SITUATIONS[situation]
+    check_drawn(FIGURES[name](some_results(accuracies, **options)), name)
+
+
+@pytest.mark.parametrize("situation", ROUTED_SITUATIONS)
+@pytest.mark.parametrize(("name", "study_name", "more"), ROUTED_FIGURES)
+def test_every_routed_figure_can_be_drawn(name, study_name, more, situation, folders):
+    check_drawn(FIGURES[name](routed_results(study_name, **ROUTED_SITUATIONS[situation]), *more), name)
+
+
+def check_drawn(figure: Figure, name: str) -> None:
+    """Drawn and saved for real: a warning of the layout would be an error."""
+    assert isinstance(figure, Figure)
+    assert any(axis.has_data() or axis.texts for axis in figure.axes)
+    plots.save(figure, name, [])
+    assert plots.target(name).stat().st_size > 3000
+
+
+def test_figures_leave_the_style_of_others_alone(folders):
+    before = dict(mpl.rcParams)
+    plots.save(plots.accuracy_by_arm(some_results()), "x", [])
+    assert dict(mpl.rcParams) == before
+
+
+def test_figures_are_the_same_bytes_each_time(folders):
+    for name in ("a", "b"):
+        plots.save(plots.training_curves(some_results()), name, [])
+    assert plots.target("a").read_bytes() == plots.target("b").read_bytes()
+
+
+def test_curves_are_means_over_seeds():
+    figure = plots.training_curves(some_results({"base": (0.90, 0.91, 0.95)}))
+    cross_entropy, accuracy, information = figure.axes
+    assert cross_entropy.lines[0].get_xdata().tolist() == [1, 2, 3]
+    np.testing.assert_allclose(cross_entropy.lines[0].get_ydata(), [1, 1 / 2, 1 / 3])
+    np.testing.assert_allclose(accuracy.lines[0].get_ydata(), [72, 82, 92])
+    np.testing.assert_allclose(information.lines[0].get_ydata(), [0, 0.2, 0.4], atol=1e-12)
+    band = accuracy.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((70, 95))
+
+
+def test_curves_show_the_wanted_arms_in_one_order():
+    figure = plots.training_curves(some_results()[::-1], ["snnl", "base"])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["base", "snnl"]
+
+
+def test_an_arm_of_ones_own_has_a_colour_and_a_row():
+    results = some_results({"snnl": (0.90, 0.91, 0.95), "base": (0.90, 0.91, 0.92)})
+    for result in results[:3]:
+        result["run"] |= {"arm": "mine"}
+    for drawn in (None, ["mine", "base"]):
+        (legend,) = plots.training_curves(results, drawn).legends
+        assert [text.get_text() for text in legend.get_texts()] == ["base", "mine"]
+    rows = [label.get_text() for label in plots.accuracy_by_arm(results).axes[0].get_yticklabels()]
+    assert rows == ["base (3)", "mine (3)"]
+    assert plots.arm_style("mine") == plots.arm_style("mine")
+    known = {to_hex(colour) for colour, _ in plots.ARM_STYLE.values()}
+    assert not known & {to_hex(colour) for colour in plots.OWN_COLOURS}
+
+
+def test_accuracy_names_arms_and_their_seeds():
+    axis = plots.accuracy_by_arm(some_results()).axes[0]
+    labels = [tick.get_text() for tick in axis.get_yticklabels()]
+    assert labels == ["base (3)", "snnl (3)", "dense (3)", "dense-snnl (3)"]
+    dots, interval, mean = axis.lines[:3]
+    np.testing.assert_allclose(dots.get_xdata(), [90, 91, 92])
+    np.testing.assert_allclose(mean.get_xdata(), 91)
+    np.testing.assert_allclose(interval.get_xdata(), [91 - 4.302653 / 3**0.5, 91 + 4.302653 / 3**0.5])
+
+
+def spoiled(effective: tuple[float, ...], **options: object) -> list[dict]:
+    """Runs of both arms, with these effective experts by seed."""
+    results = some_results({"base": (0.9,) * len(effective), "snnl": (0.9,) * len(effective)}, **options)
+    for result, value in zip(results, effective * 2, strict=True):
+        result["routing"]["load"] = result["routing"]["load"] | {"effective_experts": value}
+    return results
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_heatmap_shows_the_median_seed_by_preferred_expert(num_classes):
+    results = spoiled((1.0, 3.0, 2.0), num_classes=num_classes)
+    axes = plots.routing_heatmap(results).axes
+    axis = axes[0]
+    shown = np.asarray(axis.images[0].get_array())
+    gates = np.array(results[2]["routing"]["class_expert"])
+    assert axis.get_title() == f"base, seed {arms.SEEDS[2]}: 2.00 effective experts"
+    assert shown.shape == (num_classes, 4)
+    assert sorted(map(sorted, shown.tolist())) == sorted(map(sorted, gates.tolist()))
+    assert all(a <= b for a, b in pairwise(shown.argmax(1)))
+    labels = [tick.get_text() for tick in axis.get_yticklabels()]
+    if num_classes == 10:  # every row has the number of its class, and its name
+        assert "0 T-shirt/top" in labels
+        rows = gates[[int(label.split()[0]) for label in labels]]
+        np.testing.assert_array_equal(np.sort(rows, axis=1), np.sort(shown, axis=1))
+    else:
+        assert labels == []
+    assert [a.get_title() for a in axes if a.get_title() in ("1.0", "2.0", "3.0")] == [
+        "1.0",
+        "3.0",
+        "2.0",
+    ] * 2
+
+
+def test_heatmaps_match_the_experts_of_the_other_arm():
+    """The same gate with its experts renamed is drawn the same."""
+    results = spoiled((2.0,))
+    gates = np.array(results[0]["routing"]["class_expert"])
+    results[1]["routing"]["class_expert"] = gates[:, [2, 0, 3, 1]].tolist()
+    base, snnl = (a for a in plots.routing_heatmap(results).axes if "effective" in a.get_title())
+    np.testing.assert_array_equal(*(np.asarray(a.images[0].get_array()) for a in (base, snnl)))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_codes_before_training_are_drawn_once_if_they_are_the_same(same):
+    results = some_results({"base": (0.9,), "snnl": (0.9,)})
+    start = results[0]["tsne"]["before"]
+    results[1]["tsne"]["before"] = start if same else [[-x, y] for x, y in start]
+    titles = [axis.get_title() for axis in plots.tsne_panels(results).axes]
+    after = ["base, after training", "snnl, after training"]
+    before = ["base, before training", "snnl, before training"]
+    assert titles == (["before training", *after] if same else [before[0], after[0], before[1], after[1]])
+
+
+def test_similarity_floor_is_drawn():
+    figure = plots.similarity_with_nulls(some_results())
+    floor = (2 / (np.pi * 1000)) ** 0.5
+    (line,) = [line for line in figure.axes[0].lines if line.get_label().startswith("floor")]
+    np.testing.assert_allclose(line.get_xdata(), floor)
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 4
+
+
+@pytest.mark.parametrize(
+    "names", [arms.ARM_DESCRIPTIONS, arms.ROUTED_ARM_DESCRIPTIONS, arms.CROSSED_ARM_DESCRIPTIONS]
+)
+def test_arms_of_a_study_are_told_apart(names):
+    colours = {to_hex(plots.ARM_STYLE[name][0]).lower() for name in names}
+    assert len(colours) == len(names)
+
+
+def test_differences_are_drawn_pair_by_pair():
+    """ac - cosine in accuracy: 4, 2, 4 points."""
+    figure = plots.paired_differences(routed_results("ac-vision"), *VISION)
+    (axis,) = [axis for axis in figure.axes if axis.get_title() == "better:\naccuracy"]
+    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert labels == [f"ac - {control}" for _, control in tables.VISION_PAIRS]
+    dots, interval, mean = axis.lines[3:6]  # of the second pair
+    np.testing.assert_allclose(sorted(dots.get_xdata()), [2, 4, 4])
+    np.testing.assert_allclose(dots.get_ydata(), 1)
+    np.testing.assert_allclose(mean.get_xdata(), 10 / 3)
+    half = 4.302653 * np.std([4, 2, 4], ddof=1) / 3**0.5
+    np.testing.assert_allclose(interval.get_xdata(), [10 / 3 - half, 10 / 3 + half], rtol=1e-6)
+    assert axis.get_xlabel() == "points"
+    shaded = axis.patches[0].get_extents().transformed(axis.transData.inverted())
+    assert shaded.x0 == pytest.approx(0, abs=1e-9)
+    assert shaded.x1 > 4
+
+
+def test_pairs_that_no_two_seeds_have_are_left_out():
+    results = routed_results("ac-vision", {"ac": (0.9, 0.8), "cosine": (0.8, 0.8), "linear": (0.7,)})
+    figure = plots.paired_differences(results, *VISION)
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["ac - cosine"]
+
+
+def test_swap_curve_counts_from_the_clean_text():
+    left, right = plots.swap_curve(routed_results("ac-language", {"ac": (0.5, 0.7)})).axes
+    np.testing.assert_allclose(left.lines[0].get_xdata(), [0, 1.5, 2.5, 5, 10])
+    np.testing.assert_allclose(left.lines[0].get_ydata(), 0.6 * np.array([0, 0.01, 0.02, 0.03, 0.06]))
+    np.testing.assert_allclose(right.lines[0].get_ydata(), [0, 0.01, 0.02, 0.03, 0.06], atol=1e-12)
+
+
+def test_corruption_is_drawn_against_the_first_arm():
+    """`routed` loses 10 points a severity in every arm, so the differences are those of clean accuracy."""
+    results = routed_results("ac-vision")
+    figure = plots.corruption_by_severity(results)
+    shown = [axis for axis in figure.axes if axis.get_visible()]
+    assert [axis.get_title() for axis in shown] == ["noise", "blur", "contrast", "jpeg"]
+    by_arm = {arm: [r["corruption"] for r in results if r["run"]["arm"] == arm] for arm in ("linear", "ac")}
+    expected = np.mean([a["clean"] - b["clean"] for a, b in zip(by_arm["ac"], by_arm["linear"], strict=True)])
+    (line,) = [line for line in shown[0].lines if line.get_label() == "ac"]
+    assert line.get_ydata()[0] == pytest.approx(100 * expected)
+    assert line.get_xdata().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_load_is_ordered_in_each_run_before_it_is_averaged():
+    results = routed_results("ac-vision", {"cosine": (0.8, 0.8)})
+    shares = [0.7, 0.3] + [0.0] * 14
+    for result, share in zip(results, (shares, shares[::-1]), strict=True):
+        result["routing"]["layers"][0]["load"] = {"share": share}
+    line, even = plots.expert_load(results).axes[0].lines
+    np.testing.assert_allclose(line.get_ydata(), 100 * np.array(shares))
+    np.testing.assert_allclose(even.get_ydata(), 100 / 16)
+
+
+def test_changed_choices_of_arms_without_an_m_are_refused():
+    with pytest.raises(ValueError, match="no arm here has an M"):
+        plots.changed_choices(routed_results("ac-vision", {"cosine": (0.8, 0.8)}))
+
+
+def test_every_data_set_has_a_title():
+    assert set(plots.DATASET_TITLES) >= {r.dataset for p in arms.PROFILES for r in study.runs(p)}

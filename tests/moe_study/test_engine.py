@@ -1,0 +1,234 @@
+"""The engine: it trains once, resumes after SIGKILL, and fails loudly."""
+
+import errno
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import small_runs
+import torch
+
+from moe_study import data, engine, locks, store, study
+from moe_study.train import load_checkpoint
+
+SUPPORT = Path(__file__).parents[1] / "support"
+
+
+@pytest.mark.slow
+def test_ensure_writes_once_and_then_reads(folders):
+    run = small_runs.run(epochs=1)
+    first = study.ensure([run], workers=1, quiet=True)
+    written = run.path.stat().st_mtime_ns
+    assert study.ensure([run], workers=1, quiet=True) == first
+    assert run.path.stat().st_mtime_ns == written
+    result = first[0]
+    assert result["id"] == run.id
+    assert result["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert {"commit", "dirty", "machine", "device", "wall_seconds", "peak_memory_mb"} <= set(result)
+    assert run.path.stat().st_size <= 20_000
+    assert not (run.workspace / "checkpoint.pt").exists()
+    assert not list(folders.rglob("*.part"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_with_the_same_numbers(folders, monkeypatch):
+    """SIGKILL to the whole batch in the middle of a run; its worker must die with it."""
+    run = small_runs.run(epochs=60)
+    checkpoint = run.workspace / "checkpoint.pt"
+    batch = subprocess.Popen([sys.executable, "small_runs.py", "60"], cwd=SUPPORT, stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while not checkpoint.exists() and time.monotonic() < until:
+            assert batch.poll() is None
+            os.sched_yield()
+        children = Path(f"/proc/{batch.pid}/task/{batch.pid}/children").read_text().split()
+    finally:
+        os.kill(batch.pid, signal.SIGKILL)
+        batch.wait()
+    assert checkpoint.exists()
+    assert not run.path.exists()
+    done = load_checkpoint(checkpoint, run.id)["epoch"]
+    assert 1 <= done < 60
+    resumed = study.ensure([run], workers=1, quiet=True)[0]  # waits for the dying worker's lock, if need be
+    assert children
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+    monkeypatch.setenv("MOE_RESULTS_DIR", str(folders / "whole"))
+    whole = study.ensure([run], workers=1, quiet=True)[0]
+    assert small_runs.numbers(resumed) == small_runs.numbers(whole)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_no_other_run(folders):
+    """SIGKILL to the only worker of three runs: all three are there in the end."""
+    runs = [replace(small_runs.run(epochs=40), seed=seed) for seed in (1, 2, 3)]
+
+    def kill() -> None:
+        while not (runs[0].workspace / "checkpoint.pt").exists():
+            time.sleep(0.01)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    assert len(study.ensure(runs, workers=1, quiet=True)) == 3
+    assert not killer.is_alive()
+
+
+@pytest.mark.slow
+def test_waiting_for_another_process_ends_with_the_time_limit(folders):
+    run = small_runs.run(epochs=1)
+    run.workspace.mkdir(parents=True)
+    with locks.hold(run.workspace):
+        assert engine._work(run, "cpu", time.monotonic() + 0.2) == "out of time"
+    assert not run.path.exists()
+
+
+def test_a_raised_version_takes_no_older_numbers(folders):
+    first = study.runs("digits", "ac-vision", "digits", "cosine")[0]
+    second = study.runs("digits", "crossed", "digits", "base")[0]
+    study.write(first, {})
+    assert study.twin(second) == first
+    assert study.twin(replace(second, version=second.version + 1)) is None
+
+
+@pytest.mark.slow
+def test_a_run_that_another_study_has_is_not_trained_again(folders, monkeypatch):
+    """base of the crossed study is cosine of the vision study: the same numbers, trained once."""
+    first = study.runs("digits", "ac-vision", "digits", "cosine")[0]
+    second = study.runs("digits", "crossed", "digits", "base")[0]
+    assert first.seed == second.seed
+    assert first.id != second.id
+    assert study.twin(second) is None
+    trained = {first: study.execute(first, "cpu"), second: study.execute(second, "cpu")}
+    for key in ("task", "routing", "attack", "corruption"):
+        assert store.compact(trained[first][key]) == store.compact(trained[second][key])
+    study.write(first, {"task": trained[first]["task"]})
+    [result] = study.ensure([second], quiet=True)
+    assert result["same_as"] == first.label
+    assert result["run"]["arm"] == "base"
+    assert result["task"] == store.compact(trained[second]["task"])  # as if it had been trained
+    assert study.twin(study.runs("digits", "crossed", "digits", "snnl")[0]) is None
+
+
+@pytest.mark.slow
+def test_time_limit_leaves_a_run_to_be_continued(folders):
+    run = small_runs.run(epochs=2)
+    assert study.ensure([run], workers=1, time_limit=0, quiet=True) == []
+    assert not run.path.exists()
+    assert len(study.ensure([run], workers=1, quiet=True)) == 1
+
+
+@pytest.mark.slow
+def test_one_failing_run_does_not_stop_the_others(folders):
+    """The first run diverges; the message names arm, seed, epoch and batch."""
+    good, bad = small_runs.run(epochs=1), small_runs.run(epochs=1, arm="base", learning_rate=1e200)
+    with pytest.raises(study.StudyError, match=r"1 of 2 runs failed.*\n.*base seed 1234.*epoch 0, batch \d+"):
+        study.ensure([bad, good], workers=1, quiet=True)
+    assert good.path.exists()
+    assert not bad.path.exists()
+
+
+@pytest.mark.slow
+def test_a_loss_that_refuses_its_input_names_the_run(folders):
+    """SNNL raises on features that are not finite before any loss can be."""
+    run = small_runs.run(epochs=2, arm="snnl-pretrained", learning_rate=1e200)
+    with pytest.raises(study.StudyError, match=r"snnl-pretrained seed 1234, epoch 0, batch \d+: features"):
+        study.ensure([run], workers=1, quiet=True)
+
+
+@pytest.mark.slow
+def test_damaged_checkpoint_is_set_aside(folders):
+    """The run starts anew, and nobody is told to load a file that could run code."""
+    run = small_runs.run(epochs=2)
+    run.workspace.mkdir(parents=True)
+    (run.workspace / "checkpoint.pt").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match=r"seed 1234: the checkpoint is not valid.*starts anew") as warned:
+        found = study.execute(run, "cpu")
+    assert "weights_only" not in str(warned[0].message)
+    assert (run.workspace / "checkpoint.invalid").read_bytes() == b"torn"
+    whole = study.execute(replace(run, tsne=True), "cpu")  # another id, so another workspace
+    assert found["history"]["validation"] == whole["history"]["validation"]
+
+
+@pytest.mark.slow
+def test_leftovers_are_swept_by_the_next_call(folders):
+    """Of a run that was killed in a write, and of one killed before its checkpoint was deleted."""
+    run = small_runs.run(epochs=1)
+    study.write(run, {})
+    run.workspace.mkdir(parents=True)
+    others = run.path.parent / f".{run.arm}-s1-0123456789.json-x.part"
+    stray = [run.workspace / ".checkpoint.pt-x.part", run.path.parent / f".{run.path.name}-x.part"]
+    for path in (*stray, others, run.workspace / "checkpoint.pt"):
+        path.write_bytes(b"")
+    with locks.hold(run.workspace):  # somebody is at it: nothing is touched
+        study.ensure([run], quiet=True)
+        assert all(path.exists() for path in stray)
+    study.ensure([run], quiet=True)
+    assert not any(path.exists() for path in stray)
+    assert not (run.workspace / "checkpoint.pt").exists()
+    assert others.exists()  # of another run, under its own lock
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"workers": -1}, "workers.*-1"),
+        ({"workers": 0}, "workers.*0"),
+        ({"workers": "two"}, "workers.*'two'"),
+        ({"workers": 1.5}, "workers.*1.5"),
+        ({"workers": True}, "workers.*True"),
+        ({"time_limit": math.nan}, "time_limit.*nan"),
+        ({"time_limit": -1}, "time_limit.*-1"),
+        ({"time_limit": "1"}, "time_limit.*'1'"),
+        ({"time_limit": True}, "time_limit.*True"),
+        ({"device": "tpu"}, "device.*'tpu'"),
+    ],
+)
+def test_options_are_checked_by_type_and_range(options, named, folders):
+    with pytest.raises(ValueError, match=named):
+        study.ensure([small_runs.run(epochs=1)], quiet=True, **options)
+    assert list(folders.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_unusable_shared_memory_is_named(folders, monkeypatch):
+    class Context:
+        def Queue(self):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: Context())
+    with pytest.raises(study.StudyError, match="/dev/shm"):
+        study.ensure([small_runs.run(epochs=1)], workers=1, quiet=True)
+
+
+@pytest.mark.slow
+def test_data_that_cannot_be_had_is_asked_for_once(folders, monkeypatch):
+    """Not by every run; runs on other data are trained, and the message has one line for all that failed."""
+    asked = []
+
+    def fetch(name):
+        asked.append(name)
+        raise data.DataError("no network")
+
+    monkeypatch.setenv("MOE_DATA_DIR", str(folders / "data"))
+    monkeypatch.setattr(data, "fetch", fetch)
+    good = small_runs.run(epochs=1)
+    bad = study.runs("core", "snnl", "cifar10")
+    with pytest.raises(study.StudyError) as raised:
+        study.ensure([good, *bad], workers=1, quiet=True)
+    assert asked == ["cifar10"]
+    assert str(raised.value).splitlines() == [
+        f"{len(bad)} of {len(bad) + 1} runs failed; the others are kept, "
+        "and the same command tries these again:",
+        f"  {bad[0].label} and {len(bad) - 1} more: no network",
+    ]
+    assert good.path.exists()

@@ -1,0 +1,218 @@
+"""The plans: names, ids, settings that tuning chose, and shards."""
+
+import itertools
+import json
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from moe_lib.models.language import LanguageModel
+from moe_lib.models.transformer import moe_layers
+from moe_study import store, study
+from moe_study.configs import arms, collapse, snnl
+from moe_study.data import ROOT
+
+SUPPORT = Path(__file__).parents[1] / "support"
+
+
+def test_digest_depends_on_every_choice_and_not_on_new_defaults():
+    @dataclass(frozen=True)
+    class Before:
+        width: int
+        depth: int = 2
+
+    @dataclass(frozen=True)
+    class After:
+        width: int
+        depth: int = 2
+        gate: str = "mlp"
+
+    assert store.digest(Before(3)) == store.digest(After(3))
+    different = {store.digest(c) for c in (After(3), After(4), After(3, 3), After(3, gate="none"))}
+    assert len(different) == 4
+
+
+def test_ids_are_distinct_and_stable():
+    for profile in arms.PROFILES:
+        ids = [run.id for run in study.runs(profile)]
+        assert len(set(ids)) == len(ids)
+    first = study.runs("digits", "snnl", "digits", "base")[0]
+    assert first.id == study.runs("digits", "snnl", "digits", "base")[0].id
+    assert first.path.name == f"base-s42-{first.id}.json"
+
+
+def test_committed_results_belong_to_the_plan(monkeypatch):
+    """No file from another version or setting lies among the results, and each holds its own name."""
+    monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
+    for profile in ("core", "paper"):
+        planned = {run.path: run for run in study.runs(profile)}
+        for path in (ROOT / "results" / profile).glob("*/*/*.json"):
+            assert path in planned, f"{path} is not what the plan would make now"
+            result = study.read(planned[path])  # its id and configuration are checked there
+            assert result["commit"]
+            assert result["dirty"] is False
+            assert path.stat().st_size <= 20_000
+
+
+def test_arms_differ_from_base_in_one_thing():
+    settings = snnl.SETTINGS["core"]["fashion_mnist"]
+    study_arms = arms.snnl_arms(settings)
+    assert set(study_arms) | set(collapse.collapse_arms(settings)) | set(collapse.top1_arms(settings)) == set(
+        arms.ARM_DESCRIPTIONS
+    )
+    base_model, base_objective = study_arms["base"]
+    dense_model = study_arms["dense"][0]
+    assert dense_model.num_experts * dense_model.expert_hidden == (
+        base_model.num_experts * base_model.expert_hidden
+    )
+    for arm, (model, objective) in study_arms.items():
+        reference = dense_model if arm.startswith("dense") else base_model
+        if arm == "uniform-snnl":  # away from "uniform-gate"
+            reference = study_arms["uniform-gate"][0]
+        changed_model = model != reference
+        changed_objective = objective != base_objective
+        assert (changed_model + changed_objective) == (arm not in ("base", "dense")), arm
+
+
+def test_the_collapse_map_has_every_arm_at_every_size_and_only_sizes_differ():
+    plan = collapse.MAPS["core"]
+    runs = study.runs("core", "collapse-map")
+    sizes = {(r.model.num_experts, r.model.expert_hidden, r.model.code_dim) for r in runs}
+    assert sizes == set(itertools.product(plan.num_experts, plan.expert_hidden, plan.code_dim))
+    assert len(runs) == len({run.id for run in runs}) == len(sizes) * len(plan.arms) * len(plan.seeds)
+    reference = {r.arm: r for r in study.runs("core", "collapse")}
+    for run in runs:  # at the collapse study's own size, a run of it but for the seed
+        model = replace(run.model, num_experts=4, expert_hidden=4, code_dim=8)
+        own = reference[run.arm]
+        assert (model, run.objective, run.train) == (own.model, own.objective, own.train)
+
+
+def test_top1_arms_route_each_image_to_one_expert():
+    for run in study.runs("core", "collapse-top1"):
+        assert run.model.top_k == 1
+        assert (run.model.gate == "hash") == run.arm.startswith("hash")
+        assert (run.objective.snnl is not None) == run.arm.endswith("snnl")
+
+
+def test_text_past_the_plateau_changes_the_last_router_alone():
+    """One pass over WikiText-2, on seeds that nobody has seen, with the arms' router in the last block."""
+    kinds = {}
+    for run in study.runs("core", "ac-language-confirm"):
+        assert run.seed in arms.CONFIRMATORY_SEEDS
+        assert 0.99 < run.train.epochs * run.epoch_tokens / 10_797_148 <= 1  # bytes of the training text
+        if run.arm not in kinds:
+            layers = moe_layers(LanguageModel(run.model, 256))
+            kinds[run.arm] = [type(layer.router).__name__ for layer in layers]
+    assert {tuple(found[:2]) for found in kinds.values()} == {("LinearRouter", "LinearRouter")}
+    assert kinds["linear"][2] == "LinearRouter"
+    assert kinds["cosine"][2] == "CosineRouter"
+    assert {kinds[arm][2] for arm in kinds if arm.startswith("ac")} == {"AdaptiveClusteringRouter"}
+    assert kinds["hash"][2] == kinds["hash-token"][2] == "HashRouter"
+
+
+@pytest.mark.parametrize("name", ["collapse", "collapse-top1"])
+def test_collapse_settings_are_what_tuning_chose(name, monkeypatch):
+    """For each arm the rate and the weight of the lowest validation cross-entropy at the last epoch."""
+    monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
+    scores = defaultdict(list)
+    for path in (ROOT / "results" / "core" / f"{name}-tuning" / "domains").glob("*.json"):
+        file = json.loads(path.read_text())
+        run = file["run"]
+        weight = (run["objective"]["snnl"] or {}).get("factor"), run["objective"]["balance"]
+        key = run["arm"], run["train"]["learning_rate"], weight
+        scores[key].append(file["history"]["validation"]["cross_entropy"][-1])
+    assert all(len(found) == len(arms.TUNING_SEEDS) for found in scores.values())
+    takes_over = {"snnl-shuffled", "snnl-weaker"}  # arms that are not in the grid
+    for run in study.runs("core", name):
+        if run.arm not in takes_over and run.seed == study.runs("core", name)[0].seed:
+            own = {key: sum(found) for key, found in scores.items() if key[0] == run.arm}
+            factor = None if run.objective.snnl is None else run.objective.snnl.factor
+            weight = factor, run.objective.balance
+            assert min(own, key=own.get) == (run.arm, run.train.learning_rate, weight)
+
+
+@pytest.mark.parametrize("dataset", snnl.TUNING_DATASETS)
+def test_settings_are_what_tuning_chose(dataset, monkeypatch):
+    """The rule of snnl.SETTINGS, applied to the committed tuning results."""
+    monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
+    runs = [run for run in study.runs("core", "snnl-tuning", dataset) if run.path.exists()]
+    if not runs:
+        pytest.skip("no tuning results yet")
+    scores = {}
+    for run in runs:
+        objective = run.objective
+        weight = (objective.snnl.factor if objective.snnl else 0) or objective.balance or objective.auxiliary
+        key = (run.arm, run.train.epochs, run.train.learning_rate, weight)
+        scores.setdefault(key, {})[run.seed] = store.read(run.path)["history"]["best_cross_entropy"]
+
+    def best(arm, epochs, position, rate=None):
+        """The setting with the lowest mean, among those that the same seeds have tried."""
+        tried = {k: v for k, v in scores.items() if k[:2] == (arm, epochs) and rate in (None, k[2])}
+        seeds = set.intersection(*(set(v) for v in tried.values())) if tried else set()
+        means = {k: sum(v[s] for s in seeds) / len(seeds) for k, v in tried.items()} if seeds else {}
+        return min(means, key=means.get)[position] if means else None
+
+    settings = snnl.SETTINGS["core"][dataset]
+    rate = settings.train.learning_rate
+    assert best("base", settings.train.epochs, 2) in (rate, None)
+    assert best("snnl", 4, 3, rate) == settings.factor
+    assert best("dense-snnl", 4, 3, rate) == settings.dense_factor
+    assert best("base-balance", 4, 3, rate) in (settings.balance, None)
+    assert best("base-aux", 4, 3, rate) in (settings.auxiliary, None)
+    preferred = {best(arm, 4, 2) for arm in ("base", "snnl", "dense")}
+    assert len(preferred) == 1, "arms prefer different rates: give them their own (Settings.learning_rates)"
+
+
+@pytest.mark.parametrize("name", ["ac-vision", "ac-language", "crossed"])
+def test_routed_settings_are_what_tuning_chose(name, monkeypatch):
+    """The value in use has the lowest validation cross-entropy of those tried, for every arm tried."""
+    monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
+    found = defaultdict(list)
+    for run in study.runs("core", f"{name}-tuning"):
+        value = run.objective.snnl.factor if name == "crossed" else run.train.learning_rate
+        found[run.arm, value].append(store.read(run.path)["history"]["best_cross_entropy"])
+    in_use = {
+        run.arm: run.objective.snnl.factor if name == "crossed" else run.train.learning_rate
+        for run in study.runs("core", name)
+        if name != "crossed" or run.objective.snnl is not None
+    }
+    for arm in {arm for arm, _ in found}:
+        means = {value: sum(scores) / len(scores) for (a, value), scores in found.items() if a == arm}
+        assert min(means, key=means.get) == in_use[arm]
+
+
+def test_paired_arms_share_everything_but_the_arm():
+    runs = study.runs("digits", "snnl", "digits")
+    by_seed = {}
+    for run in runs:
+        by_seed.setdefault(run.seed, set()).add((run.train, run.train_images))
+    assert all(len(shared) == 1 for shared in by_seed.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("nope",), "nope"),
+        (("core", "nope"), "nope"),
+        (("core", "snnl", "svhn"), "svhn"),
+        (("core", "snnl", "mnist", "raw"), "raw"),
+    ],
+)
+def test_unknown_names(arguments, named):
+    with pytest.raises(study.StudyError, match=named) as raised:
+        study.runs(*arguments)
+    assert "known:" in str(raised.value)
+
+
+def test_shards_cover_the_plan_once():
+    runs = study.runs("digits")
+    parts = [study.shard(runs, f"{i}/4") for i in range(1, 5)]
+    assert sorted(run.id for part in parts for run in part) == sorted(run.id for run in runs)
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b"])
+def test_bad_shards(part):
+    with pytest.raises(study.StudyError, match="shard"):
+        study.shard([], part)
