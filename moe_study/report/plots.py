@@ -48,6 +48,8 @@ ARM_STYLE = {  # colour, marker
     "uniform-gate": (PALETTE[7], "P"),
     "uniform-snnl": ("#7b3294", "X"),
     "snnl-weaker": ("#f2a27a", "s"),
+    "hash-gate": ("#2f4b2f", "P"),
+    "hash-snnl": ("#c51b8a", "X"),
     "raw": (PALETTE[0], "X"),
     "snnl-pretrained": ("#8c564b", "<"),
     "ce-pretrained": ("#4b6e8c", ">"),

@@ -117,7 +117,7 @@ def core(folders):
     """Those results as files of profile "core", at the planned paths."""
     for result in some_results():
         run = planned(result["run"]["arm"], result["run"]["seed"])
-        store.write(run.path, result)
+        store.write_run(run.path, result)
     return folders
 
 
@@ -401,7 +401,7 @@ def routed_results(study_name: str, values: dict | None = None, seeds: int = 3, 
 def store_routed(study_name: str, **options: int) -> None:
     for result in routed_results(study_name, **options):
         run = routed_plan(study_name, result["run"]["arm"], result["run"]["seed"])
-        store.write(run.path, result)
+        store.write_run(run.path, result)
 
 
 COLUMN_SETS = {
@@ -567,7 +567,7 @@ def test_only_result_files_of_the_plan_are_read(core):
     before = report.accuracy_table("core")
     run = planned("base", 42)
     stray = run.path.with_name(f"base-s{arms.SEEDS[3]}-0000000000.json")
-    store.write(stray, made_up(run, accuracy=0.0))
+    store.write_run(stray, made_up(run, accuracy=0.0))
     assert report.accuracy_table("core").equals(before)
 
 
@@ -606,7 +606,7 @@ def test_collapse_table_puts_the_null_beside(core):
 
 def test_accuracy_table(core):
     run = planned("base", 42, "mnist")
-    store.write(run.path, made_up(run, accuracy=0.99))
+    store.write_run(run.path, made_up(run, accuracy=0.99))
     table = report.accuracy_table("core")
     assert table.columns.tolist() == ["FashionMNIST", "MNIST"]
     assert table["FashionMNIST"].to_dict() == {
@@ -705,7 +705,7 @@ def test_provenance_table(core):
 def test_provenance_does_not_hide_a_dirty_or_unknown_tree(core):
     for seed, dirty in zip(arms.SEEDS, (True, None), strict=False):
         run = planned("base", seed)
-        store.write(run.path, store.read(run.path) | {"dirty": dirty, "commit": None})
+        store.write_run(run.path, store.read(run.path) | {"dirty": dirty, "commit": None})
     rows = report.provenance_table("core")["value"]
     assert rows["code changed since the commit"] == "?, no, yes"
     assert rows["commits"] == "0123456789, unknown"
@@ -715,11 +715,11 @@ def test_a_confirmatory_set_is_shown_when_it_is_whole(folders):
     """Nobody is to look at a part of it."""
     runs = study.runs("core", "snnl-confirm", "fashion_mnist")
     for run in runs[:-1]:
-        store.write(run.path, made_up(run, 0.92 + 0.001 * (run.seed % 2) if run.arm == "snnl" else 0.9))
+        store.write_run(run.path, made_up(run, 0.92 + 0.001 * (run.seed % 2) if run.arm == "snnl" else 0.9))
     assert report.find_verdicts("core") == []
     assert report.accuracy_table("core", "snnl-confirm").empty
     assert f"snnl-confirm on FashionMNIST ({len(runs) - 1} of {len(runs)} runs)" in report.unfinished("core")
-    store.write(runs[-1].path, made_up(runs[-1]))
+    store.write_run(runs[-1].path, made_up(runs[-1]))
     found = report.find_verdicts("core")
     [accuracy] = [v for v in found if v.claim.key == "snnl-accuracy"]
     assert (accuracy.study, accuracy.comparison.seeds) == ("snnl-confirm", 20)
@@ -731,7 +731,7 @@ def test_confirmation_takes_the_place_of_exploration(folders):
         for run in study.runs("core", name, "fashion_mnist"):
             if run.arm in arms.MAIN_ARMS:
                 gain = 0.001 * (run.seed % 3) * (run.arm == "snnl")
-                store.write(run.path, made_up(run, 0.9 + gain))
+                store.write_run(run.path, made_up(run, 0.9 + gain))
     found = report.find_verdicts("core")
     assert [v.study for v in found if v.claim.key == "snnl-accuracy"] == ["snnl-confirm", "snnl"]
     assert [v.study for v in report.current(found) if v.claim.key == "snnl-accuracy"] == ["snnl-confirm"]
@@ -806,10 +806,10 @@ def test_answers_name_what_is_decided_and_leave_pilots_out(folders):
     for arm, accuracy in (("base", 0.80), ("snnl", 0.82), ("dense", 0.85), ("dense-snnl", 0.86)):
         for place, run in enumerate(study.runs("core", "snnl", "cifar100", arm)):
             value = accuracy + 0.001 * (place % 2) * (arm == "snnl")
-            store.write(run.path, made_up(run, value, num_classes=100))
+            store.write_run(run.path, made_up(run, value, num_classes=100))
     for arm in ("base", "snnl"):
         for run in study.runs("core", "snnl", "fashion_mnist", arm)[:3]:
-            store.write(run.path, made_up(run))
+            store.write_run(run.path, made_up(run))
     text = words.answers(report.find_verdicts("core"))
     assert "**Did SNNL help?** Yes on CIFAR-100 (+2.05 [+2.01, +2.09] points), 10 seeds, exploratory" in text
     assert "CNN, 4 experts of width 512, 8 epochs" in words.scope(report.find_verdicts("core"))
@@ -859,7 +859,7 @@ def test_readme_check_sees_a_stale_table_and_changes_nothing(core, capsys):
     report.update_readme(path)
     current = path.read_text()
     run = planned("snnl", 42)
-    store.write(run.path, made_up(run, accuracy=0.95))
+    store.write_run(run.path, made_up(run, accuracy=0.95))
     assert report.update_readme(path, check=True) == 1
     assert "out of date: run `make readme`" in capsys.readouterr().err
     assert path.read_text() == current
@@ -879,7 +879,7 @@ def test_readme_with_no_data_set_that_was_published(folders):
     for arm in ("base", "snnl"):
         for seed in arms.SEEDS[:2]:
             run = planned(arm, seed, "mnist")
-            store.write(run.path, made_up(run, accuracy=0.99))
+            store.write_run(run.path, made_up(run, accuracy=0.99))
     section = report.results_page()
     assert "| of | data set | claim | against | verdict |" in section  # no row: MNIST is outside
     assert "| MNIST | base | 2 |" in section
@@ -1079,7 +1079,7 @@ def test_what_happened_is_told_in_words(folders):
     """Of runs that decide nothing: levels, difference, interval, seeds; and where the answer is."""
     for arm, accuracy in (("base", 0.90), ("snnl", 0.92)):
         for place, run in enumerate(study.runs("digits", "snnl", "digits", arm)[:3]):
-            store.write(run.path, made_up(run, accuracy + 0.01 * place))
+            store.write_run(run.path, made_up(run, accuracy + 0.01 * place))
     text = report.happened("digits")
     assert (
         "accuracy: SNNL-MoE 93.00 %, plain MoE 91.00 %. The difference is +2.00 [+2.00, +2.00] points" in text
