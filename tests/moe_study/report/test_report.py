@@ -1131,6 +1131,7 @@ FIGURES = {
     for name, function in inspect.getmembers(plots, inspect.isfunction)
     if function.__module__ == plots.__name__
     and not name.startswith("_")
+    and name != "captioned"
     and inspect.signature(function).return_annotation in (Figure, "Figure")
 }
 SITUATIONS = {
