@@ -7,6 +7,7 @@ Shapes: N samples, E experts, C classes, L levels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,9 @@ def routing_measures(routing: PlantedRouting, draw_seed: int = 0) -> dict[str, f
 
 
 def _functional_collapse(routing: PlantedRouting, draw_seed: int, draws: int = 5) -> float:
+    """NaN for one expert."""
+    if routing.answers_NEC.shape[1] < 2:
+        return math.nan
     probs_NE, labels_N = routing.probs_NE, routing.labels_N
     draw = generator(draw_seed, "permuted routing")
 

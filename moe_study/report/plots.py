@@ -839,7 +839,7 @@ def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Fig
         known = np.abs(colours[np.isfinite(colours)])
         reach = max(known.max(initial=0.0), np.finfo(float).tiny)
         axis.imshow(colours, cmap=DOSE_COLOURS, vmin=-reach, vmax=reach, aspect="auto")
-        better = {1: "orange: better", -1: "orange: better"}.get(BETTER.get(name, 0), "orange: more")
+        better = "orange: better" if name in BETTER else "orange: more"
         axis.set_title(f"{column.title(name)}, {better}", fontsize=10)
         axis.set_xticks(range(len(columns)), [heads[at] for at in columns])
         axis.set_yticks(range(len(lines)), [rows[at] for at in lines])
