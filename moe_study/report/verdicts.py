@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, Template
 
-from moe_study.claims import ACCURACY, BY_KEY, PAYS, Measure
+from moe_study.claims import ACCURACY, BESIDE, BY_KEY, PAYS, TOP1, Measure
 from moe_study.configs.dose import Panel
 from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
@@ -198,8 +198,8 @@ ARM_WORDS = {
     "base-aux": "MoE with an auxiliary classifier",
     "uniform-gate": "a constant gate",
     "uniform-snnl": "SNNL with a constant gate",
-    "hash-gate": "a fixed random expert per image",
-    "hash-snnl": "SNNL with a fixed random expert",
+    "hash-gate": "a random expert",
+    "hash-snnl": "SNNL, random expert",
     "linear": "linear router",
     "cosine": "cosine router",
     "ac": "AC router",
@@ -422,7 +422,7 @@ def _snnl_answer(found: Sequence[Verdict]) -> str:
     own = [v for v in found if v.claim.measure == ACCURACY]
     said = []
     if yes := [v for v in own if v.word == "supported"]:
-        said.append(" ".join([f"Yes on {_places(yes)}", *filter(None, map(_mechanism, yes))]))
+        said.append(f"Yes on {'; '.join(f'{_places([v])} {_mechanism(v)}'.strip() for v in yes)}")
     if no := [v for v in own if v.word == "contradicted"]:
         said.append(f"it makes the model less accurate on {_places(no)}")
     for outcome, phrase in (
@@ -438,7 +438,13 @@ def _snnl_answer(found: Sequence[Verdict]) -> str:
 
 
 def _names(units: Sequence[Verdict]) -> str:
-    return _and(list(dict.fromkeys(DATASET_TITLES[v.dataset] for v in units)))
+    return _and(list(dict.fromkeys(map(_where, units))))
+
+
+def _where(verdict: Verdict) -> str:
+    """The data set, and what is special about the model."""
+    top1 = " with one expert per image" if verdict.claim.wording.endswith(TOP1) else ""
+    return DATASET_TITLES[verdict.dataset] + top1
 
 
 def _mechanism(verdict: Verdict) -> str:
@@ -509,10 +515,12 @@ def _pays_answer(found: Sequence[Verdict]) -> str:
         ("undecided", "it is undecided on"),
     ):
         units = [v for v in found if v.word == outcome]
-        if alone := [v for v in units if v.claim.wording == PAYS]:
+        if alone := [v for v in units if not v.claim.wording.startswith(BESIDE)]:
             said.append(f"{phrase} {_places(alone)}")
-        if beside := [v for v in units if v.claim.wording != PAYS]:
-            said.append(f"{'likewise' if alone else phrase} beside SNNL, {_places(beside)}")
+        if beside := [v for v in units if v.claim.wording.startswith(BESIDE)]:
+            said.append(
+                f"{'likewise beside SNNL on' if alone else f'beside SNNL, {phrase}'} {_places(beside)}"
+            )
     text = "; ".join(said)
     return f"{text[0].upper()}{text[1:]}." if text else ""
 
@@ -523,7 +531,7 @@ def _places(units: Sequence[Verdict]) -> str:
     for v in units:
         several = len({(one.claim.treatment, one.control) for one in units}) > 1
         versus = f", {contrast_in_words(v)}" if several else ""
-        by_stage.setdefault(_surely([v]), []).append(f"{DATASET_TITLES[v.dataset]} ({difference(v)}{versus})")
+        by_stage.setdefault(_surely([v]), []).append(f"{_where(v)} ({difference(v)}{versus})")
     return "; ".join(f"{_and(parts)}, {stage}" for stage, parts in by_stage.items())
 
 
