@@ -209,7 +209,11 @@ def tuning_table(profile: str) -> pd.DataFrame:
                 run = result["run"]
                 objective = run["objective"]
                 weight = (objective["snnl"] or {}).get("factor", 0.0)
-                if name in ("snnl-tuning", "collapse-tuning"):  # elsewhere the balance weight is not tuned
+                if name in (
+                    "snnl-tuning",
+                    "collapse-tuning",
+                    "collapse-top1-tuning",
+                ):  # elsewhere the balance weight is not tuned
                     weight = weight or objective["balance"] or objective["auxiliary"]
                 rows.append(
                     {

@@ -115,6 +115,8 @@ def quantities(result):
     for name, entropy in (("end", result["routing"].get("entropy", {})), ("start", initial)):
         if entropy.get("num_experts", 0) > 1:
             found[f"collapse {name}"] = 1 - (math.exp(entropy["marginal"]) - 1) / (entropy["num_experts"] - 1)
+    if result["routing"].get("load", {}).get("share"):
+        found["experts in use"] = RECOMPUTE["experts_in_use"](result)
     if "collapse start" in found and "collapse end" in found:
         found["collapse above start"] = found["collapse end"] - found["collapse start"]
     return found
