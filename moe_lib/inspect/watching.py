@@ -64,7 +64,7 @@ class Watch:
         if self.found is None:
             self.found = recorder_of(module, self.adapters)
             with torch.no_grad():
-                confirm(self.found, lambda: module(*args, **kwargs))
+                confirm(self.found, lambda: module.forward(*args, **kwargs))  # past our own hook
             if not self.found.blocks:
                 raise ValueError(f"no mixture-of-experts block was recognised {self.found.unread}: {REMEDY}")
         fresh = [Block(block.name, block.adapter, block.parent) for block in self.found.blocks]
