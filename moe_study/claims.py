@@ -191,7 +191,7 @@ _NAT_REASON = "one per cent of perplexity; no number of the paper is known"
 _POINT_REASON = "half a point; no number of the paper is known"
 _FLEXIBLE_MARGIN = 0.07  # nats
 PAYS, MIXTURE = "learned routing pays", "a mixture beats a dense network of its size"
-BESIDE, TOP1 = "learned routing pays beside SNNL", ", top-1"
+_BESIDE, _TOP1 = "learned routing pays beside SNNL", ", top-1"
 _BASE = {"base": "published baseline and fair control"}
 _ROUTERS = {"linear": "published baseline", "cosine": "fair control"}
 
@@ -368,7 +368,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     _ours(
         "collapse-beside",
-        BESIDE,
+        _BESIDE,
         "snnl",
         {"uniform-snnl": "learns no routing"},
         ACCURACY,
@@ -376,7 +376,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     _ours(
         "collapse-top1-pays",
-        f"{PAYS}{TOP1}",
+        f"{PAYS}{_TOP1}",
         "base",
         {"hash-gate": "learns no routing"},
         ACCURACY,
@@ -384,7 +384,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     _snnl_claim(
         "effective",
-        f"more experts in use{TOP1}",
+        f"more experts in use{_TOP1}",
         Measure("experts in use", tables.experts_in_use, "higher", 2),
         0.5,
         "half an expert",
@@ -392,7 +392,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     _snnl_claim(
         "accuracy",
-        f"more accurate{TOP1}",
+        f"more accurate{_TOP1}",
         ACCURACY,
         _SMALLEST_GAIN,
         _SMALLEST_REASON,
@@ -400,7 +400,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     _ours(
         "collapse-top1-beside",
-        f"{BESIDE}{TOP1}",
+        f"{_BESIDE}{_TOP1}",
         "snnl",
         {"hash-snnl": "learns no routing"},
         ACCURACY,

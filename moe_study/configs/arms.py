@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,10 @@ CONFIRMATORY_SEEDS = tuple(range(101, 121))
 # ------------------------------------------------------------------------------------------- arms
 
 
+def _at_own_rate(train: TrainConfig, rates: Sequence[tuple[str, float]], arm: str) -> TrainConfig:
+    return replace(train, learning_rate=dict(rates).get(arm, train.learning_rate))
+
+
 @dataclass(frozen=True)
 class Settings:
     """What tuning on validation data chose for one data set."""
@@ -38,6 +43,10 @@ class Settings:
     balance: float = 0.01  # weight of the load-balancing loss
     auxiliary: float = 1.0  # weight of the auxiliary cross-entropy
     learning_rates: tuple[tuple[str, float], ...] = ()  # arms that differ from train.learning_rate
+
+    def training(self, arm: str) -> TrainConfig:
+        """Of one arm: at its own learning rate, if it has one."""
+        return _at_own_rate(self.train, self.learning_rates, arm)
 
     def run_options(self) -> dict[str, Any]:
         """What a run takes from the settings beside model, objective and training."""
@@ -105,6 +114,10 @@ class RoutedSettings:
     augment: bool = False
     test_tokens: int = 2**18
     learning_rates: tuple[tuple[str, float], ...] = ()  # arms that differ from train.learning_rate
+
+    def training(self, arm: str) -> TrainConfig:
+        """Of one arm: at its own learning rate, if it has one."""
+        return _at_own_rate(self.train, self.learning_rates, arm)
 
     def run_options(self) -> dict[str, Any]:
         """What a run takes from the settings beside model, objective and training."""

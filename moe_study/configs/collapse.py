@@ -168,10 +168,9 @@ def collapse_runs(study: str, profile: str) -> Iterator[Run]:
     for dataset, settings in plan.get(profile, {}).items():
         for seed in seeds:
             for arm, (model, objective) in make_arms(settings).items():
-                rate = dict(settings.learning_rates).get(arm, settings.train.learning_rate)
                 yield Run(
                     profile, study, dataset, arm, seed, VERSIONS[study], model, objective,
-                    replace(settings.train, learning_rate=rate), independent_experts=arm in MAIN_ARMS,
+                    settings.training(arm), independent_experts=arm in MAIN_ARMS,
                 )  # fmt: skip
 
 
@@ -213,11 +212,9 @@ def map_runs(profile: str) -> Iterator[Run]:
         for sizes in plan.models():
             for arm in plan.arms:
                 model, objective = arms[arm]
-                rate = dict(plan.settings.learning_rates).get(arm, plan.settings.train.learning_rate)
                 yield Run(
                     profile, "collapse-map", plan.dataset, arm, seed, VERSIONS["collapse-map"],
-                    replace(sizes, gate=model.gate), objective,
-                    replace(plan.settings.train, learning_rate=rate),
+                    replace(sizes, gate=model.gate), objective, plan.settings.training(arm),
                 )  # fmt: skip
 
 

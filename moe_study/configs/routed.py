@@ -69,10 +69,9 @@ def planned(
             for seed in seeds[:count]:
                 for arm in names:
                     model, objective = arms[arm]
-                    rate = dict(own.learning_rates).get(arm, own.train.learning_rate)
                     yield Run(
                         profile, study, dataset, arm, seed, version, model, objective,
-                        replace(own.train, learning_rate=rate), **own.run_options(),
+                        own.training(arm), **own.run_options(),
                     )  # fmt: skip
 
 

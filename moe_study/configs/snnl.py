@@ -106,10 +106,9 @@ def snnl_runs(study: str, profile: str) -> Iterator[Run]:
             for names, count in groups:
                 for arm in names if position < count else ():
                     model, objective = arms[arm]
-                    rate = dict(settings.learning_rates).get(arm, settings.train.learning_rate)
                     yield Run(
                         profile, study, dataset, arm, seed, VERSIONS[study], model, objective,
-                        replace(settings.train, learning_rate=rate),
+                        settings.training(arm),
                         independent_experts=arm in MAIN_ARMS,
                         tsne=arm in MAIN_ARMS and seed == seeds[0],
                     )  # fmt: skip

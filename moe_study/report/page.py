@@ -205,16 +205,14 @@ def tuning_table(profile: str) -> pd.DataFrame:
     rows = []
     for name in (name for name in study.STUDIES if name.endswith("-tuning")):
         for runs in finished_runs(profile, name).values():
-            for result in study.results(runs):
+            results = study.results(runs)
+            objectives = [result["run"]["objective"] for result in results]
+            tuned = [key for key in ("balance", "auxiliary") if len({one.get(key) for one in objectives}) > 1]
+            for result in results:
                 run = result["run"]
                 objective = run["objective"]
-                weight = (objective["snnl"] or {}).get("factor", 0.0)
-                if name in (
-                    "snnl-tuning",
-                    "collapse-tuning",
-                    "collapse-top1-tuning",
-                ):  # elsewhere the balance weight is not tuned
-                    weight = weight or objective["balance"] or objective["auxiliary"]
+                weights = [(objective["snnl"] or {}).get("factor"), *(objective[key] for key in tuned)]
+                weight = next(filter(None, weights), 0.0)
                 rows.append(
                     {
                         "study": name.removesuffix("-tuning"),

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, Template
 
-from moe_study.claims import ACCURACY, BESIDE, BY_KEY, PAYS, TOP1, Measure
+from moe_study.claims import ACCURACY, BY_KEY, Measure
 from moe_study.configs.dose import Panel
 from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
@@ -339,7 +339,7 @@ def answers(found: Sequence[Verdict]) -> str:
         "Did SNNL help?": _snnl_answer([v for v in decided if v.claim.source == "SNNL-MoE"]),
         "Should I use the AC router?": _ac_answer([v for v in decided if v.claim.source == "AC router"]),
         "Does learned routing pay at all?": _pays_answer(
-            [v for v in decided if v.claim.wording.startswith(PAYS)]
+            [v for v in decided if v.claim.key.endswith(("-pays", "-beside"))]
         ),
     }
     return "\n".join(f"- **{question}** {answer}" for question, answer in own.items() if answer)
@@ -443,7 +443,7 @@ def _names(units: Sequence[Verdict]) -> str:
 
 def _where(verdict: Verdict) -> str:
     """The data set, and what is special about the model."""
-    top1 = " with one expert per image" if verdict.claim.wording.endswith(TOP1) else ""
+    top1 = " with one expert per image" if verdict.claim.study == "collapse-top1" else ""
     return DATASET_TITLES[verdict.dataset] + top1
 
 
@@ -515,9 +515,9 @@ def _pays_answer(found: Sequence[Verdict]) -> str:
         ("undecided", "it is undecided on"),
     ):
         units = [v for v in found if v.word == outcome]
-        if alone := [v for v in units if not v.claim.wording.startswith(BESIDE)]:
+        if alone := [v for v in units if v.claim.key.endswith("-pays")]:
             said.append(f"{phrase} {_places(alone)}")
-        if beside := [v for v in units if v.claim.wording.startswith(BESIDE)]:
+        if beside := [v for v in units if v.claim.key.endswith("-beside")]:
             said.append(
                 f"{'likewise beside SNNL on' if alone else f'beside SNNL, {phrase}'} {_places(beside)}"
             )
