@@ -85,38 +85,17 @@ def _losses_of_layers(
     check_temperature(temperature)
     layers = [_computable(features_ND) for features_ND in layers]
     labels_N = check_labels(labels_N, len(layers[0]), like=layers[0])
-    if parallel.active():
-        return _of_the_group(layers, labels_N, temperature, distance, reduction, route)
-    return _of_one_process(layers, labels_N, temperature, distance, reduction, route)
-
-
-def _of_the_group(
-    layers: Sequence[Tensor],
-    labels_N: Tensor,
-    temperature: float | Tensor,
-    distance: Distance,
-    reduction: Reduction,
-    route: Route,
-) -> Tensor:
-    """The same over the samples of all processes; of "none" the own anchors' part."""
-    labels_M, own = parallel.gather(labels_N)
-    layers = [parallel.gather(features_ND)[0] for features_ND in layers]
-    found = _of_one_process(layers, labels_M, temperature, distance, reduction, route)
-    return found[:, own] if reduction == "none" else found
-
-
-def _of_one_process(
-    layers: Sequence[Tensor],
-    labels_N: Tensor,
-    temperature: float | Tensor,
-    distance: Distance,
-    reduction: Reduction,
-    route: Route,
-) -> Tensor:
-    if len({features_ND.dtype for features_ND in layers}) == 1:
-        return losses(layers, labels_N, temperature, distance, reduction, route)
-    parts = [losses([x_ND], labels_N, temperature, distance, reduction, route) for x_ND in layers]
-    return torch.cat(parts)
+    own = None
+    if parallel.active():  # the samples of all processes; of "none" the own anchors' part
+        labels_N, own = parallel.gather(labels_N)
+        layers = [parallel.gather(features_ND)[0] for features_ND in layers]
+    alike = len({features_ND.dtype for features_ND in layers}) == 1
+    found = [
+        losses(part, labels_N, temperature, distance, reduction, route)
+        for part in ([layers] if alike else [[features_ND] for features_ND in layers])
+    ]
+    joined = found[0] if alike else torch.cat(found)
+    return joined if own is None or reduction != "none" else joined[:, own]
 
 
 def _computable(features_ND: Tensor) -> Tensor:
