@@ -27,7 +27,8 @@ SIZES = {
 }  # fmt: skip
 UNKNOWN = 60.0  # seconds, for shards: a run of which nothing is known
 UNKNOWN_MB = 2000
-START = 12.0  # seconds that a job takes beside its runs: submission, two starts of Snakemake, imports
+# Seconds that a job takes beside its runs: submission, two starts of Snakemake, imports (results/cluster).
+START = 20.0
 
 
 class Times:

@@ -3,18 +3,22 @@
     make cluster                     as CI runs it
     make cluster RECORD=1            also writes what happened to results/cluster/nodes.json
 
-Every number is compared with that of a grid trained here, without Slurm.
+Every number is compared with that of a grid trained here, without Slurm: in the results folder TRAINED, if
+that is set.
 """
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import recorded
 import slurm_nodes
 import small_runs
 from slurm_nodes import Slurm, eventually
@@ -22,14 +26,18 @@ from slurm_nodes import Slurm, eventually
 from moe_study import plan, store, study
 from moe_study.data import ROOT
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif(slurm_nodes.missing() is not None, reason=str(slurm_nodes.missing())),
-]
+FOLDER = ROOT / "results" / "cluster"
 RECORD = os.environ.get("CLUSTER_RECORD")
 STUDIES = ("snnl", "snnl-dose")
+ONCE = ["--retries", "0", "--set-resources", "shard:runtime=5"]
 # Faster than the committed profile, whose waiting times suit jobs of minutes.
 HASTE = ["--slurm-init-seconds-before-status-checks", "3", "--latency-wait", "5"]
+
+
+def on_slurm(test: Callable) -> Callable:
+    """Only `make cluster` runs it, and it is skipped where Slurm is missing."""
+    missing = slurm_nodes.missing()
+    return pytest.mark.cluster(pytest.mark.skipif(missing is not None, reason=str(missing))(test))
 
 
 def grid() -> list[study.Run]:
@@ -101,6 +109,37 @@ def wait_for_training(runs: list[study.Run], node: str, driver: subprocess.Popen
     return holders(runs)[node]
 
 
+def scaling() -> dict:
+    return json.loads((FOLDER / "scaling.json").read_text())
+
+
+def lines_of(befell: dict, scaling: dict) -> str:
+    """What happened and how it scaled, as Markdown."""
+    lines = [
+        f"{befell['runs']} runs on {befell['nodes']} Slurm nodes, all on one machine ({befell['machine']}); "
+        f"{befell['equal']} of {befell['runs']} ended with the numbers of a grid trained without Slurm:",
+        *("", "| second | runs done | what was done | what was seen |", "|---|---|---|---|"),
+        *(f"| {row['at']} | {row['done']} | {row['what']} | {row['outcome']} |" for row in befell["rows"]),
+        "",
+        f"The same grid undisturbed; the nodes share {scaling['cores']} cores, so training takes longer "
+        f"the more of them work. A job took {scaling['start']:.1f} s beside its runs:",
+        *("", "| nodes | wall, s | training, s, summed | simulated wall, s |", "|---|---|---|---|"),
+        *(
+            f"| {row['nodes']} | {row['wall']:.0f} | {row['training']:.0f} | {row['simulated']:.0f} |"
+            for row in scaling["rows"]
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def test_the_page_shows_what_is_recorded():
+    befell = json.loads((FOLDER / "nodes.json").read_text())
+    assert befell["equal"] == befell["runs"]
+    assert recorded.shown("cluster") == lines_of(befell, scaling())
+
+
+@on_slurm
 def test_what_may_befall_a_grid(shared, monkeypatch):
     runs = grid()
     assert len(runs) >= 40
@@ -141,37 +180,47 @@ def test_what_may_befall_a_grid(shared, monkeypatch):
     assert {path: path.read_bytes() for path in before} == before  # what was finished was kept
 
     on_cluster = [small_runs.numbers(study.read(run)) for run in runs]
-    monkeypatch.setenv("MOE_RESULTS_DIR", str(shared / "alone"))
+    monkeypatch.setenv("MOE_RESULTS_DIR", os.environ.get("TRAINED") or str(shared / "alone"))
     alone = [small_runs.numbers(result) for result in study.ensure(runs, workers=2, quiet=True)]
     equal = sum(a == b for a, b in zip(on_cluster, alone, strict=True))
     if RECORD:
         content = {"nodes": 3, "runs": len(runs), "equal": equal, "rows": happened, **store.provenance()}
-        store.write(ROOT / "results" / "cluster" / "nodes.json", content)
+        store.write(FOLDER / "nodes.json", content)
+        recorded.show("cluster", lines_of(content, scaling()))
     assert equal == len(runs)
 
 
-@pytest.mark.parametrize(
-    ("fault", "hook", "said"),
-    [
-        ("missing", "mount -t tmpfs -o size=1m none {results}/..", "is not there"),
-        ("full", "mount -t tmpfs -o size=4k none {results}", "cannot be written"),
-    ],
-)
-def test_a_bad_shared_folder_is_named_with_its_node(fault, hook, said, shared):
-    """A node that does not see the folder, or sees a full one: the driver says which node and which path."""
-    results = store.results_dir()
-    (results / "digits").mkdir(parents=True)
-    hooks = {1: hook.format(results=results)}
-    with Slurm(shared.parent / f"slurm-{fault}", nodes=1, hooks=hooks) as slurm:
+@on_slurm
+def test_a_node_without_the_shared_folder_is_named(shared):
+    """Slurm says FAILED and nothing else; the driver says which node misses which folder."""
+    hook = f"mount -t tmpfs -o size=1m none {shared}"
+    with Slurm(shared.parent / "slurm-missing", nodes=1, hooks={1: hook}) as slurm:
         driver = Driver(slurm, shared / "work")
-        process = driver.start("--retries", "0", "--set-resources", "shard:runtime=5")
-        assert process.wait(timeout=600) != 0
-        text = driver.output.read_text()
-    assert "node1" in text
-    assert str(results if fault == "full" else shared) in text
-    assert said in text
+        assert driver.start(*ONCE).wait(timeout=600) != 0
+    assert f"node1: {shared / 'work'} is not there" in driver.output.read_text()
 
 
+@on_slurm
+def test_a_full_shared_folder_is_named_with_the_node(shared):
+    results = store.results_dir()
+    results.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(results)], check=True)
+    try:
+        with Slurm(shared.parent / "slurm-full", nodes=1) as slurm:
+            driver = Driver(slurm, shared / "work")
+            process = driver.start(*ONCE)
+            eventually("the plan is written", lambda: list(results.rglob("shards.json")))
+            with pytest.raises(OSError, match="No space"):
+                (results / "filler").write_bytes(bytes(2**20))
+            assert process.wait(timeout=600) != 0
+            text = driver.output.read_text()
+    finally:
+        subprocess.run(["umount", "--lazy", str(results)], check=True)
+    assert f"node1: {results / 'digits'} cannot be written" in text
+    assert f"node1: {shared / 'work'} can be written" in text
+
+
+@on_slurm
 @pytest.mark.skipif(not RECORD, reason="measures: CLUSTER_RECORD=1")
 def test_scaling(folders, monkeypatch):
     """Wall time of the whole grid at 1, 2 and 3 nodes, and what the simulation says."""
@@ -185,10 +234,11 @@ def test_scaling(folders, monkeypatch):
         parts = plan.read_shards(next(store.results_dir().rglob("shards.json")))
         took = {run.id: study.read(run)["wall_seconds"] for run in runs}
         seconds = [sum(took[run_id] for run_id in part.runs) for part in parts]
-        rows.append({"nodes": nodes, "wall": wall, "seconds": seconds})
-    start = (rows[0]["wall"] - sum(rows[0]["seconds"])) / len(rows[0]["seconds"])
-    for row in rows:
-        row["simulated"] = plan.simulate(rows[0]["seconds"], row["nodes"], start).wall
-        row["training"] = sum(row.pop("seconds"))
+        if nodes == 1:
+            alone = seconds
+            start = (wall - sum(alone)) / len(alone)
+        simulated = plan.simulate(alone, nodes, start).wall
+        rows.append({"nodes": nodes, "wall": wall, "training": sum(seconds), "simulated": simulated})
     content = {"cores": os.cpu_count(), "load": os.getloadavg(), "start": start, "rows": rows}
-    store.write(ROOT / "results" / "cluster" / "scaling.json", content | store.provenance())
+    store.write(FOLDER / "scaling.json", content | store.provenance())
+    recorded.show("cluster", lines_of(json.loads((FOLDER / "nodes.json").read_text()), scaling()))

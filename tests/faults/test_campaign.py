@@ -26,6 +26,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+import recorded
 import small_runs
 import torch
 
@@ -43,8 +44,7 @@ VICTIMS = (
     *("group", "parent", "worker", "group", "notebook"),
 )
 TABLE: dict[str, Counter] = {}
-BEGIN, END = "<!-- faults: begin, written by `make faults` -->\n", "<!-- faults: end -->\n"
-PAGE, FOUND = ROOT / "REPRODUCIBILITY.md", ROOT / "results" / "faults" / "campaign.json"
+FOUND = ROOT / "results" / "faults" / "campaign.json"
 
 
 def planned() -> list[study.Run]:
@@ -92,16 +92,14 @@ def table():
     print(f"\n\n{lines_of(found)}")
     if RECORD:
         store.write(FOUND, found)
-        head, rest = PAGE.read_text().split(BEGIN)
-        store.write_bytes(PAGE, (head + BEGIN + lines_of(found) + END + rest.split(END)[1]).encode())
+        recorded.show("faults", lines_of(found))
 
 
 def test_the_page_shows_the_campaign_that_is_recorded():
     if not FOUND.exists():
         pytest.skip("no campaign is recorded")
     found = json.loads(FOUND.read_text())
-    shown = PAGE.read_text().split(BEGIN)[1].split(END)[0]
-    assert shown == lines_of(found)
+    assert recorded.shown("faults") == lines_of(found)
     assert all(counts["tried"] == counts["held"] + counts["failed"] for counts in found["faults"].values())
 
 
