@@ -26,7 +26,7 @@ from moe_study.train import Task, TrainConfig, set_learning_rate
 
 EMBEDDING_SAMPLES = 2000  # of the test set, for embedding measures, CKA and SNNL
 KNN_SAMPLES = 5000  # of the training set
-TSNE_SAMPLES = 400
+TSNE_SAMPLES = 2000
 
 
 def dataset_of(run: Run, device: str) -> Dataset:
@@ -105,14 +105,15 @@ def embedding_measures(task: ClassifierTask) -> dict[str, float]:
     return code_measures(train, task.predict(train)[1], test, task.predict(test)[1])
 
 
-def tsne_coordinates(task: ClassifierTask) -> list[list[int]]:
-    """t-SNE of some test codes, as integers 0..999; for the eye only."""
+def tsne_points(task: ClassifierTask) -> tuple[list[list[int]], list[int]]:
+    """t-SNE of some test codes, as integers 0..999, and each one's expert of the largest weight; for the eye."""
     from sklearn.manifold import TSNE
 
-    codes_ND = task.predict(task.dataset.test.take(slice(TSNE_SAMPLES)))[1]
+    output, codes_ND = task.predict(task.dataset.test.take(slice(TSNE_SAMPLES)))
     flat_N2 = TSNE(init="pca", random_state=0, perplexity=30).fit_transform(codes_ND.cpu().double().numpy())
     low, high = flat_N2.min(0), flat_N2.max(0)
-    return ((flat_N2 - low) / (high - low).max() * 999).round().astype(int).tolist()
+    places_N2 = ((flat_N2 - low) / (high - low).max() * 999).round().astype(int)
+    return places_N2.tolist(), output.routing.dense_weights().argmax(1).tolist()
 
 
 def endpoint_measures(task: ClassifierTask, output: ClassifierOutput) -> dict[str, Any]:
@@ -241,7 +242,7 @@ class ClassifierExperiment:
         routing = routing_measures(self.task, output.routing.probs_NE, test.labels_N)
         routing.pop("class_expert")
         if self.tsne is not None:
-            self.tsne["before"] = tsne_coordinates(self.task)
+            self.tsne["before"], _ = tsne_points(self.task)
         return {
             "similarity": similarity(self.task.model.moe.experts, output.expert_logits_NEC),
             "routing": routing,
@@ -258,7 +259,7 @@ class ClassifierExperiment:
         if self.independent_experts:
             measures["null"] = {"similarity": independent_expert_null(self.task, self.config)}
         if self.tsne is not None:
-            self.tsne["after"] = tsne_coordinates(self.task)
+            self.tsne["after"], self.tsne["experts"] = tsne_points(self.task)
             self.tsne["labels"] = self.task.dataset.test.labels_N[:TSNE_SAMPLES].tolist()
             measures["tsne"] = self.tsne
         measures["expert_parameters"] = self.task.model.moe.experts.flat_weights().shape[1]

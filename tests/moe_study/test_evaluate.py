@@ -186,17 +186,19 @@ def test_embedding_measures_take_at_most_so_many_samples(monkeypatch):
     assert measured["knn_accuracy"] == pytest.approx(expected)
 
 
-def test_tsne_coordinates_are_integers_on_a_grid_and_repeatable(monkeypatch):
+def test_tsne_points_are_integers_on_a_grid_and_repeatable(monkeypatch):
     task = make_task(num_test=90)
     monkeypatch.setattr(evaluate, "TSNE_SAMPLES", 70)
-    points = evaluate.tsne_coordinates(task)
+    points, experts = evaluate.tsne_points(task)
     assert np.shape(points) == (70, 2)
     assert all(type(value) is int for point in points for value in point)
     low, high = np.min(points, 0), np.max(points, 0)
     assert low.tolist() == [0, 0]
     assert high.max() == 999
     assert 100 < high.min() < 999  # one scale for both axes
-    assert points == evaluate.tsne_coordinates(task)
+    weights = task.model(pixels(task.dataset.test.images_NCHW[:70], task.dtype)).routing.dense_weights()
+    assert experts == [max(range(len(row)), key=row.__getitem__) for row in weights.tolist()]
+    assert (points, experts) == evaluate.tsne_points(task)
 
 
 # ------------------------------------------------------------------------------------------ final

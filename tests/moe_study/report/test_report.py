@@ -1380,6 +1380,17 @@ def test_codes_before_training_are_drawn_once_if_they_are_the_same(same):
     assert titles == (["before training", *after] if same else [before[0], after[0], before[1], after[1]])
 
 
+def test_codes_are_coloured_by_expert_where_the_result_holds_it():
+    results = some_results({"base": (0.9,)})
+    points = np.array(results[0]["tsne"]["after"])
+    experts = results[0]["tsne"]["experts"] = [i % 3 for i in range(len(points))]
+    axes = [axis for axis in plots.tsne_panels(results).axes if axis.get_visible()]
+    [below] = [axis for axis in axes if axis.get_title() == "the same, by expert"]
+    drawn = [np.array(line.get_xydata()) for line in below.lines]
+    for e in range(3):
+        np.testing.assert_array_equal(drawn[e], points[np.array(experts) == e])
+
+
 def test_similarity_floor_is_drawn():
     figure = plots.similarity_with_nulls(some_results())
     floor = (2 / (np.pi * 1000)) ** 0.5
