@@ -106,7 +106,7 @@ def embedding_measures(task: ClassifierTask) -> dict[str, float]:
 
 
 def tsne_points(task: ClassifierTask) -> tuple[list[list[int]], list[int]]:
-    """t-SNE of some test codes, as integers 0..999, and each one's expert of the largest weight; for the eye."""
+    """t-SNE of some test codes, as integers 0..999, and the expert with most weight for each; for the eye."""
     from sklearn.manifold import TSNE
 
     output, codes_ND = task.predict(task.dataset.test.take(slice(TSNE_SAMPLES)))
