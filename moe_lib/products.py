@@ -62,7 +62,7 @@ def _onednn() -> Callable[..., Tensor] | None:
         linear(torch.ones(1, 1), torch.ones(1, 1), None, "none", [], "")
     except (AttributeError, RuntimeError):
         return None
-    return lambda a, b, bias, function="none": linear(a, b, bias, function, [], "")
+    return lambda a, b, bias: linear(a, b, bias, "none", [], "")
 
 
 ONEDNN_FROM = 1_500_000  # multiplications; below, its overhead of 10 microseconds shows
@@ -81,14 +81,6 @@ def product(a_RK: Tensor, b_KJ: Tensor, bias_J: Tensor | None = None) -> Tensor:
     if linear is not None:
         return linear(a_RK, b_KJ.T, bias_J)
     return a_RK @ b_KJ if bias_J is None else torch.addmm(bias_J, a_RK, b_KJ)
-
-
-def relu_product(a_RK: Tensor, b_KJ: Tensor, bias_J: Tensor) -> Tensor:
-    """max(0, a @ b + bias)."""
-    linear = _fast_linear(a_RK, b_KJ.shape[1])
-    if linear is not None:
-        return linear(a_RK, b_KJ.T, bias_J, "relu")
-    return torch.addmm(bias_J, a_RK, b_KJ).relu_()
 
 
 def add_product(out_RJ: Tensor, a_RK: Tensor, b_KJ: Tensor) -> None:

@@ -2,40 +2,25 @@
 
     soft     all experts side by side are one network of width E * H whose hidden activations the gates
              weigh: outputs of single experts are never formed
-    top-k    on a CPU: expert by expert, each on the rows that chose it; gradients go straight into the
-             stacked weights
+    top-k    on a CPU: expert by expert, each on the rows that chose it
     blocks   top-k on a GPU: rows sorted by expert, in blocks of one expert each, and one batched product of
              as many blocks as any decision could need
     grouped  top-k on a GPU that has one product for all experts
 
-Second derivatives come from the same operations, recorded by torch.
-
 Shapes: N rows, D width, H expert hidden width, O output width, E experts, K chosen; F = E * H;
-M = N * K choices; R rows of a block or a group of experts; P blocks; S rows of one expert; I, J widths in and
-out of a layer.
+M = N * K choices; R rows of a block or of one expert; P blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_lib.moe.routing import Routing
-from moe_lib.products import (
-    BLOCK,
-    ONEDNN_FROM,
-    add_product,
-    at_least_float32,
-    differentiable_gradient,
-    on_host,
-    product,
-    relu_product,
-    traced,
-)
+from moe_lib.products import on_host, traced
 
 
 class Stacked(NamedTuple):
@@ -75,136 +60,18 @@ def _soft(x_ND: Tensor, gate_NE: Tensor, experts: Stacked) -> Tensor:
 # ------------------------------------------------------------------------------------------ top-k
 
 
-class _Group(NamedTuple):
-    """Experts next to each other whose rows are gathered, weighed and added up together."""
-
-    experts: slice
-    places: slice  # in the list of all choices, expert by expert
-    row_R: Tensor
-    sizes: list[int]  # rows of each expert
-
-
 def _by_expert(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
-    num_rows, top_k = routing.indices_NK.shape
-    num_experts, hidden_dim, out_dim = experts.w2_EHO.shape
-    expert_M = routing.indices_NK.flatten()  # row by row
-    counts = torch.bincount(expert_M, minlength=num_experts).tolist()
-    spares = [_spare(count, hidden_dim * max(x_ND.shape[1], out_dim)) for count in counts]
-    by_expert = expert_M.argsort(stable=True).split(counts)
-    # Spare places are filled with a choice that does not exist, M, of weight 0.
-    choice_M = torch.cat(
+    """Each expert's rows through its own network."""
+    choices = _sorted_choices(routing, len(experts.b1_EH))
+    sizes = choices.ends_E.diff(prepend=choices.ends_E.new_zeros(1)).tolist()
+    rows = x_ND.index_select(0, choices.row_M).split(sizes)
+    out_MO = torch.cat(
         [
-            F.pad(own_R, (0, spare), value=len(expert_M)) if spare else own_R
-            for own_R, spare in zip(by_expert, spares, strict=True)
+            torch.addmm(b2_O, torch.addmm(b1_H, x_RD, w1_DH).relu(), w2_HO)
+            for x_RD, w1_DH, b1_H, w2_HO, b2_O in zip(rows, *map(torch.unbind, experts), strict=True)
         ]
     )
-    gate_M = F.pad(routing.weights_NK.flatten(), (0, 1)).index_select(0, choice_M)
-    row_M = (choice_M // top_k).clamp_(max=num_rows - 1)
-    sizes = [count + spare for count, spare in zip(counts, spares, strict=True)]
-    groups = _groups(row_M, sizes, BLOCK // (2 * max(x_ND.shape[1], hidden_dim, out_dim)))
-    return _Chosen.apply(groups, torch.is_grad_enabled(), x_ND, gate_M, *experts)
-
-
-def _spare(count: int, multiplications: int) -> int:
-    """What is missing to a multiple of 16, or beyond 512 to a number of 5 binary digits and zeros.
-
-    oneDNN compiles a product anew for each shape, which takes about as long as the product itself, and the
-    number of rows that choose an expert changes step by step. Small products do without it.
-    """
-    return -count % 2 ** max(4, count.bit_length() - 5) if count * multiplications >= ONEDNN_FROM else 0
-
-
-def _groups(row_M: Tensor, sizes: list[int], most: int) -> list[_Group]:
-    """As many experts in a group as have `most` rows together, one at least."""
-    groups, first, start = [], 0, 0
-    for last in range(len(sizes)):
-        stop = start + sum(sizes[first : last + 1])
-        if last + 1 == len(sizes) or stop - start + sizes[last + 1] > most:
-            places = slice(start, stop)
-            groups.append(_Group(slice(first, last + 1), places, row_M[places], sizes[first : last + 1]))
-            first, start = last + 1, stop
-    return groups
-
-
-class _Chosen(torch.autograd.Function):
-    """`gate_M`: the weights of all choices, expert by expert."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, groups: Sequence[_Group], keep: bool, x_ND: Tensor, gate_M: Tensor, *weights: Tensor
-    ) -> Tensor:
-        kept: list[Tensor] | None = [] if keep else None
-        out_NO = _chosen(groups, kept, x_ND, gate_M, *weights)
-        ctx.groups = groups
-        ctx.save_for_backward(x_ND, gate_M, *weights, *(kept or ()))
-        return out_NO
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, gate_M, w1_EDH, b1_EH, w2_EHO, b2_EO, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is asked for
-            inputs = (ctx.groups, None, x_ND, gate_M, w1_EDH, b1_EH, w2_EHO, b2_EO)
-            return differentiable_gradient(_chosen, inputs, grads[0])
-        grad_NO = grads[0]
-        dx_ND, dgate_M = torch.zeros_like(x_ND), torch.empty_like(gate_M)
-        for_weights = any(ctx.needs_input_grad[4:])
-        dw1_EDH, db1_EH, dw2_EHO, db2_EO = map(torch.zeros_like, (w1_EDH, b1_EH, w2_EHO, b2_EO))
-        for (experts, places, row_R, sizes), hidden_RH, out_RO in zip(
-            ctx.groups, kept[::2], kept[1::2], strict=True
-        ):
-            grad_RO = grad_NO.index_select(0, row_R)
-            dgate_M[places] = (grad_RO * out_RO).sum(1)
-            grad_RO.mul_(gate_M[places, None])
-            d_RH = _each(product, grad_RO.split(sizes), w2_EHO[experts].mT)
-            _mask(d_RH, hidden_RH)
-            dx_ND.index_add_(0, row_R, _each(product, d_RH.split(sizes), w1_EDH[experts].mT))
-            if for_weights:
-                x_RD = x_ND.index_select(0, row_R)
-                for in_RI, d_RJ, dw_EIJ, db_EJ in (
-                    (x_RD, d_RH, dw1_EDH, db1_EH),
-                    (hidden_RH, grad_RO, dw2_EHO, db2_EO),
-                ):
-                    rows_of_each = in_RI.split(sizes), d_RJ.split(sizes)
-                    for in_SI, d_SJ, dw_IJ, db_J in zip(
-                        *rows_of_each, dw_EIJ[experts], db_EJ[experts], strict=True
-                    ):
-                        add_product(dw_IJ, in_SI.T, d_SJ)
-                        torch.sum(d_SJ, 0, out=db_J)
-        dweights = (dw1_EDH, db1_EH, dw2_EHO, db2_EO) if for_weights else (None,) * 4
-        return None, None, dx_ND, dgate_M, *dweights
-
-
-def _chosen(
-    groups: Sequence[_Group],
-    kept: list[Tensor] | None,
-    x_ND: Tensor,
-    gate_M: Tensor,
-    w1_EDH: Tensor,
-    b1_EH: Tensor,
-    w2_EHO: Tensor,
-    b2_EO: Tensor,
-) -> Tensor:
-    """[N, O]; adds what a backward pass needs to `kept`."""
-    sum_NO = at_least_float32(x_ND.new_zeros(len(x_ND), b2_EO.shape[1]))
-    for experts, places, row_R, sizes in groups:
-        x_RD = x_ND.index_select(0, row_R)
-        hidden_RH = _each(relu_product, x_RD.split(sizes), w1_EDH[experts], b1_EH[experts])
-        out_RO = _each(product, hidden_RH.split(sizes), w2_EHO[experts], b2_EO[experts])
-        sum_NO.index_add_(0, row_R, (gate_M[places, None] * out_RO).to(sum_NO.dtype))
-        if kept is not None:
-            kept += [hidden_RH, out_RO]
-    return sum_NO.to(x_ND.dtype)
-
-
-def _mask(d_RF: Tensor, hidden_RF: Tensor) -> None:
-    """The derivative of a ReLU with these outputs, in place."""
-    torch.ops.aten.threshold_backward.grad_input(d_RF, hidden_RF, 0, grad_input=d_RF)
-
-
-def _each(function: Callable[..., Tensor], parts: Sequence[Tensor], *weights: Tensor) -> Tensor:
-    """Each expert's rows by its own weights, one below the other."""
-    found = [function(*one) for one in zip(parts, *weights, strict=True)]
-    return found[0] if len(found) == 1 else torch.cat(found)
+    return _combined(out_MO, routing, choices).to(x_ND.dtype)
 
 
 # ----------------------------------------------------------------- on a GPU: no size hangs on a decision

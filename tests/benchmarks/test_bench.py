@@ -338,7 +338,7 @@ def test_operations_are_told_apart_by_kind():
         "aten::convolution_backward": "convolutions",
         "aten::index_select": "rows moved",
         "aten::_fused_adam_": "optimizer",
-        "_ChosenBackward": bench_profile.REST,
+        "_SNNLBackward": bench_profile.REST,
     }
     assert {name: bench_profile.kind_of(name) for name in kinds} == kinds
 

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from moe_lib import products
 from moe_lib.moe import (
     ACConfig,
     AdaptiveClusteringRouter,
@@ -441,40 +440,13 @@ def test_fast_and_plain_forms_agree(dtype, tolerance, sizes, chosen, idle, seed)
 
 
 @pytest.mark.parametrize("top_k", [2, 4])
-def test_blocks_and_either_library_of_products(top_k, monkeypatch):
-    """Large enough for oneDNN, where torch has it, and for several blocks."""
+def test_a_layer_of_usual_size(top_k):
     layer = MoE(64, 4, 128, 32, top_k)
     experts = [weight.detach() for weight in layer.experts.stacked()]
     arguments = tokens(400, 64, dtype=torch.float32), tokens(400, 4, 1, torch.float32), top_k, experts
-    assert products.ONEDNN_FROM <= 64 * 128 * 200
-    expected = values_and_gradients(plain, *arguments)
-    monkeypatch.setattr(products, "BLOCK", 2**15)
-    assert len(products.blocks_of_rows(arguments[0], 4 * 128)) == 7
-    for _ in range(2):
-        for one, other in zip(
-            values_and_gradients(expert_kernels.mixture, *arguments), expected, strict=True
-        ):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-        monkeypatch.setattr(products, "_onednn", lambda: None)
-
-
-def test_row_counts_take_few_values():
-    large = products.ONEDNN_FROM
-    counts = {count + expert_kernels._spare(count, large) for count in range(4097)}
-    assert len(counts) <= 33 + 3 * 16
-    for count in range(4097):
-        assert 0 <= expert_kernels._spare(count, large) <= max(15, count / 16)
-        assert expert_kernels._spare(count, large // 5000) == 0  # products that oneDNN does not see
-
-
-def test_groups_hold_every_expert_and_choice_once():
-    sizes = [3, 0, 5, 900, 2, 2, 0, 0]
-    row_M = torch.arange(sum(sizes))
-    groups = expert_kernels._groups(row_M, sizes, most=8)
-    assert [group.sizes for group in groups] == [[3, 0, 5], [900], [2, 2, 0, 0]]
-    assert torch.equal(torch.cat([group.row_R for group in groups]), row_M)
-    assert torch.equal(torch.cat([row_M[group.places] for group in groups]), row_M)
-    assert [e for group in groups for e in range(8)[group.experts]] == list(range(8))
+    found = values_and_gradients(expert_kernels.mixture, *arguments)
+    for one, other in zip(found, values_and_gradients(plain, *arguments), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("top_k", [2, 5])
