@@ -7,7 +7,6 @@ that arm in every figure.
 from __future__ import annotations
 
 import io
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from moe_lib import metrics
 from moe_lib.metrics.collapse import collapse, trajectory
 from moe_study import stats, store
 from moe_study.configs.dose import Panel
-from moe_study.data import DATASETS, ROOT
+from moe_study.data import DATASETS
 from moe_study.data.text import CORPORA
 from moe_study.report import tables
 from moe_study.report.tables import Result, look_up
@@ -100,7 +99,7 @@ def _note(text: str) -> Figure:
 
 
 def captioned(figure: Figure, text: str) -> Figure:
-    """A figure with what to see in it; `notebook.show` prints it, and the report sets it below the figure."""
+    """A figure with what to see in it; notebook and report set it below the figure."""
     figure.set_label(" ".join(text.split()))
     return figure
 
@@ -966,33 +965,14 @@ def target(path: str | Path) -> Path:
     return store.figures_dir() / f"{path}.png"
 
 
-def save(figure: Figure, path: str | Path, sources: Sequence[Path]) -> str:
-    """Write `path` (below the figures folder, without suffix) as PNG; returns its caption, and the line that
-    names it and the files it came from. The picture holds these as its PNG text "Source"."""
-    listing = name_sources(sources)
+def save(figure: Figure, path: str | Path, source: str = "computed in this notebook") -> None:
+    """Write `path` (below the figures folder, without suffix) as PNG, which says in its text "Source" where
+    its numbers come from."""
     drawn, packed, text = io.BytesIO(), io.BytesIO(), PngInfo()
     with mpl.rc_context(STYLE):
         figure.savefig(drawn, format="png")
-    text.add_text("Source", listing)
+    text.add_text("Source", source)
     picture = Image.open(drawn)  # opaque, and 256 colours are enough: it takes a quarter
     flat = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     flat.save(packed, "PNG", optimize=True, pnginfo=text, dpi=picture.info["dpi"])
     store.write_bytes(target(path), packed.getvalue())
-    return "\n".join(filter(None, [str(figure.get_label()), f"figures/{path}.png <- {listing}"]))
-
-
-def name_sources(sources: Sequence[Path]) -> str:
-    """Result files in short: folder, arms, number of files; of several folders, what they have in common."""
-    if not sources:
-        return "computed in this notebook"
-    folders = {path.parent for path in sources}
-    folder = Path(os.path.commonpath(folders))
-    base = store.results_dir()
-    name = folder.relative_to(base) if folder.is_relative_to(base) else folder.relative_to(ROOT)
-    if len(folders) > 1:
-        return f"results/{name.as_posix()}/**/*.json ({len(sources)} files)"
-    if not any("-s" in path.name for path in sources):  # no runs
-        return f"results/{name.as_posix()}/{', '.join(path.name for path in sources)}"
-    arms = list(dict.fromkeys(p.name.rsplit("-s", 1)[0] for p in sources))
-    joined = arms[0] if len(arms) == 1 else "{" + ",".join(arms) + "}"
-    return f"results/{name.as_posix()}/{joined}-s*.json ({len(sources)} files)"
