@@ -104,7 +104,9 @@ class Measure:
         """
         own = result.get("primary_endpoint", "best_cross_entropy")
         if isinstance(self.source, str):
-            value = tables.look_up(store.at_endpoint(result, endpoint or own), self.source)
+            there = store.at_endpoint(result, endpoint or own)
+            measured = endpoint in (None, own) or self.source.split(".")[0] in there
+            value = tables.look_up(result | there, self.source) if measured else None
         else:
             value = self.source(result) if endpoint in (None, own) else None
         if value is None and endpoint in (None, own):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 import re
 import sys
 from collections import Counter
@@ -223,9 +222,7 @@ def tuning_table(profile: str) -> pd.DataFrame:
                         "weight of the extra loss": weight,
                         "chosen by": "the last epoch" if name.startswith("collapse") else "the best epoch",
                         "validation cross-entropy": result["history"]["best_cross_entropy"],
-                        "at the last epoch": (
-                            tables.look_up(result, "history.validation.cross_entropy") or [math.nan]
-                        )[-1],
+                        "at the last epoch": tables.look_up(result, "history.validation.cross_entropy")[-1],
                     }
                 )
     if not rows:

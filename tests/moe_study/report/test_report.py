@@ -164,11 +164,31 @@ def test_columns_name_what_a_run_writes(folders):
             assert tables.look_up(result, f"{source}.{key}") is not None
 
 
+RUN = {"profile": "core", "study": "snnl", "dataset": "mnist", "arm": "base", "seed": 3}
+SMALL = {"id": "0123456789", "run": RUN, "a": {"b": 1, "c": None, "0.1": {"d": 2}}, "l": [{"m": 5}]}
+
+
 @pytest.mark.parametrize(
-    ("path", "value"), [("a.b", 1), ("a", {"b": 1}), ("a.c", None), ("x.y.z", None), ("a.b.c", None)]
+    ("path", "value"),
+    [
+        ("a.b", 1),
+        ("a.c", None),
+        ("a.c.d", None),
+        (("a", "0.1", "d"), 2),
+        ("l.0.m", 5),
+        ("null.similarity.outputs", None),  # may be missing
+    ],
 )
 def test_look_up(path, value):
-    assert tables.look_up({"a": {"b": 1}}, path) == value
+    assert tables.look_up(SMALL, path) == value
+
+
+@pytest.mark.parametrize("path", ["a.x", "x.y", "a.b.c", "l.1.m", "l.m", ("a", "0.2")])
+def test_a_path_that_a_file_lacks_is_an_error_that_names_both(path):
+    dotted = path if isinstance(path, str) else ".".join(path)
+    name = re.escape(f"core/snnl/mnist/base-s3-0123456789.json lacks {dotted}:")
+    with pytest.raises(store.StoreError, match=name):
+        tables.look_up(SMALL, path)
 
 
 def test_summary_is_mean_and_sample_deviation():
@@ -419,14 +439,12 @@ def test_routed_columns_are_all_found(study_name):
     assert plain.columns[plain.isna().any()].tolist() == ["changed by M"]
 
 
-def test_routed_columns_are_missing_where_a_result_lacks_them():
+@pytest.mark.parametrize("key", ["corruption", "attack", "company", "embedding"])
+def test_routed_columns_refuse_a_result_that_lacks_them(key):
     result = routed_results("ac-vision")[0]
-    for key in ("corruption", "attack", "company", "embedding"):
-        del result[key]
-    (row,) = tables.frame([result], tables.VISION_COLUMNS).to_dict("records")
-    missing = {name for name, value in row.items() if value != value}
-    assert missing >= {"lost to corruption", "lost to attack", "PGD, 2/255", "SPSA, 2/255", "leak"}
-    assert row["accuracy"] == 0.8
+    del result[key]
+    with pytest.raises(store.StoreError, match=f"lacks {key}"):
+        tables.frame([result], tables.VISION_COLUMNS)
 
 
 @pytest.mark.slow
@@ -643,6 +661,10 @@ def test_tuning_table(folders):
     assert table["seeds"].tolist() == [2, 2]
 
 
+def tuned(value: float) -> dict:
+    return {"best_cross_entropy": value, "validation": {"cross_entropy": [value]}}
+
+
 def test_tuning_budgets_are_not_mixed(folders):
     """base is also tuned at the whole budget; its value there is not averaged with the short one's."""
     rate = snnl.LEARNING_RATES[0]
@@ -653,7 +675,7 @@ def test_tuning_budgets_are_not_mixed(folders):
     ]
     assert len({run.train.epochs for run in runs}) == len(runs) == 2
     for run in runs:
-        history = {"best_cross_entropy": float(run.train.epochs)}
+        history = tuned(float(run.train.epochs))
         study.write(run, {"history": history})
     assert sorted(report.tuning_table("core")["validation cross-entropy"]) == sorted(
         float(run.train.epochs) for run in runs
@@ -665,7 +687,7 @@ def test_tuning_table_has_every_study(folders):
     names = [name for name in study.STUDIES if name.endswith("-tuning")]
     for name in names:
         run = study.runs("core", name)[0]
-        study.write(run, {"history": {"best_cross_entropy": 2.0}})
+        study.write(run, {"history": tuned(2.0)})
     table = report.tuning_table("core").reset_index()
     assert sorted(table["study"]) == sorted(name.removesuffix("-tuning") for name in names)
     weights = dict(zip(table["study"], table["weight of the extra loss"], strict=True))
