@@ -56,8 +56,7 @@ class Task(Protocol):
 class TrainConfig:
     epochs: int = 8
     batch_size: int = 256
-    learning_rate: float = 1e-3
-    schedule: Literal["constant", "cosine"] = "cosine"  # cosine: down to 0 at the last step
+    learning_rate: float = 1e-3  # falls along a cosine, to 0 at the last step
     precision: Literal["float64", "float32", "bfloat16"] = (
         "float32"  # bfloat16: autocast of CNNs and transformers
     )
@@ -70,8 +69,6 @@ class TrainConfig:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of the training in [0, 1), got {self.warmup}")
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"unknown schedule {self.schedule!r}; use 'constant' or 'cosine'")
         if self.precision not in ("float64", "float32", "bfloat16"):
             raise ValueError(f"unknown precision {self.precision!r}; use 'float64', 'float32' or 'bfloat16'")
 
@@ -250,8 +247,8 @@ def load_checkpoint(path: Path, run_id: str, device: str | torch.device = "cpu")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, progress: float) -> None:
-    """The schedule's value at `progress`, from 0 (start) to 1 (end of training)."""
-    decay = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1.0
+    """The rate at `progress`, from 0 (start) to 1 (end of training): half a cosine, after the warm-up."""
+    decay = (1 + math.cos(math.pi * progress)) / 2
     if progress < config.warmup:
         decay *= progress / config.warmup
     for group in optimizer.param_groups:

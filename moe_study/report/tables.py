@@ -317,18 +317,6 @@ VISION_PAIRS = tuple(
 LANGUAGE_PAIRS = tuple(("ac-row", b) if b == "ac-pooled" else (a, b) for a, b in VISION_PAIRS)
 
 
-def endpoint_note(results: Sequence[Result]) -> str:
-    """Which weights the measures of some results belong to, in a sentence."""
-    own = {result.get("primary_endpoint", "best_cross_entropy") for result in results}
-    if own == {store.PRIMARY_ENDPOINT}:
-        return "Everything is measured at the last epoch, where nothing else is said."
-    return (
-        "Scores of the task are those of the last epoch, where nothing else is said. These are older result "
-        "files: their routing, similarity, embedding and robustness were measured at the epoch of the lowest "
-        "validation cross-entropy alone."
-    )
-
-
 def frame(results: Iterable[Result], columns: Columns = COLUMNS) -> pd.DataFrame:
     """One row a run: data set, arm, seed, then every one of the columns."""
     keys = ("profile", "study", "dataset", "arm", "seed")

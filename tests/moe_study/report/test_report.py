@@ -149,8 +149,6 @@ def test_scores_of_an_older_file_are_shown_where_it_has_them():
     assert row["accuracy"] == 0.8
     assert np.isnan(row["accuracy, best validation accuracy"])
     assert row["accuracy, best validation cross-entropy"] == 0.9
-    assert "older result files" in tables.endpoint_note([old, made_up(planned("base", 1234))])
-    assert "older" not in tables.endpoint_note([made_up(planned("base", 42))])
 
 
 @pytest.mark.slow
