@@ -304,9 +304,8 @@ def happened(profile: str) -> str:
     link = "[the report of profile `core`](../core/report.html)"
     return "\n".join(
         [
-            f"> Profile `{profile}` shows the machinery at work on embedded data: small sets, few seeds. "
-            "It decides "
-            f"nothing. The answer is in {link if core.exists() else '`results/core/report.html`'}.",
+            f"> Profile `{profile}` shows the machinery at work on embedded data: small sets, few seeds. It "
+            f"decides nothing. The answer is in {link if core.exists() else '`results/core/report.html`'}.",
             "",
             "What happened here, mean difference over paired seeds with its 95 % interval:",
             "",
