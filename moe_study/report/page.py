@@ -33,11 +33,12 @@ VISION_SCORES = (
     "lost to corruption",
     "lost to attack",
     "changed by M",
-    "leak",
+    "batch dependence",
 )
 LANGUAGE_SCORES = (
     "cross-entropy", "bits per byte", "validation area", "lost to swap", "changed by M",
-    "leak, other sequences", "leak, later tokens",
+    "dependence on other sequences",
+    "dependence on later tokens",
 )  # fmt: skip
 
 

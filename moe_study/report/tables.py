@@ -236,8 +236,8 @@ def swapped(shares: Sequence[str], result: Result) -> float | None:
     return _mean_of_all(look_up(result, ("swap", share, "swapped")) for share in shares)
 
 
-def leak(path: str, result: Result) -> float | None:
-    """Cross-entropy (nats) alone minus in company."""
+def batch_dependence(path: str, result: Result) -> float | None:
+    """Cross-entropy (nats) of samples predicted alone, minus that of the same with the rest of the batch."""
     return _difference(
         look_up(result, f"{path}.cross_entropy_alone"), look_up(result, f"{path}.cross_entropy_together")
     )
@@ -268,7 +268,7 @@ VISION_COLUMNS: Columns = ROUTED_COLUMNS | _columns(
         "FGSM, 2/255": (partial(attack_loss, ["fgsm-2"]), 2, "points"),
         "PGD, 2/255": (partial(attack_loss, ["pgd-2"]), 2, "points"),
         "SPSA, 2/255": (partial(attack_loss, ["spsa-2"]), 2, "points"),
-        "leak": (partial(leak, "company"), 4, "nats"),
+        "batch dependence": (partial(batch_dependence, "company"), 4, "nats"),
         "kNN accuracy": ("embedding.knn_accuracy", 1, "points"),
         "SNNL at T = 1": ("embedding.snnl", 3),
     }
@@ -283,8 +283,8 @@ LANGUAGE_COLUMNS: Columns = ROUTED_COLUMNS | _columns(
         "2.5 %": (partial(swap_loss, SWAP_SHARES[1:2]), 4, "nats"),
         "5 %": (partial(swap_loss, SWAP_SHARES[2:3]), 4, "nats"),
         "10 %": (partial(swap_loss, SWAP_SHARES[3:]), 4, "nats"),
-        "leak, other sequences": (partial(leak, "company.other sequences"), 4, "nats"),
-        "leak, later tokens": (partial(leak, "company.later tokens"), 4, "nats"),
+        "dependence on other sequences": (partial(batch_dependence, "company.other sequences"), 4, "nats"),
+        "dependence on later tokens": (partial(batch_dependence, "company.later tokens"), 4, "nats"),
         "cost of permuted routing": ("ablation.permuted_everywhere", 4, "nats"),
     }
 )

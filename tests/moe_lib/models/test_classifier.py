@@ -423,7 +423,7 @@ def test_a_learned_temperature_is_trained_with_the_rest():
 
 
 @pytest.mark.parametrize("layers", [("code",), ("hidden", "code")])
-def test_the_placebo_pushes_as_hard_as_snnl_but_elsewhere(layers):
+def test_the_shuffled_label_control_pushes_as_hard_as_snnl_but_elsewhere(layers):
     """Gradients of the SNNL term on the layers' activations: equal norm, another direction."""
     kept = {}
     gradients = {}
@@ -438,13 +438,13 @@ def test_the_placebo_pushes_as_hard_as_snnl_but_elsewhere(layers):
         term = losses["total"] - losses["cross_entropy"]
         found = torch.autograd.grad(term, [kept[name] for name in layers])
         gradients[shuffled] = torch.cat([gradient.flatten() for gradient in found])
-    real, placebo = gradients[False], gradients[True]
+    real, shuffled = gradients[False], gradients[True]
     assert real.norm() > 0
-    assert placebo.norm().item() == pytest.approx(real.norm().item(), rel=1e-6)
-    assert torch.cosine_similarity(real, placebo, dim=0) < 0.9
+    assert shuffled.norm().item() == pytest.approx(real.norm().item(), rel=1e-6)
+    assert torch.cosine_similarity(real, shuffled, dim=0) < 0.9
 
 
-def test_the_placebo_permutes_the_batchs_own_labels_afresh():
+def test_the_shuffled_label_control_permutes_the_batchs_own_labels_afresh():
     task = make_task(Objective(snnl=SNNL, shuffled=True), batch_size=16)
     seen, original = [], task.snnl.forward
 
@@ -468,7 +468,7 @@ def test_the_placebo_permutes_the_batchs_own_labels_afresh():
     assert any(true != permuted for true, permuted in zip(epochs[0][::2], epochs[0][1::2], strict=True))
 
 
-def test_the_placebos_permutations_differ_between_batches_and_epochs():
+def test_the_shuffled_labels_differ_between_batches_and_epochs():
     """With a class for each sample, the permutation can be read off the labels."""
     task = ClassifierTask(
         tiny_dataset(num_classes=50), SMALL, Objective(snnl=SNNL, shuffled=True),
@@ -488,7 +488,7 @@ def test_the_placebos_permutations_differ_between_batches_and_epochs():
     assert len(orders) == 4
 
 
-def test_the_placebo_without_any_positive_is_zero_and_finite():
+def test_the_shuffled_label_control_without_any_positive_is_zero_and_finite():
     task = make_task(Objective(snnl=SNNL, shuffled=True))
     next(task.batches(0))
     batch = pixels(task.dataset.train.images_NCHW[:4], torch.float64), torch.arange(4)
@@ -640,7 +640,7 @@ def test_training_lowers_the_loss():
         {"pretrain": "snnl"},
         {"shuffled": True, "pretrain": "ce"},
         {"snnl": SNNL, "pretrain": "ce"},  # the loss would never be used
-        {"snnl": SNNL, "pretrain": "snnl", "shuffled": True},  # nor its placebo
+        {"snnl": SNNL, "pretrain": "snnl", "shuffled": True},  # nor its control
     ],
     ids=lambda options: "+".join(options) + ":" + str(options.get("pretrain")),
 )

@@ -471,14 +471,14 @@ def test_losses_by_hand():
     assert row["SPSA, 2/255"] == pytest.approx(0.4)  # against the clean accuracy of its own images
     assert row["changed by M"] == pytest.approx(0.45)  # the first layer has none
     assert row["stability"] == pytest.approx(0.1)
-    assert row["leak"] == pytest.approx(0.009)
+    assert row["batch dependence"] == pytest.approx(0.009)
 
     text = routed_results("ac-language", {"ac": (0.5,)})[0]
     row = tables.frame([text], tables.LANGUAGE_COLUMNS).iloc[0]
     assert row["2.5 %"] == pytest.approx(0.01)
     assert row["lost to swap"] == pytest.approx(0.5 * (0.01 + 0.02 + 0.03 + 0.06) / 4)
     assert row["cross-entropy under word swap"] == pytest.approx(2 + row["lost to swap"])
-    assert row["leak, later tokens"] == pytest.approx(0.005)
+    assert row["dependence on later tokens"] == pytest.approx(0.005)
 
 
 @pytest.mark.parametrize(
