@@ -62,14 +62,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Row:
-    """One job at one size. The first contestant that is no peer is ours: the one that the goals are for."""
+    """One job at one size. The goals apply to our implementation, the first entry that is not a peer."""
 
     name: str
     sizes: dict[str, int]
     work: Work
     contestants: tuple[Contestant, ...]
     goal_time: float | None = None  # times as fast as the fastest peer
-    goal_memory: float | None = None  # of the most frugal peer's memory, one part in so many
+    goal_memory: float | None = None  # the best peer's memory divided by ours
     goal_share: float | None = None  # of the physical limit
     rounds: int = 15
     processes: int = 3  # in which memory is measured

@@ -104,7 +104,9 @@ class Measure:
         """
         own = result.get("primary_endpoint", "best_cross_entropy")
         if isinstance(self.source, str):
-            value = tables.look_up(store.at_endpoint(result, endpoint or own), self.source)
+            there = store.at_endpoint(result, endpoint or own)
+            measured = endpoint in (None, own) or self.source.split(".")[0] in there
+            value = tables.look_up(result | there, self.source) if measured else None
         else:
             value = self.source(result) if endpoint in (None, own) else None
         if value is None and endpoint in (None, own):
@@ -203,13 +205,19 @@ _SNNL_ATTRIBUTION = (
 
 
 def _ours(
-    key: str, wording: str, treatment: str, controls: Mapping[str, str], measure: Measure, margin: float
+    study: str,
+    key: str,
+    wording: str,
+    treatment: str,
+    controls: Mapping[str, str],
+    measure: Measure,
+    margin: float,
 ) -> Claim:
-    """A claim of our own; the key begins with its study."""
+    """A claim of our own."""
     return Claim(
-        key=key,
+        key=f"{study}-{key}",
         source="this study",
-        study=key.rsplit("-", 1)[0],
+        study=study,
         wording=wording,
         measure=measure,
         treatment=treatment,
@@ -281,8 +289,8 @@ def _ac_claims(study: str, partner: str, performance: Measure, margin: float, re
 
 
 CLAIMS: tuple[Claim, ...] = (
-    _ours("snnl-pays", PAYS, "base", {"uniform-gate": "learns no routing"}, ACCURACY, _SMALLEST_GAIN),
-    _ours("snnl-mixture", MIXTURE, "base", {"dense": "no mixture"}, ACCURACY, _SMALLEST_GAIN),
+    _ours("snnl", "pays", PAYS, "base", {"uniform-gate": "learns no routing"}, ACCURACY, _SMALLEST_GAIN),
+    _ours("snnl", "mixture", MIXTURE, "base", {"dense": "no mixture"}, ACCURACY, _SMALLEST_GAIN),
     _snnl_claim(
         "accuracy",
         "more accurate",
@@ -329,8 +337,8 @@ CLAIMS: tuple[Claim, ...] = (
         resolves="routing",
         gate="snnl-pays",
     ),
-    _ours("collapse-pays", PAYS, "base", {"uniform-gate": "learns no routing"}, ACCURACY, _SMALLEST_GAIN),
-    _ours("collapse-mixture", MIXTURE, "base", {"dense": "no mixture"}, ACCURACY, _SMALLEST_GAIN),
+    _ours("collapse", "pays", PAYS, "base", {"uniform-gate": "learns no routing"}, ACCURACY, _SMALLEST_GAIN),
+    _ours("collapse", "mixture", MIXTURE, "base", {"dense": "no mixture"}, ACCURACY, _SMALLEST_GAIN),
     _snnl_claim(
         "effective",
         "more effective experts",
@@ -367,7 +375,8 @@ CLAIMS: tuple[Claim, ...] = (
         mechanism=True,
     ),
     _ours(
-        "collapse-beside",
+        "collapse",
+        "beside",
         _BESIDE,
         "snnl",
         {"uniform-snnl": "learns no routing"},
@@ -375,7 +384,8 @@ CLAIMS: tuple[Claim, ...] = (
         _SMALLEST_GAIN,
     ),
     _ours(
-        "collapse-top1-pays",
+        "collapse-top1",
+        "pays",
         f"{PAYS}{_TOP1}",
         "base",
         {"hash-gate": "learns no routing"},
@@ -399,17 +409,19 @@ CLAIMS: tuple[Claim, ...] = (
         study="collapse-top1",
     ),
     _ours(
-        "collapse-top1-beside",
+        "collapse-top1",
+        "beside",
         f"{_BESIDE}{_TOP1}",
         "snnl",
         {"hash-snnl": "learns no routing"},
         ACCURACY,
         _SMALLEST_GAIN,
     ),
-    _ours("ac-vision-pays", PAYS, "linear", {"hash": "learns no routing"}, ACCURACY, 0.005),
+    _ours("ac-vision", "pays", PAYS, "linear", {"hash": "learns no routing"}, ACCURACY, 0.005),
     *_ac_claims("ac-vision", "ac", ACCURACY, 0.005, _POINT_REASON),
     _ours(
-        "ac-language-pays",
+        "ac-language",
+        "pays",
         PAYS,
         "linear",
         {"hash": "learns no routing, by position", "hash-token": "learns no routing, by byte"},

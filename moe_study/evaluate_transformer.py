@@ -113,7 +113,7 @@ def routing_measures(
 
 
 class Company(NamedTuple):
-    """Does a sample's fate depend on what else is in the batch, or comes later?"""
+    """Does a prediction change with the rest of the batch, or with later tokens?"""
 
     cross_entropy_alone: float
     cross_entropy_together: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_study import study
-from moe_study.report import plots
+from moe_study.report import plots, provenance
 
 # Every parameter of a notebook: its type, its least value, and both in words. Names of profiles and data sets
 # are checked where they are used.
@@ -71,19 +72,29 @@ def _literals(source: str) -> dict[str, Any]:
 
 
 def show(figure: Figure, path: str, runs: Sequence[study.Run] = (), files: Sequence[Path] = ()) -> None:
-    """Save a figure below the figures folder, show it inline, and say which files it came from.
+    """Save a figure below the figures folder, and show it inline with its caption and sources below it; the
+    report's page finds both in the metadata of the output.
 
     Args:
         path: without suffix, such as "core/snnl/cifar10/curves".
         runs: those whose results the figure shows.
         files: others that it shows.
     """
-    from IPython.display import Image, display
+    from IPython.display import HTML, Image, display
 
-    caption = plots.save(figure, path, [*(run.path for run in runs if run.path.exists()), *files])
-    alt = figure.get_label() or path.replace("/", " ")
-    display(Image(filename=str(plots.target(path)), embed=True, retina=True, alt=alt))
-    print(caption)
+    sources = provenance.sources(runs, files)
+    source = provenance.in_words(sources)
+    plots.save(figure, path, source)
+    caption = str(figure.get_label())
+    about = {"figure": path, "caption": caption, "sources": sources}
+    alt = caption or path.replace("/", " ")
+    picture = Image(filename=str(plots.target(path)), embed=True, retina=True, alt=alt)
+    display(picture, metadata={provenance.KEY: about})
+    below = (
+        f"<p>{html.escape(caption)}</p>\n<details><summary>where it comes from</summary>"
+        f"figures/{html.escape(path)}.png, from {html.escape(source)}</details>"
+    )
+    display(HTML(below), metadata={provenance.KEY: {"caption_of": path}})
 
 
 def picture(figure: Figure) -> Any:

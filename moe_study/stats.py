@@ -126,39 +126,6 @@ def paired_comparison(
     )
 
 
-class Equivalence(NamedTuple):
-    """Two one-sided t tests (TOST) that a mean difference lies within +- margin."""
-
-    equivalent: bool  # p <= 0.05: the 90 % interval lies inside the margin
-    p: float  # the larger of the two one-sided ones
-    low: float  # 90 % t interval
-    high: float
-
-
-def equivalence_test(
-    treatment_S: Sequence[float] | np.ndarray, control_S: Sequence[float] | np.ndarray, margin: float
-) -> Equivalence:
-    """Are two arms alike, seed by seed, to within a margin that was declared beforehand?
-
-    Source: Schuirmann, "A comparison of the two one-sided tests procedure", J. Pharmacokinetics and
-    Biopharmaceutics 15, 1987.
-
-    Raises:
-        ValueError: as `paired_comparison`, or the margin is not positive.
-    """
-    if not margin > 0:
-        raise ValueError(f"margin must be positive, got {margin}")
-    differences = paired_differences(treatment_S, control_S)
-    low, high = t_interval(differences, 0.90)
-    if np.ptp(differences) == 0:  # no spread: t is infinite
-        p = 0.0 if abs(differences[0]) < margin else 1.0
-    else:
-        above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
-        below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
-        p = float(max(above, below))
-    return Equivalence(p <= 0.05, p, low, high)
-
-
 def smallest_detectable_effect(sd: float, seeds: int, power: float = 0.8, alpha: float = 0.05) -> float:
     """The mean difference that a two-sided paired t test would find with the given power.
 
@@ -228,17 +195,6 @@ def crossed_interval(differences_SN: np.ndarray, confidence: float = 0.95) -> In
     freedom = variance**2 / (spread + rest**2 / ((s - 1) * (n - 1)))
     half = stats.t.ppf((1 + confidence) / 2, max(freedom, 1)) * np.sqrt(variance / (s * n))
     return Interval(float(mean - half), float(mean + half))
-
-
-def pair_correlation(
-    treatment_S: Sequence[float] | np.ndarray, control_S: Sequence[float] | np.ndarray
-) -> float:
-    """Pearson's correlation of two arms over seeds: what pairing gains. NaN if an arm does not vary."""
-    paired_differences(treatment_S, control_S)  # refuses what cannot be paired
-    treatment, control = np.asarray(treatment_S, dtype=float), np.asarray(control_S, dtype=float)
-    if np.ptp(treatment) == 0 or np.ptp(control) == 0:
-        return float("nan")
-    return float(np.corrcoef(treatment, control)[0, 1])
 
 
 def holm(p_values_M: Sequence[float] | np.ndarray) -> np.ndarray:

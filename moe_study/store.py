@@ -345,7 +345,14 @@ def _schema() -> Callable[[Any], Any]:
 
 
 # Options that the configurations no longer have, with the value that every recorded run had.
-DELETED = {"merge_before": [], "router_z": 0.0, "level": "byte", "vocabulary_size": 10_000}
+DELETED = {
+    "merge_before": [],
+    "router_z": 0.0,
+    "level": "byte",
+    "vocabulary_size": 10_000,
+    "schedule": "cosine",
+    "momentum": None,
+}
 
 
 def _disagreement(recorded: Any, planned: Any, where: str) -> str | None:

@@ -63,7 +63,7 @@ class Objective:
     """What is trained on beside the mixture's own loss."""
 
     snnl: SNNLConfig | None = None
-    shuffled: bool = False  # placebo: SNNL of labels permuted within the batch, gradient norm unchanged
+    shuffled: bool = False  # control: SNNL of labels permuted within the batch, same gradient norm
     balance: float = 0.0  # weight of the load-balancing loss, on top-1 assignments
     auxiliary: float = 0.0  # weight of a linear classifier's cross-entropy on the code
     pretrain: Literal["none", "snnl", "ce"] = "none"  # first half: extractor alone; then it is frozen
@@ -157,7 +157,7 @@ class ClassifierTask(nn.Module):
             losses["snnl"] = self.snnl(activations, labels_N, epoch)
             weighted = objective.snnl.factor * losses["snnl"]
             if objective.shuffled:
-                weighted = self._placebo(weighted, activations, labels_N, epoch)
+                weighted = self._shuffled_snnl(weighted, activations, labels_N, epoch)
             total = total + weighted
         if objective.balance:
             losses["balance"] = load_balancing_loss(output.routing.top(1))
@@ -175,7 +175,7 @@ class ClassifierTask(nn.Module):
         loss = self.snnl(activations, labels_N, epoch)
         return {"snnl": loss, "total": loss}
 
-    def _placebo(
+    def _shuffled_snnl(
         self, weighted: Tensor, activations: dict[str, Tensor], labels_N: Tensor, epoch: int
     ) -> Tensor:
         """SNNL of permuted labels, scaled to push on the activations as hard as the real one would."""
@@ -184,14 +184,14 @@ class ClassifierTask(nn.Module):
         order_N = torch.randperm(len(labels_N), generator=self._shuffle)
         if labels_N.is_cuda:  # pinned, or the host would wait for the copy
             order_N = order_N.pin_memory().to(labels_N.device, non_blocking=True)
-        placebo = self.snnl(activations, labels_N[order_N], epoch)
+        shuffled = self.snnl(activations, labels_N[order_N], epoch)
 
         def push(loss: Tensor) -> Tensor:
             gradients = torch.autograd.grad(loss, layers, retain_graph=True)
             return torch.stack([g.float().norm() for g in gradients]).norm()
 
-        size = push(placebo)
-        return placebo * (push(weighted) / size.where(size > 0, 1)).detach()
+        size = push(shuffled)
+        return shuffled * (push(weighted) / size.where(size > 0, 1)).detach()
 
     @torch.no_grad()
     def predict(self, split: Split, batch_size: int = 1000) -> tuple[ClassifierOutput, Tensor]:

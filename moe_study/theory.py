@@ -10,7 +10,7 @@ cluster j as the embedding of expert j:
   that space. With M = I and centres of one length the two are one rule.
 
 M is told k*, and k* is nearly the answer. So two baselines belong beside an error: that of repeating k*, and
-that of a router trained with each token's own k* but another token's h, which is 1 - 1/E unless M leaks k*.
+that of a router trained with each token's own k* but another token's h, which is 1 - 1/E unless M reveals k*.
 
 Shapes: N tokens, D width, E experts (and clusters), S seeds.
 """

@@ -56,8 +56,7 @@ class Task(Protocol):
 class TrainConfig:
     epochs: int = 8
     batch_size: int = 256
-    learning_rate: float = 1e-3
-    schedule: Literal["constant", "cosine"] = "cosine"  # cosine: down to 0 at the last step
+    learning_rate: float = 1e-3  # falls along a cosine, to 0 at the last step
     precision: Literal["float64", "float32", "bfloat16"] = (
         "float32"  # bfloat16: autocast of CNNs and transformers
     )
@@ -70,8 +69,6 @@ class TrainConfig:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of the training in [0, 1), got {self.warmup}")
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"unknown schedule {self.schedule!r}; use 'constant' or 'cosine'")
         if self.precision not in ("float64", "float32", "bfloat16"):
             raise ValueError(f"unknown precision {self.precision!r}; use 'float64', 'float32' or 'bfloat16'")
 
@@ -92,6 +89,25 @@ class History:
     best_accuracy_epoch: int = -1  # highest validation accuracy, the first of equals
     best_accuracy: float = -math.inf
     seconds: float = 0.0  # of training and evaluation, over all sessions of a resumed run
+
+    def add(self, losses: dict[str, float], measures: dict[str, float]) -> list[str]:
+        """One more epoch; returns which of "best_cross_entropy" and "best_accuracy" it improves on.
+
+        A loss that one phase of training does not have is None there.
+        """
+        epoch = len(self.validation.get("cross_entropy", []))
+        for name in dict.fromkeys([*self.train, *losses]):
+            self.train.setdefault(name, [None] * epoch).append(losses.get(name))
+        for name, value in measures.items():
+            self.validation.setdefault(name, []).append(value)
+        improved = []
+        if measures["cross_entropy"] < self.best_cross_entropy:
+            self.best_cross_entropy, self.best_epoch = measures["cross_entropy"], epoch
+            improved.append("best_cross_entropy")
+        if measures["accuracy"] > self.best_accuracy:
+            self.best_accuracy, self.best_accuracy_epoch = measures["accuracy"], epoch
+            improved.append("best_accuracy")
+        return improved
 
 
 def fit(
@@ -127,33 +143,8 @@ def fit(
         StoreError: the checkpoint cannot be written.
         OutOfTime: the deadline came first.
     """
-    device = next(task.parameters()).device
-    optimizer = _adam(task, config)
-    history = History()
-    selected: dict[str, dict[str, Tensor]] = {}
-    epoch = 0
-    if checkpoint is not None and os.path.lexists(checkpoint):
-        initial = deepcopy(task.state_dict())
-        try:
-            state = load_checkpoint(checkpoint, run_id, device)
-            task.load_state_dict(state["task"])
-            optimizer.load_state_dict(state["optimizer"])
-            history, selected, epoch = History(**state["history"]), state["selected"], state["epoch"]
-            if not 1 <= epoch <= config.epochs or len(history.validation["cross_entropy"]) != epoch:
-                raise ValueError(f"epoch {epoch} of {config.epochs} does not fit its history")
-        except Exception as error:
-            aside = checkpoint.with_suffix(".invalid")
-            os.replace(checkpoint, aside)
-            reason = str(error).split("\n")[0] if isinstance(error, ValueError) else type(error).__name__
-            warnings.warn(
-                f"{label}: the checkpoint is not valid ({reason}); it is kept as {aside}, "
-                "and the run starts anew",
-                stacklevel=2,
-            )
-            task.load_state_dict(initial)
-            optimizer = _adam(task, config)
-            history, selected, epoch = History(), {}, 0
-
+    optimizer, history, selected = _resumed(task, config, checkpoint, run_id, label)
+    epoch = len(history.validation.get("cross_entropy", []))
     saved, saved_at = epoch, time.monotonic()  # epochs in the checkpoint
 
     def save() -> None:
@@ -174,34 +165,9 @@ def fit(
             save()
             raise OutOfTime(label)
         start = time.perf_counter()
-        for name, value in _train_epoch(task, optimizer, config, epoch, label).items():
-            history.train.setdefault(name, [None] * epoch).append(value)
-        # The last step's weights have met no loss yet: without this the first measure of them would raise.
-        if not all(weight.isfinite().all() for weight in task.parameters()):
-            raise TrainingError(
-                f"{label}, epoch {epoch}: the weights are not finite after the last batch. "
-                f"{_lower_rate(config)}"
-            )
-        task.eval()
-        try:
-            measures = evaluate()
-        except (ValueError, ArithmeticError) as error:
-            raise TrainingError(f"{label}, epoch {epoch}, validation: {error}") from error
-        for name, value in measures.items():
-            history.validation.setdefault(name, []).append(value)
-        for name in ("cross_entropy", "accuracy"):
-            if not math.isfinite(measures[name]):
-                raise TrainingError(f"{label}, epoch {epoch}: validation {name} is not finite")
-        for column in history.train.values():  # a loss that this phase of training does not have
-            column.extend([None] * (epoch + 1 - len(column)))
-        improved = []
-        if measures["cross_entropy"] < history.best_cross_entropy:
-            history.best_cross_entropy, history.best_epoch = measures["cross_entropy"], epoch
-            improved.append("best_cross_entropy")
-        if measures["accuracy"] > history.best_accuracy:
-            history.best_accuracy, history.best_accuracy_epoch = measures["accuracy"], epoch
-            improved.append("best_accuracy")
-        if improved:
+        losses = _train_epoch(task, optimizer, config, epoch, label)
+        measures = _validated(task, config, evaluate, f"{label}, epoch {epoch}")
+        if improved := history.add(losses, measures):
             selected |= dict.fromkeys(improved, deepcopy(task.state_dict()))
         epoch += 1
         history.seconds += time.perf_counter() - start
@@ -210,6 +176,60 @@ def fit(
         if on_epoch is not None:
             on_epoch(epoch, history)
     return history, selected
+
+
+def _resumed(
+    task: Task, config: TrainConfig, checkpoint: Path | None, run_id: str, label: str
+) -> tuple[torch.optim.Optimizer, History, dict[str, dict[str, Tensor]]]:
+    """Optimizer, history and selected weights, of the checkpoint if there is a valid one; `task` gets its
+    weights. One that is not valid is set aside with a warning."""
+    optimizer = _adam(task, config)
+    if checkpoint is None or not os.path.lexists(checkpoint):
+        return optimizer, History(), {}
+    initial = deepcopy(task.state_dict())
+    try:
+        state = load_checkpoint(checkpoint, run_id, next(task.parameters()).device)
+        task.load_state_dict(state["task"])
+        optimizer.load_state_dict(state["optimizer"])
+        history, epoch = History(**state["history"]), state["epoch"]
+        if not 1 <= epoch <= config.epochs or len(history.validation["cross_entropy"]) != epoch:
+            raise ValueError(f"epoch {epoch} of {config.epochs} does not fit its history")
+        return optimizer, history, state["selected"]
+    except Exception as error:
+        aside = checkpoint.with_suffix(".invalid")
+        os.replace(checkpoint, aside)
+        reason = str(error).split("\n")[0] if isinstance(error, ValueError) else type(error).__name__
+        warnings.warn(
+            f"{label}: the checkpoint is not valid ({reason}); it is kept as {aside}, "
+            "and the run starts anew",
+            stacklevel=3,
+        )
+    task.load_state_dict(initial)
+    return _adam(task, config), History(), {}
+
+
+def _validated(
+    task: Task, config: TrainConfig, evaluate: Callable[[], dict[str, float]], where: str
+) -> dict[str, float]:
+    """Measures on validation data, of finite weights.
+
+    Raises:
+        TrainingError: a weight or a measure that selects is not finite.
+    """
+    # The last step's weights have met no loss yet: without this the first measure of them would raise.
+    if not all(weight.isfinite().all() for weight in task.parameters()):
+        raise TrainingError(
+            f"{where}: the weights are not finite after the last batch. {_lower_rate(config)}"
+        )
+    task.eval()
+    try:
+        measures = evaluate()
+    except (ValueError, ArithmeticError) as error:
+        raise TrainingError(f"{where}, validation: {error}") from error
+    for name in ("cross_entropy", "accuracy"):
+        if not math.isfinite(measures[name]):
+            raise TrainingError(f"{where}: validation {name} is not finite")
+    return measures
 
 
 def _adam(task: Task, config: TrainConfig) -> torch.optim.Optimizer:
@@ -250,8 +270,8 @@ def load_checkpoint(path: Path, run_id: str, device: str | torch.device = "cpu")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, progress: float) -> None:
-    """The schedule's value at `progress`, from 0 (start) to 1 (end of training)."""
-    decay = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1.0
+    """The rate at `progress`, from 0 (start) to 1 (end of training): half a cosine, after the warm-up."""
+    decay = (1 + math.cos(math.pi * progress)) / 2
     if progress < config.warmup:
         decay *= progress / config.warmup
     for group in optimizer.param_groups:

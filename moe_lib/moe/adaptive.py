@@ -25,6 +25,8 @@ from moe_lib.moe.scaling import (
 )
 from moe_lib.products import at_least_float32, traced
 
+NEWEST_STEP = 0.1  # its share in the running averages of the causal form
+
 
 @dataclass(frozen=True)
 class ACConfig:
@@ -54,7 +56,6 @@ class ACConfig:
     pooled: bool = False
     matched: bool = False
     causal: bool = False
-    momentum: float | None = None  # causal: share of the newest step in the running averages; None: 0.1
     mixed: bool = False
     scale_experts: bool = False
 
@@ -70,10 +71,6 @@ class ACConfig:
             raise ValueError("mixed has no effect with pooled: all rows are equal")
         if self.causal and self.gradient:
             raise ValueError("gradient has no effect with causal: its M comes from earlier steps")
-        if self.momentum is not None and not self.causal:
-            raise ValueError(f"momentum has no effect without causal, got {self.momentum}")
-        if self.momentum is not None and not 0 < self.momentum <= 1:
-            raise ValueError(f"momentum must lie in (0, 1], got {self.momentum}")
 
 
 class AdaptiveClusteringRouter(CosineRouter):
@@ -210,9 +207,8 @@ class AdaptiveClusteringRouter(CosineRouter):
 
     @torch.no_grad()
     def _count_step(self, dispersion_ED: Tensor, valid_E: Tensor) -> None:
-        momentum = 0.1 if self.config.momentum is None else self.config.momentum
         # A cluster's first valid step is taken whole; a step in which it is not valid changes nothing.
-        weight_E = (valid_E & ~self.seen_E) + momentum * (valid_E & self.seen_E)
+        weight_E = (valid_E & ~self.seen_E) + NEWEST_STEP * (valid_E & self.seen_E)
         self.running_ED.lerp_(dispersion_ED.to(self.running_ED.dtype), weight_E[:, None].to(self.running_ED))
         self.seen_E |= valid_E
 

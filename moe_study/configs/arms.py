@@ -174,7 +174,7 @@ ROUTED_ARM_DESCRIPTIONS = {
     "ac-row": "ac with each row of M normalised by its own mean: the partner of ac-pooled",
     "ac-pooled": "one M from all tokens, for all clusters: whitening without clustering",
     "ac-matched": "|M h| rescaled to |h|: the direction without the gate's sharpness",
-    "ac-causal": "M from running averages of earlier steps: no leak between tokens or sequences",
+    "ac-causal": "M from running averages of earlier steps: no dependence on the batch",
     "hash": "two fixed random experts per position, which learn no routing: does learned routing pay?",
     "hash-token": "two fixed random experts per byte",
 }

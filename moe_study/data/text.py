@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import codecs
 import hashlib
-import importlib.metadata
 import importlib.util
 import io
 import os
@@ -137,12 +136,6 @@ def fetch(name: str, root: str | Path | None = None) -> None:
     """
     if not _is_path(name) and not present(name, root):
         _files(name, data_dir(root))
-
-
-def docs_is_known() -> bool:
-    """Whether "docs" is, letter for letter, the text for which the notebooks' checked cells hold."""
-    known = DOCS_SHA256.get(importlib.metadata.version("scikit-learn"))
-    return hashlib.sha256(_docs().encode()).hexdigest() == known
 
 
 # ------------------------------------------------------------------------------------------- word swap
@@ -392,8 +385,6 @@ SHA256 = {
 }
 
 DOCS_FOLDERS = ("cluster", "decomposition", "manifold", "neighbors", "neural_network", "tree")
-# Version of scikit-learn -> sha256 of "docs".
-DOCS_SHA256 = {"1.9.1": "f654fe55fed5068d093df6fd2141ced5967d09d7451253c89c81e6cb33a2840a"}
 
 # English function words, with the pieces into which corpora split contractions.
 STOPWORDS = frozenset(

@@ -74,10 +74,8 @@ def collapse_and_accuracy(results: Sequence[Result]) -> Figure:
     return captioned(
         figure,
         "Does collapse cost accuracy? To the right more experts are at work, upwards the model is more "
-        "accurate. Small "
-        "marks are runs, large ones the means of arms; lines are the dense networks, which have no "
-        "experts to lose; "
-        f"{seeds_in_words(results)}.",
+        "accurate. Small marks are runs, large ones the means of arms; lines are the dense networks, which "
+        f"have no experts to lose; {seeds_in_words(results)}.",
     )
 
 
@@ -116,10 +114,8 @@ def domain_routing(results: Sequence[Result], arms: Sequence[str] | None = None)
     return captioned(
         figure,
         "Who serves which domain: the mean gate of each domain (row) over the experts (columns), at each "
-        "arm's seed of "
-        "median accuracy, with experts matched between pictures. Rows that differ: the gate tells domains "
-        "apart; one "
-        "dark column: routing collapse.",
+        "arm's seed of median accuracy, with experts matched between pictures. Rows that differ: the gate "
+        "tells domains apart; one dark column: routing collapse.",
     )
 
 
@@ -171,11 +167,9 @@ def idea(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> F
     where = f" ({DATASET_TITLES[one['run']['dataset']]})" if one else ""
     return captioned(
         figure,
-        "The idea. A gate shares inputs out among experts by their features. Where classes overlap "
-        "(left), the gate tells them "
-        "apart badly and a few experts get most of the work: collapse. SNNL pulls each class together "
-        "first (right), which "
-        "should spread the work. Dots are drawn, colours are classes; shares of inputs, effective experts "
-        "and accuracy "
-        f"are measured, at each arm's seed of median effective experts{where}.",
+        "The idea. A gate shares inputs out among experts by their features. Where classes overlap (left), "
+        "the gate tells them apart badly and a few experts get most of the work: collapse. SNNL pulls each "
+        "class together first (right), which should spread the work. Dots are drawn, colours are classes; "
+        "shares of inputs, effective experts and accuracy are measured, at each arm's seed of median "
+        f"effective experts{where}.",
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import math
 import re
 import sys
 from collections import Counter
@@ -23,9 +21,9 @@ from moe_lib.models.language import LanguageConfig
 from moe_study import store, study, verdicts
 from moe_study.claims import BY_KEY, CLAIMS, CONFIRMATORY
 from moe_study.configs import arms
-from moe_study.report import collapse_plots, plots, tables
+from moe_study.report import collapse_plots, plots, provenance, tables
 from moe_study.report import verdicts as words
-from moe_study.report.plots import DATASET_TITLES, RETINA
+from moe_study.report.plots import DATASET_TITLES
 from moe_study.verdicts import Verdict
 
 # Columns of the README's tables of the other studies.
@@ -35,11 +33,12 @@ VISION_SCORES = (
     "lost to corruption",
     "lost to attack",
     "changed by M",
-    "leak",
+    "batch dependence",
 )
 LANGUAGE_SCORES = (
     "cross-entropy", "bits per byte", "validation area", "lost to swap", "changed by M",
-    "leak, other sequences", "leak, later tokens",
+    "dependence on other sequences",
+    "dependence on later tokens",
 )  # fmt: skip
 
 
@@ -224,9 +223,7 @@ def tuning_table(profile: str) -> pd.DataFrame:
                         "weight of the extra loss": weight,
                         "chosen by": "the last epoch" if name.startswith("collapse") else "the best epoch",
                         "validation cross-entropy": result["history"]["best_cross_entropy"],
-                        "at the last epoch": (
-                            tables.look_up(result, "history.validation.cross_entropy") or [math.nan]
-                        )[-1],
+                        "at the last epoch": tables.look_up(result, "history.validation.cross_entropy")[-1],
                     }
                 )
     if not rows:
@@ -308,9 +305,8 @@ def happened(profile: str) -> str:
     link = "[the report of profile `core`](../core/report.html)"
     return "\n".join(
         [
-            f"> Profile `{profile}` shows the machinery at work on embedded data: small sets, few seeds. "
-            "It decides "
-            f"nothing. The answer is in {link if core.exists() else '`results/core/report.html`'}.",
+            f"> Profile `{profile}` shows the machinery at work on embedded data: small sets, few seeds. It "
+            f"decides nothing. The answer is in {link if core.exists() else '`results/core/report.html`'}.",
             "",
             "What happened here, mean difference over paired seeds with its 95 % interval:",
             "",
@@ -641,7 +637,7 @@ def update_readme(path: Path, check: bool = False) -> int:
     stale = [file for file, content in wanted.items() if not file.exists() or file.read_text() != content]
     if not check:
         for name, figure in readme_pictures().items():
-            plots.save(figure, f"readme/{name}", [])
+            plots.save(figure, f"readme/{name}")
     for file in stale:
         if check:
             print(f"{file} is out of date: run `make readme`", file=sys.stderr)
@@ -652,45 +648,27 @@ def update_readme(path: Path, check: bool = False) -> int:
 
 # ------------------------------------------------------------------------------------------- HTML
 
-CAPTION = re.compile(r"(?:(?P<caption>.+)\n)?figures/(?P<name>\S+)\.png <- (?P<sources>.+)", re.DOTALL)
-
-
-def made_by(sources: str) -> list[str]:
-    """The commands that make the result files named by `plots.name_sources`, and draw them."""
-    found = re.match(r"results/([^/]+)/(?:([^/*]+)/(?:([^/*]+)/)?)?", sources)
-    if found is None:
-        return []
-    profile, name, dataset = found.groups()
-    if profile == "planted":
-        return [f"python -m moe_study {'rates' if sources.endswith('verdicts.json') else 'trust'}"]
-    command = f"python -m moe_study run --profile {profile}"
-    command += f" --study {name}" if name else ""
-    command += f" --dataset {dataset}" if dataset else ""
-    return [command, f"make render PROFILE={profile}"]
-
 
 def number_figures(content: NotebookNode) -> None:
-    """Join each picture with the lines that `notebook.show` printed below it: number, caption, sources."""
+    """Give each figure of `notebook.show` what the page says of it: number, caption, sources, commands. The
+    caption that the notebook shows below it goes."""
     number = 0
     for cell in content.cells:
-        joined: list[NotebookNode] = []
-        for output in cell.get("outputs", []):
-            found = CAPTION.fullmatch(output.get("text", "").strip())
-            if found and joined and "image/png" in joined[-1].get("data", {}):
+        if "outputs" not in cell:
+            continue
+        told = [(output, output.get("metadata", {}).get(provenance.KEY, {})) for output in cell.outputs]
+        cell.outputs = [output for output, about in told if "caption_of" not in about]
+        for output, about in told:
+            if "figure" in about:
                 number += 1
-                png = base64.b64decode(joined[-1].data["image/png"])
-                width, height = (round(int.from_bytes(png[at : at + 4]) / RETINA) for at in (16, 20))
-                joined[-1].metadata["figure"] = {
-                    **found.groupdict(default=found["name"].replace("/", " ")),
+                output.metadata["figure"] = {
+                    "name": about["figure"],
+                    "caption": about["caption"] or about["figure"].replace("/", " "),
+                    "sources": provenance.in_words(about["sources"]),
+                    "commands": provenance.commands(about["sources"]),
                     "number": number,
-                    "commands": made_by(found["sources"]),
-                    "width": width,
-                    "height": height,
+                    **{side: output.metadata["image/png"][side] for side in ("width", "height")},
                 }
-            else:
-                joined.append(output)
-        if "outputs" in cell:
-            cell.outputs = joined
 
 
 class Arranged(NamedTuple):

@@ -7,7 +7,6 @@ that arm in every figure.
 from __future__ import annotations
 
 import io
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from moe_lib import metrics
 from moe_lib.metrics.collapse import collapse, trajectory
 from moe_study import stats, store
 from moe_study.configs.dose import Panel
-from moe_study.data import DATASETS, ROOT
+from moe_study.data import DATASETS
 from moe_study.data.text import CORPORA
 from moe_study.report import tables
 from moe_study.report.tables import Result, look_up
@@ -100,7 +99,7 @@ def _note(text: str) -> Figure:
 
 
 def captioned(figure: Figure, text: str) -> Figure:
-    """A figure with what to see in it; `notebook.show` prints it, and the report sets it below the figure."""
+    """A figure with what to see in it; notebook and report set it below the figure."""
     figure.set_label(" ".join(text.split()))
     return figure
 
@@ -202,8 +201,7 @@ def accuracy_by_arm(results: Sequence[Result]) -> Figure:
     return captioned(
         figure,
         "Test accuracy of every arm: each seed a dot, below them the mean and its 95 % t interval. Arms "
-        "whose "
-        "dots lie apart differ; in brackets the number of seeds.",
+        "whose dots lie apart differ; in brackets the number of seeds.",
     )
 
 
@@ -271,10 +269,8 @@ def tsne_panels(results: Sequence[Result]) -> Figure:
     return captioned(
         figure,
         f"The extractor's code of {len(panels[0][2]['labels'])} test images as t-SNE sees it (seed "
-        f"{run['seed']}{some}). "
-        "Look whether classes form groups of one colour. Distances between groups mean little, and the "
-        "axes have "
-        "no unit.",
+        f"{run['seed']}{some}). Look whether classes form groups of one colour. Distances between groups "
+        "mean little, and the axes have no unit.",
     )
 
 
@@ -332,12 +328,9 @@ def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "s
     return captioned(
         figure,
         "Who serves which class: the mean gate of each class (row) over the experts (columns). Rows that "
-        "differ: the "
-        "gate tells classes apart; one bright column: routing collapse. Large, the seed of median "
-        "effective experts; "
-        "small, every seed with its effective experts "
-        f"({seeds_in_words([r for g in shown.values() for r in g])}). "
-        "Experts are matched between pictures.",
+        "differ: the gate tells classes apart; one bright column: routing collapse. Large, the seed of "
+        "median effective experts; small, every seed with its effective experts "
+        f"({seeds_in_words([r for g in shown.values() for r in g])}). Experts are matched between pictures.",
     )
 
 
@@ -388,8 +381,7 @@ def similarity_with_nulls(results: Sequence[Result], arms: Sequence[str] = ("bas
     return captioned(
         figure,
         "How alike are the experts? Each dot a run. Trained together (filled) should lie left of trained "
-        "alone (hollow "
-        "diamonds, the null) if the mixture makes them different; ticks are before training.",
+        "alone (hollow diamonds, the null) if the mixture makes them different; ticks are before training.",
     )
 
 
@@ -476,12 +468,10 @@ def swap_curve(results: Sequence[Result], arms: Sequence[str] | None = None) -> 
     _legend(figure, axes[0, 0])
     return captioned(
         figure,
-        "What swapped words cost: cross-entropy in the text with some words replaced by <unk>, minus that "
-        "in the clean "
-        "text. A curve that rises is a model that suffers; one below zero predicts the remaining words "
-        "better. Left, only "
-        "the words left alone are scored, as the verdicts do. Means, 95 % t intervals; "
-        f"{seeds_in_words(results)}.",
+        "What swapped words cost: cross-entropy in the text with some words replaced by <unk>, minus that in "
+        "the clean text. A curve that rises is a model that suffers; one below zero predicts the remaining "
+        "words better. Left, only the words left alone are scored, as the verdicts do. Means, 95 % t "
+        f"intervals; {seeds_in_words(results)}.",
     )
 
 
@@ -517,9 +507,8 @@ def changed_choices(results: Sequence[Result]) -> Figure:
     return captioned(
         figure,
         "What the scaling matrix M changes: the share of tokens that go to other experts than without "
-        "scaling, layer by "
-        "layer, in the same model. A bar near 0: M makes no difference there. Seeds as dots, their mean "
-        "as a bar.",
+        "scaling, layer by layer, in the same model. A bar near 0: M makes no difference there. Seeds as "
+        "dots, their mean as a bar.",
     )
 
 
@@ -550,9 +539,8 @@ def expert_load(results: Sequence[Result]) -> Figure:
     return captioned(
         figure,
         "Are the experts used evenly? Share of the tokens of the busiest expert (left) to the idlest "
-        "(right). The dashed "
-        "line is an even load, 1/E; a curve that falls steeply is a collapsed layer. Means; "
-        f"{seeds_in_words(results)}.",
+        "(right). The dashed line is an even load, 1/E; a curve that falls steeply is a collapsed layer. "
+        f"Means; {seeds_in_words(results)}.",
     )
 
 
@@ -669,8 +657,7 @@ def verdict_grid(grid: dict[str, Any]) -> Figure:
     return captioned(
         figure,
         "Every claim (row) on every data set (column): a colour per verdict, mean difference and 95 % "
-        "interval. What is "
-        "subtracted stands beside the claims.",
+        "interval. What is subtracted stands beside the claims.",
     )
 
 
@@ -745,12 +732,9 @@ def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
     return captioned(
         figure,
         "Each verdict as a difference in units of the one that counts (dashed line at 1: the published "
-        "difference, or "
-        "the declared margin). Right of 0 is the claimed direction. Thick bars are 90 %, thin ones 95 % "
-        "intervals, at "
-        "their right end the paired seeds; hollow dots are pilots. Only the deciding contrast carries the "
-        "word. The axis "
-        "is linear up to 2 and logarithmic beyond.",
+        "difference, or the declared margin). Right of 0 is the claimed direction. Thick bars are 90 %, thin "
+        "ones 95 % intervals, at their right end the paired seeds; hollow dots are pilots. Only the deciding "
+        "contrast carries the word. The axis is linear up to 2 and logarithmic beyond.",
     )
 
 
@@ -788,11 +772,10 @@ def crossed_lines(results: Sequence[Result], names: Sequence[str] = tables.CROSS
     _legend(figure, axes[0, 0])
     return captioned(
         figure,
-        "Both remedies at once: without (left) and with the AC router (right), one line without and one "
-        "with SNNL. Parallel "
-        "lines: the two add up; lines that meet or cross: one changes what the other does. Dots are "
-        "seeds, bars 95 % t "
-        f"intervals of the means; {seeds_in_words(results)}. Axes do not begin at 0.",
+        "Both remedies at once: without (left) and with the AC router (right), one line without and one with "
+        "SNNL. Parallel lines: the two add up; lines that meet or cross: one changes what the other does. "
+        f"Dots are seeds, bars 95 % t intervals of the means; {seeds_in_words(results)}. Axes do not begin "
+        "at 0.",
     )
 
 
@@ -854,11 +837,9 @@ def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Fig
     return captioned(
         figure,
         f"{panel.title.capitalize()}: difference from the control without the remedy, below it the 95 % t "
-        "interval; framed "
-        "where that excludes 0. Orange is better, purple worse (where neither way is better: more and "
-        "less), the deeper the "
-        f"larger. Look for a slope or a block, since one cell in twenty is framed by chance. {seeds} "
-        "paired seeds a cell.",
+        "interval; framed where that excludes 0. Orange is better, purple worse (where neither way is "
+        "better: more and less), the deeper the larger. Look for a slope or a block, since one cell in "
+        f"twenty is framed by chance. {seeds} paired seeds a cell.",
     )
 
 
@@ -912,9 +893,8 @@ def trust_grid(scores: pd.DataFrame) -> Figure:
     return captioned(
         figure,
         "Which measure (row) notices which planted fault (column)? Blue with a tick: it gets worse with "
-        "every step; red "
-        "with a cross: it calls the fault an improvement. No measure sees all, so several are read "
-        "together. Eleven seeds.",
+        "every step; red with a cross: it calls the fault an improvement. No measure sees all, so several "
+        "are read together. Eleven seeds.",
     )
 
 
@@ -954,10 +934,8 @@ def collapse_panel(results: Sequence[Result], arms: Sequence[str] = ("base", "sn
     return captioned(
         figure,
         "How collapsed? 0: specialists; 1: one expert would do. Left and middle: over training, mean and "
-        "range over seeds. "
-        "Right: each seed a dot at the end, beside the tick of its null; a dot no further right than its "
-        "tick shows no "
-        f"collapse. {seeds_in_words([r for g in grouped.values() for r in g])}.",
+        "range over seeds. Right: each seed a dot at the end, beside the tick of its null; a dot no further "
+        f"right than its tick shows no collapse. {seeds_in_words([r for g in grouped.values() for r in g])}.",
     )
 
 
@@ -966,33 +944,14 @@ def target(path: str | Path) -> Path:
     return store.figures_dir() / f"{path}.png"
 
 
-def save(figure: Figure, path: str | Path, sources: Sequence[Path]) -> str:
-    """Write `path` (below the figures folder, without suffix) as PNG; returns its caption, and the line that
-    names it and the files it came from. The picture holds these as its PNG text "Source"."""
-    listing = name_sources(sources)
+def save(figure: Figure, path: str | Path, source: str = "computed in this notebook") -> None:
+    """Write `path` (below the figures folder, without suffix) as PNG, which says in its text "Source" where
+    its numbers come from."""
     drawn, packed, text = io.BytesIO(), io.BytesIO(), PngInfo()
     with mpl.rc_context(STYLE):
         figure.savefig(drawn, format="png")
-    text.add_text("Source", listing)
+    text.add_text("Source", source)
     picture = Image.open(drawn)  # opaque, and 256 colours are enough: it takes a quarter
     flat = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     flat.save(packed, "PNG", optimize=True, pnginfo=text, dpi=picture.info["dpi"])
     store.write_bytes(target(path), packed.getvalue())
-    return "\n".join(filter(None, [str(figure.get_label()), f"figures/{path}.png <- {listing}"]))
-
-
-def name_sources(sources: Sequence[Path]) -> str:
-    """Result files in short: folder, arms, number of files; of several folders, what they have in common."""
-    if not sources:
-        return "computed in this notebook"
-    folders = {path.parent for path in sources}
-    folder = Path(os.path.commonpath(folders))
-    base = store.results_dir()
-    name = folder.relative_to(base) if folder.is_relative_to(base) else folder.relative_to(ROOT)
-    if len(folders) > 1:
-        return f"results/{name.as_posix()}/**/*.json ({len(sources)} files)"
-    if not any("-s" in path.name for path in sources):  # no runs
-        return f"results/{name.as_posix()}/{', '.join(path.name for path in sources)}"
-    arms = list(dict.fromkeys(p.name.rsplit("-s", 1)[0] for p in sources))
-    joined = arms[0] if len(arms) == 1 else "{" + ",".join(arms) + "}"
-    return f"results/{name.as_posix()}/{joined}-s*.json ({len(sources)} files)"

@@ -45,12 +45,12 @@ def _columns(entries: Mapping[str, tuple[Any, ...]]) -> Columns:
 
 def at_three_endpoints(name: str, decimals: int = 4, unit: str = "") -> Columns:
     """A score of the task at the last epoch, and at the two epochs that validation data select; None where a
-    file has none there."""
+    file was scored at others."""
+    key = name.replace(" ", "_").replace("-", "_")
 
     def at(endpoint: str, result: Result) -> float | None:
-        return look_up(
-            store.at_endpoint(result, endpoint), f"task.{name.replace(' ', '_').replace('-', '_')}"
-        )
+        found = store.at_endpoint(result, endpoint)
+        return look_up({**result, "task": found["task"]}, ("task", key)) if "task" in found else None
 
     return {
         f"{name}{suffix}": Column(partial(at, endpoint), decimals, unit)
@@ -106,12 +106,45 @@ BY_USE = ("cos outputs, by use", "CKA outputs, by use")
 EMBEDDING = ("kNN accuracy", "silhouette", "trustworthiness", "SNNL at T = 1")
 
 
-def look_up(result: Result, path: str) -> Any:
-    """The value at a dotted path; None where the result does not have it."""
+# What some result files rightly lack, and why; a table shows "-" there. Any other missing path is an error.
+OPTIONAL = {
+    "null": "experts are trained alone for some arms only",
+    "similarity.outputs_weighted": "came with the confirming studies; older files lack it",
+    "similarity.cka_weighted": "came with the confirming studies; older files lack it",
+    "ablation.permuted_everywhere": "where M scales what the experts see, the routing cannot be permuted",
+}
+
+
+def look_up(result: Result, path: str | Sequence[str]) -> Any:
+    """The value at a dotted path, or at a sequence of keys that may hold dots; None where the file says null
+    there or above, and where it lacks a path that `OPTIONAL` lists.
+
+    Raises:
+        StoreError: the file lacks the path; names both.
+    """
+    keys = path.split(".") if isinstance(path, str) else path
     value: Any = result
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
+    for at, key in enumerate(keys):
+        if value is None:
+            return None
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            dotted = ".".join(keys)
+            if any(dotted == known or dotted.startswith(f"{known}.") for known in OPTIONAL):
+                return None
+            there = f"{'.'.join(keys[:at])} has no {key!r}" if at else f"there is no {key!r}"
+            raise store.StoreError(f"{_file(result)} lacks {dotted}: {there}") from error
     return value
+
+
+def _file(result: Result) -> str:
+    """Its name below the results folder, as far as the result says."""
+    run = result.get("run")
+    if not run:
+        return "a result"
+    name = f"{run['arm']}-s{run['seed']}-{result.get('id', '')}.json"
+    return f"result file {run['profile']}/{run['study']}/{run['dataset']}/{name}"
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -126,7 +159,7 @@ def _difference(a: float | None, b: float | None) -> float | None:
 
 def validation_area(result: Result) -> float | None:
     """Area under the validation cross-entropy, per epoch (nats): low for an early descent."""
-    return _mean_of_all(look_up(result, "history.validation.cross_entropy") or ())
+    return _mean_of_all(look_up(result, "history.validation.cross_entropy"))
 
 
 def experts_in_use(result: Result) -> float | None:
@@ -136,8 +169,9 @@ def experts_in_use(result: Result) -> float | None:
 
 
 def layer_mean(path: str, result: Result) -> float | None:
-    """Mean over MoE layers of one routing measure; layers without it are left out."""
-    return _mean(look_up(layer, path) for layer in look_up(result, "routing.layers") or ())
+    """Mean over MoE layers of one routing measure; layers where it is null are left out."""
+    layers = range(len(look_up(result, "routing.layers")))
+    return _mean(look_up(result, f"routing.layers.{layer}.{path}") for layer in layers)
 
 
 def _mean_of_all(values: Iterable[float | None]) -> float | None:
@@ -148,28 +182,28 @@ def _mean_of_all(values: Iterable[float | None]) -> float | None:
 
 def corruption_loss(result: Result) -> float | None:
     """Accuracy lost to corruption: clean minus corrupted, mean over all kinds and severities."""
-    accuracy = dict(result.get("corruption") or {})
-    clean = accuracy.pop("clean", None)
-    return _difference(clean, _mean_of_all(v for kind in accuracy.values() for v in kind))
+    return _difference(look_up(result, "corruption.clean"), accuracy_corrupted(result))
 
 
 def accuracy_corrupted(result: Result) -> float | None:
     """Accuracy under corruption, mean over all kinds and severities."""
-    kinds = {name: row for name, row in (result.get("corruption") or {}).items() if name != "clean"}
+    kinds = {name: row for name, row in look_up(result, "corruption").items() if name != "clean"}
     return _mean_of_all(value for row in kinds.values() for value in row)
 
 
 def accuracy_attacked(attacks: Sequence[str], result: Result) -> float | None:
     """Accuracy under attack, mean over some attacks; of each the stronger treatment of M counts."""
-    clean = (result.get("attack") or {}).get("clean")
-    return _difference(clean, attack_loss(attacks, result))
+    return _difference(look_up(result, "attack.clean"), attack_loss(attacks, result))
 
 
 def attack_losses(attack: str, result: Result) -> dict[str, float | None]:
     """Accuracy lost to an attack, such as "pgd-2", on the same images, by treatment of M."""
-    accuracies = result.get("attack") or {}
-    clean = accuracies.get(f"{attack} clean", {}).get("detached", accuracies.get("clean"))
-    return {mode: _difference(clean, accuracy) for mode, accuracy in accuracies.get(attack, {}).items()}
+    clean = look_up(result, "attack.clean")
+    if f"{attack} clean" in result["attack"]:  # an attack that takes long is made on fewer images
+        clean = look_up(result, f"attack.{attack} clean.detached")
+    return {
+        mode: _difference(clean, accuracy) for mode, accuracy in look_up(result, f"attack.{attack}").items()
+    }
 
 
 GRADIENT_ATTACKS = ("fgsm-1", "fgsm-2", "pgd-1", "pgd-2")
@@ -193,19 +227,20 @@ SWAP_SHARES = ("0.015", "0.025", "0.05", "0.1")
 def swap_loss(shares: Sequence[str], result: Result) -> float | None:
     """Nats a token lost when a share of the words becomes <unk>, mean over some shares: swapped minus clean,
     on the same targets, those of the words left alone."""
-    swaps = [(result.get("swap") or {}).get(share, {}) for share in shares]
-    return _mean_of_all(_difference(swap.get("swapped"), swap.get("clean")) for swap in swaps)
+    swaps = [[look_up(result, ("swap", share, key)) for key in ("swapped", "clean")] for share in shares]
+    return _mean_of_all(_difference(*swap) for swap in swaps)
 
 
 def swapped(shares: Sequence[str], result: Result) -> float | None:
     """Nats a token under word swap, mean over some shares, on the targets that `swap_loss` scores."""
-    return _mean_of_all((result.get("swap") or {}).get(share, {}).get("swapped") for share in shares)
+    return _mean_of_all(look_up(result, ("swap", share, "swapped")) for share in shares)
 
 
-def leak(path: str, result: Result) -> float | None:
-    """Cross-entropy (nats) alone minus in company."""
-    found = look_up(result, path) or {}
-    return _difference(found.get("cross_entropy_alone"), found.get("cross_entropy_together"))
+def batch_dependence(path: str, result: Result) -> float | None:
+    """Cross-entropy (nats) of samples predicted alone, minus that of the same with the rest of the batch."""
+    return _difference(
+        look_up(result, f"{path}.cross_entropy_alone"), look_up(result, f"{path}.cross_entropy_together")
+    )
 
 
 ROUTED_COLUMNS: Columns = _columns(
@@ -218,7 +253,7 @@ ROUTED_COLUMNS: Columns = _columns(
         "effective experts": (partial(layer_mean, "load.effective_experts"), 2),
         "dead experts": (partial(layer_mean, "load.dead_experts"), 1),
         "AMI": (partial(layer_mean, "load.adjusted_mutual_information"), 3),
-        "stability": (lambda result: _mean(look_up(result, "routing.stability") or ()), 3),
+        "stability": (lambda result: _mean(look_up(result, "routing.stability")), 3),
         "changed by M": (partial(layer_mean, "changed.chosen"), 3),
         "cost of permuted routing": ("ablation.permuted_everywhere", 2, "points"),
     }
@@ -233,7 +268,7 @@ VISION_COLUMNS: Columns = ROUTED_COLUMNS | _columns(
         "FGSM, 2/255": (partial(attack_loss, ["fgsm-2"]), 2, "points"),
         "PGD, 2/255": (partial(attack_loss, ["pgd-2"]), 2, "points"),
         "SPSA, 2/255": (partial(attack_loss, ["spsa-2"]), 2, "points"),
-        "leak": (partial(leak, "company"), 4, "nats"),
+        "batch dependence": (partial(batch_dependence, "company"), 4, "nats"),
         "kNN accuracy": ("embedding.knn_accuracy", 1, "points"),
         "SNNL at T = 1": ("embedding.snnl", 3),
     }
@@ -248,8 +283,8 @@ LANGUAGE_COLUMNS: Columns = ROUTED_COLUMNS | _columns(
         "2.5 %": (partial(swap_loss, SWAP_SHARES[1:2]), 4, "nats"),
         "5 %": (partial(swap_loss, SWAP_SHARES[2:3]), 4, "nats"),
         "10 %": (partial(swap_loss, SWAP_SHARES[3:]), 4, "nats"),
-        "leak, other sequences": (partial(leak, "company.other sequences"), 4, "nats"),
-        "leak, later tokens": (partial(leak, "company.later tokens"), 4, "nats"),
+        "dependence on other sequences": (partial(batch_dependence, "company.other sequences"), 4, "nats"),
+        "dependence on later tokens": (partial(batch_dependence, "company.later tokens"), 4, "nats"),
         "cost of permuted routing": ("ablation.permuted_everywhere", 4, "nats"),
     }
 )
@@ -280,18 +315,6 @@ VISION_PAIRS = tuple(
     ("ac", control) for control in ("linear", "cosine", "ac-shuffled", "ac-pooled", "ac-matched", "ac-causal")
 )
 LANGUAGE_PAIRS = tuple(("ac-row", b) if b == "ac-pooled" else (a, b) for a, b in VISION_PAIRS)
-
-
-def endpoint_note(results: Sequence[Result]) -> str:
-    """Which weights the measures of some results belong to, in a sentence."""
-    own = {result.get("primary_endpoint", "best_cross_entropy") for result in results}
-    if own == {store.PRIMARY_ENDPOINT}:
-        return "Everything is measured at the last epoch, where nothing else is said."
-    return (
-        "Scores of the task are those of the last epoch, where nothing else is said. These are older result "
-        "files: their routing, similarity, embedding and robustness were measured at the epoch of the lowest "
-        "validation cross-entropy alone."
-    )
 
 
 def frame(results: Iterable[Result], columns: Columns = COLUMNS) -> pd.DataFrame:
@@ -524,12 +547,15 @@ def routing_by_layer(results: Sequence[Result]) -> pd.DataFrame:
     }
     rows = []
     for arm in dict.fromkeys(r["run"]["arm"] for r in results):
-        group = [r["routing"]["layers"] for r in results if r["run"]["arm"] == arm]
-        for at in range(len(group[0])):
+        group = [r for r in results if r["run"]["arm"] == arm]
+        for at in range(len(look_up(group[0], "routing.layers"))):
             rows.append(
                 {"arm": arm, "MoE layer": str(at + 1)}
                 | {
-                    name: spread(pd.Series([look_up(g[at], path) for g in group], dtype=float), decimals)
+                    name: spread(
+                        pd.Series([look_up(r, f"routing.layers.{at}.{path}") for r in group], dtype=float),
+                        decimals,
+                    )
                     for name, (path, decimals) in measures.items()
                 }
             )

@@ -410,10 +410,8 @@ def dose_conclusion(runs: pd.DataFrame, panels: Sequence[Panel], name: str, colu
         apart = sum(other.low > 0 or other.high < 0 for other in found.values())
         lines.append(
             f"- **{panel.title.capitalize()}**: furthest at {down} {rows[row]}, {across} {heads[head]}, "
-            f"where {name} "
-            f"differs by {shown['difference']} {shown['95 % interval']} {column.unit} over {one.seeds} "
-            "seeds; "
-            f"{apart} of {len(found)} cells are told apart from 0."
+            f"where {name} differs by {shown['difference']} {shown['95 % interval']} {column.unit} over "
+            f"{one.seeds} seeds; {apart} of {len(found)} cells are told apart from 0."
         )
     return "\n".join(lines) or "No dose yet that two seeds share with its control."
 
@@ -492,8 +490,7 @@ def _no_gain(units: Sequence[Verdict]) -> str:
         better = v.claim.measure.sign * v.comparison.difference > 0
         said.append(
             f"{'better' if better else 'worse'} than the {in_words(v.control)} on "
-            f"{DATASET_TITLES[v.dataset]} "
-            f"by {difference(v)}"
+            f"{DATASET_TITLES[v.dataset]} by {difference(v)}"
         )
     if same and not said:
         ends = [end for v in same if v.comparison for end in (v.comparison.low, v.comparison.high)]

@@ -11,12 +11,13 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 from matplotlib.figure import Figure
 from PIL import Image
 
 from moe_study import notebook, study
 from moe_study.data import ROOT
-from moe_study.report import plots
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHOWING = {"notebook.show", "display"}  # calls that put something below a cell
@@ -300,30 +301,46 @@ def figure() -> Figure:
     return drawn
 
 
-def test_show_says_which_files_a_figure_came_from(folders, capsys):
-    runs = study.runs("digits", "snnl", "digits", "base")[:3]
-    for run in runs[:2]:
+def shown_outputs(*arguments: object) -> list:
+    """What `notebook.show` displays in a kernel."""
+    InteractiveShell.instance()
+    with capture_output() as captured:
+        notebook.show(*arguments)
+    assert captured.stdout == ""
+    return captured.outputs
+
+
+def test_show_says_which_files_a_figure_came_from(folders):
+    runs = [*study.runs("digits", "snnl", "digits", "base")[:3], *study.runs("digits", arm="dense-snnl")[:1]]
+    written = [*runs[:2], runs[3]]
+    for run in written:
         study.write(run, {})
-    notebook.show(figure(), "digits/snnl/digits/curves", runs)  # the third has no file yet
+    drawn = figure()
+    drawn.set_label("What <unk> shows")
+    picture, below = shown_outputs(drawn, "digits/snnl/digits/curves", runs)  # the third has no file yet
+
+    entry = {"profile": "digits", "study": "snnl", "dataset": "digits", "arms": ["base", "dense-snnl"]}
+    assert picture.metadata["moe_study"] == {
+        "figure": "digits/snnl/digits/curves",
+        "caption": "What <unk> shows",
+        "sources": [entry | {"runs": 3}],
+    }
+    assert picture.metadata["image/png"]["alt"] == "What <unk> shows"
+    source = "results/digits/snnl/digits/{base,dense-snnl}-s*.json (3 files)"
     path = folders / "figures" / "digits" / "snnl" / "digits" / "curves.png"
-    source = "results/digits/snnl/digits/base-s*.json (2 files)"
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        assert picture.text["Source"] == source
-        assert "Software" not in picture.text
-    assert f"figures/digits/snnl/digits/curves.png <- {source}\n" in capsys.readouterr().out
+    with Image.open(path) as stored:
+        assert stored.format == "PNG"
+        assert stored.text["Source"] == source
+        assert "Software" not in stored.text
+        assert 2 * picture.metadata["image/png"]["width"] == stored.width
+    assert below.metadata["moe_study"] == {"caption_of": "digits/snnl/digits/curves"}
+    assert "What &lt;unk&gt; shows" in below.data["text/html"]
+    assert f"figures/digits/snnl/digits/curves.png, from {source}" in below.data["text/html"]
     assert [p.name for p in path.parent.iterdir()] == ["curves.png"]
 
 
-def test_show_without_files(folders, capsys):
-    notebook.show(figure(), "tour/x")
-    with Image.open(folders / "figures" / "tour" / "x.png") as picture:
-        assert picture.text["Source"] == "computed in this notebook"
-    assert "figures/tour/x.png <- computed in this notebook\n" in capsys.readouterr().out
-
-
-def test_sources_of_several_arms(folders):
-    runs = study.runs("digits", "snnl", "digits", "base")[:2] + study.runs("digits", arm="dense-snnl")[:1]
-    assert plots.name_sources([run.path for run in runs]) == (
-        "results/digits/snnl/digits/{base,dense-snnl}-s*.json (3 files)"
-    )
+def test_show_without_files(folders):
+    picture, _ = shown_outputs(figure(), "tour/x")
+    assert picture.metadata["moe_study"] == {"figure": "tour/x", "caption": "", "sources": []}
+    with Image.open(folders / "figures" / "tour" / "x.png") as stored:
+        assert stored.text["Source"] == "computed in this notebook"

@@ -210,40 +210,6 @@ def test_crossed_interval_refuses(bad):
         stats.crossed_interval(bad)
 
 
-# ----------------------------------------------------------------------------------- equivalence
-
-
-def test_equivalence_is_the_ninety_percent_interval_inside_the_margin():
-    draw = np.random.default_rng(6)
-    seen = set()
-    for _ in range(200):
-        control = draw.normal(0, 1, 10)
-        treatment = control + draw.normal(0.2, 0.4, 10)
-        found = stats.equivalence_test(treatment, control, 0.5)
-        assert (found.low, found.high) == stats.t_interval(treatment - control, 0.90)
-        assert found.equivalent == (max(-found.low, found.high) < 0.5)
-        d = treatment - control
-        t = (0.5 - abs(d.mean())) / (d.std(ddof=1) / np.sqrt(10))  # of the nearer end of the margin
-        assert found.p == pytest.approx(scipy_stats.t.sf(t, 9))
-        seen.add(found.equivalent)
-    assert seen == {True, False}
-
-
-def test_arms_that_differ_by_the_margin_are_rarely_called_alike():
-    draw = np.random.default_rng(7)
-    called = [
-        stats.equivalence_test(draw.normal(1.0, 0.2, 10), np.zeros(10), 1.0).equivalent for _ in range(1000)
-    ]
-    assert 0.03 <= np.mean(called) <= 0.07
-
-
-def test_equivalence_without_spread():
-    assert stats.equivalence_test([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], 0.1) == (True, 0.0, 0.0, 0.0)
-    assert not stats.equivalence_test([2.0, 2.0], [1.0, 1.0], 0.1).equivalent
-    with pytest.raises(ValueError, match="margin must be positive, got 0"):
-        stats.equivalence_test([1.0, 2.0], [1.0, 2.0], 0.0)
-
-
 # ---------------------------------------------------------------------------------- many at once
 
 
@@ -275,14 +241,3 @@ def test_holm_on_a_case_by_hand_and_at_its_ends():
 def test_holm_keeps_the_chance_of_any_false_positive():
     p_RM = np.random.default_rng(8).uniform(size=(2000, 6))
     assert 0.035 <= np.mean([(stats.holm(p_M) <= 0.05).any() for p_M in p_RM]) <= 0.065
-
-
-def test_correlation_of_the_pairs():
-    draw = np.random.default_rng(9)
-    shared = draw.normal(0, 2, 500)
-    a, b = shared + draw.normal(0, 1, 500), shared + draw.normal(0, 1, 500)
-    assert stats.pair_correlation(a, b) == pytest.approx(scipy_stats.pearsonr(a, b).statistic)
-    assert stats.pair_correlation(a, b) == pytest.approx(0.8, abs=0.05)
-    assert np.isnan(stats.pair_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]))
-    with pytest.raises(ValueError, match="finite"):
-        stats.pair_correlation([1.0, float("inf")], [1.0, 2.0])

@@ -47,7 +47,7 @@ class Line(nn.Module):
         return {"cross_entropy": loss, "accuracy": math.exp(-loss)}
 
 
-CONFIG = TrainConfig(epochs=6, learning_rate=0.25, schedule="constant")
+CONFIG = TrainConfig(epochs=6, learning_rate=0.25)
 
 
 def test_learns_and_selects_the_epoch_with_the_lowest_validation_loss():
@@ -264,7 +264,7 @@ def test_cosine_schedule_ends_near_zero(monkeypatch):
 
     monkeypatch.setattr(train, "set_learning_rate", spy)
     task = Line()
-    fit(task, TrainConfig(epochs=2, learning_rate=1.0, schedule="cosine"), task.measure, label="line")
+    fit(task, TrainConfig(epochs=2, learning_rate=1.0), task.measure, label="line")
     assert rates == pytest.approx([(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)])
 
 
@@ -274,7 +274,6 @@ def test_cosine_schedule_ends_near_zero(monkeypatch):
         ("epochs", 0),
         ("learning_rate", 0.0),
         ("learning_rate", math.nan),
-        ("schedule", "step"),
         ("precision", "int8"),
         ("warmup", -0.1),
         ("warmup", 1.0),
@@ -286,15 +285,14 @@ def test_bad_configuration(field, value):
         TrainConfig(**{field: value})
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5])
-def test_warmup_rises_to_the_schedule(schedule, warmup):
+def test_warmup_rises_to_the_schedule(warmup):
     """From 0, in proportion; from its end on the schedule is as without it."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    config = TrainConfig(learning_rate=0.5, schedule=schedule, warmup=warmup)
+    config = TrainConfig(learning_rate=0.5, warmup=warmup)
     for progress in (0.0, 0.03, 0.1, 0.25, 0.5, 0.75, 1.0):
         set_learning_rate(optimizer, config, progress)
-        expected = 0.5 * (math.cos(math.pi * progress / 2) ** 2 if schedule == "cosine" else 1)
+        expected = 0.5 * (math.cos(math.pi * progress / 2) ** 2)
         expected *= progress / warmup if progress < warmup else 1
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-15)
 
@@ -308,6 +306,7 @@ def test_warmup_counts_steps_of_the_whole_training(monkeypatch):
 
     monkeypatch.setattr(train, "set_learning_rate", spy)
     task = Line()
-    config = TrainConfig(epochs=2, learning_rate=1.0, schedule="constant", warmup=0.5)
+    config = TrainConfig(epochs=2, learning_rate=1.0, warmup=0.5)
     fit(task, config, task.measure, label="line")
-    assert rates == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1, 1, 1])
+    without = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    assert rates == pytest.approx([rate * min(step / 4, 1) for step, rate in enumerate(without)])

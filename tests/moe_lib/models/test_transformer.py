@@ -11,7 +11,7 @@ import pytest
 import reference
 import reference_transformer
 import torch
-from small_models import SMALL, Dropped, language_model, random, read, shaken
+from small_models import SMALL, Dropped, language_model, random, read, shaken, tiny_dataset
 
 from moe_lib.models.language import LanguageConfig
 from moe_lib.models.transformer import (
@@ -35,7 +35,6 @@ from moe_study.configs.arms import (
     RoutedSettings,
     routed_arms,
 )
-from moe_study.data import Dataset, Split
 from moe_study.data.text import Corpus, Text
 from moe_study.tasks import LanguageTask, RoutedObjective, VisionTask, weighted_total
 from moe_study.train import TrainConfig
@@ -240,16 +239,6 @@ def tiny_corpus():
     return Corpus("tiny", text, text, text, 256)
 
 
-def tiny_dataset():
-    draw = torch.Generator().manual_seed(0)
-
-    def split(n):
-        images_NCHW = torch.randint(256, (n, 1, 4, 4), generator=draw, dtype=torch.uint8)
-        return Split(images_NCHW, torch.arange(n) % 3)
-
-    return Dataset("tiny", split(12), split(4), split(4), 3)
-
-
 VISION = RoutedSettings(
     VisionConfig(replace(SMALL, moe_blocks=(1, 2)), patch=2),
     ACConfig(normalize="global", max_ratio=1.5),
@@ -323,7 +312,7 @@ def test_the_crossed_arms_are_two_by_two():
 
 def task_of(model, objective, seed=3):
     if isinstance(model, VisionConfig):
-        return VisionTask(tiny_dataset(), model, objective, seed=seed, batch_size=4)
+        return VisionTask(tiny_dataset(12, 4), model, objective, seed=seed, batch_size=4)
     return LanguageTask(tiny_corpus(), model, objective, seed=seed, batch_size=4)
 
 

@@ -1,4 +1,4 @@
-"""The vision transformer against plain loops; what may and what may not change an image's fate; its task.
+"""The vision transformer against plain loops; what may and what may not change a prediction; its task.
 
 Shapes: N images, T tokens of an image, D width, E experts, C classes.
 """

@@ -570,9 +570,6 @@ def test_matched_keeps_every_norm_and_the_direction(options):
         ({"pooled": True}, "pooled.*'feature'"),
         ({"pooled": True, "normalize": "row", "shuffled": True}, "shuffled has no effect with pooled"),
         ({"causal": True, "gradient": True}, "gradient has no effect with causal"),
-        ({"momentum": 0.2}, r"momentum has no effect without causal, got 0\.2"),
-        ({"causal": True, "momentum": 0.0}, r"momentum.*0\.0"),
-        ({"causal": True, "momentum": 1.5}, r"momentum.*1\.5"),
     ],
 )
 def test_options_without_effect_are_refused(options, message):
@@ -619,7 +616,7 @@ every_causal_form = pytest.mark.parametrize("options", CAUSAL, ids=["ac", "shuff
 
 def test_causal_averages_equal_the_loops():
     """A cluster's first valid step counts whole; steps without 2 of its tokens change nothing."""
-    router = router_of(causal=True, momentum=0.25)
+    router = router_of(causal=True)
     running = {}
     assignments = [[0, 0, 0, 1, 2, 2], [0, 0, 1, 1, 1, 2], [2, 2, 2, 2, 1, 1]]
     for step, assignment in enumerate(assignments):
@@ -636,10 +633,12 @@ def test_causal_averages_equal_the_loops():
                 assert rows_ND[n, q].item() == pytest.approx(expected, rel=1e-9)
         for k, row in reference_ac.dispersions(tokens_ND, assignment_N, E).items():
             before = running.get(k, row)
-            running[k] = [0.75 * old + 0.25 * new for old, new in zip(before, row, strict=True)]
+            running[k] = [0.9 * old + 0.1 * new for old, new in zip(before, row, strict=True)]
     assert sorted(running) == [0, 1, 2]
     assert router.seen_E.tolist() == [True, True, True, False]
-    np.testing.assert_allclose(router.running_ED[:3], [running[k] for k in range(3)], rtol=1e-10)
+    np.testing.assert_allclose(
+        router.running_ED[:3], [running[k] for k in range(3)], rtol=1e-7
+    )  # float32 shares
 
 
 @every_causal_form

@@ -20,7 +20,7 @@ from moe_study import store, study, trust
 from moe_study.configs import arms, crossed, snnl
 from moe_study.data import ROOT
 from moe_study.report import page as report
-from moe_study.report import plots, tables
+from moe_study.report import plots, provenance, tables
 from moe_study.report import verdicts as words
 from moe_study.stats import PairedComparison
 
@@ -149,8 +149,6 @@ def test_scores_of_an_older_file_are_shown_where_it_has_them():
     assert row["accuracy"] == 0.8
     assert np.isnan(row["accuracy, best validation accuracy"])
     assert row["accuracy, best validation cross-entropy"] == 0.9
-    assert "older result files" in tables.endpoint_note([old, made_up(planned("base", 1234))])
-    assert "older" not in tables.endpoint_note([made_up(planned("base", 42))])
 
 
 @pytest.mark.slow
@@ -164,11 +162,31 @@ def test_columns_name_what_a_run_writes(folders):
             assert tables.look_up(result, f"{source}.{key}") is not None
 
 
+RUN = {"profile": "core", "study": "snnl", "dataset": "mnist", "arm": "base", "seed": 3}
+SMALL = {"id": "0123456789", "run": RUN, "a": {"b": 1, "c": None, "0.1": {"d": 2}}, "l": [{"m": 5}]}
+
+
 @pytest.mark.parametrize(
-    ("path", "value"), [("a.b", 1), ("a", {"b": 1}), ("a.c", None), ("x.y.z", None), ("a.b.c", None)]
+    ("path", "value"),
+    [
+        ("a.b", 1),
+        ("a.c", None),
+        ("a.c.d", None),
+        (("a", "0.1", "d"), 2),
+        ("l.0.m", 5),
+        ("null.similarity.outputs", None),  # may be missing
+    ],
 )
 def test_look_up(path, value):
-    assert tables.look_up({"a": {"b": 1}}, path) == value
+    assert tables.look_up(SMALL, path) == value
+
+
+@pytest.mark.parametrize("path", ["a.x", "x.y", "a.b.c", "l.1.m", "l.m", ("a", "0.2")])
+def test_a_path_that_a_file_lacks_is_an_error_that_names_both(path):
+    dotted = path if isinstance(path, str) else ".".join(path)
+    name = re.escape(f"core/snnl/mnist/base-s3-0123456789.json lacks {dotted}:")
+    with pytest.raises(store.StoreError, match=name):
+        tables.look_up(SMALL, path)
 
 
 def test_summary_is_mean_and_sample_deviation():
@@ -419,14 +437,12 @@ def test_routed_columns_are_all_found(study_name):
     assert plain.columns[plain.isna().any()].tolist() == ["changed by M"]
 
 
-def test_routed_columns_are_missing_where_a_result_lacks_them():
+@pytest.mark.parametrize("key", ["corruption", "attack", "company", "embedding"])
+def test_routed_columns_refuse_a_result_that_lacks_them(key):
     result = routed_results("ac-vision")[0]
-    for key in ("corruption", "attack", "company", "embedding"):
-        del result[key]
-    (row,) = tables.frame([result], tables.VISION_COLUMNS).to_dict("records")
-    missing = {name for name, value in row.items() if value != value}
-    assert missing >= {"lost to corruption", "lost to attack", "PGD, 2/255", "SPSA, 2/255", "leak"}
-    assert row["accuracy"] == 0.8
+    del result[key]
+    with pytest.raises(store.StoreError, match=f"lacks {key}"):
+        tables.frame([result], tables.VISION_COLUMNS)
 
 
 @pytest.mark.slow
@@ -455,14 +471,14 @@ def test_losses_by_hand():
     assert row["SPSA, 2/255"] == pytest.approx(0.4)  # against the clean accuracy of its own images
     assert row["changed by M"] == pytest.approx(0.45)  # the first layer has none
     assert row["stability"] == pytest.approx(0.1)
-    assert row["leak"] == pytest.approx(0.009)
+    assert row["batch dependence"] == pytest.approx(0.009)
 
     text = routed_results("ac-language", {"ac": (0.5,)})[0]
     row = tables.frame([text], tables.LANGUAGE_COLUMNS).iloc[0]
     assert row["2.5 %"] == pytest.approx(0.01)
     assert row["lost to swap"] == pytest.approx(0.5 * (0.01 + 0.02 + 0.03 + 0.06) / 4)
     assert row["cross-entropy under word swap"] == pytest.approx(2 + row["lost to swap"])
-    assert row["leak, later tokens"] == pytest.approx(0.005)
+    assert row["dependence on later tokens"] == pytest.approx(0.005)
 
 
 @pytest.mark.parametrize(
@@ -643,6 +659,10 @@ def test_tuning_table(folders):
     assert table["seeds"].tolist() == [2, 2]
 
 
+def tuned(value: float) -> dict:
+    return {"best_cross_entropy": value, "validation": {"cross_entropy": [value]}}
+
+
 def test_tuning_budgets_are_not_mixed(folders):
     """base is also tuned at the whole budget; its value there is not averaged with the short one's."""
     rate = snnl.LEARNING_RATES[0]
@@ -653,7 +673,7 @@ def test_tuning_budgets_are_not_mixed(folders):
     ]
     assert len({run.train.epochs for run in runs}) == len(runs) == 2
     for run in runs:
-        history = {"best_cross_entropy": float(run.train.epochs)}
+        history = tuned(float(run.train.epochs))
         study.write(run, {"history": history})
     assert sorted(report.tuning_table("core")["validation cross-entropy"]) == sorted(
         float(run.train.epochs) for run in runs
@@ -665,7 +685,7 @@ def test_tuning_table_has_every_study(folders):
     names = [name for name in study.STUDIES if name.endswith("-tuning")]
     for name in names:
         run = study.runs("core", name)[0]
-        study.write(run, {"history": {"best_cross_entropy": 2.0}})
+        study.write(run, {"history": tuned(2.0)})
     table = report.tuning_table("core").reset_index()
     assert sorted(table["study"]) == sorted(name.removesuffix("-tuning") for name in names)
     weights = dict(zip(table["study"], table["weight of the extra loss"], strict=True))
@@ -912,6 +932,8 @@ PNG = base64.b64decode(
 def test_report_is_one_page_that_needs_nothing_else(tmp_path, core):
     new = nbformat.v4
     picture = {"image/png": base64.b64encode(PNG).decode(), "text/plain": "<Image>"}
+    about = {"figure": "a", "caption": "What <b> shows", "sources": [{"file": "planted/trust.json"}]}
+    shown = {"image/png": {"width": 7, "height": 5}, "moe_study": about}
     notebook = new.new_notebook(
         cells=[
             new.new_markdown_cell("# The title of it\n\nWords with *stress*, $x$ and {braces}."),
@@ -920,9 +942,9 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path, core):
                 "notebook.show()",
                 execution_count=2,
                 outputs=[
-                    new.new_output("display_data", picture),
+                    new.new_output("display_data", picture, metadata=shown),
                     new.new_output(
-                        "stream", name="stdout", text="What <b> shows\nfigures/a.png <- results/b\n"
+                        "display_data", {"text/plain": "below"}, metadata={"moe_study": {"caption_of": "a"}}
                     ),
                 ],
             ),
@@ -957,10 +979,12 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path, core):
     assert "{braces}" in page
     assert "92.67 ± 1.15 (3)" in page
     assert "<figcaption><b>Figure 1.</b> What &lt;b&gt; shows" in page
-    assert "figures/a.png, from results/b" in page
+    assert "figures/a.png, from results/planted/trust.json" in page
+    assert "<code>python -m moe_study trust</code>" in page
+    assert "below" not in page
     assert 'alt="What &lt;b&gt; shows"' in page
     assert page.count("<img") == page.count("<figure") == 1
-    assert "--width: 0px" in page  # a picture of one pixel, two of which make one of the page
+    assert "--width: 7px" in page
     assert "In&nbsp;[" not in page
     assert "Out[" not in page
 
@@ -972,25 +996,42 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path, core):
     assert "@import" not in page
 
 
+def of_runs(study: str, dataset: str, *arms: str) -> dict:
+    return {"profile": "core", "study": study, "dataset": dataset, "arms": list(arms), "runs": 3}
+
+
 @pytest.mark.parametrize(
-    ("sources", "commands"),
+    ("sources", "shown", "commands"),
     [
+        ([], "computed in this notebook", []),
         (
-            "results/core/snnl/cifar10/{base,snnl}-s*.json (4 files)",
-            ["python -m moe_study run --profile core --study snnl --dataset cifar10"],
+            [{"file": "planted/verdicts.json"}],
+            "results/planted/verdicts.json",
+            ["python -m moe_study rates"],
         ),
-        ("results/core/snnl/**/*.json (9 files)", ["python -m moe_study run --profile core --study snnl"]),
-        ("results/core/**/*.json (104 files)", ["python -m moe_study run --profile core"]),
+        (
+            [of_runs("snnl", "cifar10", "raw")],
+            "results/core/snnl/cifar10/raw-s*.json (3 files)",
+            [
+                "python -m moe_study run --profile core --study snnl --dataset cifar10",
+                "make render PROFILE=core",
+            ],
+        ),
+        (
+            [of_runs("snnl", "cifar10", "base", "raw"), of_runs("snnl", "mnist", "base")],
+            "results/core/snnl/**/*.json (6 files)",
+            ["python -m moe_study run --profile core --study snnl", "make render PROFILE=core"],
+        ),
+        (
+            [of_runs("snnl", "cifar10", "base"), of_runs("crossed", "cifar10", "ac")],
+            "results/core/**/*.json (6 files)",
+            ["python -m moe_study run --profile core --dataset cifar10", "make render PROFILE=core"],
+        ),
     ],
 )
-def test_commands_that_made_a_figure(sources, commands):
-    assert report.made_by(sources) == [*commands, "make render PROFILE=core"]
-
-
-def test_commands_of_figures_that_show_no_runs():
-    assert report.made_by("results/planted/trust.json") == ["python -m moe_study trust"]
-    assert report.made_by("results/planted/verdicts.json") == ["python -m moe_study rates"]
-    assert report.made_by("computed in this notebook") == []
+def test_sources_of_a_figure_and_the_commands_that_make_them(sources, shown, commands):
+    assert provenance.in_words(sources) == shown
+    assert provenance.commands(sources) == commands
 
 
 def test_contents_list_every_heading_once(tmp_path):
@@ -1207,17 +1248,6 @@ def test_collapse_panel_shows_values_beside_their_nulls():
     np.testing.assert_allclose(shown[1::2], nulls, atol=1e-9)
 
 
-def test_sources_of_a_figure_in_short(folders):
-    base = folders / "results" / "core"
-    one = [base / "snnl" / "cifar10" / f"{name}.json" for name in ("base-s1-aa", "base-s2-bb", "raw-s1-cc")]
-    assert plots.name_sources([]) == "computed in this notebook"
-    assert plots.name_sources(one) == "results/core/snnl/cifar10/{base,raw}-s*.json (3 files)"
-    planted = folders / "results" / "planted" / "trust.json"
-    assert plots.name_sources([planted]) == "results/planted/trust.json"
-    several = [*one, base / "snnl" / "mnist" / "base-s1-dd.json"]
-    assert plots.name_sources(several) == "results/core/snnl/**/*.json (4 files)"
-
-
 def test_verdict_forest_is_in_margins(core):
     """A hollow dot a pilot, where the difference is in units of the published one; 90 % inside 95 %."""
     found = report.find_verdicts("core")
@@ -1248,9 +1278,6 @@ def test_verdict_grid_draws_every_verdict(core):
 def test_figures_say_what_to_see(name, folders):
     figure = FIGURES[name](some_results())
     assert len(figure.get_label()) > 60
-    caption, line = plots.save(figure, name, []).split("\n")
-    assert caption == figure.get_label()
-    assert line.startswith(f"figures/{name}.png <- ")
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
@@ -1270,19 +1297,19 @@ def check_drawn(figure: Figure, name: str) -> None:
     """Drawn and saved for real: a warning of the layout would be an error."""
     assert isinstance(figure, Figure)
     assert any(axis.has_data() or axis.texts for axis in figure.axes)
-    plots.save(figure, name, [])
+    plots.save(figure, name)
     assert plots.target(name).stat().st_size > 3000
 
 
 def test_figures_leave_the_style_of_others_alone(folders):
     before = dict(mpl.rcParams)
-    plots.save(plots.accuracy_by_arm(some_results()), "x", [])
+    plots.save(plots.accuracy_by_arm(some_results()), "x")
     assert dict(mpl.rcParams) == before
 
 
 def test_figures_are_the_same_bytes_each_time(folders):
     for name in ("a", "b"):
-        plots.save(plots.training_curves(some_results()), name, [])
+        plots.save(plots.training_curves(some_results()), name)
     assert plots.target("a").read_bytes() == plots.target("b").read_bytes()
 
 
