@@ -81,14 +81,18 @@ class StackedAdapter(Adapter):
     def matches(cls, block: nn.Module) -> bool:
         if isinstance(block, nn.ModuleList | nn.ModuleDict) or not any(True for _ in block.parameters()):
             return False
-        return all(cls._names(block)) and any(p.ndim >= 2 for p in block.parameters())
+        stacked = any(p.ndim > 2 for p in block.parameters())
+        return all(cls._names(block)) and (stacked or cls._count(block) is not None)
+
+    @staticmethod
+    def _count(block: nn.Module) -> int | None:
+        counts = [getattr(block, name, None) for name in ("num_experts", "moe_num_experts")]
+        return next((count for count in counts if isinstance(count, int)), None)
 
     @property
     def num_experts(self) -> int:
-        for name in ("num_experts", "moe_num_experts"):
-            if isinstance(count := getattr(self.block, name, None), int):
-                return count
-        return super().num_experts
+        count = self._count(self.block)
+        return super().num_experts if count is None else count
 
     def dispatch(self, call: Call) -> Dispatch:
         tokens = call.inputs[self.tokens_name]
