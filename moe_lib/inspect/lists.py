@@ -43,11 +43,19 @@ def expert_list(block: nn.Module) -> tuple[str, list[nn.Module]] | None:
     return None
 
 
-def _enter() -> int:
+def _enter() -> tuple[int, bool]:
+    """A dual level, and whether tangents were on: they are not inside of reentrant checkpointing."""
     with warnings.catch_warnings():  # the first dual tensor imports a module that warns about itself
         warnings.simplefilter("ignore", FutureWarning)
         from torch._decomp import decompositions_for_jvp  # noqa: F401
-    return forward_ad.enter_dual_level()
+    enabled = torch._C._is_fwd_grad_enabled()
+    torch._C._set_fwd_grad_enabled(True)
+    return forward_ad.enter_dual_level(), enabled
+
+
+def _leave(entered: tuple[int, bool]) -> None:
+    forward_ad.exit_dual_level(level=entered[0])
+    torch._C._set_fwd_grad_enabled(entered[1])
 
 
 def _has_forward(module: nn.Module) -> bool:
@@ -66,7 +74,7 @@ class ListAdapter(Adapter):
         assert found is not None  # by `matches`
         self.list_name, self.members = found
         self.holder = holder
-        self.level: int | None = None
+        self.level: tuple[int, bool] | None = None
         self.ran: dict[int, list[Tensor]] = {}
         self.sequential = False
         self.replaying = False
@@ -144,7 +152,7 @@ class ListAdapter(Adapter):
         elif self.level is not None:
             if call.output is not None:
                 self.tangent = forward_ad.unpack_dual(first_tensor(call.output)).tangent
-            forward_ad.exit_dual_level(level=self.level)
+            _leave(self.level)
             self.level = None
 
     @torch.no_grad()
@@ -166,7 +174,7 @@ class ListAdapter(Adapter):
         try:
             self.tangent = forward_ad.unpack_dual(first_tensor(self.block.forward(*args, **kwargs))).tangent
         finally:
-            forward_ad.exit_dual_level(level=self.level)
+            _leave(self.level)
             self.level = None
             self.replaying = False
             for member in self.members:
