@@ -8,6 +8,7 @@ Shapes: N tokens, M some of them, D width, O output width, E experts, K chosen p
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -21,7 +22,7 @@ class NotAMixture(ValueError):
 
 
 class Dispatch(NamedTuple):
-    """One call of one block. Slots that no expert filled have index -1 and weight 0."""
+    """One call of one block. Slots that no expert filled have an index that is no expert's, and weight 0."""
 
     tokens_ND: Tensor  # what the experts read
     indices_NK: Tensor
@@ -65,10 +66,11 @@ class Adapter:
     classes: ClassVar[tuple[str, ...]] = ()
     watch: ClassVar[tuple[str, ...]] = ()
     mixes: ClassVar[bool] = True  # the output is weights times answers, token by token
+    scales_inputs: bool = False  # weights multiply what an expert reads, not what it answers
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
-        self.names = [*inspect.signature(block.forward).parameters]
+        self.names = parameter_names(block)
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
@@ -89,23 +91,43 @@ class Adapter:
         """Expert e's answer to each token [M, O], unweighted."""
         raise NotImplementedError
 
+    def answers(self, tokens_MD: Tensor) -> Tensor:
+        """Every expert's answer to each token [E, M, O]."""
+        return torch.stack([self.answer(e, tokens_MD) for e in range(self.num_experts)])
+
     def mix(self, tokens_MD: Tensor, indices_MK: Tensor, weights_MK: Tensor) -> Tensor:
         """Sum over k of weight times answer [M, O]."""
         mixed_MO = None
         for e in indices_MK.unique().tolist():
-            if e < 0:
+            if not 0 <= e < self.num_experts:
                 continue
             row, slot = torch.where(indices_MK == e)
-            part = self.answer(e, tokens_MD[row]) * weights_MK[row, slot, None].to(tokens_MD.dtype)
+            weight_R1 = weights_MK[row, slot, None].to(tokens_MD.dtype)
+            if self.scales_inputs:
+                part_RO = self.answer(e, tokens_MD[row] * weight_R1)
+            else:
+                part_RO = self.answer(e, tokens_MD[row]) * weight_R1
             if mixed_MO is None:
-                mixed_MO = part.new_zeros(len(tokens_MD), part.shape[1])
-            mixed_MO.index_add_(0, row, part)
+                mixed_MO = part_RO.new_zeros(len(tokens_MD), part_RO.shape[1])
+            mixed_MO.index_add_(0, row, part_RO)
         return torch.zeros_like(tokens_MD) if mixed_MO is None else mixed_MO
 
     def expert_weights(self) -> list[Tensor]:
         """The experts' parameters, each stacked [E, ...]."""
         num_experts = self.num_experts
         return [p for p in self.experts().parameters() if p.ndim > 1 and p.shape[0] == num_experts]
+
+
+@functools.cache
+def _names_of(forward: Any) -> list[str]:
+    return [*inspect.signature(forward).parameters][1:]
+
+
+def parameter_names(block: nn.Module) -> list[str]:
+    """Of its forward, "self" left out."""
+    if "forward" in vars(block):
+        return [*inspect.signature(block.forward).parameters]
+    return _names_of(type(block).forward)
 
 
 def rows(value: Any) -> Tensor:
@@ -131,20 +153,27 @@ def from_dense(weights_NE: Tensor) -> tuple[Tensor, Tensor]:
     return indices_NK.where(size_NK > 0, -1), weights_NE.gather(1, indices_NK)
 
 
-def router_scores(output: Any, num_experts: int) -> Tensor | None:
-    """The router's scores [N, E] among its outputs; not masks, and not what is left after selection."""
-    for value in output if isinstance(output, tuple | list) else (output,):
+def router_scores(output: Any, num_experts: int) -> tuple[int, Tensor | None]:
+    """Which of a router's outputs are its scores [N, E], not masks or what selection left; -1: none."""
+    for at, value in enumerate(output if isinstance(output, tuple | list) else (output,)):
         if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1] == num_experts:
             scores_NE = value.detach().reshape(-1, num_experts)
-            if not bool(((scores_NE == 0) | scores_NE.isinf()).any(1).all()):
-                return scores_NE
-    return None
+            first_NE = scores_NE[:64]
+            if not bool(((first_NE == 0) | first_NE.isinf()).any(1).all()):
+                return at, scores_NE
+    return -1, None
 
 
 def stacked_weights(experts: Any) -> list[Tensor]:
     """The parameters of a list of like modules, stacked [E, P]; a few thousand entries of each."""
-    columns = []
-    for same in zip(*([*expert.parameters()] for expert in experts), strict=True):
-        step = max(same[0].numel() // 8192, 1)
-        columns.append(torch.stack([p.detach().flatten()[::step] for p in same]))
-    return columns
+    same = zip(*([*expert.parameters()] for expert in experts), strict=True)
+    return [torch.cat([some_entries(p[None]) for p in each]) for each in same]
+
+
+def some_entries(weight: Tensor) -> Tensor:
+    """About 2,048 entries of each row [E, P], in pieces of 64 that lie together in memory."""
+    flat_EP = weight.detach().flatten(1)
+    pieces = flat_EP.shape[1] // 64
+    if pieces < 64:
+        return flat_EP
+    return flat_EP.unfold(1, 64, 64 * (pieces // 32)).flatten(1)

@@ -14,8 +14,8 @@ from moe_lib.inspect.adapters import Adapter, Dispatch
 from moe_lib.inspect.state import BlockState
 
 EXAMINED = 64  # tokens of each block whose mixture and experts' answers are computed again,
-ANSWERS = 1024  # as long as all experts together give no more answers; but at least
-LEAST = 16
+ANSWERS = 512  # as long as all experts together give no more answers; but at least
+LEAST = 8
 
 
 class Block:
@@ -31,29 +31,41 @@ class Block:
         self.notes: dict[str, None] = {}  # in order, once each
         self.calls = 0
         self.failure = ""
+        self.scores_at: int | None = None  # which of the router's outputs they are; judged once
         self.scores_NE: Tensor | None = None  # of the call in progress
-        self.sample_MD: Tensor | None = None  # what the experts read
+        self.examined = 0  # tokens
+        self.alike: tuple[Tensor, Tensor] | None = None  # cosines of answers [E, E]; of unpaired ones
         self.width_BT: tuple[int, int] | None = None  # the block's own input, if it has three dimensions
 
     @property
     def family(self) -> str:
         return type(self.adapter.block).__name__
 
-    def examine(self, seen: Dispatch, valid_N: Tensor | None, input_ND: Tensor) -> None:
-        """Once a block: is the mixture what was observed? And a sample of what its experts read."""
-        usable_N = (seen.indices_NK >= 0).any(1)
+    def examine(self, seen: Dispatch, valid_N: Tensor | None, input_ND: Tensor, seed: int) -> None:
+        """Once a block, on a few tokens: is the mixture what was observed? Are the experts' answers alike?"""
+        num_experts = self.adapter.num_experts
+        known_NK = (seen.indices_NK >= 0) & (seen.indices_NK < num_experts)
+        usable_N = known_NK.any(1)
         if valid_N is not None:
             usable_N &= valid_N
         usable = usable_N.nonzero().flatten()
         if not len(usable):
             return
-        size = min(max(ANSWERS // self.adapter.num_experts, LEAST), EXAMINED, len(usable))
-        some_M = usable[torch.linspace(0, len(usable) - 1, size).long()]
-        self.sample_MD = seen.tokens_ND[some_M].clone()
+        self.examined = min(max(ANSWERS // num_experts, LEAST), EXAMINED, len(usable))
+        some_M = usable[torch.linspace(0, len(usable) - 1, self.examined).long()]
+        sample_MD = seen.tokens_ND[some_M]
+        answers_EMO = self.adapter.answers(sample_MD).float()
+        self.alike = cosines(answers_EMO, seed)
         if seen.output_NO is None:
             self.explanation = "not checked: the adapter gives no output"
             return
-        mixed_MO = self.adapter.mix(self.sample_MD, seen.indices_NK[some_M], seen.weights_NK[some_M]).float()
+        indices_MK = seen.indices_NK[some_M].where(known_NK[some_M], 0)
+        weights_MK = seen.weights_NK[some_M].where(known_NK[some_M], 0)
+        if self.adapter.scales_inputs:
+            mixed_MO = self.adapter.mix(sample_MD, indices_MK, weights_MK).float()
+        else:
+            chosen_MKO = answers_EMO[indices_MK, torch.arange(self.examined, device=some_M.device)[:, None]]
+            mixed_MO = (chosen_MKO * weights_MK[:, :, None]).sum(1)
         actual_MO = seen.output_NO[some_M].float()
         rest_MO = actual_MO - mixed_MO
         scale = actual_MO.norm().clamp(min=1e-30)
@@ -62,7 +74,7 @@ class Block:
         if self.mixture_error <= tolerance:
             self.explanation = "the mixture of what was observed is the block's output"
             return
-        shared_MO = self._shared(self.sample_MD)
+        shared_MO = self._shared(sample_MD)
         named = {"a shared expert": shared_MO}
         if input_ND.shape == seen.output_NO.shape:
             named["the block's input (a residual connection)"] = input_ND[some_M].float()
@@ -87,3 +99,14 @@ class Block:
                     answer_MO = gate(sample_MD).sigmoid() * answer_MO
                 return answer_MO.float()
         return None
+
+
+def cosines(answers_EMO: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Of two experts' answers [E, E], each expert's mean removed: to the same tokens, and to others."""
+    unit_EMO = answers_EMO - answers_EMO.mean(1, keepdim=True)
+    unit_EMO = unit_EMO / unit_EMO.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None]
+    num_experts, size, _ = unit_EMO.shape
+    draw = torch.Generator().manual_seed(seed)
+    order_EM = torch.rand(num_experts, size, generator=draw).argsort(1).to(unit_EMO.device)
+    unpaired_EMO = unit_EMO[torch.arange(num_experts, device=unit_EMO.device)[:, None], order_EM]
+    return tuple(flat_EP @ flat_EP.T for flat_EP in (unit_EMO.flatten(1), unpaired_EMO.flatten(1)))

@@ -6,13 +6,20 @@ C capacity, S filled slots.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_lib.inspect.adapters import Adapter, Call, Dispatch, from_dense, rows, stacked_weights
+from moe_lib.inspect.adapters import (
+    Adapter,
+    Call,
+    Dispatch,
+    from_dense,
+    parameter_names,
+    rows,
+    stacked_weights,
+)
 from moe_lib.inspect.lists import ListAdapter
 
 
@@ -65,9 +72,7 @@ class StackedAdapter(Adapter):
 
     @staticmethod
     def _names(block: nn.Module) -> tuple[str, str, str]:
-        names = [
-            name for name in inspect.signature(block.forward).parameters if name not in ("args", "kwargs")
-        ]
+        names = [name for name in parameter_names(block) if name not in ("args", "kwargs")]
         index = [name for name in names if name in INDEX_NAMES]
         weight = [name for name in names if name in WEIGHT_NAMES]
         return names[0] if names else "", index[0] if index else "", weight[-1] if weight else ""
@@ -76,14 +81,18 @@ class StackedAdapter(Adapter):
     def matches(cls, block: nn.Module) -> bool:
         if isinstance(block, nn.ModuleList | nn.ModuleDict) or not any(True for _ in block.parameters()):
             return False
-        return all(cls._names(block)) and any(p.ndim >= 2 for p in block.parameters())
+        stacked = any(p.ndim > 2 for p in block.parameters())
+        return all(cls._names(block)) and (stacked or cls._count(block) is not None)
+
+    @staticmethod
+    def _count(block: nn.Module) -> int | None:
+        counts = [getattr(block, name, None) for name in ("num_experts", "moe_num_experts")]
+        return next((count for count in counts if isinstance(count, int)), None)
 
     @property
     def num_experts(self) -> int:
-        for name in ("num_experts", "moe_num_experts"):
-            if isinstance(count := getattr(self.block, name, None), int):
-                return count
-        return super().num_experts
+        count = self._count(self.block)
+        return super().num_experts if count is None else count
 
     def dispatch(self, call: Call) -> Dispatch:
         tokens = call.inputs[self.tokens_name]
@@ -93,24 +102,30 @@ class StackedAdapter(Adapter):
         indices_NK = indices.reshape(-1, indices.shape[-1])
         weights_NK = weights.reshape(len(indices_NK), -1)
         self.dense = weights_NK.shape != indices_NK.shape
-        valid_NK = (indices_NK >= 0) & (indices_NK < self.num_experts)
         if self.dense:  # weights of all experts [N, E]
-            weights_NK = weights_NK.gather(1, indices_NK.where(valid_NK, 0))
-        return Dispatch(
-            rows(tokens), indices_NK.where(valid_NK, -1), weights_NK.where(valid_NK, 0), rows(call.output)
-        )
+            known_NK = (indices_NK >= 0) & (indices_NK < self.num_experts)
+            weights_NK = weights_NK.gather(1, indices_NK.where(known_NK, 0)).where(known_NK, 0)
+        return Dispatch(rows(tokens), indices_NK, weights_NK, rows(call.output))
 
-    def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
-        weight_M1 = tokens_MD.new_ones(len(tokens_MD), 1)
-        index_M1 = torch.full_like(weight_M1, e, dtype=torch.long)
-        weights = weight_M1
+    def _run(self, tokens_MD: Tensor, index_M: Tensor) -> Tensor:
+        """The module's own answer where token m goes to expert index_M[m] alone."""
+        weights = tokens_MD.new_ones(len(tokens_MD), 1)
         if self.dense:
-            weights = tokens_MD.new_zeros(len(tokens_MD), self.num_experts).index_fill(1, index_M1[0], 1)
+            weights = tokens_MD.new_zeros(len(tokens_MD), self.num_experts)
+            weights.scatter_(1, index_M[:, None], 1.0)
         tokens = tokens_MD[None] if self.sequences else tokens_MD
-        named = {self.tokens_name: tokens, self.index_name: index_M1, self.weight_name: weights}
+        named = {self.tokens_name: tokens, self.index_name: index_M[:, None], self.weight_name: weights}
         values = {**self.inputs, **named}
         in_order = [name for name in self.names if name in values]
         return rows(self.block(*(values[name] for name in in_order)))  # some implementations rename them
+
+    def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
+        return self._run(tokens_MD, torch.full((len(tokens_MD),), e, device=tokens_MD.device))
+
+    def answers(self, tokens_MD: Tensor) -> Tensor:
+        size, num_experts = len(tokens_MD), self.num_experts
+        index_R = torch.arange(num_experts, device=tokens_MD.device).repeat_interleave(size)
+        return self._run(tokens_MD.repeat(num_experts, 1), index_R).view(num_experts, size, -1)
 
     def expert_weights(self) -> list[Tensor]:
         num_experts = self.num_experts
@@ -123,6 +138,7 @@ class Llama4Adapter(Adapter):
 
     classes = ("Llama4TextMoe",)
     watch = ("router",)
+    scales_inputs = True
 
     def dispatch(self, call: Call) -> Dispatch:
         scores, logits = call.seen["router"][:2]
@@ -135,13 +151,6 @@ class Llama4Adapter(Adapter):
         experts: Any = self.block.experts
         gate_MH, up_MH = (tokens_MD @ experts.gate_up_proj[e]).chunk(2, 1)
         return (up_MH * experts.act_fn(gate_MH)) @ experts.down_proj[e]
-
-    def mix(self, tokens_MD: Tensor, indices_MK: Tensor, weights_MK: Tensor) -> Tensor:
-        mixed_MD = torch.zeros_like(tokens_MD)
-        for e in set(indices_MK.unique().tolist()) - {-1}:
-            row, slot = torch.where(indices_MK == e)
-            mixed_MD.index_add_(0, row, self.answer(e, tokens_MD[row] * weights_MK[row, slot, None]))
-        return mixed_MD
 
 
 class ParallelExpertsAdapter(Adapter):
@@ -268,15 +277,9 @@ class TorchtitanAdapter(Adapter):
         w1_HD, w2_DH, w3_HD = (getattr(self.block.experts, name)[e] for name in ("w1", "w2", "w3"))
         return (nn.functional.silu(tokens_MD @ w1_HD.T) * (tokens_MD @ w3_HD.T)) @ w2_DH.T
 
-    def mix(self, tokens_MD: Tensor, indices_MK: Tensor, weights_MK: Tensor) -> Tensor:
-        if not getattr(self.block, "score_before_experts", False):
-            return super().mix(tokens_MD, indices_MK, weights_MK)
-        mixed_MD = torch.zeros_like(tokens_MD)
-        for e in set(indices_MK.unique().tolist()) - {-1}:
-            row, slot = torch.where(indices_MK == e)
-            scaled_MD = (tokens_MD[row] * weights_MK[row, slot, None]).to(tokens_MD.dtype)
-            mixed_MD.index_add_(0, row, self.answer(e, scaled_MD))
-        return mixed_MD
+    @property
+    def scales_inputs(self) -> bool:  # type: ignore[override]
+        return bool(getattr(self.block, "score_before_experts", False))
 
 
 class SoftMoEAdapter(ListAdapter):

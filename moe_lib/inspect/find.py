@@ -56,11 +56,19 @@ def find_blocks(model: nn.Module, adapters: Sequence[type[Adapter]] = ()) -> tup
     unread = [
         f"{name} ({type(module).__name__})"
         for name, module in modules.items()
-        if name and MOE_CLASS.search(type(module).__name__)
+        if name and (MOE_CLASS.search(type(module).__name__) or _stacked_behind_a_gate(module))
         and not any(_inside(name, other) or _inside(other, name) for other in found)
     ]  # fmt: skip
     unread = [entry for entry in unread if not any(entry.startswith(f"{o.split(' ')[0]}.") for o in unread)]
     return [found[name] for name in order], unread
+
+
+def _stacked_behind_a_gate(module: nn.Module) -> bool:
+    """Two or more parameters [E, ., .] of its own, and one of E scores beside them."""
+    own = [p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3]
+    if len(own) < 2 or len(set(own)) > 1:
+        return False
+    return any(p.ndim == 2 and own[0] in p.shape for p in module.parameters())
 
 
 def _inside(name: str, other: str) -> bool:

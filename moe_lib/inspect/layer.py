@@ -48,12 +48,10 @@ def layer_of(name: str, family: str, state: BlockState, measures: dict[str, Valu
     class_expert: dict[str, list[float]] = {}
     if len(state.class_key):
         classes_C, table_CE = state.class_table()
-        share_CE = table_CE / table_CE.sum(1, keepdim=True)
         largest = table_CE.sum(1).argsort(descending=True)[:100].sort().values  # to be shown; all are counted
-        class_expert = {
-            (names or {}).get(int(classes_C[c]), str(int(classes_C[c]))): share_CE[c].tolist()
-            for c in largest
-        }
+        share_CE = table_CE[largest] / table_CE[largest].sum(1, keepdim=True)
+        shown = zip(classes_C[largest].tolist(), share_CE.tolist(), strict=True)
+        class_expert = {(names or {}).get(c, str(c)): share_E for c, share_E in shown}
     return Layer(
         name, family, state.num_experts, state.num_slots, int(state.tokens), load(state).tolist(),
         (state.weight_E / served).tolist(), {key: measures[key] for key in ABOUT if key in measures},

@@ -43,11 +43,19 @@ def expert_list(block: nn.Module) -> tuple[str, list[nn.Module]] | None:
     return None
 
 
-def _enter() -> int:
+def _enter() -> tuple[int, bool]:
+    """A dual level, and whether tangents were on: they are not inside of reentrant checkpointing."""
     with warnings.catch_warnings():  # the first dual tensor imports a module that warns about itself
         warnings.simplefilter("ignore", FutureWarning)
         from torch._decomp import decompositions_for_jvp  # noqa: F401
-    return forward_ad.enter_dual_level()
+    enabled = torch._C._is_fwd_grad_enabled()
+    torch._C._set_fwd_grad_enabled(True)
+    return forward_ad.enter_dual_level(), enabled
+
+
+def _leave(entered: tuple[int, bool]) -> None:
+    forward_ad.exit_dual_level(level=entered[0])
+    torch._C._set_fwd_grad_enabled(entered[1])
 
 
 def _has_forward(module: nn.Module) -> bool:
@@ -66,10 +74,11 @@ class ListAdapter(Adapter):
         assert found is not None  # by `matches`
         self.list_name, self.members = found
         self.holder = holder
-        self.level: int | None = None
+        self.level: tuple[int, bool] | None = None
         self.ran: dict[int, list[Tensor]] = {}
         self.sequential = False
         self.replaying = False
+        self.reads_input = False  # the experts read the block's input as it is
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
@@ -127,7 +136,7 @@ class ListAdapter(Adapter):
                 f"{self.num_experts} experts answer with a width of {flat.shape[1]}: at least as many "
                 "are needed to tell them apart; pass an adapter"
             )
-        flat[:, e] = 1
+        flat[:, e :: self.num_experts] = 1  # in every period, to see what changes single features
         tagged = forward_ad.make_dual(answer, tag)
         if isinstance(output, Tensor):
             return tagged
@@ -143,7 +152,7 @@ class ListAdapter(Adapter):
         elif self.level is not None:
             if call.output is not None:
                 self.tangent = forward_ad.unpack_dual(first_tensor(call.output)).tangent
-            forward_ad.exit_dual_level(level=self.level)
+            _leave(self.level)
             self.level = None
 
     @torch.no_grad()
@@ -165,7 +174,7 @@ class ListAdapter(Adapter):
         try:
             self.tangent = forward_ad.unpack_dual(first_tensor(self.block.forward(*args, **kwargs))).tangent
         finally:
-            forward_ad.exit_dual_level(level=self.level)
+            _leave(self.level)
             self.level = None
             self.replaying = False
             for member in self.members:
@@ -188,7 +197,12 @@ class ListAdapter(Adapter):
         if not self.ran or self.tangent is None:
             raise NotAMixture("its modules' answers do not reach its output")
         tags_NO, num_experts = rows(self.tangent), self.num_experts
-        if len(tags_NO) != len(output_NO) or bool(tags_NO[:, num_experts:].any()):
+        longest = max(len(rows(part)) for parts in self.ran.values() for part in parts)
+        if len(rows(call.tokens)) > len(output_NO) and longest > len(output_NO):
+            raise NotAMixture("the answers to several tokens are pooled")
+        periods = tags_NO.split(num_experts, 1)
+        same = all(_close(period, periods[0][:, : period.shape[1]]) for period in periods[1:])
+        if len(tags_NO) != len(output_NO) or not same:
             raise NotAMixture("the answers are not added up with weights, or are transformed after that")
         indices_NK, weights_NK = from_dense(tags_NO[:, :num_experts])
         return Dispatch(self._tokens(call, indices_NK), indices_NK, weights_NK, output_NO)
@@ -200,6 +214,8 @@ class ListAdapter(Adapter):
         token after token, or first choices before second ones, whichever makes the experts agree.
         """
         given_ND = rows(call.tokens)
+        if self.reads_input:
+            return given_ND
         read = {e: torch.cat([rows(part) for part in parts]) for e, parts in self.ran.items()}
         chosen = {
             e: [indices_NK.eq(e).any(1).nonzero().flatten(), torch.where(indices_NK.T.eq(e))[1]] for e in read
@@ -208,6 +224,7 @@ class ListAdapter(Adapter):
         fits = given_ND.shape == (len(indices_NK), next(iter(read.values())).shape[1])
         checks = [_same_rows(part, given_ND[whole[e]]) for e, part in read.items()] if fits else [False]
         if all(check is not False for check in checks) and True in checks:
+            self.reads_input = True  # judged once
             return given_ND
         for part in read.values():
             if len(part) == len(indices_NK):
@@ -236,3 +253,7 @@ def _same_rows(one_RD: Tensor, other_RD: Tensor) -> bool | None:
     if one_RD.shape != other_RD.shape:
         return None
     return torch.allclose(one_RD.float().sum(0), other_RD.float().sum(0), rtol=1e-3, atol=1e-3)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one.float(), other.float(), rtol=2e-2, atol=1e-6)

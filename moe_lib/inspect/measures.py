@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_lib.inspect.state import DENSE_TABLE, BlockState
+from moe_lib.inspect.adapters import some_entries
+from moe_lib.inspect.state import BlockState, counted
 
 if TYPE_CHECKING:
     from moe_lib.inspect.block import Block
 
-NULL_DRAWS = 5
-MANY_TOKENS = 200_000  # above it one draw is enough
+NULL_DRAWS = 5  # of labels permuted, but
+MANY_TOKENS = 20_000  # no more in all, if more than one draw
 
 
 class Value(NamedTuple):
@@ -169,15 +170,15 @@ def class_information(state: BlockState, seed: int = 0) -> Value:
     if len(classes_C) < 2:
         return Value(math.nan, math.nan)
     value = information(state.class_key, state.class_count, state.num_experts)
-    labelled = state.kept_label_M >= 0
-    chosen_MK, label_M = state.kept_MK[labelled].long(), state.kept_label_M[labelled]
+    labelled = state.kept.label_M >= 0
+    chosen_MK, label_M = state.kept.chosen_MK[labelled].long(), state.kept.label_M[labelled]
     if not len(label_M):
         return Value(value, math.nan)
     slots_per_token = float((chosen_MK >= 0).sum()) / len(chosen_MK)
     size_C = (table_CE.sum(1) / slots_per_token).round().long().clamp(min=1)
     num_tokens = int(size_C.sum())
     generator = torch.Generator().manual_seed(seed)
-    total, draws = 0.0, 1 if num_tokens > MANY_TOKENS else NULL_DRAWS
+    total, draws = 0.0, min(max(MANY_TOKENS // num_tokens, 1), NULL_DRAWS)
     exact = num_tokens == len(label_M)  # every token was kept: a true permutation
     for _ in range(draws):
         if exact:
@@ -191,16 +192,6 @@ def class_information(state: BlockState, seed: int = 0) -> Value:
     return Value(value, total / draws)
 
 
-def counted(key: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys that occur, and how often."""
-    if len(key) and int(key.max()) < DENSE_TABLE:
-        count = key.bincount()
-        keys = count.nonzero().flatten()
-        return keys, count[keys].double()
-    keys, counts = key.unique(return_counts=True)
-    return keys, counts.double()
-
-
 def information(key: Tensor, count: Tensor, num_experts: int) -> float:
     """Mutual information in nats of a sparse table of (class, expert) counts."""
     p = count / count.sum()
@@ -212,8 +203,8 @@ def information(key: Tensor, count: Tensor, num_experts: int) -> float:
 
 
 @torch.no_grad()
-def expert_measures(block: Block, seed: int = 0) -> dict[str, Value]:
-    """What the experts compute: all of them on a sample of what the block reads."""
+def expert_measures(block: Block) -> dict[str, Value]:
+    """What the experts compute: their answers to a few tokens that the block read, and their weights."""
     nothing = Value(math.nan, math.nan)
     found = {
         "answers alike": nothing,
@@ -221,43 +212,29 @@ def expert_measures(block: Block, seed: int = 0) -> dict[str, Value]:
         "weights alike": nothing,
         "mixture error": Value(block.mixture_error, 0.0),
     }
-    num_experts = block.adapter.num_experts
-    if num_experts < 2:
+    if block.adapter.num_experts < 2:
         return found
-    if block.sample_MD is not None and len(block.sample_MD) > 2:
-        answers = [block.adapter.answer(e, block.sample_MD).float() for e in range(num_experts)]
-        unit_EMO = torch.stack([a - a.mean(0) for a in answers])
-        load_E = load(block.state).to(unit_EMO.device, torch.float32)
-        draw = torch.Generator().manual_seed(seed)
-        shuffled_EMO = torch.stack([a[torch.randperm(len(a), generator=draw).to(a.device)] for a in unit_EMO])
-        values, nulls = _pair_means(_cosines(unit_EMO), load_E), _pair_means(_cosines(shuffled_EMO), load_E)
+    if block.alike is not None and block.examined > 2:
+        load_E = load(block.state).to(block.alike[0])
+        values, nulls = (_pair_means(cosine_EE, load_E) for cosine_EE in block.alike)
         found["answers alike"] = Value(values[0], nulls[0])
         found["answers alike, by use"] = Value(values[1], nulls[1])
     inner_EE: Tensor | float = 0.0
     for weight in block.adapter.expert_weights():
-        flat_EP = weight.detach().flatten(1)
-        flat_EP = flat_EP[:, :: max(flat_EP.shape[1] // 8192, 1)].float()
+        flat_EP = some_entries(weight).float()
         inner_EE = inner_EE + flat_EP @ flat_EP.T
     if isinstance(inner_EE, Tensor):
         norm_E = inner_EE.diagonal().clamp(min=1e-30).sqrt()
-        found["weights alike"] = Value(_pair_means(inner_EE / norm_E / norm_E[:, None], None)[0], 0.0)
+        found["weights alike"] = Value(_pair_means(inner_EE / norm_E / norm_E[:, None], norm_E)[0], 0.0)
     return found
 
 
-def _cosines(answers_EMO: Tensor) -> Tensor:
-    flat_EP = torch.nn.functional.normalize(answers_EMO.flatten(1), dim=1)
-    return flat_EP @ flat_EP.T
-
-
-def _pair_means(cosine_EE: Tensor, load_E: Tensor | None) -> tuple[float, float]:
+def _pair_means(cosine_EE: Tensor, load_E: Tensor) -> tuple[float, float]:
     """Mean over pairs of different experts: plain, and weighted by the product of their loads."""
-    off = ~torch.eye(len(cosine_EE), dtype=torch.bool, device=cosine_EE.device)
-    plain = float(cosine_EE[off].mean())
-    if load_E is None:
-        return plain, plain
-    weight_EE = load_E[:, None] * load_E * off
-    total = float(weight_EE.sum())
-    return plain, float((cosine_EE * weight_EE).sum()) / total if total > 1e-12 else math.nan
+    off_EE = cosine_EE.clone().fill_diagonal_(0)
+    num_experts, total = len(off_EE), float(load_E.sum() ** 2 - load_E.square().sum())
+    plain = float(off_EE.sum()) / (num_experts * (num_experts - 1))
+    return plain, float(load_E @ off_EE @ load_E) / total if total > 1e-12 else math.nan
 
 
 def balance_losses(states: list[BlockState]) -> dict[str, float]:

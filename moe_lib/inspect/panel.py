@@ -196,13 +196,13 @@ class Comparison:
         found = []
         for old, new in zip(self.before.layers, self.after.layers, strict=True):
             a, b = old.state, new.state
-            if a is None or b is None or not len(a.kept_M) or not len(b.kept_M):
+            if a is None or b is None or not len(a.kept.priority_M) or not len(b.kept.priority_M):
                 found.append(Value(math.nan, math.nan))
                 continue
-            order_a, order_b = a.kept_position_M.argsort(), b.kept_position_M.argsort()
-            common = torch.isin(a.kept_position_M[order_a], b.kept_position_M)
-            mine = torch.isin(b.kept_position_M[order_b], a.kept_position_M)
-            old_MK, new_MK = a.kept_MK[order_a][common], b.kept_MK[order_b][mine]
+            order_a, order_b = a.kept.position_M.argsort(), b.kept.position_M.argsort()
+            common = torch.isin(a.kept.position_M[order_a], b.kept.position_M)
+            mine = torch.isin(b.kept.position_M[order_b], a.kept.position_M)
+            old_MK, new_MK = a.kept.chosen_MK[order_a][common], b.kept.chosen_MK[order_b][mine]
             same = ((old_MK[:, :, None] == new_MK[:, None]) & (old_MK >= 0)[:, :, None]).any(2).sum()
             size = torch.maximum((old_MK >= 0).sum(1), (new_MK >= 0).sum(1)).sum().clamp(min=1)
             q, p = (s.count_E / s.count_E.sum().clamp(min=1) for s in (a, b))

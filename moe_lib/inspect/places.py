@@ -6,6 +6,7 @@ Shapes: N tokens of one call, B sequences, T positions.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class Stream:
         self.batch_shape: tuple[int, ...] = ()
         self.encoder_decoder = False
         self.drawn: dict[int, tuple[Tensor, Tensor]] = {}  # positions and priorities, by number of tokens
+        self.places: dict[Any, tuple[Place, list[str]]] = {}  # of this batch, and what is to be noted
 
     def starts(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """The model is called: what its arguments say about the tokens."""
@@ -40,20 +42,29 @@ class Stream:
         self.batch_shape = tuple(ids.shape) if isinstance(ids, Tensor) else ()
         self.encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.num_calls += 1
-        self.drawn = {}
+        self.drawn, self.places = {}, {}
 
     def place(self, block: Block, own: Tensor, num_tokens: int) -> Place:
         """Of the tokens that a block reads, given its first input."""
+        decoder = self.encoder_decoder and "decoder" in block.name
+        key = (num_tokens, own.shape[:2] if own.ndim == 3 else None, block.width_BT, decoder, own.device)
+        if key not in self.places:
+            self.places[key] = self._place(block, own, num_tokens, decoder)
+        place, notes = self.places[key]
+        block.notes |= dict.fromkeys(notes)
+        return place
+
+    def _place(self, block: Block, own: Tensor, num_tokens: int, decoder: bool) -> tuple[Place, list[str]]:
+        notes: list[str] = []
         shape = block.width_BT
         if own.ndim == 3 and own.shape[0] * own.shape[1] == num_tokens:
             shape = (own.shape[0], own.shape[1])
         elif shape is not None and shape[0] * shape[1] != num_tokens:
             shape = None
-        decoder = self.encoder_decoder and "decoder" in block.name
         mask = self.masks.get("decoder" if decoder else "")
         labels = self.decoder_labels if decoder else self.labels
         if mask is not None and mask.ndim != 2:
-            block.notes["the attention mask is not [B, T]: padding is not told apart"] = None
+            notes.append("the attention mask is not [B, T]: padding is not told apart")
             mask = None
         known = mask if mask is not None else labels if labels is not None and labels.ndim == 2 else None
         batch = self.batch_shape[0] if self.batch_shape else None
@@ -63,11 +74,11 @@ class Stream:
             if size and num_tokens % size == 0 and num_tokens > size:
                 shape = (num_tokens // size, size) if first else (size, num_tokens // size)
                 if first is None:
-                    block.notes["the block reads tokens [N, D]: taken as sequence after sequence"] = None
+                    notes.append("the block reads tokens [N, D]: taken as sequence after sequence")
         if first is None and shape is not None and batch is not None:
             first = shape[0] != batch and shape[1] == batch
             if first:
-                block.notes["sequence-first: the block reads tokens as [T, B]"] = None
+                notes.append("sequence-first: the block reads tokens as [T, B]")
         place = Place()
         size, length = (num_tokens, 1) if shape is None else (shape[1], shape[0]) if first else shape
         place.sequences = None if first or shape is None else (size, length)
@@ -81,7 +92,7 @@ class Stream:
             positions_N = (self.num_calls << 24) + torch.arange(num_tokens)
             self.drawn[num_tokens] = positions_N, torch.rand(num_tokens, generator=draw, dtype=torch.float64)
         place.position_N, place.priority_N = self.drawn[num_tokens]
-        return place
+        return place, notes
 
     def _aligned(self, block: Block, given: Tensor, size: int, length: int, first: bool, what: str) -> Tensor:
         """[N] in the order of the block's tokens, from [B, T], [B] or [N]."""

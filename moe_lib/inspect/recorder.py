@@ -115,7 +115,11 @@ class Recorder:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             if self._idle() or getattr(block.adapter, "replaying", False):
                 return
-            block.scores_NE = router_scores(output, block.adapter.num_experts)
+            if block.scores_at is None:
+                block.scores_at, block.scores_NE = router_scores(output, block.adapter.num_experts)
+            elif block.scores_at >= 0:
+                value = output[block.scores_at] if isinstance(output, tuple | list) else output
+                block.scores_NE = value.detach().reshape(-1, value.shape[-1])
 
         return hook
 
@@ -163,10 +167,12 @@ class Recorder:
         block.calls += 1
         place = self.stream.place(block, call.tokens, len(seen.indices_NK))
         if self.tamper is not None:
+            known_NK = (seen.indices_NK >= 0) & (seen.indices_NK < block.adapter.num_experts)
+            seen = seen._replace(weights_NK=seen.weights_NK.where(known_NK, 0))
             change_NO = self.tamper(block, seen, place.valid_N)
             return None if change_NO is None else _add(call.output, change_NO)
-        if block.sample_MD is None:
-            block.examine(seen, place.valid_N, rows(call.tokens))
+        if not block.examined:
+            block.examine(seen, place.valid_N, rows(call.tokens), self.stream.seed)
         block.state.update(seen, place)
         return None
 

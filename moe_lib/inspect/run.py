@@ -122,7 +122,7 @@ def panel_of(
     try:
         for block, state in zip(blocks, states, strict=True):
             with torch.no_grad():
-                measures = routing_measures(state, seed) | expert_measures(block, seed)
+                measures = routing_measures(state, seed) | expert_measures(block)
             notes = list(block.notes)
             layer = layer_of(block.name, block.family, state, measures, block.explanation, notes, names)
             if cost := (costs or {}).get(block.name):

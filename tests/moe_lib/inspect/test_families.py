@@ -375,6 +375,117 @@ def test_blocks_in_foreign_styles(kind):
     assert layer["mixture error"] < 1e-5
 
 
+class NoisyNamed(nn.Module):
+    """Noisy top-k over a ModuleDict; answers are put back with masks."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.noise = nn.Linear(16, 4), nn.Linear(16, 4)
+        self.experts = nn.ModuleDict({f"e{i}": nn.Linear(16, 16) for i in range(4)})
+
+    def forward(self, x_BTD):
+        score_BTE = self.gate(x_BTD)
+        score_BTE = score_BTE + torch.randn_like(score_BTE) * nn.functional.softplus(self.noise(x_BTD))
+        top, index = score_BTE.topk(2, -1)
+        gate_BTE = torch.full_like(score_BTE, -torch.inf).scatter(-1, index, top).softmax(-1)
+        self.served = index.flatten().bincount(minlength=4).tolist()
+        out_BTD = torch.zeros_like(x_BTD)
+        for e, expert in enumerate(self.experts.values()):
+            mine = (index == e).any(-1)
+            out_BTD[mine] += expert(x_BTD[mine]) * gate_BTE[mine][:, e : e + 1]
+        return out_BTD
+
+
+class ExpertChoice(nn.Module):
+    """Each expert takes the tokens that score best with it; some tokens get none."""
+
+    def __init__(self, capacity=10):
+        super().__init__()
+        self.router = nn.Linear(16, 4)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.capacity = capacity
+
+    def forward(self, x_BTD):
+        x_ND = x_BTD.reshape(-1, 16)
+        weight_EC, token_EC = self.router(x_ND).softmax(-1).T.topk(self.capacity, -1)
+        self.served = [self.capacity] * 4
+        self.dropped = 1 - len(token_EC.unique()) / len(x_ND)
+        answer_ECD = torch.stack([expert(x_ND[t]) for expert, t in zip(self.experts, token_EC, strict=True)])
+        out_ND = torch.zeros_like(x_ND)
+        answers = (answer_ECD * weight_EC[..., None]).flatten(0, 1)
+        return out_ND.index_add(0, token_EC.flatten(), answers).view_as(x_BTD)
+
+
+@pytest.mark.parametrize("kind", [NoisyNamed, ExpertChoice])
+def test_noise_and_experts_that_choose(kind):
+    torch.manual_seed(0)
+    model = kind()
+    (layer,) = inspect_moe(nn.Sequential(model), [torch.randn(3, 20, 16)]).layers
+    assert layer.state.count_E.tolist() == model.served
+    assert layer["dropped"] == pytest.approx(getattr(model, "dropped", 0))
+    assert layer["mixture error"] < 1e-5
+
+
+@pytest.mark.parametrize("after", ["relu", "dropout", "scale", "pool"])
+def test_what_is_done_after_mixing_is_refused_by_name(after):
+    """Feature by feature, or over tokens: the tags no longer are the weights."""
+
+    class Transformed(NoisyNamed):
+        def forward(self, x_BTD):
+            out_BTD = super().forward(x_BTD)
+            if after == "pool":
+                return out_BTD.mean(1)
+            change = {"relu": torch.relu, "scale": torch.linspace(1, 2, 16).mul}
+            return change.get(after, lambda y: nn.functional.dropout(y, 0.3))(out_BTD)
+
+    torch.manual_seed(0)
+    reason = "pooled" if after == "pool" else "transformed after that"
+    with pytest.raises(ValueError, match=rf"0 \(Transformed\): the answers .*{reason}"):
+        inspect_moe(nn.Sequential(Transformed()), [torch.randn(3, 20, 16)])
+
+
+class EinsumLayer(nn.Module):
+    """Stacked weights and dispatch by einsum in one module, under a name that says nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.w_gate = nn.Linear(16, 4, bias=False)
+        self.w_in, self.w_out = nn.Parameter(torch.randn(4, 16, 8)), nn.Parameter(torch.randn(4, 8, 16))
+
+    def forward(self, x_ND):
+        gate_NE = self.w_gate(x_ND).softmax(-1)
+        hidden_ENH = torch.einsum("nd,edh->enh", x_ND, self.w_in).relu()
+        return torch.einsum("ne,enh,ehd->nd", gate_NE, hidden_ENH, self.w_out)
+
+
+class Codebook(nn.Module):
+    """No experts, but called as experts are."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores, self.codes = nn.Linear(16, 32), Codes()
+
+    def forward(self, x_ND):
+        weights, indices = self.scores(x_ND).softmax(-1).topk(2)
+        return self.codes(x_ND, indices, weights)
+
+
+class Codes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(32, 16))
+
+    def forward(self, x_ND, indices, weights):
+        return (self.table[indices] * weights[..., None]).sum(1)
+
+
+def test_stacked_weights_in_one_module_are_named_and_a_codebook_is_not():
+    panel = inspect_moe(nn.Sequential(Handwritten(), EinsumLayer(), Codebook()), [tokens()])
+    assert [layer.name for layer in panel.layers] == ["0"]
+    assert len(panel.unread) == 1
+    assert panel.unread[0].startswith("1 (EinsumLayer): write an Adapter")
+
+
 class TitanRouter(nn.Linear):
     def forward(self, x_ND, bias=None):
         top, index = super().forward(x_ND).sigmoid().topk(2, 1)
