@@ -282,11 +282,10 @@ def test_measures_are_the_same_when_repeated_and_leave_the_global_random_state_a
 # --------------------------------------------------------------------------------------- the null
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_the_null_is_experts_that_were_each_trained_alone(schedule):
+def test_the_null_is_experts_that_were_each_trained_alone():
     """The same as E loops over one expert: none feels another, and the batches are the run's."""
     task = make_task()
-    config = TrainConfig(epochs=2, batch_size=16, learning_rate=1e-2, schedule=schedule, precision="float64")
+    config = TrainConfig(epochs=2, batch_size=16, learning_rate=1e-2, precision="float64")
     train, test = task.dataset.train, task.dataset.test
     codes_ND, test_codes_ND = outputs(task, train)[3], outputs(task, test)[3]
     start = Experts(5, 3, 6, 3)
@@ -302,7 +301,7 @@ def test_the_null_is_experts_that_were_each_trained_alone(schedule):
         for epoch in range(2):
             order_N = torch.randperm(60, generator=generator(task.seed, "order", epoch))
             for index in order_N.split(16):
-                decay = (1 + math.cos(math.pi * done / steps)) / 2 if schedule == "cosine" else 1
+                decay = (1 + math.cos(math.pi * done / steps)) / 2
                 optimizer.param_groups[0]["lr"] = 1e-2 * decay
                 loss = torch.nn.functional.cross_entropy(expert(codes_ND[index])[:, 0], train.labels_N[index])
                 optimizer.zero_grad()

@@ -367,7 +367,7 @@ def test_a_text_that_repeats_itself_is_learned():
         return {"cross_entropy": losses_M.mean().item(), "accuracy": right_M.double().mean().item()}
 
     assert measure()["cross_entropy"] > 1
-    config = TrainConfig(epochs=8, batch_size=4, learning_rate=0.03, schedule="constant", precision="float64")
+    config = TrainConfig(epochs=8, batch_size=4, learning_rate=0.03, precision="float64")
     history, _ = fit(task, config, measure, label="abc")
     assert history.best_cross_entropy < 0.2
 
