@@ -124,6 +124,8 @@ def panel_of(
             with torch.no_grad():
                 measures = routing_measures(state, seed) | expert_measures(block)
             notes = list(block.notes)
+            if block.examined:
+                notes.append(f"experts' answers and the mixture: from a sample of {block.examined} tokens")
             layer = layer_of(block.name, block.family, state, measures, block.explanation, notes, names)
             if cost := (costs or {}).get(block.name):
                 for label, key in zip(CAUSAL, ("permuted", "swapped", "dropped"), strict=True):

@@ -234,6 +234,7 @@ def test_alike_experts_are_seen_by_answers_and_weights():
     assert abs(other["answers alike"]) < 0.15
     assert abs(other["weights alike"]) < 0.15
     assert abs(same.measures["answers alike"].null) < 0.15
+    assert same.notes == ["experts' answers and the mixture: from a sample of 64 tokens"]
 
 
 def test_an_idle_expert_does_not_count_as_a_different_one():
