@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from moe_lib import metrics
-from moe_lib.metrics.collapse import collapse
 from moe_study import stats, store
 from moe_study.claims import BY_KEY, CLAIMS, CONFIRMATORY, OUTSIDE, Claim, Condition, Measure
+from moe_study.collapse import collapse
 from moe_study.report import tables
 
 Word = Literal["supported", "contradicted", "smaller than claimed", "undecided", "not testable here", "pilot"]

@@ -22,11 +22,6 @@ from typing import Any, NamedTuple
 from moe_lib.checks import check_count, check_number
 
 
-class Degree(NamedTuple):
-    value: float  # in [0, 1]; NaN where the measure says nothing
-    null: float  # NaN where the run has none
-
-
 class Redundancy(NamedTuple):
     """Functional collapse by four interventions: 1 minus the accuracy lost, as a share of what E perfect
     specialists (equal in load, each at chance on the others' samples) would lose; merged: could lose."""
@@ -35,13 +30,6 @@ class Redundancy(NamedTuple):
     swapped: float  # two experts exchange their weights: are they interchangeable?
     merged: float  # two experts replaced by their mean: do two do what one could?
     dropped: float  # one expert left out, summed over experts: is each needed?
-
-
-class Collapse(NamedTuple):
-    routing: Degree
-    representational: Degree
-    functional: Degree
-    redundancy: Redundancy
 
 
 def routing_collapse(marginal_entropy: float, num_experts: int) -> float:
@@ -104,45 +92,6 @@ def redundancy(ablation: dict[str, Any], accuracy: float, num_experts: int, num_
         kept(ablation["merged"], 2 / num_experts),
         kept(sum(max(cost, 0.0) for cost in ablation["dropped"]), 1.0),
     )
-
-
-def collapse(result: dict[str, Any]) -> Collapse:
-    """The panel of one run of the SNNL study, from its result file.
-
-    All NaN for a model of one expert. The representational null exists where the run trained it.
-    """
-    entropy = result["routing"]["entropy"]
-    num_experts, num_classes = entropy["num_experts"], entropy["num_classes"]
-    if num_experts < 2:
-        nothing = Degree(math.nan, math.nan)
-        return Collapse(nothing, nothing, nothing, redundancy({}, 0.0, num_experts, num_classes))
-    alone = (result.get("null") or {}).get("similarity", {}).get("outputs", math.nan)
-    parts = redundancy(result["ablation"], result["task"]["accuracy"], num_experts, num_classes)
-    return Collapse(
-        Degree(
-            routing_collapse(entropy["marginal"], num_experts),
-            routing_collapse(result["initial"]["routing"]["entropy"]["marginal"], num_experts),
-        ),
-        Degree(
-            representational_collapse(result["similarity"]["outputs"]),
-            representational_collapse(alone),
-        ),
-        Degree(parts.permuted, 1.0),
-        parts,
-    )
-
-
-def trajectory(result: dict[str, Any]) -> dict[str, list[float]]:
-    """Routing and representational collapse after every epoch, on validation data; NaN for one expert."""
-    validation = result["history"]["validation"]
-    num_experts = result["routing"]["entropy"]["num_experts"]
-    if num_experts < 2:
-        nothing = [math.nan] * len(validation["marginal"])
-        return {"routing": nothing, "representational": nothing}
-    return {
-        "routing": [routing_collapse(value, num_experts) for value in validation["marginal"]],
-        "representational": [representational_collapse(value) for value in validation["output_similarity"]],
-    }
 
 
 def _unit(value: float) -> float:

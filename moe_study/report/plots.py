@@ -25,8 +25,8 @@ from PIL.PngImagePlugin import PngInfo
 from scipy.optimize import linear_sum_assignment
 
 from moe_lib import metrics
-from moe_lib.metrics.collapse import collapse, trajectory
 from moe_study import stats, store
+from moe_study.collapse import collapse, trajectory
 from moe_study.configs.dose import Panel
 from moe_study.data import DATASETS
 from moe_study.data.text import CORPORA

@@ -13,18 +13,17 @@ import torch
 
 from moe_lib import metrics
 from moe_lib.metrics.collapse import (
-    collapse,
     functional_collapse,
     redundancy,
     representational_collapse,
     routing_collapse,
-    trajectory,
 )
 from moe_lib.metrics.interventions import expert_ablations
 from moe_study import store
+from moe_study.collapse import collapse, trajectory
 
 E, C, N = 4, 8, 4000
-RESULTS = sorted((Path(__file__).parents[3] / "results/core/snnl").glob("*/*.json"))
+RESULTS = sorted((Path(__file__).parents[2] / "results/core/snnl").glob("*/*.json"))
 
 
 def generator(seed=0):
