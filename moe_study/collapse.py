@@ -1,4 +1,4 @@
-"""The three kinds of collapse of a finished run, from its result file. Formulas: `moe_lib.metrics.collapse`."""
+"""The three kinds of collapse of a finished run, from its result file; see `moe_lib.metrics.collapse`."""
 
 from __future__ import annotations
 
