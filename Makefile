@@ -76,7 +76,7 @@ report: .venv/ready
 	@$(if $(filter-out digits,$(PROFILE)),$(BIN)/python -m moe_study data --profile $(PROFILE))
 ifeq ($(EXECUTOR),)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) --keep-going --rerun-incomplete \
-	  --nolock --rerun-triggers mtime input --quiet
+	  --nolock --rerun-triggers mtime input --quiet host progress rules reason
 else
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --workflow-profile profiles/$(EXECUTOR) --config profile=$(PROFILE)
 endif
