@@ -152,11 +152,8 @@ def test_scripts_can_be_run(name):
 
 def test_ci_runs_these_commands_and_stops_at_the_first_failure():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert [line for line in lines if line.startswith("make ")] == [
-        "make report",
-        "make test",
-        "make cluster",
-    ]
+    commands = [line for line in lines if line.startswith("make ")]
+    assert commands == ["make report", "make test", "make cluster || make cluster"]
     assert "set -euo pipefail" in lines
 
 
