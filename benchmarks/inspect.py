@@ -113,7 +113,7 @@ class Planted(nn.Module):
             out_ND = out_ND.index_add(0, row, expert(x_ND[row]) * weight_NK[row, slot, None])
         if self.fault == "unexplained":
             extra_ND = torch.randn(x_ND.shape, generator=self.draw)
-            out_ND = out_ND + self.level / 20 * extra_ND * (out_ND.norm() / extra_ND.norm())
+            out_ND = out_ND + self.level / 20 * extra_ND * (out_ND.detach().norm() / extra_ND.norm())
         return out_ND
 
 
