@@ -122,7 +122,7 @@ def lines_of(befell: dict, scaling: dict) -> str:
         *(f"| {row['at']} | {row['done']} | {row['what']} | {row['outcome']} |" for row in befell["rows"]),
         "",
         f"The same grid undisturbed; the nodes share {scaling['cores']} cores, so training takes longer "
-        f"the more of them work. A job took {scaling['start']:.1f} s beside its runs:",
+        f"the more of them work. A job took {scaling['start']:.0f} s beside its runs:",
         *("", "| nodes | wall, s | training, s, summed | simulated wall, s |", "|---|---|---|---|"),
         *(
             f"| {row['nodes']} | {row['wall']:.0f} | {row['training']:.0f} | {row['simulated']:.0f} |"

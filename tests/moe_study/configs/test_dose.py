@@ -102,7 +102,7 @@ def planted(slope):
         for row, column, one in PANEL:
             wobble = 0.001 * ((seed + row) % 2)
             results.append(result(one, seed, 0.8 + noise + slope[column] * (row - 1) + wobble))
-    return tables.frame(results)
+    return tables.frame(results, {"accuracy": tables.COLUMNS["accuracy"]})
 
 
 def test_effects_are_paired_by_seed_and_in_their_cell():
