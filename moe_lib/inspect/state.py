@@ -210,8 +210,8 @@ class BlockState:
             used_NK = chosen_NK & valid_N[:, None]
             found |= _scores(scores_NE, self.shares, incidence_NE, valid_N, indices_NK, used_NK)
         if call.read_MD is not None:
-            ends = itertools.accumulate(len(part.indices_NK) for part in waiting)
             sizes = [len(part.indices_NK) for part in waiting]
+            ends = itertools.accumulate(sizes)
             rows = [
                 torch.arange(end - size, end, -(-size // READ)) for end, size in zip(ends, sizes, strict=True)
             ]

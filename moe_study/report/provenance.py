@@ -14,9 +14,8 @@ from moe_study.configs.run import Run
 KEY = "moe_study"  # of an output's metadata: {"figure", "caption", "sources"}, or {"caption_of"} below it
 COMMANDS = {"planted/trust.json": "trust", "planted/verdicts.json": "rates"}  # of files that are no runs
 
-Source = dict[
-    str, Any
-]  # {"profile", "study", "dataset", "arms", "runs"}, or {"file"} below the results folder
+# {"profile", "study", "dataset", "arms", "runs"}, or {"file"} below the results folder
+Source = dict[str, Any]
 
 
 def sources(runs: Sequence[Run] = (), files: Sequence[Path] = ()) -> list[Source]:

@@ -109,8 +109,14 @@ def wait_for_training(runs: list[study.Run], node: str, driver: subprocess.Popen
     return holders(runs)[node]
 
 
-def scaling() -> dict:
-    return json.loads((FOLDER / "scaling.json").read_text())
+def recorded_as(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def record(name: str, content: dict) -> None:
+    """Write a file of results, and the table in REPRODUCIBILITY.md anew."""
+    store.write(FOLDER / f"{name}.json", content | store.provenance())
+    recorded.show("cluster", lines_of(recorded_as("nodes"), recorded_as("scaling")))
 
 
 def lines_of(befell: dict, scaling: dict) -> str:
@@ -134,9 +140,9 @@ def lines_of(befell: dict, scaling: dict) -> str:
 
 
 def test_the_page_shows_what_is_recorded():
-    befell = json.loads((FOLDER / "nodes.json").read_text())
+    befell = recorded_as("nodes")
     assert befell["equal"] == befell["runs"]
-    assert recorded.shown("cluster") == lines_of(befell, scaling())
+    assert recorded.shown("cluster") == lines_of(befell, recorded_as("scaling"))
 
 
 @on_slurm
@@ -184,9 +190,7 @@ def test_what_may_befall_a_grid(shared, monkeypatch):
     alone = [small_runs.numbers(result) for result in study.ensure(runs, workers=2, quiet=True)]
     equal = sum(a == b for a, b in zip(on_cluster, alone, strict=True))
     if RECORD:
-        content = {"nodes": 3, "runs": len(runs), "equal": equal, "rows": happened, **store.provenance()}
-        store.write(FOLDER / "nodes.json", content)
-        recorded.show("cluster", lines_of(content, scaling()))
+        record("nodes", {"nodes": 3, "runs": len(runs), "equal": equal, "rows": happened})
     assert equal == len(runs)
 
 
@@ -239,6 +243,4 @@ def test_scaling(folders, monkeypatch):
             start = (wall - sum(alone)) / len(alone)
         simulated = plan.simulate(alone, nodes, start).wall
         rows.append({"nodes": nodes, "wall": wall, "training": sum(seconds), "simulated": simulated})
-    content = {"cores": os.cpu_count(), "load": os.getloadavg(), "start": start, "rows": rows}
-    store.write(FOLDER / "scaling.json", content | store.provenance())
-    recorded.show("cluster", lines_of(json.loads((FOLDER / "nodes.json").read_text()), scaling()))
+    record("scaling", {"cores": os.cpu_count(), "load": os.getloadavg(), "start": start, "rows": rows})
