@@ -1,11 +1,12 @@
 """How a mixture of experts is computed: sum_e gate_e (relu(x W1_e + b1_e) W2_e + b2_e) and its gradient.
 
     soft     all experts side by side are one network of width E * H whose hidden activations the gates
-             weigh: outputs of single experts are never formed
+             weigh: outputs of single experts are never formed; on a CPU whose cache that would not fit,
+             expert by expert
     top-k    on a CPU: expert by expert, each on the rows that chose it
     blocks   top-k on a GPU: rows sorted by expert, in blocks of one expert each, and one batched product of
              as many blocks as any decision could need
-    grouped  top-k on a GPU that has one product for all experts
+    grouped  top-k by one product for all experts: on a GPU that has it, and on a CPU with few rows an expert
 
 Shapes: N rows, D width, H expert hidden width, O output width, E experts, K chosen; F = E * H;
 M = N * K choices; R rows of a block or of one expert; P blocks.
@@ -21,6 +22,10 @@ from torch.nn import functional as F
 
 from moe_lib.moe.routing import Routing
 from moe_lib.products import on_host, traced
+
+
+CACHED = 2**18  # hidden activations of all experts, on a CPU
+FEW_ROWS = 128  # an expert's, on a CPU
 
 
 class Stacked(NamedTuple):
@@ -43,7 +48,7 @@ def mixture(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         x_ND, experts = x_ND.to(dtype), Stacked(*(weight.to(dtype) for weight in experts))
     if routing.indices_NK.shape[1] < len(experts.b1_EH):
-        if _has_grouped_products(experts):
+        if _has_grouped_products(experts, routing.indices_NK.numel()):
             return _by_grouped_products(x_ND, routing, experts)
         if not traced():
             return (_by_expert if on_host(x_ND) else _by_blocks)(x_ND, routing, experts)
@@ -52,6 +57,11 @@ def mixture(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
 
 def _soft(x_ND: Tensor, gate_NE: Tensor, experts: Stacked) -> Tensor:
     w1_EDH, b1_EH, w2_EHO, b2_EO = experts
+    if on_host(x_ND) and not traced() and len(x_ND) * b1_EH.numel() > CACHED:
+        out_NO = gate_NE @ b2_EO
+        for gate_N, w1_DH, b1_H, w2_HO in zip(gate_NE.T, w1_EDH, b1_EH, w2_EHO, strict=True):
+            out_NO = out_NO + gate_N[:, None] * (torch.addmm(b1_H, x_ND, w1_DH).relu() @ w2_HO)
+        return out_NO
     hidden_NF = torch.addmm(b1_EH.flatten(), x_ND, w1_EDH.transpose(0, 1).flatten(1)).relu()
     weighed_NEH = hidden_NF.unflatten(1, b1_EH.shape) * gate_NE[:, :, None]
     return torch.addmm(gate_NE @ b2_EO, weighed_NEH.flatten(1), w2_EHO.flatten(0, 1))
@@ -121,12 +131,19 @@ def _combined(out_MO: Tensor, routing: Routing, choices: _Choices) -> Tensor:
     return sum_NO.index_add(0, choices.row_M, gate_M1 * out_MO)
 
 
-def _has_grouped_products(experts: Stacked) -> bool:
-    """On a Hopper GPU or later, in bfloat16, with rows of whole 16 bytes."""
-    w1_EDH, _, w2_EHO, _ = experts
-    whole = not any(size % 8 for size in (*w1_EDH.shape[1:], w2_EHO.shape[2]))
-    fits = whole and w1_EDH.is_cuda and w1_EDH.dtype == torch.bfloat16
-    return fits and torch.cuda.get_device_capability(w1_EDH.device) >= (9, 0)
+def _has_grouped_products(experts: Stacked, choices: int) -> bool:
+    """Where one product for all experts is there and pays, with rows of whole 16 bytes.
+
+    In bfloat16 on a Hopper GPU or later; in float32 on a CPU where the experts have few rows each: there the
+    calls of single products cost more than the products.
+    """
+    w1_EDH, b1_EH, w2_EHO, _ = experts
+    if any(size * w1_EDH.element_size() % 16 for size in (*w1_EDH.shape[1:], w2_EHO.shape[2])):
+        return False
+    if w1_EDH.is_cuda:
+        return w1_EDH.dtype == torch.bfloat16 and torch.cuda.get_device_capability(w1_EDH.device) >= (9, 0)
+    few = 0 < choices <= FEW_ROWS * len(b1_EH)
+    return few and w1_EDH.dtype == torch.float32 and on_host(w1_EDH) and not traced()
 
 
 def _by_grouped_products(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:

@@ -522,18 +522,32 @@ def test_autocast_computes_experts_in_its_type(top_k):
     assert layer.experts.w1_EDH.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype, rtol", [(torch.bfloat16, 0.03), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
-def test_grouped_products_agree(device):
-    """On a CPU torch loops, but means the same; expert 2 has no row."""
+def test_grouped_products_agree(device, dtype, rtol):
+    """Expert 2 has no row."""
     logits_NE = tokens(40, 4, 1)
     logits_NE[:, 2] -= 50
     experts = [weight.detach() / 4 for weight in MoE(16, 4, 24, 8).double().experts.stacked()]
-    arguments = [tensor.to(device, torch.bfloat16) for tensor in (tokens(40, 16), logits_NE)]
-    experts = [weight.to(device, torch.bfloat16) for weight in experts]
+    arguments = [tensor.to(device, dtype) for tensor in (tokens(40, 16), logits_NE)]
+    experts = [weight.to(device, dtype) for weight in experts]
     found = values_and_gradients(expert_kernels._by_grouped_products, *arguments, 2, experts)
     expected = values_and_gradients(
         plain, *(tensor.double() for tensor in arguments), 2, [weight.double() for weight in experts]
     )
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=0.03, atol=0.03 * other.abs().max().item())
+        torch.testing.assert_close(one.double(), other, rtol=rtol, atol=rtol * other.abs().max().item())
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("constant, value", [("CACHED", 0), ("FEW_ROWS", 0), ("FEW_ROWS", 2**30)])
+def test_no_size_changes_what_is_computed(monkeypatch, top_k, constant, value):
+    monkeypatch.setattr(expert_kernels, constant, value)
+    x_ND, logits_NE = tokens(40, 8, dtype=torch.float32), tokens(40, 4, 1, dtype=torch.float32)
+    experts = [weight.detach() for weight in MoE(8, 4, 16, 12).experts.stacked()]
+    found = values_and_gradients(expert_kernels.mixture, x_ND, logits_NE, top_k, experts)
+    doubles = x_ND.double(), logits_NE.double(), top_k, [weight.double() for weight in experts]
+    expected = values_and_gradients(plain, *doubles)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
