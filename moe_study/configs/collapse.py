@@ -5,17 +5,18 @@ three things), and experts too narrow to serve all three.
 
 - "collapse": every arm of a soft mixture, 40 confirmatory seeds.
 - "collapse-top1": one expert per image (Switch Transformer), beside a fixed random expert per image.
+- "collapse-wide": FashionMNIST and sixteen experts, most of which fall idle: does it cost anything there?
 - "collapse-map": where a mixture collapses, what that costs, and what SNNL gives back, over the number of
   experts, their width and the width of the code. It explores: every arm has the rates that were tuned at one
   point of the map.
 
 `python -m moe_study run --profile core --study collapse-map` makes the last; a run takes ten seconds of one
-core.
+core, and one of "collapse-wide" twenty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -29,9 +30,11 @@ from moe_study.train import TrainConfig
 VERSIONS = {
     "collapse": 1,
     "collapse-top1": 1,
+    "collapse-wide": 1,
     "collapse-map": 1,
     "collapse-tuning": 1,
     "collapse-top1-tuning": 1,
+    "collapse-wide-tuning": 1,
 }
 
 _NARROW = ClassifierConfig("mlp", 64, code_dim=8, num_experts=4, expert_hidden=4, gate_hidden=64)
@@ -74,7 +77,6 @@ COLLAPSE_ARMS = (
     "snnl-shuffled",
 )  # fmt: skip
 COLLAPSE_SEEDS = tuple(range(201, 241))  # confirmatory: see CONFIRMATORY_SEEDS
-COLLAPSE_SEED_COUNTS = {"digits": 2, "core": 40, "paper": 40}
 COLLAPSE_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 COLLAPSE_BALANCE_WEIGHTS = (0.01, 0.1, 1.0)
 
@@ -106,7 +108,20 @@ def top1_arms(settings: Settings) -> dict[str, tuple[ClassifierConfig, Objective
 
 
 TOP1_SEEDS = tuple(range(301, 321))  # confirmatory: see arms.CONFIRMATORY_SEEDS
-TOP1_SEED_COUNTS = {"digits": 2, "core": 20, "paper": 20}
+
+# ----------------------------------------------------------------------------------- sixteen experts
+
+WIDE_SETTINGS: dict[str, dict[str, Settings]] = {
+    "core": {
+        "fashion_mnist": Settings(
+            ClassifierConfig("mlp", 256, code_dim=16, num_experts=16, expert_hidden=16, gate_hidden=64),
+            # The rates wait for "collapse-wide-tuning".
+            TrainConfig(epochs=6, batch_size=256, learning_rate=3e-3),
+        )
+    }
+}
+WIDE_SETTINGS["paper"] = WIDE_SETTINGS["core"]
+WIDE_SEEDS = tuple(range(401, 411))  # confirmatory: see arms.CONFIRMATORY_SEEDS
 
 # ------------------------------------------------------------------------------------------------ map
 
@@ -157,47 +172,66 @@ MAPS["paper"] = replace(MAPS["core"], seeds=tuple(range(501, 511)))
 # ----------------------------------------------------------------------------------------------- plans
 
 
-def collapse_runs(study: str, profile: str) -> Iterator[Run]:
-    """ "collapse" or "collapse-top1", confirmatory from the start: all arms, seed by seed."""
-    if study == "collapse":
-        plan, make_arms = COLLAPSE_SETTINGS, collapse_arms
-        seeds = COLLAPSE_SEEDS[: COLLAPSE_SEED_COUNTS[profile]]
-    else:
-        plan, make_arms = TOP1_SETTINGS, top1_arms
-        seeds = TOP1_SEEDS[: TOP1_SEED_COUNTS[profile]]
-    for dataset, settings in plan.get(profile, {}).items():
+@dataclass(frozen=True, kw_only=True)
+class Confirming:
+    """One of the confirmatory studies: every arm on seeds that nobody has seen; two of them with digits."""
+
+    settings: dict[str, dict[str, Settings]]  # by profile and data set
+    arms: Callable[[Settings], dict[str, tuple[ClassifierConfig, Objective]]]
+    seeds: tuple[int, ...]
+    tuned: tuple[str, ...]  # arms to which only the rate is to be found
+    tuned_factor: tuple[str, ...]  # arms whose factor of SNNL is to be found too
+
+
+_SOFT_TUNED = ("base", "dense", "uniform-gate", "uniform-snnl")
+CONFIRMING = {
+    "collapse": Confirming(
+        settings=COLLAPSE_SETTINGS, arms=collapse_arms, seeds=COLLAPSE_SEEDS,
+        tuned=_SOFT_TUNED, tuned_factor=("snnl", "dense-snnl"),
+    ),
+    "collapse-top1": Confirming(
+        settings=TOP1_SETTINGS, arms=top1_arms, seeds=TOP1_SEEDS,
+        tuned=("base", "hash-gate"), tuned_factor=("snnl", "hash-snnl"),
+    ),
+    "collapse-wide": Confirming(
+        settings=WIDE_SETTINGS, arms=collapse_arms, seeds=WIDE_SEEDS,
+        tuned=_SOFT_TUNED, tuned_factor=("snnl", "dense-snnl"),
+    ),
+}  # fmt: skip
+
+
+def confirming_runs(study: str, profile: str) -> Iterator[Run]:
+    """One of `CONFIRMING`: all arms, seed by seed."""
+    plan = CONFIRMING[study]
+    seeds = plan.seeds[:2] if profile == "digits" else plan.seeds
+    for dataset, settings in plan.settings.get(profile, {}).items():
         for seed in seeds:
-            for arm, (model, objective) in make_arms(settings).items():
+            for arm, (model, objective) in plan.arms(settings).items():
                 yield Run(
                     profile, study, dataset, arm, seed, VERSIONS[study], model, objective,
                     settings.training(arm), independent_experts=arm in MAIN_ARMS,
                 )  # fmt: skip
 
 
-def collapse_tuning_runs(study: str, profile: str) -> Iterator[Run]:
-    """The grid behind `COLLAPSE_SETTINGS` or `TOP1_SETTINGS`, at the full budget, on two seeds outside.
+def tuning_runs(study: str, profile: str) -> Iterator[Run]:
+    """The grid behind the settings of one of `CONFIRMING`, at the full budget, on two seeds outside.
 
     Every arm at every learning rate, for arms differ in the one they want; the factor of SNNL and the weight
     of the balance loss at each.
     """
     if profile != "core":
         return
-    if study == "collapse":
-        plan, make_arms = COLLAPSE_SETTINGS, collapse_arms
-        plain, with_snnl = ["base", "dense", "uniform-gate", "uniform-snnl"], ["snnl", "dense-snnl"]
-    else:
-        plan, make_arms = TOP1_SETTINGS, top1_arms
-        plain, with_snnl = ["base", "hash-gate"], ["snnl", "hash-snnl"]
-    for dataset, settings in plan[profile].items():
-        grid: list[tuple[str, Settings]] = [(arm, settings) for arm in plain]
+    plan = CONFIRMING[study]
+    for dataset, settings in plan.settings[profile].items():
+        grid: list[tuple[str, Settings]] = [(arm, settings) for arm in plan.tuned]
         for factor in FACTORS:
             tried = replace(settings, factor=factor, dense_factor=factor)
-            grid += [(arm, tried) for arm in with_snnl]
+            grid += [(arm, tried) for arm in plan.tuned_factor]
         grid += [("base-balance", replace(settings, balance=weight)) for weight in COLLAPSE_BALANCE_WEIGHTS]
         for seed in TUNING_SEEDS:
             for rate in COLLAPSE_RATES:
                 for arm, tried in grid:
-                    model, objective = make_arms(tried)[arm]
+                    model, objective = plan.arms(tried)[arm]
                     yield Run(
                         profile, f"{study}-tuning", dataset, arm, seed, VERSIONS[f"{study}-tuning"], model,
                         objective, replace(settings.train, learning_rate=rate),
@@ -219,9 +253,7 @@ def map_runs(profile: str) -> Iterator[Run]:
 
 
 STUDIES: dict[str, Plan] = {
-    "collapse": partial(collapse_runs, "collapse"),
-    "collapse-top1": partial(collapse_runs, "collapse-top1"),
+    **{name: partial(confirming_runs, name) for name in CONFIRMING},
     "collapse-map": map_runs,
-    "collapse-tuning": partial(collapse_tuning_runs, "collapse"),
-    "collapse-top1-tuning": partial(collapse_tuning_runs, "collapse-top1"),
+    **{f"{name}-tuning": partial(tuning_runs, name) for name in CONFIRMING},
 }
