@@ -441,8 +441,8 @@ def _names(units: Sequence[Verdict]) -> str:
 
 def _where(verdict: Verdict) -> str:
     """The data set, and what is special about the model."""
-    top1 = " with one expert per image" if verdict.claim.study == "collapse-top1" else ""
-    return DATASET_TITLES[verdict.dataset] + top1
+    special = {"collapse-top1": " with one expert per image", "collapse-wide": " with sixteen experts"}
+    return DATASET_TITLES[verdict.dataset] + special.get(verdict.claim.study, "")
 
 
 def _mechanism(verdict: Verdict) -> str:

@@ -24,12 +24,15 @@ CORE = Path(__file__).parents[3] / "results" / "core"
 LAST, LOWEST = "last_epoch", "best_cross_entropy"
 ENDPOINTS = (LAST, "best_accuracy", LOWEST)
 # study -> whose claims
-STUDIES = {name: name for name in ("snnl", "collapse", "collapse-top1")} | {"snnl-confirm": "snnl"}
+STUDIES = {name: name for name in ("snnl", "collapse", "collapse-top1", "collapse-wide")} | {
+    "snnl-confirm": "snnl"
+}
 STUDIES |= {"ac-vision": "ac-vision", "ac-language": "ac-language"}
 STUDIES |= {"ac-language-confirm": "ac-language"}
 # Confirmatory sets and their numbers of runs: nobody looks at one that is not whole.
 WHOLE = {"snnl-confirm": {"fashion_mnist": 40, "cifar10": 90, "cifar100": 90}, "collapse": {"domains": 360}}
-WHOLE |= {"collapse-top1": {"domains": 100}, "ac-language-confirm": {"wikitext2": 90}}
+WHOLE |= {"collapse-top1": {"domains": 100}, "collapse-wide": {"fashion_mnist": 90}}
+WHOLE |= {"ac-language-confirm": {"wikitext2": 90}}
 NO_UNIT = ("mnist", "digits", "digit_domains", "docs")
 
 
@@ -152,6 +155,13 @@ CLAIMS = {
         ours("collapse-top1-beside", "snnl", ("hash-snnl",)),
         of_snnl("collapse-top1-effective", experts_in_use, 1, 0.5),
         of_snnl("collapse-top1-accuracy", ACCURACY, 1, GAIN),
+    ],
+    "collapse-wide": [
+        ours("collapse-wide-pays", "base", ("uniform-gate",)),
+        ours("collapse-wide-mixture", "base", ("dense",)),
+        ours("collapse-wide-beside", "snnl", ("uniform-snnl",)),
+        of_snnl("collapse-wide-effective", at("routing.load.effective_experts"), 1, 2.0, needs="routing"),
+        of_snnl("collapse-wide-accuracy", ACCURACY, 1, GAIN),
     ],
     "ac-vision": [
         ours("ac-vision-pays", "linear", ("hash",), margin=POINT),
