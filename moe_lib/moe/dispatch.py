@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from moe_lib.moe.routing import Routing
 from moe_lib.products import on_host, traced
 
-
 CACHED = 2**18  # hidden activations of all experts, on a CPU
 FEW_ROWS = 128  # an expert's, on a CPU
 

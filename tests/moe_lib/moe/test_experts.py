@@ -522,7 +522,7 @@ def test_autocast_computes_experts_in_its_type(top_k):
     assert layer.experts.w1_EDH.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype, rtol", [(torch.bfloat16, 0.03), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 0.03), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
 def test_grouped_products_agree(device, dtype, rtol):
@@ -541,7 +541,7 @@ def test_grouped_products_agree(device, dtype, rtol):
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
-@pytest.mark.parametrize("constant, value", [("CACHED", 0), ("FEW_ROWS", 0), ("FEW_ROWS", 2**30)])
+@pytest.mark.parametrize(("constant", "value"), [("CACHED", 0), ("FEW_ROWS", 0), ("FEW_ROWS", 2**30)])
 def test_no_size_changes_what_is_computed(monkeypatch, top_k, constant, value):
     monkeypatch.setattr(expert_kernels, constant, value)
     x_ND, logits_NE = tokens(40, 8, dtype=torch.float32), tokens(40, 4, 1, dtype=torch.float32)
