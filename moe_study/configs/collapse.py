@@ -120,7 +120,7 @@ WIDE_SETTINGS: dict[str, dict[str, Settings]] = {
             factor=1.0,
             dense_factor=1.0,
             balance=0.01,
-            learning_rates=(("uniform-gate", 1e-2),),
+            learning_rates=(("uniform-gate", 1e-2), ("uniform-snnl", 1e-2)),
         )
     }
 }

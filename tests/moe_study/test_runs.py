@@ -112,12 +112,15 @@ def test_text_past_the_plateau_changes_the_last_router_alone():
     assert kinds["hash"][2] == kinds["hash-token"][2] == "HashRouter"
 
 
-@pytest.mark.parametrize("name", ["collapse", "collapse-top1"])
-def test_collapse_settings_are_what_tuning_chose(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "dataset"),
+    [("collapse", "domains"), ("collapse-top1", "domains"), ("collapse-wide", "fashion_mnist")],
+)
+def test_collapse_settings_are_what_tuning_chose(name, dataset, monkeypatch):
     """For each arm the rate and the weight of the lowest validation cross-entropy at the last epoch."""
     monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
     scores = defaultdict(list)
-    for path in (ROOT / "results" / "core" / f"{name}-tuning" / "domains").glob("*.json"):
+    for path in (ROOT / "results" / "core" / f"{name}-tuning" / dataset).glob("*.json"):
         file = json.loads(path.read_text())
         run = file["run"]
         weight = (run["objective"]["snnl"] or {}).get("factor"), run["objective"]["balance"]
