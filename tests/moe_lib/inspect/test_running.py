@@ -196,7 +196,7 @@ def test_memory_does_not_grow_with_tokens():
         )
 
     assert size(large) <= size(small) + 2 * 20 * E  # more classes seen, nothing else
-    assert len(large.kept.priority_M) == 16384 < 20 * 800 * T
+    assert len(large.kept.position_M) == 16384 < 20 * 800 * T
 
 
 @pytest.mark.parametrize(
