@@ -30,9 +30,10 @@ class Stream:
 
     def starts(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """The model is called: what its arguments say about the tokens."""
-        if len(args) == 1 and isinstance(args[0], Mapping):
-            args, kwargs = (), {**args[0], **kwargs}
         given = [kwargs.get("input_ids"), *args, *kwargs.values()]
+        if len(args) == 1 and isinstance(args[0], Mapping):
+            kwargs = {**args[0], **kwargs}
+            given = [kwargs.get("input_ids"), *kwargs.values()]
         first = next((value for value in given if isinstance(value, Tensor)), None)
         self.batch_shape = () if first is None else tuple(first.shape)
         self.masks = {False: kwargs.get("attention_mask"), True: kwargs.get("decoder_attention_mask")}

@@ -82,10 +82,8 @@ class Recorder:
             self.stream.starts(module, args, kwargs)
 
     def _parent(self, block: Block, module: nn.Module, args: tuple) -> None:
-        tensor = next((a for a in args if isinstance(a, Tensor)), None)
-        block.width_BT = (
-            (tensor.shape[0], tensor.shape[1]) if tensor is not None and tensor.ndim == 3 else None
-        )
+        read = next((a for a in args if isinstance(a, Tensor)), None)
+        block.width_BT = (read.shape[0], read.shape[1]) if read is not None and read.ndim == 3 else None
 
     def _starts(self, block: Block, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._idle():
