@@ -241,7 +241,7 @@ def _solve(module: nn.Module, members: list[nn.Module], others: list[nn.Module],
             if by_expert:
                 columns_DR = torch.stack([*by_expert.values(), *(other_ND[n] for other_ND in rest)], 1)
                 solved = torch.linalg.lstsq(columns_DR, output_ND[n, :, None]).solution.flatten()
-                assert (columns_DR @ solved - output_ND[n]).norm() < 1e-6 * output_ND[n].norm()
+                assert (columns_DR @ solved - output_ND[n]).norm() < 1e-5 * output_ND[n].norm()
                 weight_NE[n, [*by_expert]] = solved[: len(by_expert)]
                 served_NE[n, [*by_expert]] = True
         calls.append((served_NE, weight_NE))

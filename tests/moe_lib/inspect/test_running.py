@@ -317,6 +317,14 @@ def test_costs_are_those_of_the_tampered_model():
         assert first.dropped_E[e] == pytest.approx(cost, abs=1e-5)
 
 
+def test_a_block_that_is_the_whole_model_is_tampered_with():
+    panel = inspect_moe(
+        Block(), [torch.randn(9, D)], causal=True, loss=lambda output, *_: output.square().mean()
+    )
+    assert panel[0].name == ""
+    assert panel[0]["cost of permuting"] == panel.loss_permuted != 0
+
+
 def test_tampering_takes_batches_of_any_size():
     data = [(batch(size=4), torch.arange(4)), (batch(1, size=2), torch.arange(2))]
     panel = inspect_moe(

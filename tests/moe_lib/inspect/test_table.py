@@ -66,12 +66,23 @@ def by_loops(served_NE, weight_NE, label_N, length):
     return count_E, found | ({"co-activation": max(together)} if top_k > 1 else {})
 
 
-@pytest.mark.parametrize("family", [*tiny_moes.FAMILIES, *tiny_moes.OTHERS])
-def test_every_measure_is_the_loops(family):
+def in_float64(family, data):
+    """So that weights can be solved for; in float32 where the family's own code runs in nothing else."""
     model = tiny_moes.causal_lm(family)
     if model is None:
         pytest.skip(f"the installed transformers has no {family}")
-    model, data = model.double(), tiny_moes.batches(family)
+    try:
+        with torch.no_grad():
+            model.double()(**data[0])
+    except RuntimeError:
+        return model.float()
+    return model
+
+
+@pytest.mark.parametrize("family", [*tiny_moes.FAMILIES, *tiny_moes.OTHERS])
+def test_every_measure_is_the_loops(family):
+    data = tiny_moes.batches(family)
+    model = in_float64(family, data)
     panel = inspect_moe(model, data, "tokens")
     seen = tiny_moes.observe(model)
     with torch.no_grad():
