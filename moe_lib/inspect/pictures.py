@@ -142,7 +142,8 @@ def _draw_strip(axis: Axes, name: str, lines: Sequence[Line], legend: bool) -> N
     known = [value for _, _, values in lines for value in values if not math.isnan(value)]
     low, high = min(*known, 0.0), max(*known, ABOUT[name].axis if name in ABOUT else 1.0)
     axis.set_ylim(low - 0.04 * (high - low), high + 0.12 * (high - low))
-    axis.set_title(name, fontsize=10)
+    unit = ", nats" if name in ABOUT and "nats" in ABOUT[name].formula else ""
+    axis.set_title(name + unit, fontsize=10)
     axis.set_xlabel("block", fontsize=9)
     axis.tick_params(labelsize=8)
     _whole_numbers(axis)
