@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from moe_lib import MoE, load_balancing_loss
 from moe_lib.inspect import THRESHOLDS, early_warning, inspect_moe, watch
-from moe_lib.inspect.alarms import AT_MOST, severity
+from moe_lib.inspect.alarms import KINDS, reading
 
 ROOT = Path(__file__).parents[1]
 D = 32
@@ -117,14 +117,10 @@ class Planted(nn.Module):
         return out_ND
 
 
-def severities(seed: int, fault: str = "", level: float = 0.0) -> dict[str, float]:
+def readings(seed: int, fault: str = "", level: float = 0.0) -> dict[str, float]:
     model = Planted(seed, fault, level)
     layer = inspect_moe(nn.Sequential(model), [model.tokens((256, 512, 1024)[seed % 3])])[0]
-    return {kind: severity(layer, kind) for kind in THRESHOLDS}
-
-
-def raised(worse: float, kind: str, limit: float) -> bool:
-    return worse >= -limit if kind in AT_MOST else worse > limit
+    return {kind: reading(layer, kind) for kind in KINDS}
 
 
 def calibrate(num_healthy: int = 100, num_faulty: int = 12) -> dict[str, Any]:
@@ -133,24 +129,24 @@ def calibrate(num_healthy: int = 100, num_faulty: int = 12) -> dict[str, Any]:
     `limit_1_percent`: the threshold that 1 % of the healthy calibration blocks would cross.
     """
     torch.set_num_threads(1)
-    calibration = [severities(seed) for seed in range(num_healthy)]
-    held_out = [severities(seed) for seed in range(1000, 1000 + num_healthy)]
+    calibration = [readings(seed) for seed in range(num_healthy)]
+    held_out = [readings(seed) for seed in range(1000, 1000 + num_healthy)]
     result: dict[str, Any] = {"healthy": num_healthy, "faulty_per_level": num_faulty, "alarms": {}}
     for kind, limit in THRESHOLDS.items():
-        ordered = sorted(row[kind] for row in calibration if row[kind] == row[kind])
-        edge = ordered[min(int(0.99 * len(ordered)), len(ordered) - 1)] if ordered else float("nan")
+        from_best = sorted((row[kind] for row in calibration if row[kind] == row[kind]),
+                           reverse=KINDS[kind].low_is_worse)  # fmt: skip
         known = [row[kind] for row in held_out if row[kind] == row[kind]]
         result["alarms"][kind] = {
             "threshold": limit,
-            "limit_1_percent": None if edge != edge else -edge if kind in AT_MOST else edge,
-            "false_alarms": sum(raised(v, kind, limit) for v in known) / max(len(known), 1),
+            "limit_1_percent": from_best[int(0.99 * len(from_best))] if from_best else None,
+            "false_alarms": sum(KINDS[kind].raised(v, limit) for v in known) / max(len(known), 1),
             "judged": len(known),
             "missed": {},
         }
     for fault in FAULTS:
         for level in LEVELS:
-            found = [severities(2000 + seed, fault, level)[fault] for seed in range(num_faulty)]
-            missed = sum(not raised(v, fault, THRESHOLDS[fault]) for v in found) / len(found)
+            found = [readings(2000 + seed, fault, level)[fault] for seed in range(num_faulty)]
+            missed = sum(not KINDS[fault].raised(v, THRESHOLDS[fault]) for v in found) / len(found)
             result["alarms"][fault]["missed"][str(level)] = missed
     result["early_warning"] = {"study": early_study(), "steps": early_steps()}
     return result

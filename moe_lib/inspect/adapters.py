@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class Call:
     @property
     def tokens(self) -> Tensor:
         """The first tensor among the arguments."""
-        return next(value for value in self.inputs.values() if isinstance(value, Tensor))
+        return first_tensor(self.inputs)
 
 
 class Adapter:
@@ -96,38 +97,49 @@ class Adapter:
         return torch.stack([self.answer(e, tokens_MD) for e in range(self.num_experts)])
 
     def mix(self, tokens_MD: Tensor, indices_MK: Tensor, weights_MK: Tensor) -> Tensor:
-        """Sum over k of weight times answer [M, O]."""
+        """Sum over k of weight times answer [M, O]; indices that are no expert's count for nothing."""
         mixed_MO = None
-        for e in indices_MK.unique().tolist():
-            if not 0 <= e < self.num_experts:
-                continue
+        for e in range(self.num_experts):
             row, slot = torch.where(indices_MK == e)
-            weight_R1 = weights_MK[row, slot, None].to(tokens_MD.dtype)
-            if self.scales_inputs:
-                part_RO = self.answer(e, tokens_MD[row] * weight_R1)
-            else:
-                part_RO = self.answer(e, tokens_MD[row]) * weight_R1
-            if mixed_MO is None:
-                mixed_MO = part_RO.new_zeros(len(tokens_MD), part_RO.shape[1])
-            mixed_MO.index_add_(0, row, part_RO)
+            if len(row):
+                read_RD, weight_R1 = tokens_MD[row], weights_MK[row, slot, None].to(tokens_MD.dtype)
+                scales = self.scales_inputs
+                part_RO = self.answer(e, read_RD * weight_R1 if scales else read_RD) * (
+                    1 if scales else weight_R1
+                )
+                if mixed_MO is None:
+                    mixed_MO = part_RO.new_zeros(len(tokens_MD), part_RO.shape[1])
+                mixed_MO.index_add_(0, row, part_RO)
         return torch.zeros_like(tokens_MD) if mixed_MO is None else mixed_MO
 
     def expert_weights(self) -> list[Tensor]:
         """The experts' parameters, each stacked [E, ...]."""
-        num_experts = self.num_experts
-        return [p for p in self.experts().parameters() if p.ndim > 1 and p.shape[0] == num_experts]
+        return [p for p in self.experts().parameters() if p.ndim > 1 and p.shape[0] == self.num_experts]
+
+    # For adapters that must do something while the block runs; `ListAdapter` alone does.
+
+    members: Sequence[nn.Module] = ()  # experts to be hooked with `note`
+    replaying = False  # the block's own calls are not the model's
+
+    def begin(self, args: tuple, kwargs: dict) -> None:
+        """Before the block."""
+
+    def note(self, e: int, args: tuple, output: Any) -> Any:
+        """After member e: what replaces its output; None: nothing."""
+
+    def end(self, call: Call) -> None:
+        """After the block, also if it failed: its output is None then."""
 
 
 @functools.cache
-def _names_of(forward: Any) -> list[str]:
-    return [*inspect.signature(forward).parameters][1:]
+def _parameters(forward: Any) -> list[str]:
+    return [*inspect.signature(forward).parameters]
 
 
 def parameter_names(block: nn.Module) -> list[str]:
     """Of its forward, "self" left out."""
-    if "forward" in vars(block):
-        return [*inspect.signature(block.forward).parameters]
-    return _names_of(type(block).forward)
+    own = vars(block).get("forward")
+    return _parameters(type(block).forward)[1:] if own is None else [*inspect.signature(own).parameters]
 
 
 def rows(value: Any) -> Tensor:
@@ -146,6 +158,15 @@ def first_tensor(value: Any) -> Tensor:
     return found
 
 
+def replaced(value: Any, tensor: Tensor) -> Any:
+    """A module's output with another first tensor."""
+    if isinstance(value, Tensor):
+        return tensor
+    items = [*value]
+    items[next(i for i, item in enumerate(items) if isinstance(item, Tensor))] = tensor
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
 def from_dense(weights_NE: Tensor) -> tuple[Tensor, Tensor]:
     """Indices and weights [N, K] of a dense weight matrix, the largest first; K is the fullest row's."""
     num_chosen = max(int((weights_NE != 0).sum(1).max()), 1) if len(weights_NE) else 1
@@ -162,6 +183,18 @@ def router_scores(output: Any, num_experts: int) -> tuple[int, Tensor | None]:
             if not bool(((first_NE == 0) | first_NE.isinf()).any(1).all()):
                 return at, scores_NE
     return -1, None
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Buffers and random states are afterwards what they were."""
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        yield
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 def stacked_weights(experts: Any) -> list[Tensor]:

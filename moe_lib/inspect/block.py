@@ -37,56 +37,56 @@ class Block:
         self.alike: tuple[Tensor, Tensor] | None = None  # cosines of answers [E, E]; of unpaired ones
         self.width_BT: tuple[int, int] | None = None  # the block's own input, if it has three dimensions
 
+    def fresh(self) -> Block:
+        """The same, with nothing seen yet."""
+        return Block(self.name, self.adapter, self.parent)
+
     @property
     def family(self) -> str:
         return type(self.adapter.block).__name__
 
     def examine(self, seen: Dispatch, valid_N: Tensor | None, input_ND: Tensor, seed: int) -> None:
         """Once a block, on a few tokens: is the mixture what was observed? Are the experts' answers alike?"""
-        num_experts = self.adapter.num_experts
+        adapter, num_experts = self.adapter, self.adapter.num_experts
         known_NK = (seen.indices_NK >= 0) & (seen.indices_NK < num_experts)
-        usable_N = known_NK.any(1)
-        if valid_N is not None:
-            usable_N &= valid_N
+        usable_N = known_NK.any(1) if valid_N is None else known_NK.any(1) & valid_N
         usable = usable_N.nonzero().flatten()
         if not len(usable):
             return
         self.examined = min(max(ANSWERS // num_experts, LEAST), EXAMINED, len(usable))
         some_M = usable[torch.linspace(0, len(usable) - 1, self.examined).long()]
         sample_MD = seen.tokens_ND[some_M]
-        answers_EMO = self.adapter.answers(sample_MD).float()
+        answers_EMO = adapter.answers(sample_MD).float()
         self.alike = cosines(answers_EMO, seed)
         if seen.output_NO is None:
             self.explanation = "not checked: the adapter gives no output"
             return
         indices_MK = seen.indices_NK[some_M].where(known_NK[some_M], 0)
         weights_MK = seen.weights_NK[some_M].where(known_NK[some_M], 0)
-        if self.adapter.scales_inputs:
-            mixed_MO = self.adapter.mix(sample_MD, indices_MK, weights_MK).float()
+        if adapter.scales_inputs:
+            mixed_MO = adapter.mix(sample_MD, indices_MK, weights_MK).float()
         else:
             chosen_MKO = answers_EMO[indices_MK, torch.arange(self.examined, device=some_M.device)[:, None]]
             mixed_MO = (chosen_MKO * weights_MK[:, :, None]).sum(1)
         actual_MO = seen.output_NO[some_M].float()
-        rest_MO = actual_MO - mixed_MO
-        scale = actual_MO.norm().clamp(min=1e-30)
-        self.mixture_error = float(rest_MO.norm() / scale)
-        tolerance = 2e-2 if seen.tokens_ND.dtype in (torch.bfloat16, torch.float16) else 1e-3
-        if self.mixture_error <= tolerance:
-            self.explanation = "the mixture of what was observed is the block's output"
-            return
-        shared_MO = self._shared(sample_MD)
-        named = {"a shared expert": shared_MO}
+        parts = {"": torch.zeros_like(actual_MO), "a shared expert": self._shared(sample_MD)}
         if input_ND.shape == seen.output_NO.shape:
-            named["the block's input (a residual connection)"] = input_ND[some_M].float()
-        for what, part_MO in named.items():
-            if part_MO is not None and float((rest_MO - part_MO).norm() / scale) <= tolerance:
-                self.mixture_error = float((rest_MO - part_MO).norm() / scale)
-                self.explanation = f"the block's output is the mixture and {what}"
-                return
-        self.explanation = (
-            f"the block's output differs from the mixture by {self.mixture_error:.0%} of its norm: "
-            "something else is added, or the answers are transformed after mixing"
-        )
+            parts["the block's input (a residual connection)"] = input_ND[some_M].float()
+        tolerance = 2e-2 if seen.tokens_ND.dtype in (torch.bfloat16, torch.float16) else 1e-3
+        scale = actual_MO.norm().clamp(min=1e-30)
+        off = {what: float((actual_MO - mixed_MO - part_MO).norm() / scale)
+               for what, part_MO in parts.items() if part_MO is not None}  # fmt: skip
+        explained = next((what for what, error in off.items() if error <= tolerance), None)
+        self.mixture_error = off[explained or ""]
+        if explained is None:
+            self.explanation = (
+                f"the block's output differs from the mixture by {self.mixture_error:.0%} of its norm: "
+                "something else is added, or the answers are transformed after mixing"
+            )
+        elif explained:
+            self.explanation = f"the block's output is the mixture and {explained}"
+        else:
+            self.explanation = "the mixture of what was observed is the block's output"
 
     def _shared(self, sample_MD: Tensor) -> Tensor | None:
         """The answer of an expert that every token has, under the names that it goes by."""

@@ -19,7 +19,7 @@ from moe_lib.inspect.adapters import (
     parameter_names,
     rows,
     stacked_weights,
-)
+)  # fmt: skip
 from moe_lib.inspect.lists import ListAdapter
 
 
@@ -37,13 +37,9 @@ class MoELibAdapter(Adapter):
     def dispatch(self, call: Call) -> Dispatch:
         output_NO, routing = call.output
         scaled = getattr(getattr(self.block.router, "config", None), "scale_experts", False)
-        return Dispatch(
-            rows(call.tokens),
-            routing.indices_NK,
-            routing.weights_NK,
-            None if scaled else output_NO,  # there the experts read scaled tokens, which are not returned
-            routing.logits_NE,
-        )
+        output_NO = None if scaled else output_NO  # there the experts read scaled tokens, not returned
+        decision = routing.indices_NK, routing.weights_NK
+        return Dispatch(rows(call.tokens), *decision, output_NO, routing.logits_NE)
 
     def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
         return self.block.experts.expert(e, tokens_MD)  # type: ignore[union-attr, operator]
@@ -73,16 +69,16 @@ class StackedAdapter(Adapter):
     @staticmethod
     def _names(block: nn.Module) -> tuple[str, str, str]:
         names = [name for name in parameter_names(block) if name not in ("args", "kwargs")]
-        index = [name for name in names if name in INDEX_NAMES]
-        weight = [name for name in names if name in WEIGHT_NAMES]
-        return names[0] if names else "", index[0] if index else "", weight[-1] if weight else ""
+        index = next((name for name in names if name in INDEX_NAMES), "")
+        weight = next((name for name in reversed(names) if name in WEIGHT_NAMES), "")
+        return names[0] if names else "", index, weight
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
-        if isinstance(block, nn.ModuleList | nn.ModuleDict) or not any(True for _ in block.parameters()):
+        sizes = [p.ndim for p in block.parameters()]
+        if isinstance(block, nn.ModuleList | nn.ModuleDict) or not sizes or not all(cls._names(block)):
             return False
-        stacked = any(p.ndim > 2 for p in block.parameters())
-        return all(cls._names(block)) and (stacked or cls._count(block) is not None)
+        return max(sizes) > 2 or cls._count(block) is not None
 
     @staticmethod
     def _count(block: nn.Module) -> int | None:
@@ -95,12 +91,10 @@ class StackedAdapter(Adapter):
         return super().num_experts if count is None else count
 
     def dispatch(self, call: Call) -> Dispatch:
-        tokens = call.inputs[self.tokens_name]
-        indices, weights = call.inputs[self.index_name], call.inputs[self.weight_name]
-        self.sequences = tokens.ndim == 3
         self.inputs = call.inputs
-        indices_NK = indices.reshape(-1, indices.shape[-1])
-        weights_NK = weights.reshape(len(indices_NK), -1)
+        tokens, indices_NK = call.inputs[self.tokens_name], call.inputs[self.index_name].flatten(0, -2)
+        weights_NK = call.inputs[self.weight_name].reshape(len(indices_NK), -1)
+        self.sequences = tokens.ndim == 3
         self.dense = weights_NK.shape != indices_NK.shape
         if self.dense:  # weights of all experts [N, E]
             known_NK = (indices_NK >= 0) & (indices_NK < self.num_experts)
@@ -116,8 +110,8 @@ class StackedAdapter(Adapter):
         tokens = tokens_MD[None] if self.sequences else tokens_MD
         named = {self.tokens_name: tokens, self.index_name: index_M[:, None], self.weight_name: weights}
         values = {**self.inputs, **named}
-        in_order = [name for name in self.names if name in values]
-        return rows(self.block(*(values[name] for name in in_order)))  # some implementations rename them
+        in_order = [values[name] for name in self.names if name in values]  # some implementations rename them
+        return rows(self.block(*in_order))
 
     def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
         return self._run(tokens_MD, torch.full((len(tokens_MD),), e, device=tokens_MD.device))
@@ -173,11 +167,9 @@ class ParallelExpertsAdapter(Adapter):
         expert_S = torch.repeat_interleave(torch.tensor(sizes)).to(token_S.device)
         dense_NE = gate_S.new_zeros(len(tokens_ND), self.num_experts)
         indices_NK, weights_NK = from_dense(dense_NE.index_put((token_S, expert_S), gate_S))
-        output_NO = rows(call.output)
         bias = getattr(self.block, "bias", None)
-        return Dispatch(
-            tokens_ND, indices_NK, weights_NK, output_NO if bias is None else output_NO - bias, logits_NE
-        )
+        output_NO = rows(call.output) - (0 if bias is None else bias)
+        return Dispatch(tokens_ND, indices_NK, weights_NK, output_NO, logits_NE)
 
     def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
         block: Any = self.block
@@ -216,9 +208,13 @@ class CombineTensorAdapter(Adapter):
     The PyPI packages mixture-of-experts and st-moe-pytorch, and fairscale's MOELayer.
     """
 
-    classes = ("MOELayer",)
     watch = ("gate",)
     gates = ("Top2Gating", "TopNGating", "Top2Gate")
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
+        inner = [self.experts(), getattr(self.experts(), "experts", None)]
+        self.list = next((each for each in inner if isinstance(each, nn.ModuleList)), None)
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
@@ -226,34 +222,23 @@ class CombineTensorAdapter(Adapter):
 
     @property
     def num_experts(self) -> int:
-        inner = self.modules()
-        return len(inner) if inner is not None else super().num_experts
-
-    def modules(self) -> nn.ModuleList | None:
-        experts = self.experts()
-        inner = experts if isinstance(experts, nn.ModuleList) else getattr(experts, "experts", None)
-        return inner if isinstance(inner, nn.ModuleList) else None
+        return super().num_experts if self.list is None else len(self.list)
 
     def dispatch(self, call: Call) -> Dispatch:
-        num_experts = self.num_experts
-        combine = next(
-            value
-            for value in reversed(call.seen["gate"])
-            if isinstance(value, Tensor) and value.ndim >= 3 and value.shape[-2] == num_experts
-            and value.is_floating_point()
-        )  # fmt: skip
-        indices_NK, weights_NK = from_dense(combine.sum(-1).reshape(-1, num_experts))
+        several = [
+            v for v in call.seen["gate"] if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 2
+        ]
+        combine = next(v for v in reversed(several) if v.shape[-2] == self.num_experts)
+        indices_NK, weights_NK = from_dense(combine.sum(-1).flatten(0, -2))
         return Dispatch(rows(call.tokens), indices_NK, weights_NK, rows(call.output))
 
     def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
-        if (inner := self.modules()) is not None:
-            return inner[e](tokens_MD)
-        num_experts = self.num_experts
-        return self.experts()(tokens_MD.expand(num_experts, *tokens_MD.shape))[e]
+        if self.list is not None:
+            return self.list[e](tokens_MD)
+        return self.experts()(tokens_MD.expand(self.num_experts, *tokens_MD.shape))[e]
 
     def expert_weights(self) -> list[Tensor]:
-        inner = self.modules()
-        return super().expert_weights() if inner is None else stacked_weights(inner)
+        return super().expert_weights() if self.list is None else stacked_weights(self.list)
 
 
 class TorchtitanAdapter(Adapter):
@@ -270,8 +255,7 @@ class TorchtitanAdapter(Adapter):
         tensors = [value for value in call.seen["router"] if isinstance(value, Tensor)]
         indices = next(t for t in tensors if not t.is_floating_point() and t.ndim >= 2)
         weights = next(t for t in tensors if t.is_floating_point() and t.shape == indices.shape)
-        flat = (-1, indices.shape[-1])
-        return Dispatch(rows(call.tokens), indices.reshape(flat), weights.reshape(flat), rows(call.output))
+        return Dispatch(rows(call.tokens), rows(indices), rows(weights), rows(call.output))
 
     def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
         w1_HD, w2_DH, w3_HD = (getattr(self.block.experts, name)[e] for name in ("w1", "w2", "w3"))
@@ -293,11 +277,10 @@ class SoftMoEAdapter(ListAdapter):
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
-        return any(base.__name__ in cls.classes for base in type(block).__mro__)
+        return super(ListAdapter, cls).matches(block)
 
     def dispatch(self, call: Call) -> Dispatch:
-        seen = super().dispatch(call)
-        return seen._replace(tokens_ND=rows(call.tokens), output_NO=None)
+        return super().dispatch(call)._replace(tokens_ND=rows(call.tokens), output_NO=None)
 
 
 FAMILIES: tuple[type[Adapter], ...] = (

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from moe_lib.inspect.adapters import Adapter, NotAMixture
+from moe_lib.inspect.adapters import Adapter, NotAMixture, unchanged
 from moe_lib.inspect.block import Block
 from moe_lib.inspect.families import FAMILIES
 from moe_lib.inspect.lists import MOE_CLASS, ListAdapter
+from moe_lib.inspect.measures import entropy
 from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.state import BlockState
 
 REMEDY = "write an Adapter of about ten lines (see moe_lib.inspect.Adapter) and pass it as adapters=[...]"
-
-
-def recorder_of(
-    model: nn.Module,
-    adapters: Sequence[type[Adapter]] = (),
-    sequence_first: bool | None = None,
-    seed: int = 0,
-) -> Recorder:
-    """A recorder of every block found, not yet attached; see `confirm`."""
-    model = getattr(model, "_orig_mod", model)
-    return Recorder(model, *find_blocks(model, adapters), sequence_first, seed)
 
 
 def find_blocks(model: nn.Module, adapters: Sequence[type[Adapter]] = ()) -> tuple[list[Block], list[str]]:
@@ -38,7 +26,7 @@ def find_blocks(model: nn.Module, adapters: Sequence[type[Adapter]] = ()) -> tup
     for name, module in modules.items():
         if any(name.startswith(f"{other}.") for other in found if other):
             continue
-        parent = modules.get(name.rpartition(".")[0]) if name else None
+        parent = modules.get(_outside(name)) if name else None
         for kind in (*adapters, *FAMILIES):
             if kind.matches(module):
                 found[name] = Block(name, kind(module), parent)
@@ -49,26 +37,27 @@ def find_blocks(model: nn.Module, adapters: Sequence[type[Adapter]] = ()) -> tup
     # A list of layers holds blocks; a list of experts holds none.
     everything = {**candidates, **found}
     for name, block in candidates.items():
-        inside = f"{name}." if name else ""
-        if not any(other != name and other.startswith(inside) for other in everything):
+        if not any(other != name and _inside(other, name) for other in everything):
             found[name] = block
-    order = [name for name in modules if name in found]
     unread = [
-        f"{name} ({type(module).__name__})"
-        for name, module in modules.items()
+        name for name, module in modules.items()
         if name and (MOE_CLASS.search(type(module).__name__) or _stacked_behind_a_gate(module))
         and not any(_inside(name, other) or _inside(other, name) for other in found)
     ]  # fmt: skip
-    unread = [entry for entry in unread if not any(entry.startswith(f"{o.split(' ')[0]}.") for o in unread)]
-    return [found[name] for name in order], unread
+    outermost = [name for name in unread if not any(o != name and _inside(name, o) for o in unread)]
+    named = [f"{name} ({type(modules[name]).__name__})" for name in outermost]
+    return [found[name] for name in modules if name in found], named
 
 
 def _stacked_behind_a_gate(module: nn.Module) -> bool:
     """Two or more parameters [E, ., .] of its own, and one of E scores beside them."""
     own = [p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3]
-    if len(own) < 2 or len(set(own)) > 1:
-        return False
-    return any(p.ndim == 2 and own[0] in p.shape for p in module.parameters())
+    alike = len(own) >= 2 and len(set(own)) == 1
+    return alike and any(p.ndim == 2 and own[0] in p.shape for p in module.parameters())
+
+
+def _outside(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _inside(name: str, other: str) -> bool:
@@ -78,44 +67,23 @@ def _inside(name: str, other: str) -> bool:
 def confirm(recorder: Recorder, run: Callable[[], Any]) -> None:
     """Try lists of like modules on one batch: those that are no experts are left out, with the reason."""
     lists = [block for block in recorder.blocks if isinstance(block.adapter, ListAdapter)]
-    if lists:
-        with unchanged(recorder.model):
-            _confirm(recorder, lists, run)
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Buffers and random states are afterwards what they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng():
-        yield
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
-
-
-def _confirm(recorder: Recorder, lists: list[Block], run: Callable[[], Any]) -> None:
-    reasons = _try_lists(recorder, lists, run)
-    if reasons is None:  # some block cannot be tagged: find out which
-        reasons = {}
+    if not lists:
+        return
+    with unchanged(recorder.model):
+        reasons = _try_lists(recorder, lists, run)
+        if reasons is None:  # some block cannot be tagged: find out which
+            reasons = {}
+            for block in lists:
+                reasons |= _try_lists(recorder, [block], run) or {block.name: block.failure}
         for block in lists:
-            reasons |= _try_lists(recorder, [block], run) or {block.name: block.failure}
-    for block in lists:
-        adapter = block.adapter
-        assert isinstance(adapter, ListAdapter)
-        reason = reasons.get(block.name, "" if block.calls else "its forward was not called")
-        at = recorder.blocks.index(block)
-        recorder.blocks[at] = Block(block.name, type(adapter)(adapter.block, adapter.holder), block.parent)
-        if not reason and not adapter.named_as_experts and not varies(block.state):
-            reason = "every token gets the same weights: an ensemble, or no mixture of experts"
-        if not reason:
-            continue
-        del recorder.blocks[at]
-        if adapter.named_as_experts:
-            outer = _outer(recorder, block, run)
-            if outer is not None:
-                recorder.blocks.insert(at, outer)
-            else:
+            named = block.adapter.named_as_experts  # type: ignore[attr-defined]
+            reason = reasons.get(block.name, "" if block.calls else "its forward was not called")
+            if not reason and not named and not varies(block.state):
+                reason = "every token gets the same weights: an ensemble, or no mixture of experts"
+            outer = _outer(recorder, block, run) if reason and named else None
+            at = recorder.blocks.index(block)
+            recorder.blocks[at : at + 1] = [] if reason and outer is None else [(outer or block).fresh()]
+            if reason and named and outer is None:
                 recorder.unread.append(f"{block.name} ({block.family}): {reason}")
 
 
@@ -123,16 +91,10 @@ def _outer(recorder: Recorder, block: Block, run: Callable[[], Any]) -> Block | 
     """The module around one that only holds experts, if that is what mixes their answers."""
     if block.parent is None or block.parent is recorder.model or block.adapter.holder is not None:  # type: ignore[attr-defined]
         return None
-    name = block.name.rpartition(".")[0]
-    modules = dict(recorder.model.named_modules())
-
-    def fresh() -> Block:
-        adapter = ListAdapter(modules[name], block.adapter.block)
-        return Block(name, adapter, modules.get(name.rpartition(".")[0]))
-
-    tried = fresh()
-    reasons = _try_lists(recorder, [tried], run)
-    return fresh() if reasons == {} and tried.calls else None
+    name = _outside(block.name)
+    around = dict(recorder.model.named_modules())[_outside(name)]
+    outer = Block(name, ListAdapter(block.parent, block.adapter.block), around)
+    return outer if _try_lists(recorder, [outer], run) == {} and outer.calls else None
 
 
 def _try_lists(recorder: Recorder, lists: list[Block], run: Callable[[], Any]) -> dict[str, str] | None:
@@ -154,7 +116,5 @@ def _try_lists(recorder: Recorder, lists: list[Block], run: Callable[[], Any]) -
 def varies(state: BlockState) -> bool:
     """Do tokens differ in their weights?"""
     state.finish()
-    mean_E = state.weight_E / state.weight_E.sum()
-    marginal = torch.special.entr(mean_E).sum()
-    per_token = state.entropy / (state.tokens - state.dropped).clamp(min=1)
-    return bool(marginal - per_token > 1e-6)
+    per_token = float(state.entropy / (state.tokens - state.dropped).clamp(min=1))
+    return entropy(state.weight_E / state.weight_E.sum()) - per_token > 1e-6

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +27,11 @@ from moe_lib.inspect.adapters import (
     NotAMixture,
     first_tensor,
     from_dense,
+    replaced,
     rows,
     stacked_weights,
-)
+    unchanged,
+)  # fmt: skip
 
 MOE_CLASS = re.compile(r"(moe|moa|mixtureofexperts|experts)(block|layer|ffn)?$|sparsemlp$", re.I)
 
@@ -43,23 +48,23 @@ def expert_list(block: nn.Module) -> tuple[str, list[nn.Module]] | None:
     return None
 
 
-def _enter() -> tuple[int, bool]:
-    """A dual level, and whether tangents were on: they are not inside of reentrant checkpointing."""
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward not in (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
+
+
+@contextmanager
+def _tagging() -> Iterator[None]:
+    """Tensors can carry tangents: inside of reentrant checkpointing too, where that is off."""
     with warnings.catch_warnings():  # the first dual tensor imports a module that warns about itself
         warnings.simplefilter("ignore", FutureWarning)
         from torch._decomp import decompositions_for_jvp  # noqa: F401
     enabled = torch._C._is_fwd_grad_enabled()
     torch._C._set_fwd_grad_enabled(True)
-    return forward_ad.enter_dual_level(), enabled
-
-
-def _leave(entered: tuple[int, bool]) -> None:
-    forward_ad.exit_dual_level(level=entered[0])
-    torch._C._set_fwd_grad_enabled(entered[1])
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward not in (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
+    try:
+        with forward_ad.dual_level():
+            yield
+    finally:
+        torch._C._set_fwd_grad_enabled(enabled)
 
 
 class ListAdapter(Adapter):
@@ -74,24 +79,21 @@ class ListAdapter(Adapter):
         assert found is not None  # by `matches`
         self.list_name, self.members = found
         self.holder = holder
-        self.level: tuple[int, bool] | None = None
+        self.open: ExitStack | None = None  # closing it ends the tagging
         self.ran: dict[int, list[Tensor]] = {}
+        self.like: Tensor | None = None  # an answer without rows
         self.sequential = False
-        self.replaying = False
         self.reads_input = False  # the experts read the block's input as it is
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
-        return expert_list(block) is not None and (
-            _has_forward(block) or not isinstance(block, nn.ModuleList | nn.ModuleDict)
-        )
+        called = _has_forward(block) or not isinstance(block, nn.ModuleList | nn.ModuleDict)
+        return called and expert_list(block) is not None
 
     @property
     def named_as_experts(self) -> bool:
-        return (
-            "expert" in f"{self.list_name} {type(self.members[0]).__name__}".lower()
-            or MOE_CLASS.search(type(self.block).__name__) is not None
-        )
+        named = "expert" in f"{self.list_name} {type(self.members[0]).__name__}".lower()
+        return named or MOE_CLASS.search(type(self.block).__name__) is not None
 
     @property
     def num_experts(self) -> int:
@@ -106,23 +108,20 @@ class ListAdapter(Adapter):
     # ------------------------------------------------------------------------------------ tagging
 
     def begin(self, args: tuple, kwargs: dict) -> None:
-        self.ran = {}
-        self.sequential = False
+        self.ran, self.sequential = {}, False
         if torch.is_grad_enabled():  # a tangent would change the graph: replayed afterwards, without one
-            self.replay_with = (
-                tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args),
-                {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()},
-                torch.get_rng_state(),
-                torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-            )
+            cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+            copies = [_copied(value) for value in args], {k: _copied(v) for k, v in kwargs.items()}
+            self.replay_with = (*copies, torch.get_rng_state(), cuda_state)
         else:
-            self.level = _enter()
+            self.open = ExitStack()
+            self.open.enter_context(_tagging())
 
-    def note(self, e: int, args: tuple, output: object) -> object | None:
-        """Hook on expert e: returns its answer with the tag of e."""
+    def note(self, e: int, args: tuple, output: Any) -> Any:
+        """Expert e's answer with the tag of e."""
         answer = first_tensor(output)
-        self.answer_like = answer[:0].detach()
-        if self.level is None:
+        self.like = answer[:0].detach()
+        if self.open is None:
             return None
         if args and isinstance(args[0], Tensor):
             read, tangent = forward_ad.unpack_dual(args[0])
@@ -137,58 +136,44 @@ class ListAdapter(Adapter):
                 "are needed to tell them apart; pass an adapter"
             )
         flat[:, e :: self.num_experts] = 1  # in every period, to see what changes single features
-        tagged = forward_ad.make_dual(answer, tag)
-        if isinstance(output, Tensor):
-            return tagged
-        rest = list(output)  # type: ignore[call-overload]
-        rest[next(i for i, v in enumerate(rest) if isinstance(v, Tensor))] = tagged
-        return tuple(rest)
+        return replaced(output, forward_ad.make_dual(answer, tag))
 
     def end(self, call: Call) -> None:
-        """Hook on the block, also if it failed: reads the tags of its output."""
+        """Reads the tags of the block's output."""
         self.tangent = None
-        if self.level is None and call.output is not None:
+        if self.open is None and call.output is not None and self.like is not None:
             self._replay()
-        elif self.level is not None:
+        elif self.open is not None:
             if call.output is not None:
                 self.tangent = forward_ad.unpack_dual(first_tensor(call.output)).tangent
-            _leave(self.level)
-            self.level = None
+            self.open.close()
+            self.open = None
 
     @torch.no_grad()
     def _replay(self) -> None:
         """The block once more from the same random state, its experts answering zero with their tags."""
         args, kwargs, random_state, cuda_state = self.replay_with
-        if not hasattr(self, "answer_like"):
-            return  # no expert ran
-        buffers = {name: buffer.clone() for name, buffer in self.block.named_buffers()}
-        here, here_cuda = torch.get_rng_state(), None
-        torch.set_rng_state(random_state)
-        if cuda_state is not None:
-            here_cuda = torch.cuda.get_rng_state()
-            torch.cuda.set_rng_state(cuda_state)
         self.replaying = True
         for member in self.members:
             member.forward = self._zero_answer
-        self.level = _enter()
         try:
-            self.tangent = forward_ad.unpack_dual(first_tensor(self.block.forward(*args, **kwargs))).tangent
+            with unchanged(self.block), _tagging(), ExitStack() as self.open:
+                torch.set_rng_state(random_state)
+                if cuda_state is not None:
+                    torch.cuda.set_rng_state(cuda_state)
+                output = self.block.forward(*args, **kwargs)
+                self.tangent = forward_ad.unpack_dual(first_tensor(output)).tangent
         finally:
-            _leave(self.level)
-            self.level = None
-            self.replaying = False
+            self.open, self.replaying = None, False
             for member in self.members:
                 del member.forward
-            torch.set_rng_state(here)
-            if here_cuda is not None:
-                torch.cuda.set_rng_state(here_cuda)
-            for name, buffer in self.block.named_buffers():
-                buffer.copy_(buffers[name])
 
     def _zero_answer(self, x: Tensor, *rest: object, **options: object) -> Tensor:
-        like = self.answer_like
-        shape = (*x.shape[:-1], like.shape[-1]) if like.ndim <= 3 else (len(x), *like.shape[1:])
-        return like.new_zeros(shape)
+        like = self.like
+        assert like is not None  # some expert has answered
+        return like.new_zeros(
+            (*x.shape[:-1], like.shape[-1]) if like.ndim <= 3 else (len(x), *like.shape[1:])
+        )
 
     def dispatch(self, call: Call) -> Dispatch:
         output_NO = rows(call.output)
@@ -205,47 +190,40 @@ class ListAdapter(Adapter):
         if len(tags_NO) != len(output_NO) or not same:
             raise NotAMixture("the answers are not added up with weights, or are transformed after that")
         indices_NK, weights_NK = from_dense(tags_NO[:, :num_experts])
-        return Dispatch(self._tokens(call, indices_NK), indices_NK, weights_NK, output_NO)
+        return Dispatch(self._tokens(rows(call.tokens), indices_NK), indices_NK, weights_NK, output_NO)
 
-    def _tokens(self, call: Call, indices_NK: Tensor) -> Tensor:
+    def _tokens(self, given_ND: Tensor, indices_NK: Tensor) -> Tensor:
         """What the experts read, in the tokens' order.
 
         It is the block's input, unless the block changes it first. Then each expert's rows are put back:
         token after token, or first choices before second ones, whichever makes the experts agree.
         """
-        given_ND = rows(call.tokens)
-        if self.reads_input:
+        if self.reads_input:  # judged once
             return given_ND
         read = {e: torch.cat([rows(part) for part in parts]) for e, parts in self.ran.items()}
-        chosen = {
-            e: [indices_NK.eq(e).any(1).nonzero().flatten(), torch.where(indices_NK.T.eq(e))[1]] for e in read
-        }
-        whole = {e: slice(None) if len(part) == len(indices_NK) else chosen[e][0] for e, part in read.items()}
-        fits = given_ND.shape == (len(indices_NK), next(iter(read.values())).shape[1])
-        checks = [_same_rows(part, given_ND[whole[e]]) for e, part in read.items()] if fits else [False]
-        if all(check is not False for check in checks) and True in checks:
-            self.reads_input = True  # judged once
-            return given_ND
-        for part in read.values():
-            if len(part) == len(indices_NK):
-                return part
-        best, least = given_ND, float("inf")
-        for order in (0, 1):
-            tokens_ND = (
-                given_ND.clone()
-                if fits
-                else given_ND.new_zeros(len(indices_NK), next(iter(read.values())).shape[1])
-            )
-            for e, part in read.items():
-                if len(part) == len(chosen[e][order]):
-                    tokens_ND[chosen[e][order]] = part.to(tokens_ND.dtype)
-            wrong = sum(
-                float((part - tokens_ND[chosen[e][order]]).abs().sum())
-                for e, part in read.items() if len(part) == len(chosen[e][order])
-            )  # fmt: skip
-            if wrong < least:
-                best, least = tokens_ND, wrong
-        return best
+        shape = (len(indices_NK), next(iter(read.values())).shape[1])
+        whole = [part for part in read.values() if len(part) == len(indices_NK)]
+        by_token = {e: indices_NK.eq(e).any(1).nonzero().flatten() for e in read}
+        by_choice = {e: torch.where(indices_NK.T.eq(e))[1] for e in read}
+        if given_ND.shape == shape:
+            same = [_same_rows(part, given_ND if len(part) == len(given_ND) else given_ND[by_token[e]])
+                    for e, part in read.items()]  # fmt: skip
+            self.reads_input = True in same and False not in same
+        if self.reads_input or whole:
+            return given_ND if self.reads_input else whole[0]
+        tried: list[tuple[float, int, Tensor]] = []
+        for order in (by_token, by_choice):
+            tokens_ND = given_ND.clone() if given_ND.shape == shape else given_ND.new_zeros(shape)
+            known = [e for e, part in read.items() if len(part) == len(order[e])]
+            for e in known:
+                tokens_ND[order[e]] = read[e].to(tokens_ND.dtype)
+            off = sum(float((read[e] - tokens_ND[order[e]]).abs().sum()) for e in known)
+            tried.append((off, len(tried), tokens_ND))
+        return min(tried)[2]
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _same_rows(one_RD: Tensor, other_RD: Tensor) -> bool | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_lib.inspect.adapters import some_entries
-from moe_lib.inspect.state import BlockState, counted
+from moe_lib.inspect.state import BlockState, added, counted
 
 if TYPE_CHECKING:
     from moe_lib.inspect.block import Block
@@ -30,38 +30,41 @@ class About(NamedTuple):
     formula: str
     null: str
     sign: str
+    axis: float = 0.0  # in pictures: the least top of its axis, so that nothing looks like something
 
 
 ABOUT: dict[str, About] = {
     "effective experts": About(
         "exp(H(load)); load: share of the filled slots, of the weight where every token uses all experts",
-        "balanced but finite: exp(log E - (E - 1) / 2S) for S slots", "high: many experts in use",
+        "balanced but finite: exp(log E - (E - 1) / 2S) for S slots", "high: many experts in use", 1.0,
     ),
     "never chosen": About(
         "experts with load 0; where every token uses all, experts that are no token's largest weight",
-        "E (1 - K / E)^N: uniform choice", "0 is best",
+        "E (1 - K / E)^N: uniform choice", "0 is best", 1.0,
     ),
     "largest load": About("max of load", "1 / E", "low"),
-    "dropped": About("share of tokens that no expert served", "0", "0 is best"),
+    "dropped": About("share of tokens that no expert served", "0", "0 is best", 0.05),
     "unfilled": About("share of the N K slots that no expert filled", "0", "0 is best"),
     "H(E)": About("entropy of the mean weight, nats", "log E: balanced", "low: experts idle"),
     "H(E|x)": About("mean entropy of a token's weights, nats", "log K: equal weights", "low: sure choice"),
     "I(x;E)": About(
         "H(E) - H(E|x), nats", "0: a gate that ignores its input", "high: the choice depends on the token",
+        0.1,
     ),
     "I(c;E)": About(
         "information between label and expert over slots, nats; plug-in",
         "the same with labels permuted among tokens: the plug-in bias",
-        "above its null: experts know the classes",
+        "above its null: experts know the classes", 0.1,
     ),
     "input separation": About(
         "share of the variance of the experts' inputs that lies between first-choice experts",
         "(G - 1) / (M - 1) for G experts used: a choice made at random", "near its null: arbitrary routing",
+        0.1,
     ),
     "switching": About(
         "1 - |S_t ∩ S_t+1| / K, mean over neighbouring tokens of a sequence",
         "independent neighbours: 1 - sum_e q_e^2 / K, q_e the share of tokens that expert e serves",
-        "low: stays with its experts",
+        "low: stays with its experts", 1.0,
     ),
     "co-activation": About(
         "largest n_ab / min(n_a, n_b) over pairs: how often the rarer comes with the other",
@@ -71,6 +74,7 @@ ABOUT: dict[str, About] = {
     "follows scores": About(
         "share of filled slots among the K best of the router's scores",
         "1: the dispatch is what the router prefers", "below 1: bias, groups, capacity or a fault decide",
+        1.0,
     ),
     "answers alike": About(
         "mean cosine of two experts' answers to the same tokens, each expert's mean removed",
@@ -78,7 +82,7 @@ ABOUT: dict[str, About] = {
     ),
     "answers alike, by use": About(
         "the same, each pair weighted by the product of its loads", "the same with tokens unpaired",
-        "1: the experts in use compute the same",
+        "1: the experts in use compute the same", 1.0,
     ),
     "weights alike": About(
         "mean cosine of two experts' weights", "0: independent; copies start at 1", "1: copies",
@@ -87,7 +91,22 @@ ABOUT: dict[str, About] = {
         "norm of (sum_k weight x answer - output) over the norm of the output", "0",
         "above rounding: what was observed does not explain the block",
     ),
+    "cost of permuting": About(
+        "loss with another token's routing for every token, minus the loss, nats", "0",
+        "near 0: it does not matter which expert treats a token", 0.01,
+    ),
+    "cost of swapping": About(
+        "loss when the two most used experts serve each other's tokens, minus the loss, nats", "0",
+        "near 0: these two are alike, or do not matter",
+    ),
+    "cost of dropping": About(
+        "loss without the most used expert, its weight given to others, minus the loss, nats", "0",
+        "near 0: the others can do its work",
+    ),
 }  # fmt: skip
+
+
+NOTHING = Value(math.nan, math.nan)
 
 
 def load(state: BlockState) -> Tensor:
@@ -97,54 +116,43 @@ def load(state: BlockState) -> Tensor:
     return total_E / total_E.sum().clamp(min=1e-30)
 
 
+def entropy(shares: Tensor) -> float:
+    """Nats."""
+    return float(torch.special.entr(shares).sum())
+
+
 def routing_measures(state: BlockState, seed: int = 0) -> dict[str, Value]:
     """What the tables say."""
-    num_experts, slots_K = state.num_experts, max(state.num_slots, 1)
-    num_tokens = float(state.tokens)
-    served = float(state.tokens - state.dropped)
+    num_experts, num_slots, num_tokens = state.num_experts, max(state.num_slots, 1), float(state.tokens)
+    served, slots = float(state.tokens - state.dropped), float(state.slots)
     if served < 1:
-        nothing = {"dropped": Value(1.0 if num_tokens else math.nan, 0.0)}
-        return {name: nothing.get(name, Value(math.nan, math.nan)) for name in ABOUT}
-    load_E = load(state)
-    soft = slots_K == num_experts
-    slots = float(state.slots)
-    entropy = float(torch.special.entr(load_E).sum())
-    mean_E = state.weight_E / served
-    marginal, per_token = float(torch.special.entr(mean_E).sum()), float(state.entropy) / served
-    used = state.first_E if soft else state.count_E
-    q_E = state.count_E / served
+        return {"dropped": Value(1.0 if num_tokens else math.nan, 0.0)}
+    soft = num_slots == num_experts  # every token uses all: its largest weight is its choice
+    load_E, q_E = load(state), (state.first_E if soft else state.count_E) / served
+    missed = 1 - (1 if soft else num_slots) / num_experts  # chance that a token does not choose an expert
+    balanced = math.log(num_experts) - (num_experts - 1) / (2 * slots)
+    marginal, per_token = entropy(state.weight_E / served), float(state.entropy) / served
     found = {
-        "effective experts": Value(
-            math.exp(entropy), math.exp(max(math.log(num_experts) - (num_experts - 1) / (2 * slots), 0.0))
-        ),
-        "never chosen": Value(
-            float((used == 0).sum()), num_experts * (1 - (1 if soft else slots_K) / num_experts) ** served
-        ),
+        "effective experts": Value(math.exp(entropy(load_E)), math.exp(max(balanced, 0.0))),
+        "never chosen": Value(float((q_E == 0).sum()), num_experts * missed**served),
         "largest load": Value(float(load_E.max()), 1 / num_experts),
         "dropped": Value(float(state.dropped) / num_tokens, 0.0),
-        "unfilled": Value(1 - slots / (num_tokens * slots_K), 0.0),
+        "unfilled": Value(1 - slots / (num_tokens * num_slots), 0.0),
         "H(E)": Value(marginal, math.log(num_experts)),
-        "H(E|x)": Value(per_token, math.log(slots_K)),
+        "H(E|x)": Value(per_token, math.log(num_slots)),
         "I(x;E)": Value(max(marginal - per_token, 0.0), 0.0),
         "I(c;E)": class_information(state, seed),
         "input separation": input_separation(state),
-        "switching": Value(math.nan, math.nan),
-        "co-activation": Value(math.nan, math.nan),
-        "follows scores": Value(math.nan, math.nan),
     }
     if pairs := float(state.pairs):
-        p_E = state.first_E / served
-        found["switching"] = (
-            Value(1 - float(state.first_same) / pairs, 1 - float(p_E.square().sum()))
-            if soft
-            else Value(1 - float(state.overlap) / pairs, 1 - float(q_E.square().sum()) / slots_K)
-        )
-    if 1 < slots_K < num_experts:
+        same, size = (state.first_same, 1) if soft else (state.overlap, num_slots)
+        found["switching"] = Value(1 - float(same) / pairs, 1 - float(q_E.square().sum()) / size)
+    if 1 < num_slots < num_experts:
         rarer_EE = torch.minimum(state.count_E[:, None], state.count_E[None]).clamp(min=1)
         often_EE = (state.together_EE / rarer_EE).fill_diagonal_(0)
         a, b = divmod(int(often_EE.argmax()), num_experts)
         rarer, other = sorted((float(q_E[a]), float(q_E[b])))
-        chance = (slots_K - 1) * other / (slots_K - rarer)
+        chance = (num_slots - 1) * other / (num_slots - rarer)
         found["co-activation"] = Value(float(often_EE[a, b]), chance)
     if scored := float(state.scored):
         found["follows scores"] = Value(float(state.followed) / scored, 1.0)
@@ -154,7 +162,7 @@ def routing_measures(state: BlockState, seed: int = 0) -> dict[str, Value]:
 def input_separation(state: BlockState) -> Value:
     count, groups = float(state.read_E.sum()), int((state.read_E > 0).sum())
     if state.inputs_ED is None or count < 3 or groups < 1:
-        return Value(math.nan, math.nan)
+        return NOTHING
     sums_ED = state.inputs_ED[:-1].double()
     middle = float(sums_ED.sum(0).square().sum()) / count
     between = float((sums_ED.square().sum(1) / state.read_E.clamp(min=1)).sum()) - middle
@@ -164,11 +172,9 @@ def input_separation(state: BlockState) -> Value:
 
 def class_information(state: BlockState, seed: int = 0) -> Value:
     """I(c;E) over slots, and its mean with labels permuted (Monte Carlo from the tokens kept)."""
-    if not len(state.class_key):
-        return Value(math.nan, math.nan)
     classes_C, table_CE = state.class_table()
     if len(classes_C) < 2:
-        return Value(math.nan, math.nan)
+        return NOTHING
     value = information(state.class_key, state.class_count, state.num_experts)
     labelled = state.kept.label_M >= 0
     chosen_MK, label_M = state.kept.chosen_MK[labelled].long(), state.kept.label_M[labelled]
@@ -179,9 +185,8 @@ def class_information(state: BlockState, seed: int = 0) -> Value:
     num_tokens = int(size_C.sum())
     generator = torch.Generator().manual_seed(seed)
     total, draws = 0.0, min(max(MANY_TOKENS // num_tokens, 1), NULL_DRAWS)
-    exact = num_tokens == len(label_M)  # every token was kept: a true permutation
     for _ in range(draws):
-        if exact:
+        if num_tokens == len(label_M):  # every token was kept: a true permutation
             drawn, labels_N = torch.randperm(num_tokens, generator=generator), label_M
         else:  # as many tokens of each class, their experts drawn from those kept
             drawn = torch.randint(len(label_M), (num_tokens,), generator=generator)
@@ -193,25 +198,17 @@ def class_information(state: BlockState, seed: int = 0) -> Value:
 
 
 def information(key: Tensor, count: Tensor, num_experts: int) -> float:
-    """Mutual information in nats of a sparse table of (class, expert) counts."""
-    p = count / count.sum()
+    """Mutual information in nats of a sparse table of (class, expert) counts; a key is class * E + expert."""
+    share = count / count.sum()
     _, row = (key // num_experts).unique(return_inverse=True)
-    column = key % num_experts
-    p_row = torch.zeros(int(row.max()) + 1, dtype=torch.float64).index_add_(0, row, p)
-    p_column = torch.zeros(num_experts, dtype=torch.float64).index_add_(0, column, p)
-    return float((p * (p / (p_row[row] * p_column[column])).log()).sum())
+    by_class, by_expert = (added(index, share, int(index.max()) + 1) for index in (row, key % num_experts))
+    return entropy(by_class) + entropy(by_expert) - entropy(share)
 
 
 @torch.no_grad()
 def expert_measures(block: Block) -> dict[str, Value]:
     """What the experts compute: their answers to a few tokens that the block read, and their weights."""
-    nothing = Value(math.nan, math.nan)
-    found = {
-        "answers alike": nothing,
-        "answers alike, by use": nothing,
-        "weights alike": nothing,
-        "mixture error": Value(block.mixture_error, 0.0),
-    }
+    found = {"mixture error": Value(block.mixture_error, 0.0)}
     if block.adapter.num_experts < 2:
         return found
     if block.alike is not None and block.examined > 2:
@@ -219,13 +216,12 @@ def expert_measures(block: Block) -> dict[str, Value]:
         values, nulls = (_pair_means(cosine_EE, load_E) for cosine_EE in block.alike)
         found["answers alike"] = Value(values[0], nulls[0])
         found["answers alike, by use"] = Value(values[1], nulls[1])
-    inner_EE: Tensor | float = 0.0
-    for weight in block.adapter.expert_weights():
-        flat_EP = some_entries(weight).float()
-        inner_EE = inner_EE + flat_EP @ flat_EP.T
-    if isinstance(inner_EE, Tensor):
-        norm_E = inner_EE.diagonal().clamp(min=1e-30).sqrt()
-        found["weights alike"] = Value(_pair_means(inner_EE / norm_E / norm_E[:, None], norm_E)[0], 0.0)
+    if weights := block.adapter.expert_weights():
+        flat_EP = torch.cat([some_entries(weight).float() for weight in weights], 1)
+        unit_EP = flat_EP / flat_EP.norm(dim=1, keepdim=True).clamp(min=1e-15)
+        found["weights alike"] = Value(
+            _pair_means(unit_EP @ unit_EP.T, unit_EP.new_ones(len(unit_EP)))[0], 0.0
+        )
     return found
 
 
@@ -237,50 +233,44 @@ def _pair_means(cosine_EE: Tensor, load_E: Tensor) -> tuple[float, float]:
     return plain, float(load_E @ off_EE @ load_E) / total if total > 1e-12 else math.nan
 
 
+RIGHT = "as published, mean over blocks"
+
+
 def balance_losses(states: list[BlockState]) -> dict[str, float]:
     """What a load-balancing loss is, as published and with each of its usual mistakes.
 
     E sum_e f_e P_e per block (Fedus et al. 2022, eq. 4; f_e = share of slots), mean over blocks.
     """
-    states = [s for s in states if float(s.scored)]
+    states = [state for state in states if float(state.scored)]
     if not states:
         return {}
 
-    def one(count_E: Tensor, score_E: Tensor) -> float:
-        f_E, p_E = count_E / count_E.sum(), score_E / score_E.sum()
-        return len(f_E) * float((f_E * p_E).sum())
+    def mean(count: str, score: str, pooled: bool = False) -> float:
+        tables = [(getattr(state, count), getattr(state, score)) for state in states]
+        if pooled:
+            counts, scores = (torch.stack(parts).sum(0) for parts in zip(*tables, strict=True))
+            tables = [(counts, scores)]
+        products = [len(f_E) * float(f_E @ p_E / f_E.sum() / p_E.sum()) for f_E, p_E in tables]
+        return sum(products) / len(products)
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    num_slots, same = states[0].num_slots, len({s.num_experts for s in states}) == 1
-    right = mean([one(s.count_E, s.score_E) for s in states])
+    right = mean("count_E", "score_E")
     found = {
-        "as published, mean over blocks": right,
-        "padding counted": mean([one(s.count_all_E, s.score_all_E) for s in states]),
-        "softmax applied twice": mean([one(s.count_E, s.twice_E) for s in states]),
+        RIGHT: right,
+        "padding counted": mean("count_all_E", "score_all_E"),
+        "softmax applied twice": mean("count_E", "twice_E"),
         "summed over blocks": right * len(states),
         "constant": 1.0,
     }
-    if same:
-        count_E = torch.stack([s.count_E for s in states]).sum(0)
-        score_E = torch.stack([s.score_E for s in states]).sum(0)
-        all_E = torch.stack([s.count_all_E for s in states]).sum(0)
-        score_all_E = torch.stack([s.score_all_E for s in states]).sum(0)
-        found["blocks pooled before the product"] = one(count_E, score_E)
-        found["blocks pooled, padding counted"] = one(all_E, score_all_E)
-    if num_slots > 1:
+    if len({state.num_experts for state in states}) == 1:
+        found["blocks pooled before the product"] = mean("count_E", "score_E", pooled=True)
+        found["blocks pooled, padding counted"] = mean("count_all_E", "score_all_E", pooled=True)
+    if (num_slots := states[0].num_slots) > 1:
         found |= {f"{name}, times K": value * num_slots for name, value in found.items()}
     return found
 
 
 def explain_balance_loss(states: list[BlockState], value: float, rtol: float = 1e-3) -> list[str]:
     """The formulas that give this value on the same tokens, nearest first; the right one is named first."""
-    close = {
-        name: abs(value - expected) / max(abs(expected), 1e-12)
-        for name, expected in balance_losses(states).items()
-    }
-    return sorted(
-        (name for name, off in close.items() if off <= rtol),
-        key=lambda name: (close[name] > 1e-6, name != "as published, mean over blocks"),
-    )
+    off = {name: abs(value / expected - 1) for name, expected in balance_losses(states).items()}
+    close = [name for name in off if off[name] <= rtol]
+    return sorted(close, key=lambda name: (off[name] > 1e-6, name != RIGHT))

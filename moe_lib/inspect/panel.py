@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moe_lib.inspect.alarms import Alarm, alarms_of
-from moe_lib.inspect.layer import Layer
-from moe_lib.inspect.measures import Value, balance_losses, explain_balance_loss
+from moe_lib.inspect.measures import NOTHING, Value, balance_losses, explain_balance_loss
+from moe_lib.inspect.state import BlockState
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +24,65 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Panel:
+class Layer:
+    """One block's numbers."""
+
+    name: str
+    family: str
+    num_experts: int
+    top_k: int
+    num_tokens: int
+    load_E: list[float]  # sums to 1
+    weight_E: list[float]  # mean weight; sums to 1
+    measures: dict[str, Value]
+    explanation: str = ""  # of the mixture check
+    notes: list[str] = field(default_factory=list)
+    class_expert: dict[str, list[float]] = field(default_factory=dict)  # share of a class's slots by expert
+    dropped_E: list[float] = field(default_factory=list)  # cost of dropping each expert, if asked for
+    state: BlockState | None = field(default=None, repr=False)
+
+    def __getitem__(self, measure: str) -> float:
+        return self.measures[measure].value
+
+
+def plain(value: Any) -> Any:
+    """Numbers, lists, dictionaries and strings alone; NaN as None."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.name != "state"}
+    if isinstance(value, Value | Alarm):
+        return plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, list) else value
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+class Shown:
+    """What a panel and a comparison have in common: a picture, a part of a page, and a page."""
+
+    title: str
+
+    def figure(self) -> Figure:
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        raise NotImplementedError
+
+    def to_html(self, path: str | Path) -> Path:
+        """One page that needs no other file."""
+        from moe_lib.inspect.page import page
+
+        Path(path).write_text(page(self.title, self._repr_html_()), encoding="utf-8")
+        return Path(path)
+
+
+@dataclass
+class Panel(Shown):
     """The blocks of a model on some data. In a notebook, its last line shows the picture and the table."""
 
     layers: list[Layer]
@@ -56,41 +115,9 @@ class Panel:
         """Which formulas give the value that your model reports on these tokens."""
         return explain_balance_loss([la.state for la in self.layers if la.state is not None], value, rtol)
 
-    # ------------------------------------------------------------------------------------ numbers
-
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and strings; NaN as None."""
-
-        def plain(value: float) -> float | None:
-            return None if math.isnan(value) else value
-
-        return {
-            "title": self.title,
-            "loss": plain(self.loss),
-            "loss_permuted": plain(self.loss_permuted),
-            "unread": self.unread,
-            "alarms": [alarm._asdict() for alarm in self.alarms],
-            "layers": [
-                {
-                    "name": layer.name,
-                    "family": layer.family,
-                    "num_experts": layer.num_experts,
-                    "top_k": layer.top_k,
-                    "num_tokens": layer.num_tokens,
-                    "load": layer.load_E,
-                    "weight": layer.weight_E,
-                    "mixture": layer.explanation,
-                    "notes": layer.notes,
-                    "class_expert": layer.class_expert,
-                    "dropped": layer.dropped_E,
-                    "measures": {
-                        name: {"value": plain(v.value), "null": plain(v.null)}
-                        for name, v in layer.measures.items()
-                    },
-                }
-                for layer in self.layers
-            ],
-        }
+        return plain(self) | {"alarms": plain(self.alarms)}
 
     def to_json(self, path: str | Path | None = None) -> str:
         text = json.dumps(self.to_dict(), indent=1)
@@ -102,52 +129,32 @@ class Panel:
     def from_json(cls, path: str | Path) -> Panel:
         """A panel written by `to_json`; it can be shown and compared, but knows no single tokens."""
         given = json.loads(Path(path).read_text())
-
-        def number(value: float | None) -> float:
-            return math.nan if value is None else value
-
-        layers = [
-            Layer(
-                entry["name"], entry["family"], entry["num_experts"], entry["top_k"], entry["num_tokens"],
-                entry["load"], entry["weight"],
-                {name: Value(number(v["value"]), number(v["null"])) for name, v in entry["measures"].items()},
-                entry["mixture"], entry["notes"], entry["class_expert"], entry["dropped"],
-            )
-            for entry in given["layers"]
-        ]  # fmt: skip
-        return cls(
-            layers, given["unread"], given["title"], number(given["loss"]), number(given["loss_permuted"])
-        )
+        layers = []
+        for entry in given["layers"]:
+            measures = {
+                k: Value(_number(v["value"]), _number(v["null"])) for k, v in entry["measures"].items()
+            }
+            layers.append(Layer(**{**entry, "measures": measures}))
+        losses = _number(given["loss"]), _number(given["loss_permuted"])
+        return cls(layers, given["unread"], given["title"], *losses, given["thresholds"])
 
     def table(self, nulls: bool = False) -> pd.DataFrame:
         """One row a block, one column a measure, as numbers; with `nulls` a second level of columns."""
         import pandas as pd
 
-        rows = {}
-        for layer in self.layers:
-            row: dict[Any, float] = {}
-            for name, value in layer.measures.items():
-                if nulls:
-                    row[(name, "value")], row[(name, "null")] = value
-                else:
-                    row[name] = value.value
-            rows[layer.name] = row
-        frame = pd.DataFrame.from_dict(rows, orient="index").dropna(axis=1, how="all")
-        if nulls and len(frame.columns):
-            frame.columns = pd.MultiIndex.from_tuples([*frame.columns])
-        return frame
+        parts = {
+            part: pd.DataFrame({la.name: {k: getattr(v, part) for k, v in la.measures.items()}
+                                for la in self.layers}).T
+            for part in ("value", "null")
+        }  # fmt: skip
+        if not nulls:
+            return parts["value"].dropna(axis=1, how="all")
+        return pd.concat(parts, axis=1).swaplevel(axis=1).sort_index(axis=1).dropna(axis=1, how="all")
 
     def numbers(self) -> dict[str, float]:
         """Flat, for a logger: "block/measure", and the number of alarms."""
-        found = {
-            f"{layer.name}/{name}": value.value
-            for layer in self.layers
-            for name, value in layer.measures.items()
-            if not math.isnan(value.value)
-        }
-        return found | {"alarms": float(len(self.alarms))}
-
-    # ------------------------------------------------------------------------------------ pictures
+        found = {f"{la.name}/{k}": v.value for la in self.layers for k, v in la.measures.items()}
+        return {k: v for k, v in found.items() if not math.isnan(v)} | {"alarms": float(len(self.alarms))}
 
     def figure(self) -> Figure:
         from moe_lib.inspect.pictures import panel_figure
@@ -155,16 +162,9 @@ class Panel:
         return panel_figure(self)
 
     def _repr_html_(self) -> str:
-        from moe_lib.inspect.pictures import body
+        from moe_lib.inspect.page import panel_body
 
-        return body(self)
-
-    def to_html(self, path: str | Path) -> Path:
-        """One page that needs no other file."""
-        from moe_lib.inspect.pictures import page
-
-        Path(path).write_text(page(self), encoding="utf-8")
-        return Path(path)
+        return panel_body(self)
 
     def __str__(self) -> str:
         lines = [f"{self.title or 'panel'}: {len(self.layers)} blocks, {len(self.alarms)} alarms"]
@@ -178,13 +178,13 @@ class Panel:
 
 
 @dataclass
-class Comparison:
+class Comparison(Shown):
     before: Panel
     after: Panel
 
     def __post_init__(self) -> None:
-        names = [layer.name for layer in self.before.layers]
-        if names != [layer.name for layer in self.after.layers]:
+        self.title = self.after.title
+        if [layer.name for layer in self.before.layers] != [layer.name for layer in self.after.layers]:
             raise ValueError("the two panels must be of the same blocks: inspect the same model twice")
 
     def saturation(self) -> list[Value]:
@@ -193,21 +193,8 @@ class Comparison:
         1: routing no longer changes. Null: two choices that ignore each other, sum_e q_e q'_e / K.
         Both panels must have read the same data in the same order.
         """
-        found = []
-        for old, new in zip(self.before.layers, self.after.layers, strict=True):
-            a, b = old.state, new.state
-            if a is None or b is None or not len(a.kept.priority_M) or not len(b.kept.priority_M):
-                found.append(Value(math.nan, math.nan))
-                continue
-            order_a, order_b = a.kept.position_M.argsort(), b.kept.position_M.argsort()
-            common = torch.isin(a.kept.position_M[order_a], b.kept.position_M)
-            mine = torch.isin(b.kept.position_M[order_b], a.kept.position_M)
-            old_MK, new_MK = a.kept.chosen_MK[order_a][common], b.kept.chosen_MK[order_b][mine]
-            same = ((old_MK[:, :, None] == new_MK[:, None]) & (old_MK >= 0)[:, :, None]).any(2).sum()
-            size = torch.maximum((old_MK >= 0).sum(1), (new_MK >= 0).sum(1)).sum().clamp(min=1)
-            q, p = (s.count_E / s.count_E.sum().clamp(min=1) for s in (a, b))
-            found.append(Value(float(same / size), float((q * p).sum()) * max(a.num_slots, 1)))
-        return found
+        both = zip(self.before.layers, self.after.layers, strict=True)
+        return [_saturation(old.state, new.state) for old, new in both]
 
     def table(self) -> pd.DataFrame:
         """Value after minus value before, and saturation."""
@@ -217,16 +204,9 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "before": self.before.to_dict(),
-            "after": self.after.to_dict(),
-            "saturation": [
-                {
-                    "value": None if math.isnan(v.value) else v.value,
-                    "null": None if math.isnan(v.null) else v.null,
-                }
-                for v in self.saturation()
-            ],
-        }
+            "before": self.before.to_dict(), "after": self.after.to_dict(),
+            "saturation": plain(self.saturation()),
+        }  # fmt: skip
 
     def figure(self) -> Figure:
         from moe_lib.inspect.pictures import comparison_figure
@@ -234,12 +214,18 @@ class Comparison:
         return comparison_figure(self)
 
     def _repr_html_(self) -> str:
-        from moe_lib.inspect.pictures import comparison_body
+        from moe_lib.inspect.page import comparison_body
 
         return comparison_body(self)
 
-    def to_html(self, path: str | Path) -> Path:
-        from moe_lib.inspect.pictures import page
 
-        Path(path).write_text(page(self), encoding="utf-8")
-        return Path(path)
+def _saturation(a: BlockState | None, b: BlockState | None) -> Value:
+    if a is None or b is None or not len(a.kept.position_M) or not len(b.kept.position_M):
+        return NOTHING
+    a_kept, b_kept = (s.kept.of(s.kept.position_M.argsort()) for s in (a, b))
+    old_MK = a_kept.chosen_MK[torch.isin(a_kept.position_M, b_kept.position_M)]
+    new_MK = b_kept.chosen_MK[torch.isin(b_kept.position_M, a_kept.position_M)]
+    same = ((old_MK[:, :, None] == new_MK[:, None]) & (old_MK >= 0)[:, :, None]).any(2).sum()
+    size = torch.maximum((old_MK >= 0).sum(1), (new_MK >= 0).sum(1)).sum().clamp(min=1)
+    q_E, p_E = (s.count_E / s.count_E.sum().clamp(min=1) for s in (a, b))
+    return Value(float(same / size), float(q_E @ p_E) * max(a.num_slots, 1))

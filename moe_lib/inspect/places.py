@@ -18,31 +18,28 @@ from moe_lib.inspect.state import Place
 class Stream:
     """The batch in progress, and how far the data have been read."""
 
-    def __init__(self, sequence_first: bool | None, seed: int) -> None:
+    def __init__(self, sequence_first: bool | None) -> None:
         self.sequence_first = sequence_first
-        self.seed = seed
         self.num_calls = 0  # of the model
         self.labels: Tensor | None = None
         self.decoder_labels: Tensor | None = None  # of an encoder-decoder's second half
-        self.masks: dict[str, Tensor | None] = {}
+        self.masks: dict[bool, Tensor | None] = {}  # of a decoder's second half: True
         self.batch_shape: tuple[int, ...] = ()
         self.encoder_decoder = False
-        self.drawn: dict[int, tuple[Tensor, Tensor]] = {}  # positions and priorities, by number of tokens
         self.places: dict[Any, tuple[Place, list[str]]] = {}  # of this batch, and what is to be noted
 
     def starts(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """The model is called: what its arguments say about the tokens."""
+        given = [kwargs.get("input_ids"), *args, *kwargs.values()]
         if len(args) == 1 and isinstance(args[0], Mapping):
             kwargs = {**args[0], **kwargs}
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        self.masks = {"": kwargs.get("attention_mask"), "decoder": kwargs.get("decoder_attention_mask")}
-        ids = kwargs.get("input_ids")
-        if ids is None and tensors:
-            ids = tensors[0]
-        self.batch_shape = tuple(ids.shape) if isinstance(ids, Tensor) else ()
+            given = [kwargs.get("input_ids"), *kwargs.values()]
+        first = next((value for value in given if isinstance(value, Tensor)), None)
+        self.batch_shape = () if first is None else tuple(first.shape)
+        self.masks = {False: kwargs.get("attention_mask"), True: kwargs.get("decoder_attention_mask")}
         self.encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.num_calls += 1
-        self.drawn, self.places = {}, {}
+        self.places = {}
 
     def place(self, block: Block, own: Tensor, num_tokens: int) -> Place:
         """Of the tokens that a block reads, given its first input."""
@@ -56,21 +53,16 @@ class Stream:
 
     def _place(self, block: Block, own: Tensor, num_tokens: int, decoder: bool) -> tuple[Place, list[str]]:
         notes: list[str] = []
-        shape = block.width_BT
-        if own.ndim == 3 and own.shape[0] * own.shape[1] == num_tokens:
-            shape = (own.shape[0], own.shape[1])
-        elif shape is not None and shape[0] * shape[1] != num_tokens:
-            shape = None
-        mask = self.masks.get("decoder" if decoder else "")
-        labels = self.decoder_labels if decoder else self.labels
+        mask, labels = self.masks.get(decoder), self.decoder_labels if decoder else self.labels
         if mask is not None and mask.ndim != 2:
             notes.append("the attention mask is not [B, T]: padding is not told apart")
             mask = None
-        known = mask if mask is not None else labels if labels is not None and labels.ndim == 2 else None
-        batch = self.batch_shape[0] if self.batch_shape else None
-        first = self.sequence_first
+        batch, first = self.batch_shape[0] if self.batch_shape else None, self.sequence_first
+        shapes = [(own.shape[0], own.shape[1]) if own.ndim == 3 else None, block.width_BT]
+        shape = next((s for s in shapes if s is not None and s[0] * s[1] == num_tokens), None)
         if shape is None:
-            size = len(known) if known is not None else batch
+            table = labels if mask is None and labels is not None and labels.ndim == 2 else mask
+            size = batch if table is None else len(table)
             if size and num_tokens % size == 0 and num_tokens > size:
                 shape = (num_tokens // size, size) if first else (size, num_tokens // size)
                 if first is None:
@@ -79,20 +71,18 @@ class Stream:
             first = shape[0] != batch and shape[1] == batch
             if first:
                 notes.append("sequence-first: the block reads tokens as [T, B]")
-        place = Place()
         size, length = (num_tokens, 1) if shape is None else (shape[1], shape[0]) if first else shape
-        place.sequences = None if first or shape is None else (size, length)
+        follows_N = None
+        if length > 1 and not first:
+            follows_N = (torch.arange(1, num_tokens + 1) % length > 0).to(own.device)
+        valid_N = labels_N = None
         if mask is not None and shape is not None:
-            place.valid_N = self._aligned(block, mask, size, length, bool(first), "attention mask").bool()
-            place.valid_N = place.valid_N.to(own.device)
+            valid_N = self._aligned(block, mask, size, length, bool(first), "attention mask")
+            valid_N = valid_N.bool().to(own.device)
         if labels is not None:
-            place.labels_N = self._aligned(block, labels, size, length, bool(first), "labels").to(own.device)
-        if num_tokens not in self.drawn:
-            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.num_calls)
-            positions_N = (self.num_calls << 24) + torch.arange(num_tokens)
-            self.drawn[num_tokens] = positions_N, torch.rand(num_tokens, generator=draw, dtype=torch.float64)
-        place.position_N, place.priority_N = self.drawn[num_tokens]
-        return place, notes
+            labels_N = self._aligned(block, labels, size, length, bool(first), "labels").to(own.device)
+        position_N = (self.num_calls << 24) + torch.arange(num_tokens)
+        return Place(valid_N, labels_N, position_N, follows_N), notes
 
     def _aligned(self, block: Block, given: Tensor, size: int, length: int, first: bool, what: str) -> Tensor:
         """[N] in the order of the block's tokens, from [B, T], [B] or [N]."""

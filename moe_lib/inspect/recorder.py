@@ -6,14 +6,22 @@ Shapes: N tokens of one call, O output width, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_lib.inspect.adapters import Call, Dispatch, NotAMixture, router_scores, rows
+from moe_lib.inspect.adapters import (
+    Call,
+    Dispatch,
+    NotAMixture,
+    first_tensor,
+    replaced,
+    router_scores,
+    rows,
+)  # fmt: skip
 from moe_lib.inspect.block import Block
-from moe_lib.inspect.lists import ListAdapter
 from moe_lib.inspect.places import Stream
 
 ROUTER_NAMES = ("gate", "router", "gating", "wg", "gate_network", "gating_network")
@@ -22,135 +30,96 @@ ROUTER_NAMES = ("gate", "router", "gating", "wg", "gate_network", "gating_networ
 class Recorder:
     """Hooks on the blocks of one model; between `attach` and `detach` every call is counted once."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: list[Block],
-        unread: list[str],
-        sequence_first: bool | None = None,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, model: nn.Module, blocks: list[Block], unread: list[str],
+                 sequence_first: bool | None = None, seed: int = 0) -> None:  # fmt: skip
         self.model = model
         self.blocks, self.unread = blocks, unread
+        self.seed = seed
         self.on = True
         self.busy = False  # our own calls of experts and blocks are not counted
         self.handles: list[Any] = []
         self.calls: dict[str, Call] = {}
-        self.stream = Stream(sequence_first, seed)
+        self.stream = Stream(sequence_first)
         self.reasons: dict[str, str] | None = None  # why lists are no experts; while they are tried
         self.tamper: Callable[[Block, Dispatch, Tensor | None], Tensor | None] | None = None
 
-    # ------------------------------------------------------------------------------------- hooks
-
-    def attach(self) -> Recorder:
-        if self.handles:
-            return self
-        self.handles.append(self.model.register_forward_pre_hook(self._batch_starts, with_kwargs=True))
+    def attach(self) -> None:
+        hooks = [self.model.register_forward_pre_hook(self.batch_starts, with_kwargs=True)]
         for block in self.blocks:
-            self._hook(block)
-        return self
+            module, adapter, parent = block.adapter.block, block.adapter, block.parent
+            hooks.append(module.register_forward_pre_hook(partial(self._starts, block), with_kwargs=True))
+            # always_call: tagging that is left on would break whatever comes later.
+            ends = partial(self._ends, block)
+            hooks.append(module.register_forward_hook(ends, with_kwargs=True, always_call=True))
+            for name in adapter.watch:
+                child = partial(self._child, block, name)
+                hooks.append(module.get_submodule(name).register_forward_hook(child))
+            for e, member in enumerate(adapter.members):
+                hooks.append(member.register_forward_hook(partial(self._member, block, e)))
+            holder = module if any(hasattr(module, name) for name in ROUTER_NAMES) else parent
+            named = [
+                (name, getattr(holder, name, None)) for name in ROUTER_NAMES if name not in adapter.watch
+            ]
+            for router in [router for _, router in named if isinstance(router, nn.Module)][:1]:
+                hooks.append(router.register_forward_hook(partial(self._router, block)))
+            if parent is not None:
+                hooks.append(parent.register_forward_pre_hook(partial(self._parent, block)))
+        self.handles = hooks
 
     def detach(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.handles = []
-        self.calls = {}
+        self.handles, self.calls = [], {}
 
-    def _hook(self, block: Block) -> None:
-        module, adapter = block.adapter.block, block.adapter
-        self.handles.append(module.register_forward_pre_hook(self._starts(block), with_kwargs=True))
-        # always_call: a dual level that is left open would break every later one.
-        self.handles.append(
-            module.register_forward_hook(self._ends(block), with_kwargs=True, always_call=True)
-        )
-        for name in adapter.watch:
-            self.handles.append(module.get_submodule(name).register_forward_hook(self._child(block, name)))
-        if isinstance(adapter, ListAdapter):
-            for e, member in enumerate(adapter.members):
-                self.handles.append(member.register_forward_hook(self._expert(adapter, e)))
-        holder = module if any(hasattr(module, name) for name in ROUTER_NAMES) else block.parent
-        for name in ROUTER_NAMES:
-            router = getattr(holder, name, None)
-            if isinstance(router, nn.Module) and name not in adapter.watch:
-                self.handles.append(router.register_forward_hook(self._router(block)))
-                break
-        if block.parent is not None:
-            self.handles.append(block.parent.register_forward_pre_hook(self._parent(block)))
+    # ------------------------------------------------------------------------------------- hooks
 
     def _idle(self) -> bool:
         in_backward = torch._C._current_graph_task_id() != -1  # checkpointing recomputes: counted before
         return not self.on or self.busy or in_backward
 
-    def _batch_starts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def batch_starts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._idle():
             self.stream.starts(module, args, kwargs)
 
-    def _parent(self, block: Block) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            tensor = next((a for a in args if isinstance(a, Tensor)), None)
-            block.width_BT = None
-            if tensor is not None and tensor.ndim == 3:
-                block.width_BT = (tensor.shape[0], tensor.shape[1])
+    def _parent(self, block: Block, module: nn.Module, args: tuple) -> None:
+        read = next((a for a in args if isinstance(a, Tensor)), None)
+        block.width_BT = (read.shape[0], read.shape[1]) if read is not None and read.ndim == 3 else None
 
-        return hook
-
-    def _starts(self, block: Block) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if self._idle():
-                return
+    def _starts(self, block: Block, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self._idle():
             self.calls[block.name] = Call(block.adapter.names, args, kwargs)
-            if isinstance(block.adapter, ListAdapter):
-                block.adapter.begin(args, kwargs)
+            block.adapter.begin(args, kwargs)
 
-        return hook
+    def _child(self, block: Block, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        if not self._idle() and block.name in self.calls:
+            self.calls[block.name].seen[name] = output
 
-    def _child(self, block: Block, name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if not self._idle() and block.name in self.calls:
-                self.calls[block.name].seen[name] = output
+    def _router(self, block: Block, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._idle() or block.adapter.replaying:
+            return
+        if block.scores_at is None:
+            block.scores_at, block.scores_NE = router_scores(output, block.adapter.num_experts)
+        elif block.scores_at >= 0:
+            value = output[block.scores_at] if isinstance(output, tuple | list) else output
+            block.scores_NE = value.detach().reshape(-1, value.shape[-1])
 
-        return hook
+    def _member(self, block: Block, e: int, module: nn.Module, args: tuple, output: Any) -> Any:
+        return None if self._idle() else block.adapter.note(e, args, output)
 
-    def _router(self, block: Block) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if self._idle() or getattr(block.adapter, "replaying", False):
-                return
-            if block.scores_at is None:
-                block.scores_at, block.scores_NE = router_scores(output, block.adapter.num_experts)
-            elif block.scores_at >= 0:
-                value = output[block.scores_at] if isinstance(output, tuple | list) else output
-                block.scores_NE = value.detach().reshape(-1, value.shape[-1])
-
-        return hook
-
-    def _expert(self, adapter: ListAdapter, e: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-            return None if self._idle() else adapter.note(e, args, output)
-
-        return hook
-
-    def _ends(self, block: Block) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            call = self.calls.pop(block.name, None)
-            if call is None or self._idle():
-                return None
-            call.output = output
-            adapter = block.adapter
-            self.busy = not isinstance(adapter, ListAdapter)
-            try:
-                if isinstance(adapter, ListAdapter):
-                    adapter.end(call)
-                    self.busy = True
-                if output is None:  # the block failed
-                    return None
-                with torch.no_grad():
-                    return self._record(block, call)
-            finally:
-                self.busy = False
-
-        return hook
-
-    # --------------------------------------------------------------------------------- recording
+    def _ends(self, block: Block, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        call = self.calls.pop(block.name, None)
+        if call is None or self._idle():
+            return None
+        call.output = output
+        block.adapter.end(call)
+        if output is None:  # the block failed
+            return None
+        self.busy = True
+        try:
+            with torch.no_grad():
+                return self._record(block, call)
+        finally:
+            self.busy = False
 
     def _record(self, block: Block, call: Call) -> Any:
         try:
@@ -163,25 +132,18 @@ class Recorder:
         if seen.scores_NE is None:
             seen = seen._replace(scores_NE=block.scores_NE)
             block.scores_NE = None
-        seen = seen._replace(**{k: v.detach() for k, v in seen._asdict().items() if v is not None})
+        seen = Dispatch(*(None if value is None else value.detach() for value in seen))  # type: ignore[arg-type]
         block.calls += 1
         place = self.stream.place(block, call.tokens, len(seen.indices_NK))
         if self.tamper is not None:
             known_NK = (seen.indices_NK >= 0) & (seen.indices_NK < block.adapter.num_experts)
             seen = seen._replace(weights_NK=seen.weights_NK.where(known_NK, 0))
             change_NO = self.tamper(block, seen, place.valid_N)
-            return None if change_NO is None else _add(call.output, change_NO)
+            answer = first_tensor(call.output)
+            if change_NO is None:
+                return None
+            return replaced(call.output, answer + change_NO.view(answer.shape).to(answer.dtype))
         if not block.examined:
-            block.examine(seen, place.valid_N, rows(call.tokens), self.stream.seed)
+            block.examine(seen, place.valid_N, rows(call.tokens), self.seed)
         block.state.update(seen, place)
         return None
-
-
-def _add(output: Any, change_NO: Tensor) -> Any:
-    """The block's output with a change added to its first tensor."""
-    if isinstance(output, Tensor):
-        return output + change_NO.view(output.shape).to(output.dtype)
-    items = [*output]
-    at = next(i for i, value in enumerate(items) if isinstance(value, Tensor))
-    items[at] = items[at] + change_NO.view(items[at].shape).to(items[at].dtype)
-    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)

@@ -9,20 +9,23 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_lib.inspect.adapters import Adapter
-from moe_lib.inspect.find import REMEDY, confirm, recorder_of
-from moe_lib.inspect.layer import CAUSAL, layer_of
-from moe_lib.inspect.measures import Value, expert_measures, routing_measures
-from moe_lib.inspect.panel import Panel
+from moe_lib.inspect.block import Block
+from moe_lib.inspect.find import REMEDY, confirm, find_blocks
+from moe_lib.inspect.measures import ABOUT, NOTHING, Value, expert_measures, load, routing_measures
+from moe_lib.inspect.panel import Layer, Panel
 from moe_lib.inspect.recorder import Recorder
-from moe_lib.inspect.tamper import Loss, Tamper
+from moe_lib.inspect.state import BlockState
+from moe_lib.inspect.tamper import Costs, Loss, costs
 
+CAUSAL_BATCHES = 4
+SHOWN = 100  # classes whose experts are listed, the largest; all are counted
 Labels = None | str | Callable[[Any], Tensor | None]
 
 
@@ -68,75 +71,77 @@ def inspect_moe(
         max_batches: read no more than these.
         thresholds: of alarms, where they shall differ from `THRESHOLDS`.
         title: shown above the panel.
-        seed: of permutations and of the tokens kept.
+        seed: of permutations.
 
     Raises:
         ValueError: no block was found, no batch was given, or labels or masks do not fit the tokens.
     """
     model = getattr(model, "_orig_mod", model)
-    recorder = recorder_of(model, adapters, sequence_first, seed)
+    recorder = Recorder(model, *find_blocks(model, adapters), sequence_first, seed)
     takes = _parameters(model)
     call = run if run is not None else lambda inputs: _call(model, inputs, labels, takes)
-    data = itertools.islice(batches_of(batches), max_batches)
+    data = itertools.islice(map(_pair, batches), max_batches)
     kept: list[tuple[Any, Any]] = []
-    causal_batches = 4 if causal else 0
-    with evaluating(model), torch.no_grad(), _eager():
+    with evaluating(model), torch.no_grad(), eager():
         first = next(data, None)
         if first is None:
             raise ValueError("batches is empty: give at least one batch")
         confirm(recorder, lambda: call(first[0]))
         if not recorder.blocks:
-            raise ValueError(_nothing(recorder))
+            raise ValueError(nothing_found(recorder.unread))
         recorder.attach()
+        stream, found = recorder.stream, None
         try:
             for inputs, given in itertools.chain([first], data):
-                recorder.stream.labels = _labels(labels, inputs, given, ignore_index)
-                recorder.stream.decoder_labels = _decoder_labels(recorder.stream.labels, labels, inputs)
+                stream.labels, stream.decoder_labels = _labels(labels, inputs, given, ignore_index)
                 call(inputs)
-                if len(kept) < causal_batches:
+                if causal and len(kept) < CAUSAL_BATCHES:
                     kept.append((inputs, given))
-            recorder.stream.labels = recorder.stream.decoder_labels = None
-            costs = Tamper(recorder, call, loss).costs(kept, causal == "every expert", seed) if causal else {}
+            stream.labels = stream.decoder_labels = None
+            if causal:
+                found = costs(recorder, call, loss, kept, causal == "every expert", seed)
         finally:
             recorder.detach()
-        return panel_of(recorder, names, costs, thresholds, title or type(model).__name__, seed)
+        return panel_of(recorder, title or type(model).__name__, names, found, thresholds)
 
 
-def panel_of(
-    recorder: Recorder,
-    names: Any = None,
-    costs: dict[str, dict[str, Any]] | None = None,
-    thresholds: dict[str, float] | None = None,
-    title: str = "",
-    seed: int = 0,
-) -> Panel:
+def panel_of(recorder: Recorder, title: str, names: Mapping[int, str] | Sequence[str] | None = None,
+             found: Costs | None = None, thresholds: dict[str, float] | None = None) -> Panel:  # fmt: skip
     """The panel of what a recorder has seen so far, summed over ranks."""
-    if names is not None and not isinstance(names, Mapping):
-        names = dict(enumerate(names))
+    named = names if names is None or isinstance(names, Mapping) else dict(enumerate(names))
     blocks = [block for block in recorder.blocks if block.calls]
     unread = [f"{entry}: {REMEDY}" for entry in recorder.unread]
     unread += [f"{block.name} ({block.family}): did not run" for block in recorder.blocks if not block.calls]
     states = _over_ranks([block.state.finish() for block in blocks])
-    layers = []
-    recorder.busy = True
-    try:
-        for block, state in zip(blocks, states, strict=True):
-            with torch.no_grad():
-                measures = routing_measures(state, seed) | expert_measures(block)
-            notes = list(block.notes)
-            if block.examined:
-                notes.append(f"experts' answers and the mixture: from a sample of {block.examined} tokens")
-            layer = layer_of(block.name, block.family, state, measures, block.explanation, notes, names)
-            if cost := (costs or {}).get(block.name):
-                for label, key in zip(CAUSAL, ("permuted", "swapped", "dropped"), strict=True):
-                    layer.measures[label] = Value(cost[key], 0.0)
-                layer.dropped_E = cost.get("dropped_E", [])
-            layers.append(layer)
-    finally:
-        recorder.busy = False
-    everything = (costs or {}).get("", {})
-    loss, permuted = everything.get("loss", math.nan), everything.get("permuted", math.nan)
-    return Panel(layers, unread, title, loss, permuted, dict(thresholds or {}))
+    layers = [_layer(block, state, named or {}, found, recorder.seed)
+              for block, state in zip(blocks, states, strict=True)]  # fmt: skip
+    losses = (math.nan, math.nan) if found is None else (found.loss, found.permuted)
+    return Panel(layers, unread, title, *losses, dict(thresholds or {}))
+
+
+@torch.no_grad()
+def _layer(
+    block: Block, state: BlockState, names: Mapping[int, str], costs: Costs | None, seed: int
+) -> Layer:
+    measures = routing_measures(state, seed) | expert_measures(block)
+    dropped_E: list[float] = []
+    if costs is not None and block.name in costs.by_block:
+        measures |= {name: Value(cost, 0.0) for name, cost in costs.by_block[block.name].items()}
+        dropped_E = costs.dropped.get(block.name, [])
+    notes = list(block.notes)
+    if block.examined:
+        notes.append(f"experts' answers and the mixture: from a sample of {block.examined} tokens")
+    classes_C, table_CE = state.class_table()
+    largest = table_CE.sum(1).argsort(descending=True)[:SHOWN].sort().values
+    share_CE = table_CE[largest] / table_CE[largest].sum(1, keepdim=True)
+    shown = zip(classes_C[largest].tolist(), share_CE.tolist(), strict=True)
+    served = (state.tokens - state.dropped).clamp(min=1)
+    return Layer(
+        block.name, block.family, state.num_experts, state.num_slots, int(state.tokens),
+        load(state).tolist(), (state.weight_E / served).tolist(),
+        {name: measures.get(name, NOTHING) for name in ABOUT}, block.explanation, notes,
+        {names.get(c, str(c)): share_E for c, share_E in shown}, dropped_E, state,
+    )  # fmt: skip
 
 
 def _over_ranks(states: list[Any]) -> list[Any]:
@@ -151,8 +156,8 @@ def _over_ranks(states: list[Any]) -> list[Any]:
     return total
 
 
-def _nothing(recorder: Recorder) -> str:
-    listed = "; ".join(recorder.unread) or "no module looks like one"
+def nothing_found(unread: list[str]) -> str:
+    listed = "; ".join(unread) or "no module looks like one"
     return f"no mixture-of-experts block was recognised ({listed}): {REMEDY}"
 
 
@@ -165,52 +170,43 @@ def _parameters(model: nn.Module) -> set[str] | None:
 
 
 def _call(model: nn.Module, inputs: Any, labels: Labels, takes: set[str] | None) -> Any:
-    if isinstance(inputs, Mapping):
-        dropped = {labels} if isinstance(labels, str) and (takes is None or labels not in takes) else set()
-        if labels == "labels":
-            dropped = set()
-        return model(
-            **{k: v for k, v in inputs.items() if k not in dropped and (takes is None or k in takes)}
-        )
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    if not isinstance(inputs, Mapping):
+        return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    if takes is None:  # the entry that the labels come from is not the model's, unless its name says so
+        takes = {*inputs} - ({labels} if isinstance(labels, str) and labels != "labels" else set())
+    return model(**{name: value for name, value in inputs.items() if name in takes})
 
 
-def _labels(labels: Labels, inputs: Any, given: Any, ignore_index: int) -> Tensor | None:
+def _pair(batch: Any) -> tuple[Any, Any]:
+    """(inputs, labels or None)."""
+    return tuple(batch) if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None)
+
+
+def _labels(
+    labels: Labels, inputs: Any, given: Any, ignore_index: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of a batch; and of its decoder's tokens: token ids are each half's own, labels of sequences both's."""
+    named = inputs if isinstance(inputs, Mapping) else {"input_ids": inputs}
+    decoder = None
     if callable(labels):
         found = labels(inputs)
     elif labels == "tokens":
-        found = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+        found, decoder = named.get("input_ids"), named.get("decoder_input_ids")
     elif isinstance(labels, str):
-        if not isinstance(inputs, Mapping) or labels not in inputs:
+        if labels not in named:
             raise ValueError(f"labels={labels!r} names an entry of the batches, and this batch has none")
-        found = inputs[labels]
+        found = named[labels]
     else:
         found = given
     if found is None:
-        return None
-    if not isinstance(found, Tensor):
-        found = torch.as_tensor(found)
+        return None, decoder
+    found = torch.as_tensor(found)
     if found.is_floating_point():
         if labels is None:
-            return None  # targets of a regression, say
+            return None, None  # targets of a regression, say
         raise ValueError(f"labels must be integers, got {found.dtype}: give class, token or sequence ids")
-    return found.long().where(found != ignore_index, -1)
-
-
-def batches_of(data: Iterable[Any]) -> Iterable[tuple[Any, Any]]:
-    """(inputs, labels or None) of each batch."""
-    for batch in data:
-        if isinstance(batch, tuple | list) and len(batch) == 2 and not isinstance(batch, Mapping):
-            yield batch[0], batch[1]
-        else:
-            yield batch, None
-
-
-def _decoder_labels(found: Tensor | None, labels: Labels, inputs: Any) -> Tensor | None:
-    """In an encoder-decoder, labels of sequences are for both halves; token ids are each half's own."""
-    if labels == "tokens":
-        return inputs.get("decoder_input_ids") if isinstance(inputs, Mapping) else None
-    return found if found is not None and found.ndim == 1 else None
+    found = found.long().where(found != ignore_index, -1)
+    return found, found if found.ndim == 1 and labels != "tokens" else decoder
 
 
 @contextmanager
@@ -225,13 +221,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _eager() -> Any:
+def eager() -> Any:
     """Hooks must be seen: a model compiled in place runs eagerly meanwhile."""
-    return (
-        torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else _nothing_done()
-    )
-
-
-@contextmanager
-def _nothing_done() -> Iterator[None]:
-    yield
+    has_stance = hasattr(torch.compiler, "set_stance")  # from torch 2.6
+    return torch.compiler.set_stance("force_eager") if has_stance else nullcontext()

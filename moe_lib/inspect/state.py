@@ -1,14 +1,12 @@
 """Streaming statistics of one block: a few tables, whatever the number of tokens.
 
-Shapes: N tokens, D width, E experts, K slots per token, C classes, M tokens kept, B sequences, T positions.
+Shapes: N tokens, D width, E experts, K slots per token, C classes, M tokens kept or read, B sequences,
+T positions.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,27 +22,70 @@ MAX_WIDTH = 256  # features of each
 DENSE_TABLE = 1 << 20  # entries; a larger class table is kept sparse
 
 
-@dataclass
-class Place:
-    """Where the tokens of one call stand: all [N], or None where it is not known."""
+class Place(NamedTuple):
+    """Where the tokens of one call stand; None where it is not known."""
 
-    sequences: tuple[int, int] | None = None  # (B, T), N = B * T, sequence after sequence
     valid_N: Tensor | None = None  # False: padding
     labels_N: Tensor | None = None  # below 0: not counted by class
     position_N: Tensor | None = None  # in the whole stream
-    priority_N: Tensor | None = None  # uniform; the smallest are kept
-
-    @functools.cached_property
-    def follows_N(self) -> Tensor | None:
-        """Is the next token its successor?"""
-        if self.sequences is None or self.sequences[1] < 2:
-            return None
-        follows_BT = torch.ones(self.sequences, dtype=torch.bool)
-        follows_BT[:, -1] = False
-        return follows_BT.flatten()
+    follows_N: Tensor | None = None  # is the next token its successor?
 
 
-def _sum(index: Tensor, weight: Tensor, size: int) -> Tensor:
+class Waiting(NamedTuple):
+    """What one call leaves to be tallied."""
+
+    indices_NK: Tensor
+    size_NK: Tensor  # absolute weights
+    scores_NE: Tensor | None
+    reads_N: Tensor | None  # which tokens are in read_MD
+    read_MD: Tensor | None  # what the experts read
+    valid_N: Tensor | None
+    labels_N: Tensor | None
+    position_N: Tensor | None
+    follows_N: Tensor | None
+
+    def fits(self, other: Waiting) -> bool:
+        same = all((a is None) == (b is None) for a, b in zip(self, other, strict=True))
+        return same and self.indices_NK.shape[1] == other.indices_NK.shape[1]
+
+
+class Kept(NamedTuple):
+    """Some tokens: the same ones in every model that reads the same data."""
+
+    position_M: Tensor = torch.zeros(0, dtype=torch.long)
+    label_M: Tensor = torch.zeros(0, dtype=torch.long)
+    chosen_MK: Tensor = torch.zeros(0, 0, dtype=torch.int16)
+
+    def of(self, some: Tensor) -> Kept:
+        return Kept(*(column[some] for column in self))
+
+    def joined(self, other: Kept) -> Kept:
+        """Of both, the KEPT tokens whose positions' `scrambled` numbers are smallest."""
+        width = max(self.chosen_MK.shape[1], other.chosen_MK.shape[1])
+        pad = torch.nn.functional.pad
+        chosen = [pad(t, (0, width - t.shape[1]), value=-1) for t in (self.chosen_MK, other.chosen_MK)]
+        position_M, label_M = (torch.cat(pair) for pair in zip(self[:2], other[:2], strict=True))
+        both = Kept(position_M, label_M, torch.cat(chosen))
+        if len(both.position_M) <= KEPT:
+            return both
+        return both.of(scrambled(both.position_M).topk(KEPT, largest=False, sorted=False).indices)
+
+
+def scrambled(position_N: Tensor) -> Tensor:
+    """A pseudo-random integer for each position: the finalizer of SplitMix64 (Steele et al. 2014)."""
+    mixed_N = (position_N ^ (position_N >> 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9 as a signed number
+    mixed_N = (mixed_N ^ (mixed_N >> 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+    return mixed_N ^ (mixed_N >> 31)
+
+
+@functools.lru_cache(maxsize=16)
+def sampled(size: int, device: torch.device) -> Tensor:
+    """Which READ of a call's tokens [N] are used for `input separation`: every so many-th."""
+    return (torch.arange(size) % -(-size // READ) == 0).to(device)
+
+
+def added(index: Tensor, weight: Tensor, size: int) -> Tensor:
+    """Weights summed by index [size]."""
     total = torch.zeros(size, dtype=torch.float64, device=index.device)
     return total.index_add_(0, index.flatten(), weight.flatten().to(torch.float64))
 
@@ -59,66 +100,20 @@ def counted(key: Tensor) -> tuple[Tensor, Tensor]:
     return keys, counts.double()
 
 
-class Waiting(NamedTuple):
-    """What one call leaves to be tallied."""
-
-    indices_NK: Tensor
-    size_NK: Tensor  # absolute weights
-    scores_NE: Tensor | None
-    valid_N: Tensor | None
-    labels_N: Tensor | None
-    position_N: Tensor | None
-    priority_N: Tensor | None
-    follows_N: Tensor | None  # is the next token its successor?
-    read_MD: Tensor | None  # what the experts read: every so many-th token
-
-    def fits(self, other: Waiting) -> bool:
-        same = all((a is None) == (b is None) for a, b in zip(self, other, strict=True))
-        return same and self.indices_NK.shape[1] == other.indices_NK.shape[1]
-
-
-class Kept(NamedTuple):
-    """Some tokens: the same ones in every model that reads the same data."""
-
-    priority_M: Tensor = torch.zeros(0, dtype=torch.float64)
-    position_M: Tensor = torch.zeros(0, dtype=torch.long)
-    label_M: Tensor = torch.zeros(0, dtype=torch.long)
-    chosen_MK: Tensor = torch.zeros(0, 0, dtype=torch.int16)
-
-    def of(self, some: Tensor) -> Kept:
-        return Kept(*(column[some] for column in self))
-
-    def joined(self, other: Kept) -> Kept:
-        width = max(self.chosen_MK.shape[1], other.chosen_MK.shape[1])
-        pad = torch.nn.functional.pad
-        chosen = [pad(t, (0, width - t.shape[1]), value=-1) for t in (self.chosen_MK, other.chosen_MK)]
-        first = [torch.cat(pair) for pair in zip(self[:3], other[:3], strict=True)]
-        return Kept(first[0], first[1], first[2], torch.cat(chosen))
-
-
-SUMS = (  # over tokens, unless said otherwise
-    "tokens", "padding", "dropped", "slots", "entropy",
-    "pairs", "overlap", "first_same",  # over neighbouring tokens
-    "scored", "followed",  # where the router's scores were seen
-    "squares",  # of the inputs sampled
-)  # fmt: skip
-BY_EXPERT = ("first_E", "weight_E", "score_E", "count_all_E", "score_all_E", "twice_E", "read_E")
-
-
-class BlockState:
-    """Tables of one block; those of other ranks are added with `merge`."""
+class Tables:
+    """Sums over tokens, unless said otherwise; views into one vector, `totals`."""
 
     tokens: Tensor
     padding: Tensor
     dropped: Tensor
     slots: Tensor  # filled
     entropy: Tensor  # of a token's weights
-    pairs: Tensor
-    overlap: Tensor
-    first_same: Tensor
+    pairs: Tensor  # of neighbouring tokens, both served
+    overlap: Tensor  # of their experts, as a share of the larger set
+    first_same: Tensor  # pairs with the same first choice
     scored: Tensor  # filled slots of tokens with scores
     followed: Tensor  # those among the K best scores
-    squares: Tensor
+    squares: Tensor  # of the inputs sampled
     first_E: Tensor  # tokens whose largest weight is this expert's
     weight_E: Tensor  # weights, normalised token by token
     score_E: Tensor  # softmax of the scores
@@ -129,11 +124,25 @@ class BlockState:
     together_EE: Tensor  # tokens that both experts serve
 
     def __init__(self, num_experts: int) -> None:
+        """A name's ending gives the table's shape."""
         self.num_experts = num_experts
+        self.sizes = [num_experts ** (len(name) - len(name.rstrip("E"))) for name in Tables.__annotations__]
+        self.totals = torch.zeros(sum(self.sizes), dtype=torch.float64)
+
+    def __getattr__(self, name: str) -> Tensor:
+        """A table by its name: totals are replaced, so views are made when asked for."""
+        if name not in Tables.__annotations__ or "totals" not in vars(self):
+            raise AttributeError(name)
+        found = self.totals.split(self.sizes)[[*Tables.__annotations__].index(name)]
+        return found.view((self.num_experts,) * (len(name) - len(name.rstrip("E"))))
+
+
+class BlockState(Tables):
+    """Tables of one block; those of other ranks are added with `merge`."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(num_experts)
         self.num_slots = 0  # K, the most that a token had
-        sizes = dict.fromkeys(SUMS, ()) | dict.fromkeys(BY_EXPERT, (num_experts,))
-        self.shapes: dict[str, tuple[int, ...]] = {**sizes, "together_EE": (num_experts, num_experts)}
-        self.totals = torch.zeros(sum(map(math.prod, self.shapes.values())), dtype=torch.float64)
         self.inputs_ED: Tensor | None = None  # sums; the last of its E + 1 rows: read by no expert
         self.waiting: list[Waiting] = []
         self.num_waiting = 0  # entries
@@ -142,16 +151,6 @@ class BlockState:
         self.pending: list[Tensor] = []
         self.shares: bool | None = None  # are the router's scores shares already? Judged once
         self.kept = Kept()
-        self.kept_bound = math.inf  # of priorities: above it none is kept
-
-    def __getattr__(self, name: str) -> Tensor:
-        """The entry of `totals` that is called `name`."""
-        start = 0
-        for other, shape in self.__dict__.get("shapes", {}).items():
-            if other == name:
-                return self.totals[start : start + math.prod(shape)].view(shape)
-            start += math.prod(shape)
-        raise AttributeError(name)
 
     @property
     def count_E(self) -> Tensor:
@@ -160,18 +159,14 @@ class BlockState:
     @torch.no_grad()
     def update(self, seen: Dispatch, place: Place) -> None:
         """One call's dispatch; tallied once enough waits. Copies what the model may change later."""
-        size, tokens_ND = len(seen.indices_NK), seen.tokens_ND
-        scores_NE = seen.scores_NE if seen.scores_NE is not None and len(seen.scores_NE) == size else None
-        follows_N, read_MD = place.follows_N, None
-        follows_N = None if follows_N is None else follows_N.to(seen.indices_NK.device)
+        size, tokens_ND, scores_NE = len(seen.indices_NK), seen.tokens_ND, seen.scores_NE
+        scores_NE = scores_NE.clone() if scores_NE is not None and len(scores_NE) == size else None
+        reads_N = read_MD = None
         if size and tokens_ND.is_floating_point() and len(tokens_ND) == size:
             stride = -(-tokens_ND.shape[1] // MAX_WIDTH)
+            reads_N = sampled(size, tokens_ND.device)
             read_MD = tokens_ND[:: -(-size // READ), ::stride].to(torch.float32, copy=True)
-        scores_NE = None if scores_NE is None else scores_NE.clone()
-        call = Waiting(
-            seen.indices_NK.clone(), seen.weights_NK.abs(), scores_NE, place.valid_N, place.labels_N,
-            place.position_N, place.priority_N, follows_N, read_MD,
-        )  # fmt: skip
+        call = Waiting(seen.indices_NK.clone(), seen.weights_NK.abs(), scores_NE, reads_N, read_MD, *place)
         if self.waiting and not call.fits(self.waiting[0]):
             self._tally()
         self.waiting.append(call)
@@ -184,23 +179,20 @@ class BlockState:
         if not self.waiting:
             return
         waiting, self.waiting, self.num_waiting = self.waiting, [], 0
-        joined = [None if parts[0] is None else torch.cat(parts) for parts in zip(*waiting, strict=True)]
-        call = Waiting._make(joined)
+        call = Waiting(*(None if p[0] is None else torch.cat(p) for p in zip(*waiting, strict=True)))  # type: ignore[arg-type]
         indices_NK, size_NK, num_experts = call.indices_NK, call.size_NK.float(), self.num_experts
-        found: dict[str, Tensor] = {}
         chosen_NK = (indices_NK >= 0) & (indices_NK < num_experts)
         chosen_NK &= size_NK.any(1, keepdim=True)  # no weight at all: not served
         indices_NK = indices_NK.where(chosen_NK, num_experts)  # the last column: no expert
+        size_NK = size_NK.where(chosen_NK, 0)
         incidence_NE = torch.zeros(len(indices_NK), num_experts + 1, device=indices_NK.device)
         incidence_NE = incidence_NE.scatter_(1, indices_NK, 1.0)[:, :num_experts]
-        size_NK = size_NK.where(chosen_NK, 0)
         first_N = indices_NK.gather(1, size_NK.argmax(1, keepdim=True)).squeeze(1)
         served_N = chosen_NK.any(1)
         valid_N = torch.ones_like(served_N) if call.valid_N is None else call.valid_N
-        used_N = valid_N & served_N
-        self.num_slots = max(self.num_slots, int(indices_NK.shape[1]))
-        found["padding"], found["tokens"] = (~valid_N).sum(), valid_N.sum()
-        found["dropped"] = found["tokens"] - used_N.sum()
+        used_N, labels_N = valid_N & served_N, call.labels_N
+        self.num_slots = max(self.num_slots, indices_NK.shape[1])
+        found = {"padding": (~valid_N).sum(), "tokens": valid_N.sum(), "dropped": (valid_N & ~served_N).sum()}
         if call.follows_N is not None:
             found |= _pairs(incidence_NE, first_N, used_N, call.follows_N)
         if call.scores_NE is not None:
@@ -210,101 +202,75 @@ class BlockState:
             used_NK = chosen_NK & valid_N[:, None]
             found |= _scores(scores_NE, self.shares, incidence_NE, valid_N, indices_NK, used_NK)
         if call.read_MD is not None:
-            sizes = [len(part.indices_NK) for part in waiting]
-            ends = itertools.accumulate(sizes)
-            rows = [
-                torch.arange(end - size, end, -(-size // READ)) for end, size in zip(ends, sizes, strict=True)
-            ]
-            read_M = torch.cat(rows).to(first_N.device)
-            expert_M = first_N[read_M].where(used_N[read_M], num_experts)
-            if self.inputs_ED is None:
-                width = call.read_MD.shape[1]
-                self.inputs_ED = torch.zeros(num_experts + 1, width, device=call.read_MD.device)
-            self.inputs_ED.index_add_(0, expert_M, call.read_MD)
+            expert_M = first_N.where(used_N, num_experts)[call.reads_N]
+            read_ED = call.read_MD.new_zeros(num_experts + 1, call.read_MD.shape[1])
+            read_ED.index_add_(0, expert_M, call.read_MD)
+            self.inputs_ED = read_ED if self.inputs_ED is None else self.inputs_ED + read_ED
             found["read_E"] = expert_M.bincount(minlength=num_experts + 1)[:num_experts]
             found["squares"] = (call.read_MD.square().sum(1) * (expert_M < num_experts)).sum()
-        labels_N, all_used = call.labels_N, bool(used_N.all())  # the usual case needs no copies
-        if not all_used:
+        everyone = bool(used_N.all())  # the usual case needs no copies
+        if not everyone:
             indices_NK, size_NK, chosen_NK = indices_NK[used_N], size_NK[used_N], chosen_NK[used_N]
             incidence_NE, first_N = incidence_NE[used_N], first_N[used_N]
             labels_N = None if labels_N is None else labels_N[used_N]
-        found["slots"] = chosen_NK.sum()
+        share_NK = size_NK / size_NK.sum(1, keepdim=True).clamp(min=1e-30)
+        found["slots"], found["entropy"] = chosen_NK.sum(), torch.special.entr(share_NK).sum()
         found["together_EE"] = incidence_NE.T @ incidence_NE
         found["first_E"] = first_N.bincount(minlength=num_experts)
-        share_NK = size_NK / size_NK.sum(1, keepdim=True).clamp(min=1e-30)
-        found["weight_E"] = _sum(indices_NK, share_NK, num_experts + 1)[:num_experts]
-        found["entropy"] = torch.special.entr(share_NK).sum()
+        found["weight_E"] = added(indices_NK, share_NK, num_experts + 1)[:num_experts]
         zero = found["entropy"].new_zeros(())
-        packed = [found.get(name, zero.expand(shape)).reshape(-1) for name, shape in self.shapes.items()]
+        packed = [
+            found.get(name, zero.expand(size)).reshape(-1)
+            for name, size in zip(Tables.__annotations__, self.sizes, strict=True)
+        ]
         self.totals += torch.cat(packed).to("cpu", torch.float64)
         if labels_N is not None:
             counts_NK = chosen_NK & (labels_N >= 0)[:, None]
             key_NK = (labels_N[:, None] * num_experts + indices_NK).where(counts_NK, -1)
             self.pending.append(key_NK.flatten().cpu())
             if sum(map(len, self.pending)) > DENSE_TABLE:
-                self.merge_pending()
-        if call.priority_N is not None and call.position_N is not None:
-            used = slice(None) if all_used else used_N.cpu()
-            indices_NK = indices_NK.where(chosen_NK, -1)
-            self._keep(call.priority_N[used], call.position_N[used], labels_N, indices_NK)
+                self._count_classes()
+        if call.position_N is not None:
+            position_N = call.position_N if everyone else call.position_N[used_N.cpu()]
+            label_N = torch.full_like(position_N, -1) if labels_N is None else labels_N.cpu()
+            chosen = indices_NK.where(chosen_NK, -1).to("cpu", torch.int16)
+            self.kept = self.kept.joined(Kept(position_N, label_N, chosen))
 
-    def _keep(
-        self, priority_N: Tensor, position_N: Tensor, labels_N: Tensor | None, indices_NK: Tensor
-    ) -> None:
-        labels_N = torch.full_like(position_N, -1) if labels_N is None else labels_N.cpu()
-        more = Kept(priority_N, position_N, labels_N, indices_NK.to("cpu", torch.int16))
-        self.kept = self.kept.joined(
-            more if self.kept_bound == math.inf else more.of(priority_N < self.kept_bound)
-        )
-        if len(self.kept.priority_M) > 2 * KEPT:
-            self._prune()
+    def _count_classes(self) -> None:
+        """Fold the keys seen since the last time into the sparse table."""
+        if self.pending:
+            key, count = counted(torch.cat(self.pending) + 1)
+            self.pending = []
+            self._add_classes(key[key > 0] - 1, count[key > 0])
 
-    def _prune(self) -> None:
-        """Keep the smallest priorities."""
-        if len(self.kept.priority_M) > KEPT:
-            best, where = self.kept.priority_M.topk(KEPT, largest=False)
-            self.kept, self.kept_bound = self.kept.of(where), float(best.max())
-
-    def merge_pending(self) -> None:
-        """Fold the keys (class, expert) seen since the last time into the sparse table."""
-        if not self.pending:
-            return
-        key, count = counted(torch.cat(self.pending) + 1)
-        self.pending = []
-        self._merge_table(key[key > 0] - 1, count[key > 0])
-
-    def _merge_table(self, key: Tensor, count: Tensor) -> None:
-        if not len(self.class_key):
-            self.class_key, self.class_count = key, count
-            return
+    def _add_classes(self, key: Tensor, count: Tensor) -> None:
         all_keys, where = torch.cat([self.class_key, key]).unique(return_inverse=True)
-        self.class_count = _sum(where, torch.cat([self.class_count, count]), len(all_keys))
+        self.class_count = added(where, torch.cat([self.class_count, count]), len(all_keys))
         self.class_key = all_keys
 
     def finish(self) -> BlockState:
         """On the CPU, nothing pending."""
         self._tally()
-        self.merge_pending()
-        self._prune()
+        self._count_classes()
         self.inputs_ED = None if self.inputs_ED is None else self.inputs_ED.cpu()
         return self
 
     def merge(self, other: BlockState) -> None:
         """Add another rank's tables; positions of the tokens kept are not shifted."""
-        self.totals += other.totals
-        if other.inputs_ED is not None:
-            mine = self.inputs_ED
-            self.inputs_ED = other.inputs_ED if mine is None else mine + other.inputs_ED
+        self.totals = self.totals + other.totals
+        if self.inputs_ED is None or other.inputs_ED is None:
+            self.inputs_ED = other.inputs_ED if self.inputs_ED is None else self.inputs_ED
+        else:
+            self.inputs_ED = self.inputs_ED + other.inputs_ED
         self.num_slots = max(self.num_slots, other.num_slots)
-        self._merge_table(other.class_key, other.class_count)
+        self._add_classes(other.class_key, other.class_count)
         self.kept = self.kept.joined(other.kept)
-        self._prune()
 
     def class_table(self) -> tuple[Tensor, Tensor]:
         """The classes that occur [C], and how many of their slots went to each expert [C, E]."""
         classes, row = (self.class_key // self.num_experts).unique(return_inverse=True)
-        flat = _sum(row * self.num_experts + self.class_key % self.num_experts, self.class_count,
-                    len(classes) * self.num_experts)  # fmt: skip
+        cell = row * self.num_experts + self.class_key % self.num_experts
+        flat = added(cell, self.class_count, len(classes) * self.num_experts)
         return classes, flat.view(-1, self.num_experts)
 
 

@@ -6,10 +6,12 @@ Shapes: N tokens, K slots per token, O output width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from moe_lib.inspect.adapters import Dispatch
 from moe_lib.inspect.block import Block
@@ -21,27 +23,24 @@ Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # indices, weights [
 
 def default_loss(output: Any, inputs: Any, labels: Any) -> Tensor:
     """The model's own loss, cross-entropy with the labels, or of the next token."""
-    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(own, Tensor):
+
+    def entry(name: str, otherwise: Any = None) -> Any:
+        return output.get(name) if isinstance(output, Mapping) else getattr(output, name, otherwise)
+
+    if isinstance(own := entry("loss"), Tensor):
         return own
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if isinstance(logits, tuple):
-        logits = logits[0]
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
-    if isinstance(logits, Tensor) and isinstance(labels, Tensor) and logits.shape[:-1] == labels.shape:
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100
-        )
-    if (
-        isinstance(logits, Tensor)
-        and isinstance(ids, Tensor)
-        and logits.shape[:-1] == ids.shape
-        and ids.ndim == 2
-    ):
+    logits = entry("logits", output)
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    mapping = isinstance(inputs, Mapping)
+    ids, mask = (inputs.get("input_ids"), inputs.get("attention_mask")) if mapping else (inputs, None)
+    shape = logits.shape[:-1] if isinstance(logits, Tensor) else None
+    if isinstance(labels, Tensor) and labels.shape == shape:
+        return cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100)
+    if isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape == shape:
         target = ids[:, 1:].clone()
-        if isinstance(inputs, Mapping) and isinstance(mask := inputs.get("attention_mask"), Tensor):
+        if isinstance(mask, Tensor):
             target[~mask[:, 1:].bool()] = -100
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten())
+        return cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten())
     raise ValueError(
         "no loss can be made from the model's output: pass loss=, a function of (output, inputs, labels)"
     )
@@ -79,16 +78,23 @@ def permute(seed: int) -> Change:
     return change
 
 
-class Tamper:
-    """Runs the model with one change of routing in the named blocks."""
+@dataclass
+class Costs:
+    """Increases of the loss, nats."""
 
-    def __init__(self, recorder: Recorder, run: Callable[[Any], Any], loss: Loss | None) -> None:
-        self.recorder, self.run = recorder, run
-        self.loss = default_loss if loss is None else loss
+    loss: float  # of the model as it is
+    permuted: float  # routing permuted in all blocks at once
+    by_block: dict[str, dict[str, float]]  # by measure; see ABOUT
+    dropped: dict[str, list[float]]  # by block, for each expert; if asked for
 
-    @torch.no_grad()
-    def loss_with(self, batches: list[tuple[Any, Any]], changes: dict[str, Change]) -> float:
-        """Mean loss; `changes` by block name."""
+
+@torch.no_grad()
+def costs(recorder: Recorder, run: Callable[[Any], Any], loss: Loss | None, batches: list[tuple[Any, Any]],
+          every_expert: bool = False, seed: int = 0) -> Costs:  # fmt: skip
+    """Run the model on the batches with one change of routing after the other."""
+
+    def loss_with(changes: dict[str, Change]) -> float:
+        """Mean loss; `changes` by block."""
 
         def tampered(block: Block, seen: Dispatch, valid_N: Tensor | None) -> Tensor | None:
             if (change := changes.get(block.name)) is None:
@@ -99,34 +105,25 @@ class Tamper:
             after_NO = block.adapter.mix(seen.tokens_ND, indices_NK, weights_NK)
             return after_NO - block.adapter.mix(seen.tokens_ND, seen.indices_NK, seen.weights_NK)
 
-        self.recorder.tamper = tampered if changes else None
-        self.recorder.on = bool(changes)
+        recorder.tamper, recorder.on = tampered if changes else None, bool(changes)
         try:
-            losses = [float(self.loss(self.run(inputs), inputs, labels)) for inputs, labels in batches]
+            losses = [float((loss or default_loss)(run(given), given, labels)) for given, labels in batches]
         finally:
-            self.recorder.tamper, self.recorder.on = None, True
+            recorder.tamper, recorder.on = None, True
         return sum(losses) / len(losses)
 
-    def costs(
-        self, batches: list[tuple[Any, Any]], every_expert: bool = False, seed: int = 0
-    ) -> dict[str, dict[str, Any]]:
-        """By block: increase of the loss, nats, when its routing is permuted, its two most used experts are
-        swapped, or its most used expert is dropped; with `every_expert` the cost of dropping each."""
-        clean = self.loss_with(batches, {})
-        found: dict[str, dict[str, Any]] = {}
-        for block in self.recorder.blocks:
-            if not block.calls or not block.adapter.mixes or block.adapter.num_experts < 2:
-                continue
-            order = block.state.finish().weight_E.argsort(descending=True).tolist()
-            trials = {"permuted": permute(seed), "swapped": swap(*order[:2]), "dropped": drop(order[0])}
-            found[block.name] = {
-                name: self.loss_with(batches, {block.name: change}) - clean for name, change in trials.items()
-            }
-            if every_expert:
-                found[block.name]["dropped_E"] = [
-                    self.loss_with(batches, {block.name: drop(e)}) - clean
-                    for e in range(block.adapter.num_experts)
-                ]
-        everywhere = {name: permute(seed) for name in found}
-        found[""] = {"loss": clean, "permuted": self.loss_with(batches, everywhere) - clean}
-        return found
+    clean = loss_with({})
+    found = Costs(clean, 0.0, {}, {})
+    for block in recorder.blocks:
+        if not block.calls or not block.adapter.mixes or block.adapter.num_experts < 2:
+            continue
+        first, second, *_ = block.state.finish().weight_E.argsort(descending=True).tolist()
+        changes = {"permuting": permute(seed), "swapping": swap(first, second), "dropping": drop(first)}
+        found.by_block[block.name] = {
+            f"cost of {name}": loss_with({block.name: change}) - clean for name, change in changes.items()
+        }
+        if every_expert:
+            each = [loss_with({block.name: drop(e)}) - clean for e in range(block.adapter.num_experts)]
+            found.dropped[block.name] = each
+    found.permuted = loss_with({name: permute(seed) for name in found.by_block}) - clean
+    return found

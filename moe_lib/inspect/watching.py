@@ -17,11 +17,10 @@ from torch import nn
 
 from moe_lib.inspect.adapters import Adapter
 from moe_lib.inspect.alarms import early_warning
-from moe_lib.inspect.block import Block
-from moe_lib.inspect.find import REMEDY, confirm, recorder_of
+from moe_lib.inspect.find import confirm, find_blocks
 from moe_lib.inspect.panel import Panel
 from moe_lib.inspect.recorder import Recorder
-from moe_lib.inspect.run import _eager, panel_of
+from moe_lib.inspect.run import eager, nothing_found, panel_of
 
 
 class Watch:
@@ -62,17 +61,17 @@ class Watch:
         if (self.steps - 1) % self.every:
             return
         if self.found is None:
-            self.found = recorder_of(module, self.adapters)
+            self.found = Recorder(module, *find_blocks(module, self.adapters))
             with torch.no_grad():
                 confirm(self.found, lambda: module.forward(*args, **kwargs))  # past our own hook
             if not self.found.blocks:
-                raise ValueError(f"no mixture-of-experts block was recognised {self.found.unread}: {REMEDY}")
-        fresh = [Block(block.name, block.adapter, block.parent) for block in self.found.blocks]
-        recorder = self.recorder = Recorder(module, fresh, self.found.unread)
-        recorder.attach()
-        recorder._batch_starts(module, args, kwargs)
+                raise ValueError(nothing_found(self.found.unread))
+        fresh = [block.fresh() for block in self.found.blocks]
+        self.recorder = Recorder(module, fresh, self.found.unread)
+        self.recorder.attach()
+        self.recorder.batch_starts(module, args, kwargs)
         self.handles.append(module.register_forward_hook(self._after, always_call=True))
-        self.stance = _eager()
+        self.stance = eager()
         self.stance.__enter__()
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:

@@ -160,3 +160,92 @@ def _returned(count_E: Tensor, kind: str) -> Callable:
             count_E.add_(chosen.flatten().bincount(minlength=len(count_E)))
 
     return hook
+
+
+def observe(model: nn.Module) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """By block and call, as filled by plain hooks: which experts served each token [N, E], and their weights.
+
+    Experts that are modules: a token's experts are those that were given its row, and the weights solve
+    "weights times the experts' own answers = the block's own output". Other experts: the indices and weights
+    that they were called with, or that their router returned. Nothing of moe_lib is used.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        router = children.get("gate", children.get("router"))
+        experts = children.get("experts", children.get("input_linear"))
+        if router is None or experts is None:
+            continue
+        calls = found.setdefault(name.removesuffix(".experts"), [])
+        members = [m for m in experts.children() if any(True for _ in m.parameters())]
+        if len(members) > 1 and len({type(m) for m in members}) == 1:
+            others = [child for key, child in children.items() if key.startswith("shared")]
+            _solve(module, members, [c for c in others if not isinstance(c, nn.Linear)], calls)
+        elif "input_linear" in children:  # tokens sorted by expert; sizes by expert
+
+            def sorted_by_expert(module: nn.Module, args: tuple, output: tuple, calls: list = calls) -> None:
+                _, token_S, weight_S, sizes, logits_NE = output
+                weight_NE = torch.zeros_like(logits_NE, dtype=torch.float64)
+                expert_S = torch.repeat_interleave(torch.tensor(sizes))
+                weight_NE[token_S, expert_S] = weight_S.double()
+                calls.append((weight_NE != 0, weight_NE))
+
+            router.register_forward_hook(sorted_by_expert)
+        elif type(module).__name__ == "Llama4TextMoe":  # every expert runs, most of them on zeros
+            router.register_forward_hook(
+                lambda module, args, output, calls=calls: calls.append((output[0] > 0, output[0].double()))
+            )
+        else:
+            size = next(p.shape[0] for p in router.parameters())
+
+            def called_with(module: nn.Module, args: tuple, kwargs: dict, calls: list = calls,
+                            size: int = size) -> None:  # fmt: skip
+                given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+                index_NK = next(v for v in given if v.dtype == torch.int64).flatten(0, -2)
+                floats = [v.double().flatten(0, -2) for v in given[1:] if v.is_floating_point()]
+                weight_NK = next((v for v in floats if v.shape == index_NK.shape), None)
+                if weight_NK is None:
+                    weight_NK = floats[0].gather(1, index_NK)
+                empty_NE = torch.zeros(len(index_NK), size, dtype=torch.float64)
+                weight_NE = empty_NE.scatter(1, index_NK, weight_NK)
+                calls.append((empty_NE.scatter(1, index_NK, 1.0) > 0, weight_NE))
+
+            experts.register_forward_pre_hook(called_with, with_kwargs=True)
+    return found
+
+
+def _solve(module: nn.Module, members: list[nn.Module], others: list[nn.Module], calls: list) -> None:
+    """Hooks that find each token's experts by their rows, and the weights by least squares."""
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    rest: list[Tensor] = []
+
+    def rows(value: object) -> Tensor:
+        tensor = value if isinstance(value, Tensor) else value[0]  # type: ignore[index]
+        return tensor.reshape(-1, tensor.shape[-1]).double()
+
+    for e, member in enumerate(members):
+        member.register_forward_hook(lambda m, args, out, e=e: seen.append((e, rows(args[0]), rows(out))))
+    for other in others:
+        other.register_forward_hook(lambda m, args, out: rest.append(rows(out)))
+
+    def ends(module: nn.Module, args: tuple, output: object) -> None:
+        tokens_ND, output_ND = rows(args[0]), rows(output)
+        answers: list[dict[int, Tensor]] = [{} for _ in tokens_ND]
+        for e, read_RD, answer_RD in seen:
+            for row_D, answer_D in zip(read_RD, answer_RD, strict=True):
+                for n in (tokens_ND == row_D).all(1).nonzero().flatten().tolist():
+                    answers[n][e] = answer_D
+        weight_NE = torch.zeros(len(tokens_ND), len(members), dtype=torch.float64)
+        served_NE = torch.zeros_like(weight_NE, dtype=torch.bool)
+        for n, by_expert in enumerate(answers):
+            if by_expert:
+                columns_DR = torch.stack([*by_expert.values(), *(other_ND[n] for other_ND in rest)], 1)
+                solved = torch.linalg.lstsq(columns_DR, output_ND[n, :, None]).solution.flatten()
+                assert (columns_DR @ solved - output_ND[n]).norm() < 1e-5 * output_ND[n].norm()
+                weight_NE[n, [*by_expert]] = solved[: len(by_expert)]
+                served_NE[n, [*by_expert]] = True
+        calls.append((served_NE, weight_NE))
+        seen.clear()
+        rest.clear()
+
+    module.register_forward_hook(ends)

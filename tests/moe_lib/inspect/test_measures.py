@@ -32,16 +32,18 @@ def planted(seed=0, num_slots=K, drop=0.15, pad=0.2):
     return indices_NK, weights_NK, valid_N, labels_N, torch.randn(N, 4, generator=draw)
 
 
+def follows(num_sequences, length):
+    """Is the next token the successor of this one? [N]"""
+    return torch.arange(num_sequences * length) % length != length - 1
+
+
 def seen_by_state(parts=1, **options):
     indices_NK, weights_NK, valid_N, labels_N, tokens_ND = planted(**options)
     state = BlockState(E)
     rows_each = B // parts
     for part in range(parts):
         cut = slice(part * rows_each * T, (part + 1) * rows_each * T)
-        size = len(range(*cut.indices(N)))
-        place = Place(
-            (rows_each, T), valid_N[cut], labels_N[cut], torch.arange(N)[cut], torch.rand(size).double()
-        )
+        place = Place(valid_N[cut], labels_N[cut], torch.arange(N)[cut], follows(rows_each, T))
         state.update(Dispatch(tokens_ND[cut], indices_NK[cut], weights_NK[cut]), place)
     return state.finish()
 
@@ -128,9 +130,7 @@ def test_ranks_add_up():
     halves = []
     for cut in (slice(0, N // 2), slice(N // 2, N)):
         state = BlockState(E)
-        place = Place(
-            (B // 2, T), valid_N[cut], labels_N[cut], torch.arange(N)[cut], torch.rand(N // 2).double()
-        )
+        place = Place(valid_N[cut], labels_N[cut], torch.arange(N)[cut], follows(B // 2, T))
         state.update(Dispatch(tokens_ND[cut], indices_NK[cut], weights_NK[cut]), place)
         halves.append(state.finish())
     halves[0].merge(halves[1])
@@ -146,7 +146,7 @@ def test_random_routing_lies_at_its_nulls():
     size = 4000
     indices_NK = torch.rand(size, 8, generator=draw).argsort(1)[:, :2]
     labels_N = torch.randint(0, 40, (size,), generator=draw)
-    place = Place((40, 100), None, labels_N, torch.arange(size), torch.rand(size, generator=draw).double())
+    place = Place(None, labels_N, torch.arange(size), follows(40, 100))
     state = BlockState(8)
     tokens_ND = torch.randn(size, 16, generator=draw)
     state.update(Dispatch(tokens_ND, indices_NK, torch.rand(size, 2, generator=draw) + 0.5), place)

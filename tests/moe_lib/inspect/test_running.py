@@ -196,7 +196,7 @@ def test_memory_does_not_grow_with_tokens():
         )
 
     assert size(large) <= size(small) + 2 * 20 * E  # more classes seen, nothing else
-    assert len(large.kept.priority_M) == 16384 < 20 * 800 * T
+    assert len(large.kept.position_M) == 16384 < 20 * 800 * T
 
 
 @pytest.mark.parametrize(
@@ -315,6 +315,14 @@ def test_costs_are_those_of_the_tampered_model():
         without.blocks["a"] = Without(without.blocks["a"], e)
         cost = float(default_loss(without(inputs), inputs, None) - clean)
         assert first.dropped_E[e] == pytest.approx(cost, abs=1e-5)
+
+
+def test_a_block_that_is_the_whole_model_is_tampered_with():
+    panel = inspect_moe(
+        Block(), [torch.randn(9, D)], causal=True, loss=lambda output, *_: output.square().mean()
+    )
+    assert panel[0].name == ""
+    assert panel[0]["cost of permuting"] == panel.loss_permuted != 0
 
 
 def test_tampering_takes_batches_of_any_size():
