@@ -216,6 +216,7 @@ def read(path: Path) -> dict[str, Any]:
 
 REMEDY = "delete it and run again, or restore it (`git checkout` if it is committed)"
 
+
 def content_digest(content: dict[str, Any]) -> str:
     """SHA-256 of a run's content, whatever the order of its keys, "digest" left out."""
     rest = {key: value for key, value in content.items() if key != "digest"}

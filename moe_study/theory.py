@@ -119,6 +119,8 @@ def error_table(config: ClusterConfig, seeds: Sequence[int]) -> pd.DataFrame:
     def cell(values_S: pd.Series) -> str:
         low, high = stats.t_interval(values_S.to_numpy())
         half = (high - low) / 2
-        return "-" if math.isnan(low) else f"{values_S.mean():.3f}" + (f" ± {half:.3f}" if half > 1e-9 else "")
+        return (
+            "-" if math.isnan(low) else f"{values_S.mean():.3f}" + (f" ± {half:.3f}" if half > 1e-9 else "")
+        )
 
     return per_seed.groupby(level=1, sort=False).agg(cell).rename_axis("router")

@@ -28,6 +28,7 @@ from torch import Tensor
 from moe_study.data import ROOT, DataError, data_dir
 
 UNKNOWN = "<unk>"  # what a swapped word becomes
+SWAP_SHARES = (0.015, 0.025, 0.05, 0.1)  # of the words of a test text
 TIMEOUT = 10  # seconds without an answer from a server
 
 

@@ -154,7 +154,7 @@ def training_curves(results: Sequence[Result], arms: Sequence[str] | None = None
                 axis.fill_between(epochs, curves_SE.min(0), curves_SE.max(0), color=colour, alpha=0.15, lw=0)
         axis.set(xlabel="epoch", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=6)
+    _legend(figure, axes[0, 0], 6)
     return captioned(
         figure,
         f"Training: does an arm learn faster (left), to a higher accuracy (middle), with more varied routing "
@@ -211,67 +211,58 @@ def tsne_panels(results: Sequence[Result]) -> Figure:
     drawn once where all arms start from the same."""
     shown = {a: g[0] for a, g in arms_of([r for r in results if "tsne" in r]).items()}
     run = next(iter(shown.values()))["run"]
-    panels = [
-        (f"{arm}, {moment} training", result["tsne"][moment], result["tsne"], moment == "after")
-        for arm, result in shown.items()
-        for moment in ("before", "after")
+    panels = [  # title, coordinates, labels, experts where they are to be drawn
+        (f"{arm}, {moment} training", points[moment], points["labels"], experts)
+        for arm, points in ((arm, result["tsne"]) for arm, result in shown.items())
+        for moment, experts in (("before", None), ("after", points.get("experts")))
     ]
     wide = 2
     if all(start == panels[0][1] for _, start, *_ in panels[::2]):
         panels = [("before training", *panels[0][1:]), *panels[1::2]]
         wide = min(len(panels), 3)
-    rows = -(-len(panels) // wide)
-    by_expert = any("experts" in points for *_, points, after in panels if after)
-    figure, axes = new_figure(3.1 * wide, 2.9 * rows * (1 + by_expert) + 0.6, rows * (1 + by_expert), wide)
-    labels = [points["labels"] for *_, points, _ in panels]
-    classes, counts = np.unique(np.concatenate(labels), return_counts=True)
+    rows, each = -(-len(panels) // wide), 1 + any(experts is not None for *_, experts in panels)
+    figure, axes = new_figure(3.1 * wide, 2.9 * rows * each + 0.6, rows * each, wide)
+    classes, counts = np.unique(np.concatenate([labels for *_, labels, _ in panels]), return_counts=True)
     chosen = np.sort(classes[np.argsort(-counts, kind="stable")[:10]])
     info = DATASETS[run["dataset"]]
     names = info.classes or [f"class {c}" for c in range(max(classes) + 1)]
-    colours = sns.color_palette("colorblind", 10)
-    for at, (title, coordinates, points, after) in enumerate(panels):
-        place = divmod(at, wide)
-        axis, xy_N2, labels_N = (
-            axes[place[0] * (1 + by_expert), place[1]],
-            np.array(coordinates),
-            np.array(points["labels"]),
-        )
-        for colour, c in zip(colours, chosen, strict=False):
-            axis.plot(*xy_N2[labels_N == c].T, "o", color=colour, ms=2.6, mew=0, alpha=0.8, label=names[c])
-        axis.set(title=title)
-        if by_expert:
-            below = axes[place[0] * 2 + 1, place[1]]
-            below.set_visible(after and "experts" in points)
-            experts_N = np.array(points.get("experts", np.zeros(len(labels_N))))
-            for e in np.unique(experts_N).astype(int):
-                below.plot(
-                    *xy_N2[experts_N == e].T, "o", color=PALETTE[e % len(PALETTE)], ms=2.6, mew=0, alpha=0.8
-                )
-            below.set(title="the same, by expert")
+    by_class = dict(zip(chosen, sns.color_palette("colorblind", 10), strict=False))
+    for at, (title, coordinates, labels, experts) in enumerate(panels):
+        row, column = divmod(at, wide)
+        xy_N2 = np.array(coordinates)
+        _points(axes[row * each, column], title, xy_N2, np.array(labels), by_class, names)
+        if experts is not None:
+            by_expert = {e: PALETTE[e % len(PALETTE)] for e in np.unique(experts)}
+            _points(axes[row * each + 1, column], "the same, by expert", xy_N2, np.array(experts), by_expert)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.set_aspect("equal", adjustable="datalim")
-        if not axis.has_data():
-            axis.set_visible(False)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        frameon=False,
-        ncols=5,
-        markerscale=2.5,
-        handletextpad=0.2,
-    )
+        axis.set_visible(axis.has_data())
+    _legend(figure, axes[0, 0], 5, markerscale=2.5, handletextpad=0.2)
     some = (
         f"; the ten classes with most images, of {len(info.classes or classes)}" if len(classes) > 10 else ""
     )
     return captioned(
         figure,
-        f"The extractor's code of {len(panels[0][2]['labels'])} test images as t-SNE sees it (seed "
+        f"The extractor's code of {len(panels[0][2])} test images as t-SNE sees it (seed "
         f"{run['seed']}{some}). Look whether classes form groups of one colour. Distances between groups "
         "mean little, and the axes have no unit.",
     )
+
+
+def _points(
+    axis: Any,
+    title: str,
+    xy_N2: np.ndarray,
+    kind_N: np.ndarray,
+    colours: Mapping[int, Any],
+    names: Any = None,
+) -> None:
+    """Points of each kind in its colour."""
+    axis.set(title=title)
+    for kind, colour in colours.items():
+        own = xy_N2[kind_N == kind].T
+        axis.plot(*own, "o", color=colour, ms=2.6, mew=0, alpha=0.8, label=names and names[kind])
 
 
 def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
@@ -374,9 +365,7 @@ def similarity_with_nulls(results: Sequence[Result], arms: Sequence[str] = ("bas
         axis.set_yticks(range(len(grouped)), list(grouped) if key == "weights" else [])
         axis.set(title=title, ylim=(len(grouped) - 0.4, -0.6))
         axis.grid(axis="x", alpha=0.3)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=4)
-    for handle in legend.get_lines():
+    for handle in _legend(figure, axes[0, 0]).get_lines():
         handle.set_color("#333333")
     return captioned(
         figure,
@@ -397,10 +386,12 @@ def _draw_mean(axis: Any, arm: str, x: Sequence[float], values_SX: np.ndarray) -
         axis.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
 
 
-def _legend(figure: Figure, axis: Any, columns: int = 4) -> None:
+def _legend(figure: Figure, axis: Any, columns: int = 4, **options: Any) -> Any:
+    """Below the figure: what one of its axes names, each name once."""
     handles, labels = axis.get_legend_handles_labels()
-    named = dict(zip(labels, handles, strict=True))  # each arm once
-    figure.legend(named.values(), named.keys(), loc="outside lower center", frameon=False, ncols=columns)
+    named = dict(zip(labels, handles, strict=True))
+    place: Any = {"loc": "outside lower center", "frameon": False, "ncols": columns}
+    return figure.legend(named.values(), named.keys(), **place, **options)
 
 
 def corruption_by_severity(
@@ -665,68 +656,32 @@ def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
     """Every claim against its controls, grouped by paper, in units of the difference that counts: the
     published one, or the declared margin. 0 is no difference, 1 the claimed one. Thick: 90 %; thin: 95 %."""
     sources = list(dict.fromkeys(v.claim.source for v in verdicts))
-    ordered = [v for source in sources for v in verdicts if v.claim.source == source]
-    height = 0.27 * (len(ordered) + len(sources)) + 1.5
-    figure, axes = new_figure(9.8, height)
+    rows = [  # a heading, then its verdicts
+        row for source in sources for row in (source, *(v for v in verdicts if v.claim.source == source))
+    ]
+    figure, axes = new_figure(9.8, 0.27 * len(rows) + 1.5)
     axis = axes[0, 0]
     axis.axvline(0, color="#333333", lw=1)
     axis.axvline(1, color="#333333", lw=1, ls="--")
-    ticks: list[tuple[int, str]] = []
-    row = -1
+    names = []
     reach = 3.0
-    for source in sources:
-        row += 1
-        ticks.append((row, source.upper()))
-        for verdict in (v for v in ordered if v.claim.source == source):
-            row += 1
-            claim, colour = verdict.claim, WORD_COLOURS[verdict.word]
-            ticks.append(
-                (
-                    row,
-                    f"{claim.wording}, {DATASET_TITLES[verdict.dataset]}: {claim.treatment} - "
-                    f"{verdict.control}",
-                )
-            )
-            same = [v for v in ordered if (v.claim.key, v.dataset) == (claim.key, verdict.dataset)]
-            if verdict is min(same, key=_in_favour):
-                axis.text(
-                    1.02,
-                    row,
-                    verdict.word,
-                    color=colour,
-                    va="center",
-                    fontsize=9,
-                    transform=axis.get_yaxis_transform(),
-                )
-            if verdict.comparison is None:
-                continue
-            signed_S = verdict.parts[0].signed_S / verdict.margin
-            for level, width in ((0.95, 1.4), (0.90, 4.0)):
-                ends = stats.t_interval(signed_S, level)
-                axis.plot(ends, [row] * 2, color=colour, lw=width, solid_capstyle="butt")
-                reach = max(reach, *np.abs(ends))
-            filled = colour if verdict.word != "pilot" else "white"
-            axis.plot(signed_S.mean(), row, "o", color=colour, mfc=filled, markersize=6)
-            axis.text(
-                1.0,
-                row,
-                f"{len(signed_S)}",
-                ha="right",
-                va="center",
-                fontsize=8,
-                color="#555555",
-                transform=axis.get_yaxis_transform(),
-            )
-    axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
-    for label in axis.get_yticklabels():
+    for at, row in enumerate(rows):
+        if isinstance(row, str):
+            names.append(row.upper())
+            continue
+        claim = row.claim
+        names.append(f"{claim.wording}, {DATASET_TITLES[row.dataset]}: {claim.treatment} - {row.control}")
+        same = [v for v in verdicts if (v.claim.key, v.dataset) == (claim.key, row.dataset)]
+        reach = max(reach, _forest_row(axis, at, row, row is min(same, key=_in_favour)))
+    axis.set_yticks(range(len(rows)), names)
+    for row, label in zip(rows, axis.get_yticklabels(), strict=True):
         label.set_fontsize(9)
-        if label.get_text() in {source.upper() for source in sources}:
-            label.set_fontweight("bold")
+        label.set_fontweight("bold" if isinstance(row, str) else "normal")
     axis.set_xscale("symlog", linthresh=2, linscale=0.9)
     shown = [x for x in (-100, -30, -10, -5, -2, -1, 0, 1, 2, 5, 10, 30, 100) if abs(x) <= 1.3 * reach]
     axis.set_xticks(shown, [f"{x:g}" for x in shown])
     axis.minorticks_off()
-    axis.set(xlim=(-1.4 * reach, 1.9 * reach), ylim=(row + 0.6, -0.6))
+    axis.set(xlim=(-1.4 * reach, 1.9 * reach), ylim=(len(rows) - 0.4, -0.6))
     axis.grid(axis="x", alpha=0.3)
     axis.set_xlabel("← against the claim     in units of the difference that counts     as claimed →")
     return captioned(
@@ -736,6 +691,23 @@ def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
         "ones 95 % intervals, at their right end the paired seeds; hollow dots are pilots. Only the deciding "
         "contrast carries the word. The axis is linear up to 2 and logarithmic beyond.",
     )
+
+
+def _forest_row(axis: Any, at: int, verdict: Verdict, decides: bool) -> float:
+    """One verdict's intervals, mean and seeds, and its word if it decides; the largest value drawn."""
+    colour, beside = WORD_COLOURS[verdict.word], axis.get_yaxis_transform()
+    if decides:
+        axis.text(1.02, at, verdict.word, color=colour, va="center", fontsize=9, transform=beside)
+    if verdict.comparison is None:
+        return 0.0
+    signed_S = verdict.parts[0].signed_S / verdict.margin
+    for level, width in ((0.95, 1.4), (0.90, 4.0)):
+        axis.plot(stats.t_interval(signed_S, level), [at] * 2, color=colour, lw=width, solid_capstyle="butt")
+    filled = colour if verdict.word != "pilot" else "white"
+    axis.plot(signed_S.mean(), at, "o", color=colour, mfc=filled, markersize=6)
+    count = {"ha": "right", "va": "center", "fontsize": 8, "color": "#555555", "transform": beside}
+    axis.text(1.0, at, f"{len(signed_S)}", **count)
+    return float(np.abs(stats.t_interval(signed_S, 0.95)).max())
 
 
 def _in_favour(verdict: Verdict) -> float:
