@@ -111,23 +111,6 @@ def test_what_argparse_refuses(arguments, named, folders, capsys):
     assert files(folders) == []
 
 
-@pytest.mark.parametrize("command", ["", "run", "plan", "where", "data", "readme", "trust"])
-def test_help_explains_every_option(command, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main([*command.split(), "--help"])
-    assert stopped.value.code == 0
-    options = capsys.readouterr().out.partition("options:")[2]
-    for line in re.findall(r"^  -.*(?:\n {10,}.*)?", options, re.M):
-        assert len(re.split(r"\s{2,}", line.strip(), maxsplit=1)) == 2, line
-
-
-def test_version(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--version"])
-    assert stopped.value.code == 0
-    assert capsys.readouterr().out == f"moe-collapse {importlib.metadata.version('moe-collapse')}\n"
-
-
 def test_several_arms_run_seed_by_seed():
     found = study.runs("core", "snnl", "cifar10", "base,snnl")
     alone = {arm: study.runs("core", "snnl", "cifar10", arm) for arm in ("base", "snnl")}
@@ -234,42 +217,7 @@ def test_a_profile_whose_runs_are_finished_needs_no_data(folders, capsys, monkey
     assert main(["data", "--profile", "digits"]) == 0
 
 
-@pytest.mark.slow
-def test_an_unknown_profile_from_another_folder(tmp_path):
-    process = python(["-m", "moe_study", "run", "--profile", "nope"], cwd=tmp_path)
-    assert process.returncode == 1
-    assert process.stdout == ""
-    known = ", ".join(study.PROFILES)
-    assert process.stderr == f"error: unknown profile 'nope'; known: {known}\n"
-    assert files(tmp_path) == []
-
-
-def test_results_folder_that_cannot_be_made(folders, capsys):
-    (folders / "file").write_text("in the way")
-    wanted = ["--profile", "digits", "--arm", "raw", "--shard", "1/5"]
-    assert main(["run", *wanted, "--out", str(folders / "file" / "results")]) == 1
-    err = capsys.readouterr().err
-    assert re.fullmatch(r"error: cannot write under .+\n", err)
-    assert "MOE_RESULTS_DIR" in err
-    assert files(folders) == ["file"]
-
-
 # --------------------------------------------------------------------------------------------- data
-
-
-def test_missing_data_without_a_network(folders, capsys, monkeypatch):
-    from torchvision.datasets import CIFAR10
-
-    def no_network(self):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(CIFAR10, "download", no_network)
-    assert main(["data", "cifar10"]) == 1
-    err = capsys.readouterr().err
-    assert re.fullmatch(r"error: .+\n", err)
-    for part in ("'cifar10'", str(folders / "data"), "MOE_DATA_DIR", "`make data`", "no route to host"):
-        assert part in err
-    assert [name for name in files(folders) if not name.endswith(".lock")] == []
 
 
 def test_a_run_without_its_data_fails_with_the_remedy(folders, capsys):
@@ -283,14 +231,6 @@ def test_a_run_without_its_data_fails_with_the_remedy(folders, capsys):
     for part in ("base seed 42", "'cifar10'", str(folders / "data"), "MOE_DATA_DIR", "`make data`"):
         assert part in err
     assert [name for name in files(folders) if not name.endswith("lock")] == []
-
-
-def test_data_counts_the_embedded_digits(folders, capsys):
-    assert main(["data", "digits"]) == 0
-    assert capsys.readouterr().out == (
-        f"digits: 1437 training, 360 test images\ndata folder: {folders / 'data'}\n"
-    )
-    assert files(folders) == []
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -324,14 +264,6 @@ def test_plan_says_what_is_to_come_and_starts_nothing(profile, folders, capsys):
     assert list(folders.iterdir()) == []
 
 
-def test_plan_does_not_ask_for_data_that_is_there(folders, capsys):
-    published = datasets.PUBLISHED["cifar10"]
-    for name in published.train | published.test:
-        store.write_bytes(folders / "data" / published.folder / name, b"")
-    assert main(["plan", "--profile", "core", "--dataset", "cifar10"]) == 0
-    assert "\ndownload: 0 MB (nothing), 0 MB unpacked" in capsys.readouterr().out
-
-
 def test_plan_takes_the_median_of_an_arm_and_for_others_that_of_an_epoch(folders, capsys):
     snnl = study.runs("digits", "snnl")
     base, raw = ([run for run in snnl if run.arm == arm] for arm in ("base", "raw"))
@@ -348,37 +280,6 @@ def test_plan_takes_the_median_of_an_arm_and_for_others_that_of_an_epoch(folders
     assert "\nmemory: up to 600 MB (300 MB a process)\n" in out
 
 
-def test_plan_does_not_invent_a_time(folders, capsys):
-    assert main(["plan", "--profile", "digits", "--study", "snnl", "--arm", "base"]) == 0
-    out = capsys.readouterr().out
-    (row,) = rows(out).values()
-    assert row == (0, row[1], "unknown")
-    assert f"\ntime: 0 minutes of one core and {row[1]} runs of unknown length, " in out
-
-
-def test_plan_announces_no_download_where_nothing_is_left(folders, capsys):
-    for run in study.runs("core", "snnl", "cifar10", "base"):
-        study.write(run, {"wall_seconds": 1.0, "peak_memory_mb": 300.0})
-    assert (
-        main(["plan", "--profile", "core", "--study", "snnl", "--dataset", "cifar10", "--arm", "base"]) == 0
-    )
-    assert "\ndownload: 0 MB (nothing), 0 MB unpacked" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [
-        (0, "0 minutes"),
-        (600, "10 minutes"),
-        (7199, "120 minutes"),
-        (7200, "2.0 hours"),
-        (520_000, "6.0 days"),
-    ],
-)
-def test_long_times_are_said_in_hours_and_days(seconds, said):
-    assert plan.duration(seconds) == said
-
-
 # ------------------------------------------------------------------------------------- where and run
 
 
@@ -386,13 +287,6 @@ def test_where_is_below_the_results_folder(folders, capsys):
     assert main(["where", "--profile", "core"]) == 0
     assert capsys.readouterr().out == f"{folders / 'results' / 'core' / 'report.html'}\n"
     assert files(folders) == []
-
-
-@pytest.mark.slow
-def test_where_does_not_depend_on_the_working_folder(tmp_path):
-    process = python(["-m", "moe_study", "where", "--profile", "digits"], cwd=tmp_path, MOE_RESULTS_DIR="")
-    assert process.stdout == f"{ROOT / 'results' / 'digits' / 'report.html'}\n"
-    assert process.returncode == 0
 
 
 def test_time_limit_zero_trains_nothing(folders, capsys):
@@ -499,6 +393,3 @@ def test_run_needs_only_what_a_bare_machine_has(folders):
     assert store.read(done) == {"runs": [run.id]}
 
 
-def test_every_data_set_of_the_plan_is_known():
-    needed = {run.dataset for profile in study.PROFILES for run in study.runs(profile)}
-    assert needed <= {*data.DATASETS, *text.CORPORA}

@@ -87,32 +87,6 @@ def test_validation_depends_on_the_seed_and_test_does_not():
     assert rest == sorted(split_rows(other.train) + split_rows(other.validation))
 
 
-def test_loading_leaves_the_global_random_state_alone():
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    load("digits", seed=0)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_test_set_has_every_class_in_proportion():
-    counts_C = load("digits").test.labels_N.bincount()
-    assert counts_C.min() >= 34
-    assert counts_C.max() <= 38
-
-
-def test_pixels_are_intensities_from_zero_to_one():
-    images = torch.tensor([[0, 51, 255]], dtype=torch.uint8)
-    for dtype in (torch.float32, torch.float64):
-        torch.testing.assert_close(pixels(images, dtype), torch.tensor([[0, 0.2, 1]], dtype=dtype))
-
-
-def test_take_keeps_images_and_labels_together():
-    part = load("digits").test
-    index = torch.tensor([7, 0, 3])
-    assert split_rows(part.take(index)) == [split_rows(part)[i] for i in (7, 0, 3)]
-    assert len(part.take(slice(5))) == 5
-
-
 # ---------------------------------------------------------------------------- where the files are
 
 
@@ -123,12 +97,6 @@ def test_the_data_folder_is_the_argument_or_the_variable_or_the_projects(monkeyp
     monkeypatch.delenv("MOE_DATA_DIR")
     assert data_dir() == ROOT / "data"
     assert data_dir("~/images") == (Path.home() / "images").resolve()
-
-
-def test_the_variable_is_used_by_load(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOE_DATA_DIR", str(tmp_path / "here"))
-    with pytest.raises(DataError, match="here"):
-        load("mnist")
 
 
 # ----------------------------------------------------------------------------------------- errors
@@ -149,12 +117,6 @@ def test_missing_files_without_a_network(name, tmp_path):
     message = str(caught.value)
     for wanted in (name, str(tmp_path), "MOE_DATA_DIR", "make data", "no network in tests"):
         assert wanted in message
-
-
-def test_a_data_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(DataError, match="file"):
-        load("mnist", root=tmp_path / "file")
 
 
 def idx(shape, payload):

@@ -97,16 +97,6 @@ def test_the_embedded_corpus_is_the_known_one_for_the_locked_version():
         assert hashlib.sha256(text._docs().encode()).hexdigest() == DOCS_SHA256[version]
 
 
-@pytest.mark.slow
-def test_the_embedded_corpus_is_the_same_in_another_process_and_imports_nothing():
-    program = (
-        "import hashlib, sys; from moe_study.data import text; raw = text._docs(); "
-        "print('sklearn' in sys.modules, hashlib.sha256(raw.encode()).hexdigest())"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", hashlib.sha256(text._docs().encode()).hexdigest()]
-
-
 def test_docstrings_are_those_that_python_sees():
     source = '"""Module.\n\n  indented\n"""\nclass A:\n    """A.\n\n    Text\n        code\n    """\n'
     source += "class B:\n    pass\n"
@@ -133,12 +123,6 @@ def test_a_file_is_split_in_order_and_nothing_is_lost(prose):
         assert len(part) == len(part.raw.encode())
 
 
-def test_bytes_round_trip(prose):
-    corpus = load(prose)
-    for part in (corpus.train, corpus.validation, corpus.test):
-        assert bytes(part.tokens_N.tolist()).decode() == part.raw
-
-
 def test_a_text_of_one_line_is_split_between_words(tmp_path):
     raw = " ".join(f"word{i}" for i in range(300))
     (tmp_path / "line.txt").write_text(raw)
@@ -146,11 +130,6 @@ def test_a_text_of_one_line_is_split_between_words(tmp_path):
     parts = [corpus.train.raw, corpus.validation.raw, corpus.test.raw]
     assert "".join(parts) == raw
     assert [word for part in parts for word in part.split()] == raw.split()
-
-
-def test_tokens_go_to_the_device(prose):
-    corpus = load(prose, device="meta")
-    assert {part.tokens_N.device.type for part in (corpus.train, corpus.validation, corpus.test)} == {"meta"}
 
 
 # ------------------------------------------------------------------------------------- names and paths
@@ -297,18 +276,6 @@ def test_another_file_from_the_server_is_refused(name, servers, tmp_path, monkey
     with pytest.raises(DataError, match="delivered"):
         load(name, root=tmp_path / "data")
     assert not any(path.is_file() for path in (tmp_path / "data").rglob("*/*"))
-
-
-def test_a_page_in_place_of_an_archive(servers, tmp_path):
-    (tmp_path / "server" / "wikitext-2-v1.zip").write_text("<html>moved</html>")
-    with pytest.raises(DataError, match="BadZipFile"):
-        load("wikitext2", root=tmp_path / "data")
-
-
-def test_a_data_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(DataError, match="file"):
-        load("wikitext2", root=tmp_path / "file")
 
 
 # ------------------------------------------------------------------------------------------ word swap
