@@ -85,12 +85,19 @@ DATASET_TITLES = {name: info.title for name, info in (DATASETS | CORPORA).items(
 def new_figure(
     width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Figure, Any]:
+    """A figure and its axes [rows, columns], in the project's style."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _note(text: str) -> Figure:
+def hide_from(axes: Any, count: int) -> None:
+    """Of a grid of axes only the first `count` are shown."""
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+
+
+def note(text: str) -> Figure:
     """In place of a figure that has nothing to show."""
     figure, axes = new_figure(6, 1)
     axes[0, 0].text(0.5, 0.5, text, ha="center", va="center")
@@ -146,20 +153,25 @@ def training_curves(results: Sequence[Result], arms: Sequence[str] | None = None
     figure, axes = new_figure(9.8, 3.2, 1, 3)
     for axis, (key, title, scale) in zip(axes[0], panels, strict=True):
         for arm, group in arms_of(results, arms).items():
-            colour, marker = arm_style(arm)
-            curves_SE = np.array([_curve(r["history"]["validation"], key) for r in group]) * scale
-            epochs = np.arange(1, curves_SE.shape[1] + 1)
-            axis.plot(epochs, curves_SE.mean(0), color=colour, marker=marker, markersize=4, label=arm)
-            if len(group) > 1:
-                axis.fill_between(epochs, curves_SE.min(0), curves_SE.max(0), color=colour, alpha=0.15, lw=0)
+            mean_and_range(axis, arm, [_curve(r["history"]["validation"], key) for r in group], scale)
         axis.set(xlabel="epoch", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    _legend(figure, axes[0, 0], 6)
+    legend(figure, axes[0, 0], 6)
     return captioned(
         figure,
         f"Training: does an arm learn faster (left), to a higher accuracy (middle), with more varied routing "
         f"(right)? Lines are means over seeds, bands their range; {seeds_in_words(results)}.",
     )
+
+
+def mean_and_range(axis: Any, arm: str, curves: Sequence[Sequence[float]], scale: float = 1.0) -> None:
+    """Mean over seeds after each epoch, and their range as a band."""
+    colour, marker = arm_style(arm)
+    curves_SE = scale * np.array(curves, dtype=float)
+    epochs = np.arange(1, curves_SE.shape[1] + 1)
+    axis.plot(epochs, curves_SE.mean(0), color=colour, marker=marker, markersize=4, label=arm)
+    if len(curves) > 1:
+        axis.fill_between(epochs, curves_SE.min(0), curves_SE.max(0), color=colour, alpha=0.15, lw=0)
 
 
 def live_curves(losses: Mapping[str, Sequence[float]]) -> Figure:
@@ -180,6 +192,17 @@ def _curve(validation: dict[str, list[float]], key: str) -> list[float]:
     return validation[key]
 
 
+def seeds_and_mean(
+    axis: Any, row: int, values_S: np.ndarray, colour: str, marker: str, size: float, below: float
+) -> tuple[float, float]:
+    """Every seed a dot, below them the mean and its 95 % t interval, which is returned."""
+    axis.plot(values_S, np.full(len(values_S), row), "o", color=colour, alpha=0.4, markersize=size, mew=0)
+    ends = stats.t_interval(values_S) if len(values_S) > 1 else (values_S[0], values_S[0])
+    axis.plot(ends, [row + below] * 2, color=colour, lw=2, solid_capstyle="butt")
+    axis.plot(values_S.mean(), row + below, marker, color=colour, markersize=6)
+    return ends
+
+
 def accuracy_by_arm(results: Sequence[Result]) -> Figure:
     """Test accuracy: every seed a dot, the mean and its 95 % interval beside them."""
     grouped = arms_of(results)
@@ -188,10 +211,7 @@ def accuracy_by_arm(results: Sequence[Result]) -> Figure:
     for row, (arm, group) in enumerate(grouped.items()):
         colour, marker = arm_style(arm)
         values = np.array([r["task"]["accuracy"] for r in group]) * 100
-        axis.plot(values, np.full(len(values), row), "o", color=colour, alpha=0.4, markersize=5, mew=0)
-        low, high = stats.t_interval(values) if len(values) > 1 else (values[0], values[0])
-        axis.plot([low, high], [row + 0.22] * 2, color=colour, lw=2, solid_capstyle="butt")
-        axis.plot(values.mean(), row + 0.22, marker, color=colour, markersize=6)
+        seeds_and_mean(axis, row, values, colour, marker, size=5, below=0.22)
     axis.set_yticks(range(len(grouped)), [f"{arm} ({len(group)})" for arm, group in grouped.items()])
     axis.set(
         xlabel="test accuracy (%)",
@@ -238,7 +258,7 @@ def tsne_panels(results: Sequence[Result]) -> Figure:
         axis.set(xticks=[], yticks=[])
         axis.set_aspect("equal", adjustable="datalim")
         axis.set_visible(axis.has_data())
-    _legend(figure, axes[0, 0], 5, markerscale=2.5, handletextpad=0.2)
+    legend(figure, axes[0, 0], 5, markerscale=2.5, handletextpad=0.2)
     some = (
         f"; the ten classes with most images, of {len(info.classes or classes)}" if len(classes) > 10 else ""
     )
@@ -365,7 +385,7 @@ def similarity_with_nulls(results: Sequence[Result], arms: Sequence[str] = ("bas
         axis.set_yticks(range(len(grouped)), list(grouped) if key == "weights" else [])
         axis.set(title=title, ylim=(len(grouped) - 0.4, -0.6))
         axis.grid(axis="x", alpha=0.3)
-    for handle in _legend(figure, axes[0, 0]).get_lines():
+    for handle in legend(figure, axes[0, 0]).get_lines():
         handle.set_color("#333333")
     return captioned(
         figure,
@@ -377,7 +397,7 @@ def similarity_with_nulls(results: Sequence[Result], arms: Sequence[str] = ("bas
 # -------------------------------------------------------------------------- AC and crossed studies
 
 
-def _draw_mean(axis: Any, arm: str, x: Sequence[float], values_SX: np.ndarray) -> None:
+def draw_mean(axis: Any, arm: str, x: Sequence[float], values_SX: np.ndarray) -> None:
     """Mean over seeds against x, with its 95 % t interval as a band."""
     colour, marker = arm_style(arm)
     axis.plot(x, values_SX.mean(0), color=colour, marker=marker, markersize=4, label=arm)
@@ -386,7 +406,7 @@ def _draw_mean(axis: Any, arm: str, x: Sequence[float], values_SX: np.ndarray) -
         axis.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
 
 
-def _legend(figure: Figure, axis: Any, columns: int = 4, **options: Any) -> Any:
+def legend(figure: Figure, axis: Any, columns: int = 4, **options: Any) -> Any:
     """Below the figure: what one of its axes names, each name once."""
     handles, labels = axis.get_legend_handles_labels()
     named = dict(zip(labels, handles, strict=True))
@@ -415,15 +435,14 @@ def corruption_by_severity(
             ]
             if arm != first and paired:
                 own_SX, first_SX = np.array(paired).transpose(1, 0, 2)
-                _draw_mean(axis, arm, range(6), 100 * (own_SX - first_SX))
+                draw_mean(axis, arm, range(6), 100 * (own_SX - first_SX))
         axis.axhline(0, color=arm_style(first)[0], lw=1.2, label=first)
         axis.set(title=kind.replace("_", " "), xticks=range(6))
-    for axis in axes.flat[len(kinds) :]:
-        axis.set_visible(False)
+    hide_from(axes, len(kinds))
     for axis in axes[-1]:
         axis.set_xlabel("severity (0: clean)")
     figure.supylabel(f"accuracy minus {first}'s (points)", fontsize=10)
-    _legend(figure, axes[0, 0])
+    legend(figure, axes[0, 0])
     return captioned(
         figure,
         f"Robustness to corruption, as the difference from `{first}` at the same seed: above the line is "
@@ -446,8 +465,8 @@ def swap_curve(results: Sequence[Result], arms: Sequence[str] | None = None) -> 
         swaps = [[r["swap"][share] for share in shares] for r in group]
         own_SX = np.array([[s["swapped"] - s["clean"] for s in row] for row in swaps])
         all_SX = np.array([[s["all"] - row[0]["all"] for s in row] for row in swaps])
-        _draw_mean(axes[0, 0], arm, percent, own_SX)
-        _draw_mean(axes[0, 1], arm, percent, all_SX)
+        draw_mean(axes[0, 0], arm, percent, own_SX)
+        draw_mean(axes[0, 1], arm, percent, all_SX)
     axes[0, 0].set(
         title="targets left alone", ylabel="cross-entropy, swapped minus clean\n(nats a token; up is worse)"
     )
@@ -456,7 +475,7 @@ def swap_curve(results: Sequence[Result], arms: Sequence[str] | None = None) -> 
         axis.set(xlabel="words swapped (%)")
         axis.axhline(0, color="#999999", lw=0.8, zorder=0)
         axis.grid(axis="y", alpha=0.3)
-    _legend(figure, axes[0, 0])
+    legend(figure, axes[0, 0])
     return captioned(
         figure,
         "What swapped words cost: cross-entropy in the text with some words replaced by <unk>, minus that in "
@@ -494,7 +513,7 @@ def changed_choices(results: Sequence[Result]) -> Figure:
         axis.set_xticks(1 + np.array(with_scales), [f"{at + 1}" for at in with_scales])
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("tokens (%)")
-    _legend(figure, axes[0, 0], 6)
+    legend(figure, axes[0, 0], 6)
     return captioned(
         figure,
         "What the scaling matrix M changes: the share of tokens that go to other experts than without "
@@ -526,7 +545,7 @@ def expert_load(results: Sequence[Result]) -> Figure:
         axis.set(title=f"MoE layer {at + 1}", xlabel="expert, by load", ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("share of tokens (%)")
-    _legend(figure, axes[0, 0], 5)
+    legend(figure, axes[0, 0], 5)
     return captioned(
         figure,
         "Are the experts used evenly? Share of the tokens of the busiest expert (left) to the idlest "
@@ -550,7 +569,7 @@ def paired_differences(
     found = {(pair, column): tables.paired(runs, pair, column) for pair in pairs for _, column, _ in measures}
     pairs = [pair for pair in pairs if any(found[pair, column] is not None for _, column, _ in measures)]
     if not pairs:
-        return _note("no two seeds yet that have treatment and control")
+        return note("no two seeds yet that have treatment and control")
     wide = -(-len(measures) // (2 if len(measures) > 3 else 1))
     rows = -(-len(measures) // wide)
     figure, axes = new_figure(
@@ -564,12 +583,8 @@ def paired_differences(
             if both is None:
                 continue
             differences = scale * (both[treatment] - both[control]).to_numpy()
-            low, high = stats.t_interval(differences)
-            colour, marker = ARM_STYLE[control]
-            axis.plot(differences, np.full(len(differences), row), "o", color=colour, alpha=0.4, ms=4, mew=0)
-            axis.plot([low, high], [row + 0.25] * 2, color=colour, lw=2, solid_capstyle="butt")
-            axis.plot(differences.mean(), row + 0.25, marker, color=colour, markersize=6)
-            reach = max(reach, abs(low), abs(high), *np.abs(differences))
+            ends = seeds_and_mean(axis, row, differences, *ARM_STYLE[control], size=4, below=0.25)
+            reach = max(reach, *np.abs(ends), *np.abs(differences))
         reach = 1.08 * reach or 1.0
         axis.axvspan(*((0, reach) if direction == "higher" else (-reach, 0)), color="#f0f0f0", lw=0, zorder=0)
         axis.axvline(0, color="#333333", lw=1)
@@ -577,8 +592,7 @@ def paired_differences(
             title=f"{claim}:\n{column}", xlabel=unit, xlim=(-reach, reach), ylim=(len(pairs) - 0.4, -0.6)
         )
         axis.locator_params(axis="x", nbins=5)
-    for axis in axes.flat[len(measures) :]:
-        axis.set_visible(False)
+    hide_from(axes, len(measures))
     axes[0, 0].set_yticks(range(len(pairs)), [f"{a} - {b}" for a, b in pairs])
     return captioned(
         figure,
@@ -739,9 +753,8 @@ def crossed_lines(results: Sequence[Result], names: Sequence[str] = tables.CROSS
             axis.plot((shift, 1 + shift), means, color=colour, marker=marker, lw=1.2, label=label)
         axis.set(title=columns[name].title(name, level=True), xticks=(0, 1), xlim=(-0.4, 1.4))
         axis.set_xticklabels(("cosine router", "AC router"))
-    for axis in axes.flat[len(names) :]:
-        axis.set_visible(False)
-    _legend(figure, axes[0, 0])
+    hide_from(axes, len(names))
+    legend(figure, axes[0, 0])
     return captioned(
         figure,
         "Both remedies at once: without (left) and with the AC router (right), one line without and one with "
@@ -765,7 +778,7 @@ def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Fig
     effects = {name: tables.dose_effects(runs, panel, name) for name in names}
     filled = [at for found in effects.values() for at, one in found.items() if one is not None]
     if not filled:
-        return _note("no dose yet that two seeds share with its control")
+        return note("no dose yet that two seeds share with its control")
     lines = sorted({row for row, _ in filled})
     columns = sorted({at for _, at in filled}, key=lambda at: (not _is_number(heads[at]), at))
     wide = 2 if len(names) > 1 else 1
@@ -799,8 +812,7 @@ def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Fig
         axis.set_xticks(range(len(columns)), [heads[at] for at in columns])
         axis.set_yticks(range(len(lines)), [rows[at] for at in lines])
         axis.spines[:].set_visible(False)
-    for axis in axes.flat[len(names) :]:
-        axis.set_visible(False)
+    hide_from(axes, len(names))
     for axis in axes[-1]:
         axis.set_xlabel(across)
     figure.supylabel(down)
@@ -879,10 +891,7 @@ def collapse_panel(results: Sequence[Result], arms: Sequence[str] = ("base", "sn
     for row, (arm, group) in enumerate(grouped.items()):
         colour, marker = arm_style(arm)
         for axis, kind in zip(axes[0], kinds[:2], strict=False):
-            curves_SE = np.array([trajectory(r)[kind] for r in group])
-            epochs = np.arange(1, curves_SE.shape[1] + 1)
-            axis.plot(epochs, curves_SE.mean(0), color=colour, marker=marker, markersize=4, label=arm)
-            axis.fill_between(epochs, curves_SE.min(0), curves_SE.max(0), color=colour, alpha=0.15, lw=0)
+            mean_and_range(axis, arm, [trajectory(r)[kind] for r in group])
         for place, kind in enumerate(kinds):
             degrees = [getattr(collapse(r), kind) for r in group]
             height = place + (row - (len(grouped) - 1) / 2) * 0.34
