@@ -36,6 +36,7 @@ from moe_study.runs import STUDIES
 from moe_study.train import History, OutOfTime, TrainingError, fit
 
 GPU_WORKERS = 8
+Selected = dict[str, dict[str, torch.Tensor]]  # weights of the epochs that validation data select
 # The experiment of each kind of model: another kind is one more line.
 EXPERIMENTS: dict[type, Callable[[Run, str], Experiment]] = {
     ClassifierConfig: ClassifierExperiment.of,
@@ -60,25 +61,33 @@ def execute(
     device: str,
     deadline: float = float("inf"),
     on_epoch: Callable[[int, History], None] | None = None,
+    train: Callable[..., tuple[History, Selected]] = fit,
 ) -> dict[str, Any]:
-    """Train one run (or resume it from its checkpoint) and return the content of its result file."""
+    """Train one run (or resume it from its checkpoint) and return the content of its result file.
+
+    Args:
+        train: `fit`, or what trains in its place.
+    """
     with deterministic(run.train.precision == "float64"):
-        return _execute(run, device, deadline, on_epoch)
+        return _execute(run, device, deadline, on_epoch, train)
 
 
 def _execute(
-    run: Run, device: str, deadline: float, on_epoch: Callable[[int, History], None] | None
+    run: Run,
+    device: str,
+    deadline: float,
+    on_epoch: Callable[[int, History], None] | None,
+    train: Callable[..., tuple[History, Selected]],
 ) -> dict[str, Any]:
     started = time.perf_counter()
     store.reset_peak_memory()
     experiment = EXPERIMENTS[type(run.model)](run, device)
-    task = experiment.task
     full = not run.study.endswith("-tuning")  # tuning never looks at the test set
     initial = experiment.initial() if full else {}
     try:
         run.workspace.mkdir(parents=True, exist_ok=True)
-        history, selected = fit(
-            task,
+        history, selected = train(
+            experiment.task,
             run.train,
             experiment.validation,
             label=run.label,
@@ -101,9 +110,7 @@ def _execute(
     return result
 
 
-def _measured(
-    run: Run, experiment: Experiment, history: History, selected: dict[str, dict[str, torch.Tensor]]
-) -> dict[str, Any]:
+def _measured(run: Run, experiment: Experiment, history: History, selected: Selected) -> dict[str, Any]:
     """What a result file says of a trained run."""
     task = experiment.task
     result: dict[str, Any] = {"history": vars(history), "best_epoch": history.best_epoch}

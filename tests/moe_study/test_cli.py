@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from moe_study import data, plan, store, study
 from moe_study.__main__ import main
-from moe_study.data import ROOT, datasets, text
+from moe_study.data import ROOT, text
 
 
 @pytest.fixture(autouse=True)
@@ -391,5 +391,3 @@ def test_run_needs_only_what_a_bare_machine_has(folders):
     assert result["id"] == run.id
     assert {"tsne", "null", "task"} <= set(result)
     assert store.read(done) == {"runs": [run.id]}
-
-

@@ -261,5 +261,3 @@ def test_show_says_which_files_a_figure_came_from(folders):
     assert "What &lt;unk&gt; shows" in below.data["text/html"]
     assert f"figures/digits/snnl/digits/curves.png, from {source}" in below.data["text/html"]
     assert [p.name for p in path.parent.iterdir()] == ["curves.png"]
-
-

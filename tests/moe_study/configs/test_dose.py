@@ -9,7 +9,7 @@ from moe_lib.moe import ACConfig
 from moe_study import store, study
 from moe_study.configs import ac_language, arms, snnl
 from moe_study.configs.dose import PLANS, ACDose, Panel, SNNLDose
-from moe_study.report import plots, tables
+from moe_study.report import dose_plots, tables
 
 EVERY_PLAN = pytest.mark.parametrize(
     ("name", "profile"), [(name, profile) for name, profiles in PLANS.items() for profile in profiles]
@@ -126,7 +126,7 @@ def colours(axis):
 
 
 def test_heatmap_frames_what_excludes_zero():
-    axis = plots.dose_heatmaps(planted((0.01, 0.0)), PANEL, ["accuracy"]).axes[0]
+    axis = dose_plots.dose_heatmaps(planted((0.01, 0.0)), PANEL, ["accuracy"]).axes[0]
     framed = [patch.get_xy() for patch in axis.patches]
     assert {round(x + 0.48) for x, _ in framed} == {0}  # the effect is in the first column alone
     assert axis.get_title() == "accuracy (points), orange: better"
@@ -138,7 +138,7 @@ def test_heatmap_colours_are_differences_and_one_colour_is_better():
     names = ["accuracy", "cross-entropy", "H(E|c)"]
     for name in names[1:]:
         frame[name] = frame["accuracy"]
-    up, down, neither = plots.dose_heatmaps(frame, PANEL, names).axes[:3]
+    up, down, neither = dose_plots.dose_heatmaps(frame, PANEL, names).axes[:3]
     expected = np.array([[-0.0015, 0.0305], [0.0005, 0.0005], [0.0025, -0.0295]])
     np.testing.assert_allclose(colours(up), expected, rtol=1e-6)
     np.testing.assert_allclose(colours(down), -expected, rtol=1e-6)
@@ -153,7 +153,7 @@ def test_heatmap_colours_are_differences_and_one_colour_is_better():
 def test_heatmap_leaves_out_rows_and_columns_without_a_number():
     frame = planted((0.01, 0.0))
     gone = {line[1].name for line in PANEL.doses} | {PANEL.doses[0][0].name}
-    axis = plots.dose_heatmaps(frame[~frame["arm"].isin(gone)], PANEL, ["accuracy"]).axes[0]
+    axis = dose_plots.dose_heatmaps(frame[~frame["arm"].isin(gone)], PANEL, ["accuracy"]).axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == list(FACTORS[1:])
     assert [label.get_text() for label in axis.get_xticklabels()] == ["4"]
     assert colours(axis).shape == (2, 1)
@@ -161,7 +161,7 @@ def test_heatmap_leaves_out_rows_and_columns_without_a_number():
 
 def test_heatmap_without_a_number_says_so():
     frame = planted((0.01, 0.0))
-    (axis,) = plots.dose_heatmaps(frame[frame["seed"] < 1], PANEL, ["accuracy"]).axes
+    (axis,) = dose_plots.dose_heatmaps(frame[frame["seed"] < 1], PANEL, ["accuracy"]).axes
     assert not axis.images
     assert "no dose" in axis.texts[0].get_text()
 
@@ -178,6 +178,6 @@ def test_every_panel_can_be_drawn(name, profile):
             rows.append(keys | {column: generator.normal() for column in columns})
     frame = tables.pd.DataFrame(rows)
     for panel in PLANS[name][profile].panels:
-        figure = plots.dose_heatmaps(frame, panel, measures)
+        figure = dose_plots.dose_heatmaps(frame, panel, measures)
         titles = [axis.get_title() for axis in figure.axes if axis.get_visible()]
         assert [title.split(" (")[0].split(",")[0] for title in titles] == list(measures)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torchvision.datasets import cifar, mnist
 
-from moe_study.data import ROOT, DataError, Split, data_dir, datasets, load, pixels
+from moe_study.data import ROOT, DataError, Split, data_dir, datasets, load
 
 TRAINING_FILES = {  # one of each data set, in torchvision's layout
     "mnist": "MNIST/raw/train-images-idx3-ubyte",

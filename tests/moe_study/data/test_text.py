@@ -9,8 +9,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import os
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 from itertools import pairwise

@@ -17,10 +17,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from moe_study import store, study, trust
-from moe_study.configs import arms, crossed, snnl
+from moe_study.configs import arms
 from moe_study.data import ROOT
 from moe_study.report import page as report
-from moe_study.report import plots, provenance, tables
+from moe_study.report import plots, provenance, routed_plots, snnl_plots, tables, verdict_plots
 from moe_study.report import verdicts as words
 from moe_study.stats import PairedComparison
 
@@ -886,11 +886,8 @@ def test_title_is_escaped(tmp_path):
 
 FIGURES = {
     name: function
-    for name, function in inspect.getmembers(plots, inspect.isfunction)
-    if function.__module__ == plots.__name__
-    and not name.startswith("_")
-    and name != "captioned"
-    and inspect.signature(function).return_annotation in (Figure, "Figure")
+    for module in (plots, snnl_plots, routed_plots)
+    for name, function in inspect.getmembers(module, inspect.isfunction)
 }
 SITUATIONS = {
     "several seeds": (ACCURACIES, {}),
@@ -939,7 +936,7 @@ def test_trust_grid_marks_every_score(folders):
     scores = pd.DataFrame(0.0, index=["a", "b", trust.TRUTH], columns=list(trust.LADDERS))
     scores.loc["b", ["noise", "collapse", "blind", "split", "alike"]] = 1, 0.9, 0.65, -0.3, -0.31
     scores.loc[trust.TRUTH] = 1
-    figure = plots.trust_grid(scores)
+    figure = verdict_plots.trust_grid(scores)
     (axis,) = figure.axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["b", "a", trust.TRUTH]
     marks = [text.get_text() for text in axis.texts]
@@ -950,7 +947,7 @@ def test_trust_grid_marks_every_score(folders):
 
 def test_collapse_panel_shows_values_beside_their_nulls():
     """exp(1.3) effective experts of four; answers as alike as 0.1, alone 0.4; 0.3 lost of 3/4 (0.9 - 0.1)."""
-    routing, representational, degrees = plots.collapse_panel(some_results({"base": (0.9,)})).axes
+    routing, representational, degrees = snnl_plots.collapse_panel(some_results({"base": (0.9,)})).axes
     expected = 1 - (np.exp(1.3) - 1) / 3
     np.testing.assert_allclose(routing.lines[0].get_ydata(), expected)
     np.testing.assert_allclose(representational.lines[0].get_ydata(), [0.6, 0.5, 0.4])
@@ -963,7 +960,7 @@ def test_collapse_panel_shows_values_beside_their_nulls():
 def test_verdict_forest_is_in_margins(core):
     """A hollow dot a pilot, where the difference is in units of the published one; 90 % inside 95 %."""
     found = report.find_verdicts("core")
-    axis = plots.verdict_forest(found).axes[0]
+    axis = verdict_plots.verdict_forest(found).axes[0]
     names = dict(zip([label.get_text() for label in axis.get_yticklabels()], axis.get_yticks(), strict=True))
     row = names["more accurate, FashionMNIST: snnl - base"]
     [verdict] = [v for v in found if v.dataset == "fashion_mnist" and v.claim.key == "snnl-accuracy"]
@@ -1057,7 +1054,7 @@ def spoiled(effective: tuple[float, ...], **options: object) -> list[dict]:
 @pytest.mark.parametrize("num_classes", [10, 100])
 def test_heatmap_shows_the_median_seed_by_preferred_expert(num_classes):
     results = spoiled((1.0, 3.0, 2.0), num_classes=num_classes)
-    axes = plots.routing_heatmap(results).axes
+    axes = snnl_plots.routing_heatmap(results).axes
     axis = axes[0]
     shown = np.asarray(axis.images[0].get_array())
     gates = np.array(results[2]["routing"]["class_expert"])
@@ -1084,7 +1081,7 @@ def test_heatmaps_match_the_experts_of_the_other_arm():
     results = spoiled((2.0,))
     gates = np.array(results[0]["routing"]["class_expert"])
     results[1]["routing"]["class_expert"] = gates[:, [2, 0, 3, 1]].tolist()
-    base, snnl = (a for a in plots.routing_heatmap(results).axes if "effective" in a.get_title())
+    base, snnl = (a for a in snnl_plots.routing_heatmap(results).axes if "effective" in a.get_title())
     np.testing.assert_array_equal(*(np.asarray(a.images[0].get_array()) for a in (base, snnl)))
 
 
@@ -1093,7 +1090,7 @@ def test_codes_before_training_are_drawn_once_if_they_are_the_same(same):
     results = some_results({"base": (0.9,), "snnl": (0.9,)})
     start = results[0]["tsne"]["before"]
     results[1]["tsne"]["before"] = start if same else [[-x, y] for x, y in start]
-    titles = [axis.get_title() for axis in plots.tsne_panels(results).axes]
+    titles = [axis.get_title() for axis in snnl_plots.tsne_panels(results).axes]
     after = ["base, after training", "snnl, after training"]
     before = ["base, before training", "snnl, before training"]
     assert titles == (["before training", *after] if same else [before[0], after[0], before[1], after[1]])
@@ -1103,7 +1100,7 @@ def test_codes_are_coloured_by_expert_where_the_result_holds_it():
     results = some_results({"base": (0.9,)})
     points = np.array(results[0]["tsne"]["after"])
     experts = results[0]["tsne"]["experts"] = [i % 3 for i in range(len(points))]
-    axes = [axis for axis in plots.tsne_panels(results).axes if axis.get_visible()]
+    axes = [axis for axis in snnl_plots.tsne_panels(results).axes if axis.get_visible()]
     [below] = [axis for axis in axes if axis.get_title() == "the same, by expert"]
     drawn = [np.array(line.get_xydata()) for line in below.lines]
     for e in range(3):
@@ -1120,7 +1117,7 @@ def test_arms_of_a_study_are_told_apart(names):
 
 def test_differences_are_drawn_pair_by_pair():
     """ac - cosine in accuracy: 4, 2, 4 points."""
-    figure = plots.paired_differences(routed_results("ac-vision"), *VISION)
+    figure = routed_plots.paired_differences(routed_results("ac-vision"), *VISION)
     (axis,) = [axis for axis in figure.axes if axis.get_title() == "better:\naccuracy"]
     labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
     assert labels == [f"ac - {control}" for _, control in tables.VISION_PAIRS]
@@ -1138,12 +1135,12 @@ def test_differences_are_drawn_pair_by_pair():
 
 def test_pairs_that_no_two_seeds_have_are_left_out():
     results = routed_results("ac-vision", {"ac": (0.9, 0.8), "cosine": (0.8, 0.8), "linear": (0.7,)})
-    figure = plots.paired_differences(results, *VISION)
+    figure = routed_plots.paired_differences(results, *VISION)
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["ac - cosine"]
 
 
 def test_swap_curve_counts_from_the_clean_text():
-    left, right = plots.swap_curve(routed_results("ac-language", {"ac": (0.5, 0.7)})).axes
+    left, right = routed_plots.swap_curve(routed_results("ac-language", {"ac": (0.5, 0.7)})).axes
     np.testing.assert_allclose(left.lines[0].get_xdata(), [0, 1.5, 2.5, 5, 10])
     np.testing.assert_allclose(left.lines[0].get_ydata(), 0.6 * np.array([0, 0.01, 0.02, 0.03, 0.06]))
     np.testing.assert_allclose(right.lines[0].get_ydata(), [0, 0.01, 0.02, 0.03, 0.06], atol=1e-12)
@@ -1152,7 +1149,7 @@ def test_swap_curve_counts_from_the_clean_text():
 def test_corruption_is_drawn_against_the_first_arm():
     """`routed` loses 10 points a severity in every arm, so the differences are those of clean accuracy."""
     results = routed_results("ac-vision")
-    figure = plots.corruption_by_severity(results)
+    figure = routed_plots.corruption_by_severity(results)
     shown = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title() for axis in shown] == ["noise", "blur", "contrast", "jpeg"]
     by_arm = {arm: [r["corruption"] for r in results if r["run"]["arm"] == arm] for arm in ("linear", "ac")}
@@ -1167,8 +1164,6 @@ def test_load_is_ordered_in_each_run_before_it_is_averaged():
     shares = [0.7, 0.3] + [0.0] * 14
     for result, share in zip(results, (shares, shares[::-1]), strict=True):
         result["routing"]["layers"][0]["load"] = {"share": share}
-    line, even = plots.expert_load(results).axes[0].lines
+    line, even = routed_plots.expert_load(results).axes[0].lines
     np.testing.assert_allclose(line.get_ydata(), 100 * np.array(shares))
     np.testing.assert_allclose(even.get_ydata(), 100 / 16)
-
-
