@@ -108,16 +108,6 @@ def test_the_four_similarities():
     assert measured == pytest.approx(expected, rel=1e-7)
 
 
-def test_cka_takes_at_most_so_many_samples(monkeypatch):
-    task = make_task()
-    logits_NEC = outputs(task, task.dataset.test)[1]
-    whole = evaluate.similarity(task.model.moe.experts, logits_NEC)["cka"]
-    monkeypatch.setattr(evaluate, "EMBEDDING_SAMPLES", 10)
-    part = evaluate.similarity(task.model.moe.experts, logits_NEC)["cka"]
-    assert part != pytest.approx(whole)
-    assert part == pytest.approx(evaluate.similarity(task.model.moe.experts, logits_NEC[:10])["cka"])
-
-
 # ---------------------------------------------------------------------------------------- routing
 
 
@@ -281,18 +271,3 @@ def test_the_null_is_experts_that_were_each_trained_alone():
         expected = evaluate.similarity(together, together(test_codes_ND))
     measured = evaluate.independent_expert_null(task, config)
     assert measured == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_null_is_repeatable_and_its_training_has_an_effect():
-    task = make_task()
-    config = TrainConfig(epochs=3, batch_size=16, learning_rate=1e-2, precision="float64")
-    torch.manual_seed(0)
-    first = evaluate.independent_expert_null(task, config)
-    torch.manual_seed(1)
-    assert evaluate.independent_expert_null(task, config) == first
-    fresh = Experts(5, 3, 6, 3)
-    initialise(fresh, task.seed + 1)
-    fresh.double()
-    with torch.no_grad():
-        untrained = evaluate.similarity(fresh, fresh(outputs(task, task.dataset.test)[3]))
-    assert all(abs(first[name] - untrained[name]) > 1e-3 for name in first)

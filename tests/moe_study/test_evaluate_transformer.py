@@ -517,22 +517,6 @@ def test_attacks_differentiate_no_weight_and_leave_training_possible():
     assert all(weight.requires_grad for weight in list(task.model.parameters())[1:])
 
 
-def test_attacks_lower_the_accuracy_of_a_model_that_learned(monkeypatch):
-    task = vision_task_of(router="cosine", dataset=tiny_dataset(num_train=96)).train()
-    optimizer = torch.optim.Adam(task.parameters(), lr=0.01)
-    for epoch in range(5):
-        for batch in task.batches(epoch):
-            optimizer.zero_grad()
-            task.losses(batch, epoch)["total"].backward()
-            optimizer.step()
-    task.eval()
-    experiment = VisionExperiment(task, 16, 16)
-    monkeypatch.setattr(evaluate_transformer, "ATTACK_STRENGTHS", (40,))
-    found, _ = experiment._attack()
-    assert found["clean"] > 0.5
-    assert found["pgd-40"]["detached"] <= found["fgsm-40"]["detached"] < found["clean"]
-
-
 @pytest.mark.parametrize("length", [5, 15])
 def test_a_test_text_too_short_to_measure_on_is_named_before_training(length):
     task = language_task_of(corpus_of(60, 60, length))

@@ -150,12 +150,8 @@ def test_no_path_of_a_machine(path):
     ("name", "parameters", "error", "named"),
     [
         ("00_tour", ["sede", "1"], "unknown parameter", "'sede'; this notebook has seed"),
-        ("10_snnl_moe", ["dataset", "svhn"], "unknown dataset", "'svhn'"),
-        ("20_ac_vision", ["dataset", "docs"], "unknown dataset", "'docs'"),
         ("21_ac_language", ["dataset", "digits"], "unknown dataset", "'digits'"),
-        ("30_snnl_x_ac", ["worker", "1"], "unknown parameter", "'worker'; this notebook has dataset"),
         ("40_your_model", ["expert", "1"], "unknown parameter", "'expert'; this notebook has epochs"),
-        ("50_dose_response", ["dataset", "svhn"], "unknown dataset", "'svhn'"),
         ("90_report", ["profile", "x"], "unknown profile", "'x'"),
     ],
 )

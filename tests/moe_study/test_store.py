@@ -174,29 +174,6 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_full_tmpfs_keeps_finished_runs(tmp_path, monkeypatch):
-    """A real file system of 2 MB: a checkpoint does not fit, what was finished stays."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
-        monkeypatch.setenv("MOE_RESULTS_DIR", str(disk))
-        small, large = small_runs.run(epochs=1), small_runs.run(epochs=1, arm="dense")
-        large = replace(large, model=replace(large.model, expert_hidden=20_000))
-        with pytest.raises(study.StudyError, match=r"1 of 2 runs failed.*\n.*(disk is full|No space)"):
-            study.ensure([small, large], workers=1, quiet=True)
-        assert small.path.exists()
-        assert not large.path.exists()
-        store.read(small.path)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-@pytest.mark.slow
 def test_unwritable_results_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path / "file" / "results"))

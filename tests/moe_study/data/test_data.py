@@ -202,21 +202,6 @@ def test_a_damaged_file_is_named_with_the_remedy(name, damage, fashion, tmp_path
     load("fashion_mnist", root=tmp_path)  # the remedy works in the same process
 
 
-def test_a_pipe_in_place_of_a_file(fashion, tmp_path):
-    path = fashion.folder / "train-images-idx3-ubyte"
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(DataError, match="damaged"):
-        load("fashion_mnist", root=tmp_path)
-
-
-def test_a_files_hash_is_computed_once(fashion, tmp_path, monkeypatch):
-    load("fashion_mnist", root=tmp_path)
-    datasets._splits.cache_clear()
-    monkeypatch.setattr(hashlib, "file_digest", None)  # a second look would call it
-    load("fashion_mnist", root=tmp_path)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -259,13 +244,6 @@ def test_files_of_cifar_are_read_as_torchvision_does(tmp_path, monkeypatch):
         peer = cifar.CIFAR10(str(tmp_path), train=train)
         assert torch.equal(images_NCHW, torch.from_numpy(peer.data).permute(0, 3, 1, 2))
         assert labels_N.tolist() == peer.targets
-
-
-def test_a_relative_data_folder_is_below_the_project(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOE_DATA_DIR", "build/../data")
-    for folder in (ROOT, ROOT / "notebooks", tmp_path):
-        monkeypatch.chdir(folder)
-        assert data_dir() == ROOT / "data"
 
 
 # ------------------------------------------------------------------------------------- real files
