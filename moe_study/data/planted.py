@@ -176,8 +176,7 @@ def planted_routing(
     # The first tokens of one random order: a higher level strikes those of a lower one, and more.
     struck = torch.randperm(len(partition_N), generator=draw)[: round(level * len(partition_N))]
     probs_NE = _degrade(right_NG, fault, level, struck, draw)
-    if fault == "alike":
-        known_NG[struck] = True
+    known_NG[struck] |= fault == "alike"
     answers_NGC = _answers(labels_N, known_NG, num_classes, seed)
     answers_NEC = answers_NGC.repeat(1, probs_NE.shape[1] // num_groups, 1)
     return PlantedRouting(tokens_ND, labels_N, partition_N, probs_NE, answers_NEC, 1 - level)

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from scipy.optimize import linear_sum_assignment
 
 from moe_study import stats, store
 from moe_study.data import DATASETS
@@ -211,6 +212,18 @@ def accuracy_by_arm(results: Sequence[Result]) -> Figure:
         "Test accuracy of every arm: each seed a dot, below them the mean and its 95 % t interval. Arms "
         "whose dots lie apart differ; in brackets the number of seeds.",
     )
+
+
+def write_values(axis: Any, shares: np.ndarray, high_is_bright: bool) -> None:
+    """Each share of a heatmap in its cell, in an ink that shows."""
+    for (row, column), value in np.ndenumerate(shares):
+        ink = "black" if (value > 0.6) == high_is_bright else "white"
+        axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
+
+
+def matched(gates_GE: np.ndarray, first_GE: np.ndarray) -> np.ndarray:
+    """The columns (experts) in the order that is most like that of the first (Hungarian method)."""
+    return gates_GE[:, linear_sum_assignment(first_GE.T @ gates_GE, maximize=True)[1]]
 
 
 def legend(figure: Figure, axis: Any, columns: int = 4, **options: Any) -> Any:

@@ -13,7 +13,6 @@ import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy.optimize import linear_sum_assignment
 
 from moe_lib import metrics
 from moe_study.collapse import collapse, trajectory
@@ -25,10 +24,12 @@ from moe_study.report.plots import (
     arms_of,
     captioned,
     legend,
+    matched,
     mean_and_range,
     median_run,
     new_figure,
     seeds_in_words,
+    write_values,
 )
 from moe_study.report.tables import Result, look_up
 
@@ -115,7 +116,7 @@ def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "s
         for part, axis, (arm, group) in zip(parts, large, shown.items(), strict=True):
             grid = axis.get_subplotspec().get_gridspec()
             middle = median_run(group)
-            matched_CE = _matched(_gates(middle), gates_CE)[order]
+            matched_CE = matched(_gates(middle), gates_CE)[order]
             picture = axis.imshow(matched_CE, cmap="viridis", vmin=0, vmax=1, aspect="auto")
             effective = look_up(middle, "routing.load.effective_experts")
             axis.set(
@@ -124,16 +125,14 @@ def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "s
             )
             axis.set_xticks(range(matched_CE.shape[1]), range(1, matched_CE.shape[1] + 1))
             if few and matched_CE.shape[1] <= 8:
-                for (row, column), value in np.ndenumerate(matched_CE):
-                    ink = "black" if value > 0.6 else "white"
-                    axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
+                write_values(axis, matched_CE, high_is_bright=True)
             names = DATASETS[group[0]["run"]["dataset"]].classes or [""] * len(order)
             labels = [f"{c} {names[c]}".strip() for c in order] if few else []
             axis.set_yticks(range(len(labels)), labels if axis is large[0] else [""] * len(labels))
             for at, result in enumerate(group):
                 tile = part.add_subplot(grid[1 + at // small, at % small])
                 tile.imshow(
-                    _matched(_gates(result), gates_CE)[order], cmap="viridis", vmin=0, vmax=1, aspect="auto"
+                    matched(_gates(result), gates_CE)[order], cmap="viridis", vmin=0, vmax=1, aspect="auto"
                 )
                 tile.set(xticks=[], yticks=[])
                 tile.set_title(
@@ -155,11 +154,6 @@ def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "s
 
 def _gates(result: Result) -> np.ndarray:
     return np.array(result["routing"]["class_expert"], dtype=float)
-
-
-def _matched(gates_CE: np.ndarray, first_CE: np.ndarray) -> np.ndarray:
-    """The columns in the order that is most like that of the first."""
-    return gates_CE[:, linear_sum_assignment(first_CE.T @ gates_CE, maximize=True)[1]]
 
 
 def similarity_with_nulls(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
