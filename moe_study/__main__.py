@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
-import re
 import select
 import sys
 import threading
@@ -25,22 +25,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-def _integer(text: str) -> int:
-    if not re.fullmatch("-?[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer")
-    return int(text)
-
-
 def _seconds(text: str) -> float:
-    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?", text):
+    if not 0 <= (seconds := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds of 0 or more")
-    return float(text)
+    return seconds
 
 
 def _number(text: str) -> float:
-    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?", text) or not float(text):
+    if not 0 < (number := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return float(text)
+    return number
 
 
 def _path(text: str) -> Path:
@@ -49,11 +43,10 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def main(argv: list[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m moe_study", description=__doc__)
     parser.add_argument("--version", action="version", version=f"moe-collapse {moe_lib.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-
     run = commands.add_parser("run", help="train what has no result file yet")
     plan = commands.add_parser("plan", help="what is done, what is left, and what that will take")
     profiles = f"how much is run: {', '.join(study.PROFILES)}"
@@ -65,45 +58,44 @@ def main(argv: list[str] | None = None) -> int:
             "--arm", help="one arm alone, such as base; of several (base,snnl) all seed by seed"
         )
         command.add_argument(
-            "--workers", type=_integer, metavar="N", help="processes (default: one per core, eight on a GPU)"
+            "--workers", type=int, metavar="N", help="processes (default: one per core, eight on a GPU)"
         )
-    run.add_argument("--device", choices=("cpu", "cuda"), help="default: what there is")
-    run.add_argument("--ddp", action="store_true", help="all processes share each run, batch by batch")
-    run.add_argument("--shard", default="1/1", help="i/n: the i-th of n equal parts, counted from 1")
-    run.add_argument(
-        "--plan",
-        type=_path,
-        metavar="FILE",
-        help="a list of n shards, of which --shard i/n takes the i-th",
-    )
-    run.add_argument("--time-limit", type=_seconds, metavar="S", help="start no epoch after S seconds")
-    run.add_argument("--out", type=_path, metavar="DIR", help="results folder (default: MOE_RESULTS_DIR)")
-    run.add_argument("--done", type=_path, metavar="FILE", help="write this when every run has its file")
-    run.add_argument("--follow", type=_integer, metavar="PID", help="end when this process ends")
-
-    plan.add_argument("--nodes", type=_integer, metavar="N", help="simulate a cluster of so many machines")
-    plan.add_argument("--gpus", type=_integer, metavar="N", help="workers of each machine (default: 1)")
+    _add_run_options(run)
+    plan.add_argument("--nodes", type=int, metavar="N", help="simulate a cluster of so many machines")
+    plan.add_argument("--gpus", type=int, metavar="N", help="workers of each machine (default: 1)")
     plan.add_argument("--minutes", type=_number, metavar="M", help="least length of a shard (default: 5)")
     plan.add_argument(
         "--speed", type=_number, metavar="X", help="of a worker, as a multiple of the measured machines (1)"
     )
-
     where = commands.add_parser("where", help="the report's path")
     where.add_argument("--profile", required=True, help=profiles)
-
     fetch = commands.add_parser("data", help="download and check data sets")
     fetch.add_argument(
         "names", nargs="*", help=f"of {', '.join([*data.DATASETS, *text.CORPORA])} (default: all)"
     )
     fetch.add_argument("--profile", help="only fetch what the runs left of this profile need")
-
     readme = commands.add_parser("readme", help="rewrite the README's result tables from results/")
     readme.add_argument("--check", action="store_true", help="change nothing; fail if it is out of date")
-
     commands.add_parser("trust", help="score every measure on planted data, into results/planted/trust.json")
     commands.add_parser("rates", help="how often the rule says each word, into results/planted/verdicts.json")
+    return parser
 
-    arguments = parser.parse_args(argv)
+
+def _add_run_options(run: argparse.ArgumentParser) -> None:
+    run.add_argument("--device", choices=("cpu", "cuda"), help="default: what there is")
+    run.add_argument("--ddp", action="store_true", help="all processes share each run, batch by batch")
+    run.add_argument("--shard", default="1/1", help="i/n: the i-th of n equal parts, counted from 1")
+    run.add_argument(
+        "--plan", type=_path, metavar="FILE", help="a list of n shards, of which --shard i/n takes the i-th"
+    )
+    run.add_argument("--time-limit", type=_seconds, metavar="S", help="start no epoch after S seconds")
+    run.add_argument("--out", type=_path, metavar="DIR", help="results folder (default: MOE_RESULTS_DIR)")
+    run.add_argument("--done", type=_path, metavar="FILE", help="write this when every run has its file")
+    run.add_argument("--follow", type=int, metavar="PID", help="end when this process ends")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
     arguments.argv = sys.argv[1:] if argv is None else argv
     try:
         status = COMMANDS[arguments.command](arguments)
@@ -224,8 +216,6 @@ def _readme(arguments: argparse.Namespace) -> int:
 
 
 def _trust(arguments: argparse.Namespace) -> int:
-    import torch
-
     from moe_study import trust  # needs pandas, which a bare machine lacks
 
     torch.set_num_threads(1)

@@ -199,6 +199,7 @@ _POINT_REASON = "half a point; no number of the paper is known"
 _FLEXIBLE_MARGIN = 0.07  # nats
 PAYS, MIXTURE = "learned routing pays", "a mixture beats a dense network of its size"
 _BESIDE, _TOP1, _WIDE = "learned routing pays beside SNNL", ", top-1", ", 16 experts"
+_BLIND = "learns no routing"
 _BASE = {"base": "published baseline and fair control"}
 _ROUTERS = {"linear": "published baseline", "cosine": "fair control"}
 
@@ -215,27 +216,18 @@ def _ours(
     wording: str,
     treatment: str,
     controls: Mapping[str, str],
-    measure: Measure,
-    margin: float,
+    measure: Measure = ACCURACY,
+    margin: float = _SMALLEST_GAIN,
 ) -> Claim:
     """A claim of our own."""
-    return Claim(
-        key=f"{study}-{key}",
-        source="this study",
-        study=study,
-        wording=wording,
-        measure=measure,
-        treatment=treatment,
-        controls=controls,
-        margin=margin,
-        margin_reason=_SMALLEST_REASON if margin == _SMALLEST_GAIN else "as for the claims it gates",
-    )
+    reason = _SMALLEST_REASON if margin == _SMALLEST_GAIN else "as for the claims it gates"
+    more = {"source": "this study", "treatment": treatment, "controls": controls}
+    return _claim(study, key, wording, measure, margin, reason, **more)
 
 
 def _claim(
     study: str, key: str, wording: str, measure: Measure, margin: float, reason: str, **more: Any
 ) -> Claim:
-    """A claim of a paper."""
     return Claim(
         key=f"{study}-{key}", study=study, wording=wording, measure=measure, margin=margin,
         margin_reason=reason, **more,
@@ -245,8 +237,13 @@ def _claim(
 def _snnl_claim(
     key: str, wording: str, measure: Measure, margin: float, reason: str, study: str = "snnl", **more: Any
 ) -> Claim:
+    """A claim of the SNNL paper."""
     more |= {"source": "SNNL-MoE", "treatment": "snnl", "controls": _BASE, "attribution": _SNNL_ATTRIBUTION}
     return _claim(study, key, wording, measure, margin, reason, **more)
+
+
+def _snnl_accuracy(study: str, wording: str = "more accurate", **more: Any) -> Claim:
+    return _snnl_claim("accuracy", wording, ACCURACY, _SMALLEST_GAIN, _SMALLEST_REASON, study, **more)
 
 
 def _ac_claims(study: str, partner: str, performance: Measure, margin: float, reason: str) -> list[Claim]:
@@ -294,14 +291,10 @@ def _ac_claims(study: str, partner: str, performance: Measure, margin: float, re
 
 
 CLAIMS: tuple[Claim, ...] = (
-    _ours("snnl", "pays", PAYS, "base", {"uniform-gate": "learns no routing"}, ACCURACY, _SMALLEST_GAIN),
-    _ours("snnl", "mixture", MIXTURE, "base", {"dense": "no mixture"}, ACCURACY, _SMALLEST_GAIN),
-    _snnl_claim(
-        "accuracy",
-        "more accurate",
-        ACCURACY,
-        _SMALLEST_GAIN,
-        _SMALLEST_REASON,
+    _ours("snnl", "pays", PAYS, "base", {"uniform-gate": _BLIND}),
+    _ours("snnl", "mixture", MIXTURE, "base", {"dense": "no mixture"}),
+    _snnl_accuracy(
+        "snnl",
         mechanism=True,
         published={
             "fashion_mnist": Published(0.9133, 0.9161, "second-hand"),
@@ -342,8 +335,8 @@ CLAIMS: tuple[Claim, ...] = (
         resolves="routing",
         gate="snnl-pays",
     ),
-    _ours("collapse", "pays", PAYS, "base", {"uniform-gate": "learns no routing"}, ACCURACY, _SMALLEST_GAIN),
-    _ours("collapse", "mixture", MIXTURE, "base", {"dense": "no mixture"}, ACCURACY, _SMALLEST_GAIN),
+    _ours("collapse", "pays", PAYS, "base", {"uniform-gate": _BLIND}),
+    _ours("collapse", "mixture", MIXTURE, "base", {"dense": "no mixture"}),
     _snnl_claim(
         "effective",
         "more effective experts",
@@ -370,33 +363,9 @@ CLAIMS: tuple[Claim, ...] = (
             ),
         ),
     ),
-    _snnl_claim(
-        "accuracy",
-        "more accurate",
-        ACCURACY,
-        _SMALLEST_GAIN,
-        _SMALLEST_REASON,
-        study="collapse",
-        mechanism=True,
-    ),
-    _ours(
-        "collapse",
-        "beside",
-        _BESIDE,
-        "snnl",
-        {"uniform-snnl": "learns no routing"},
-        ACCURACY,
-        _SMALLEST_GAIN,
-    ),
-    _ours(
-        "collapse-top1",
-        "pays",
-        f"{PAYS}{_TOP1}",
-        "base",
-        {"hash-gate": "learns no routing"},
-        ACCURACY,
-        _SMALLEST_GAIN,
-    ),
+    _snnl_accuracy("collapse", mechanism=True),
+    _ours("collapse", "beside", _BESIDE, "snnl", {"uniform-snnl": _BLIND}),
+    _ours("collapse-top1", "pays", f"{PAYS}{_TOP1}", "base", {"hash-gate": _BLIND}),
     _snnl_claim(
         "effective",
         f"more experts in use{_TOP1}",
@@ -405,41 +374,10 @@ CLAIMS: tuple[Claim, ...] = (
         "half an expert",
         study="collapse-top1",
     ),
-    _snnl_claim(
-        "accuracy",
-        f"more accurate{_TOP1}",
-        ACCURACY,
-        _SMALLEST_GAIN,
-        _SMALLEST_REASON,
-        study="collapse-top1",
-    ),
-    _ours(
-        "collapse-top1",
-        "beside",
-        f"{_BESIDE}{_TOP1}",
-        "snnl",
-        {"hash-snnl": "learns no routing"},
-        ACCURACY,
-        _SMALLEST_GAIN,
-    ),
-    _ours(
-        "collapse-wide",
-        "pays",
-        f"{PAYS}{_WIDE}",
-        "base",
-        {"uniform-gate": "learns no routing"},
-        ACCURACY,
-        _SMALLEST_GAIN,
-    ),
-    _ours(
-        "collapse-wide",
-        "mixture",
-        f"{MIXTURE}{_WIDE}",
-        "base",
-        {"dense": "no mixture"},
-        ACCURACY,
-        _SMALLEST_GAIN,
-    ),
+    _snnl_accuracy("collapse-top1", f"more accurate{_TOP1}"),
+    _ours("collapse-top1", "beside", f"{_BESIDE}{_TOP1}", "snnl", {"hash-snnl": _BLIND}),
+    _ours("collapse-wide", "pays", f"{PAYS}{_WIDE}", "base", {"uniform-gate": _BLIND}),
+    _ours("collapse-wide", "mixture", f"{MIXTURE}{_WIDE}", "base", {"dense": "no mixture"}),
     _snnl_claim(
         "effective",
         f"more effective experts{_WIDE}",
@@ -449,32 +387,16 @@ CLAIMS: tuple[Claim, ...] = (
         study="collapse-wide",
         resolves="routing",
     ),
-    _snnl_claim(
-        "accuracy",
-        f"more accurate{_WIDE}",
-        ACCURACY,
-        _SMALLEST_GAIN,
-        _SMALLEST_REASON,
-        study="collapse-wide",
-        mechanism=True,
-    ),
-    _ours(
-        "collapse-wide",
-        "beside",
-        f"{_BESIDE}{_WIDE}",
-        "snnl",
-        {"uniform-snnl": "learns no routing"},
-        ACCURACY,
-        _SMALLEST_GAIN,
-    ),
-    _ours("ac-vision", "pays", PAYS, "linear", {"hash": "learns no routing"}, ACCURACY, 0.005),
+    _snnl_accuracy("collapse-wide", f"more accurate{_WIDE}", mechanism=True),
+    _ours("collapse-wide", "beside", f"{_BESIDE}{_WIDE}", "snnl", {"uniform-snnl": _BLIND}),
+    _ours("ac-vision", "pays", PAYS, "linear", {"hash": _BLIND}, margin=0.005),
     *_ac_claims("ac-vision", "ac", ACCURACY, 0.005, _POINT_REASON),
     _ours(
         "ac-language",
         "pays",
         PAYS,
         "linear",
-        {"hash": "learns no routing, by position", "hash-token": "learns no routing, by byte"},
+        {"hash": f"{_BLIND}, by position", "hash-token": f"{_BLIND}, by byte"},
         CROSS_ENTROPY,
         0.01,
     ),

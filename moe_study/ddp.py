@@ -15,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from moe_lib.parallel import global_batch
 from moe_study import engine, locks, store
 from moe_study.study import Run, StudyError
 from moe_study.tasks import Objective
-from moe_study.train import History, fit
+from moe_study.train import History, TrainConfig, fit
 
 RESTARTS = 3
 
@@ -128,7 +129,14 @@ def _ensure_one(run: Run, device: str) -> None:
         dist.broadcast_object_list(there, src=0)  # one decision for all
         if there[0]:
             return
-        result = _execute(run, device, first)
+
+        def report(epoch: int, history: History) -> None:
+            if first:
+                accuracy = history.validation["accuracy"][-1]
+                print(f"{run.label}: epoch {epoch}/{run.train.epochs}: accuracy {accuracy:.2%}", flush=True)
+
+        # Every process measures, all alike.
+        result = engine.execute(run, device, on_epoch=report, train=partial(_fit, first))
         if first:
             name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
             number = {"processes": dist.get_world_size()}
@@ -137,19 +145,11 @@ def _ensure_one(run: Run, device: str) -> None:
         dist.barrier()
 
 
-def _execute(run: Run, device: str, first: bool) -> dict[str, Any]:
-    """As `engine.execute`. Every process measures, all alike; the first one writes checkpoints."""
-    store.reset_peak_memory()
-    torch.use_deterministic_algorithms(run.train.precision == "float64")
-    experiment = engine.EXPERIMENTS[type(run.model)](run, device)
-    initial = {} if run.study.endswith("-tuning") else experiment.initial()
-    checkpoint = run.workspace / "checkpoint.pt"
-
-    def report(epoch: int, history: History) -> None:
-        if first:
-            accuracy = history.validation["accuracy"][-1]
-            print(f"{run.label}: epoch {epoch}/{run.train.epochs}: accuracy {accuracy:.2%}", flush=True)
-
+def _fit(
+    first: bool, task: Any, config: TrainConfig, evaluate: Callable[[], dict[str, float]], *,
+    checkpoint: Path, **options: Any,
+) -> tuple[History, engine.Selected]:  # fmt: skip
+    """`train.fit` with a part of every batch in each process; the first one writes checkpoints."""
     with tempfile.TemporaryDirectory() as scratch, averaged_gradients():
         if not first:  # reads what the first one wrote, writes where nobody looks
             own = Path(scratch) / "checkpoint.pt"
@@ -157,18 +157,4 @@ def _execute(run: Run, device: str, first: bool) -> dict[str, Any]:
                 shutil.copy(checkpoint, own)
             checkpoint = own
         dist.barrier()  # all have read before the first one writes
-        history, selected = fit(
-            SharedTask(experiment.task),
-            run.train,
-            experiment.validation,
-            label=run.label,
-            checkpoint=checkpoint,
-            run_id=run.id,
-            on_epoch=report,
-        )
-    result = engine._measured(run, experiment, history, selected)
-    if initial:
-        result["initial"] = initial
-    result["wall_seconds"] = history.seconds
-    result["peak_memory_mb"] = store.peak_memory_mb()
-    return result
+        return fit(SharedTask(task), config, evaluate, checkpoint=checkpoint, **options)

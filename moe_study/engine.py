@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from moe_study.runs import STUDIES
 from moe_study.train import History, OutOfTime, TrainingError, fit
 
 GPU_WORKERS = 8
+Selected = dict[str, dict[str, torch.Tensor]]  # weights of the epochs that validation data select
 # The experiment of each kind of model: another kind is one more line.
 EXPERIMENTS: dict[type, Callable[[Run, str], Experiment]] = {
     ClassifierConfig: ClassifierExperiment.of,
@@ -59,25 +61,33 @@ def execute(
     device: str,
     deadline: float = float("inf"),
     on_epoch: Callable[[int, History], None] | None = None,
+    train: Callable[..., tuple[History, Selected]] = fit,
 ) -> dict[str, Any]:
-    """Train one run (or resume it from its checkpoint) and return the content of its result file."""
+    """Train one run (or resume it from its checkpoint) and return the content of its result file.
+
+    Args:
+        train: `fit`, or what trains in its place.
+    """
     with deterministic(run.train.precision == "float64"):
-        return _execute(run, device, deadline, on_epoch)
+        return _execute(run, device, deadline, on_epoch, train)
 
 
 def _execute(
-    run: Run, device: str, deadline: float, on_epoch: Callable[[int, History], None] | None
+    run: Run,
+    device: str,
+    deadline: float,
+    on_epoch: Callable[[int, History], None] | None,
+    train: Callable[..., tuple[History, Selected]],
 ) -> dict[str, Any]:
     started = time.perf_counter()
     store.reset_peak_memory()
     experiment = EXPERIMENTS[type(run.model)](run, device)
-    task = experiment.task
     full = not run.study.endswith("-tuning")  # tuning never looks at the test set
     initial = experiment.initial() if full else {}
     try:
         run.workspace.mkdir(parents=True, exist_ok=True)
-        history, selected = fit(
-            task,
+        history, selected = train(
+            experiment.task,
             run.train,
             experiment.validation,
             label=run.label,
@@ -100,9 +110,7 @@ def _execute(
     return result
 
 
-def _measured(
-    run: Run, experiment: Experiment, history: History, selected: dict[str, dict[str, torch.Tensor]]
-) -> dict[str, Any]:
+def _measured(run: Run, experiment: Experiment, history: History, selected: Selected) -> dict[str, Any]:
     """What a result file says of a trained run."""
     task = experiment.task
     result: dict[str, Any] = {"history": vars(history), "best_epoch": history.best_epoch}
@@ -331,6 +339,10 @@ def _say(line: str) -> None:
         print(line, flush=True)
 
 
+def _device_of(run: Run, device: str) -> str:
+    return "cpu" if run.train.precision == "float64" else device
+
+
 def _train_all(
     todo: list[Run],
     workers: int | None,
@@ -339,23 +351,20 @@ def _train_all(
     quiet: bool,
     among: Sequence[Run],
 ) -> None:
+    """Train every run, each in a process; raises StudyError with the reasons of those that failed."""
     store.check_writable(store.results_dir())
     if store.provenance()["commit"] is None and not quiet:
         _say(
             "the commit is unknown: git is missing, or this folder is no git checkout. The results will say "
             "so; MOE_COMMIT names the commit of a copied folder"
         )
-    num_wanted, missing = len(todo), missing_data(todo, quiet)
+    missing = missing_data(todo, quiet)
     failed = {run: missing[run.dataset] for run in todo if run.dataset in missing}
-    todo = [run for run in todo if run not in failed]
-
-    def device_of(run: Run) -> str:
-        return "cpu" if run.train.precision == "float64" else device
-
-    on_cpu = all(device_of(run) == "cpu" for run in todo)
+    can_run = [run for run in todo if run not in failed]
+    on_cpu = all(_device_of(run, device) == "cpu" for run in can_run)
     if on_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the workers when they import torch
-    workers = max(1, min(workers or default_workers("cpu" if on_cpu else device), len(todo)))
+    workers = max(1, min(workers or default_workers("cpu" if on_cpu else device), len(can_run)))
     deadline = time.monotonic() + (float("inf") if time_limit is None else time_limit)
     context = multiprocessing.get_context("spawn")
     try:
@@ -365,44 +374,61 @@ def _train_all(
             f"cannot start worker processes ({error}): their semaphores need a writable /dev/shm; "
             "in a container, mount one (docker run --shm-size=1g)"
         ) from error
-    unfinished = 0
-    with _Reporter(queue, len(todo), quiet, among) as reporter:
-
-        def attempt(runs: Sequence[Run], workers: int) -> list[Run]:
-            """Those that were lost because a worker was killed, which takes the whole pool with it."""
-            nonlocal unfinished
-            lost = []
-            pool = ProcessPoolExecutor(workers, context, _start_worker, (queue,))
-            try:
-                jobs = {pool.submit(_work, run, device_of(run), deadline): run for run in runs}
-                for job in as_completed(jobs):
-                    try:
-                        unfinished += job.result() == "out of time"
-                    except BrokenProcessPool:
-                        lost.append(jobs[job])
-                        continue
-                    except Exception as error:
-                        failed[jobs[job]] = f"{type(error).__name__}: {error}"
-                    reporter.finished()
-            finally:
-                pool.shutdown(cancel_futures=True)
-            return lost
-
-        for run in attempt(todo, workers):  # one at a time: it takes less memory, and shows which it was
-            for lost in attempt([run], 1):
-                failed[lost] = "its process was killed twice (out of memory?)"
+    with _Reporter(queue, len(can_run), quiet, among) as reporter:
+        attempt = partial(_attempt, context, queue, device, deadline, reporter, failed)
+        unfinished, lost = attempt(can_run, workers)
+        for run in lost:  # one at a time: it takes less memory, and shows which it was
+            again, killed = attempt([run], 1)
+            unfinished += again
+            for one in killed:
+                failed[one] = "its process was killed twice (out of memory?)"
                 reporter.finished()
     if unfinished and not quiet:
         _say(f"time limit: {unfinished} runs are left; the same command goes on from here")
     if failed:
-        lines = []
-        for reason in dict.fromkeys(failed.values()):
-            first, *more = [run.label for run in failed if failed[run] == reason]
-            lines.append(f"{first}{f' and {len(more)} more' if more else ''}: {reason}")
-        raise StudyError(
-            f"{len(failed)} of {num_wanted} runs failed; the others are kept, and the same command tries "
-            "these again:\n  " + "\n  ".join(sorted(lines))
-        )
+        raise StudyError(_failures(failed, len(todo)))
+
+
+def _attempt(
+    context: Any,
+    queue: Any,
+    device: str,
+    deadline: float,
+    reporter: _Reporter,
+    failed: dict[Run, str],
+    runs: Sequence[Run],
+    workers: int,
+) -> tuple[int, list[Run]]:
+    """Number of runs that the deadline cut off, and those that were lost because a worker was killed, which
+    takes the whole pool with it. The reason of one that raised goes into `failed`."""
+    unfinished, lost = 0, []
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (queue,))
+    try:
+        jobs = {pool.submit(_work, run, _device_of(run, device), deadline): run for run in runs}
+        for job in as_completed(jobs):
+            try:
+                unfinished += job.result() == "out of time"
+            except BrokenProcessPool:
+                lost.append(jobs[job])
+                continue
+            except Exception as error:
+                failed[jobs[job]] = f"{type(error).__name__}: {error}"
+            reporter.finished()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return unfinished, lost
+
+
+def _failures(failed: dict[Run, str], num_wanted: int) -> str:
+    """Each reason once, with the first run that it stopped."""
+    lines = []
+    for reason in dict.fromkeys(failed.values()):
+        first, *more = [run.label for run in failed if failed[run] == reason]
+        lines.append(f"{first}{f' and {len(more)} more' if more else ''}: {reason}")
+    return (
+        f"{len(failed)} of {num_wanted} runs failed; the others are kept, and the same command tries these "
+        "again:\n  " + "\n  ".join(sorted(lines))
+    )
 
 
 class _Reporter:

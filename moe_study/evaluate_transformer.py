@@ -25,7 +25,7 @@ from moe_lib.robustness.corruptions import CORRUPTIONS, corrupt
 from moe_study import store
 from moe_study.configs.run import Run
 from moe_study.data import Split, pixels, text
-from moe_study.data.text import Text, head, swap_words
+from moe_study.data.text import SWAP_SHARES, Text, head, swap_words
 from moe_study.evaluate import EMBEDDING_SAMPLES, KNN_SAMPLES, code_measures, dataset_of
 from moe_study.tasks import LanguageTask, RoutedObjective, VisionTask
 
@@ -34,7 +34,6 @@ ROUTING_BATCHES = 8  # of training size
 ALONE_SAMPLES = 64  # scored one by one
 ABLATION_BATCHES = 2
 EVALUATION_TOKENS = 2**16  # of the validation text, after every epoch
-SWAP_SHARES = (0.0, 0.015, 0.025, 0.05, 0.1)
 ATTACK_STRENGTHS = (1, 2)  # of 255
 
 
@@ -572,7 +571,7 @@ class LanguageExperiment:
         clean = head(self.test, max(len(self.test) // 2, 1))
         clean_M, _ = self.task.score(clean.tokens_N)
         found = {}
-        for share in SWAP_SHARES:
+        for share in (0.0, *SWAP_SHARES):
             swapped = swap_words(clean, share, generator(self.task.seed, "word swap"))
             losses_M, _ = self.task.score(swapped.tokens_M)
             scored = swapped.clean_positions_U > 0  # the first token of a text is no target

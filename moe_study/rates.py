@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
-from scipy import stats as scipy_stats
 
 from moe_study import stats, store, study
 from moe_study.claims import BY_KEY, OUTSIDE, Claim
-from moe_study.verdicts import ALPHA, Result, Word, by_seed, endpoint_of
+from moe_study.verdicts import Result, Word, by_seed, decide, endpoint_of
 
 CLAIMS = ("snnl-accuracy", "snnl-orthogonal", "snnl-flexible")  # their first measure
 EFFECTS = (0.0, 0.5, 1.0, 2.0)  # times the difference that counts
@@ -92,38 +91,18 @@ def simulate(
     signed_RSUP = known.values_SUP[drawn_RS]
     if symmetric:
         signed_RSUP *= draw.choice([-1.0, 1.0], size=(studies, seeds, 1, 1))
-    return words(signed_RSUP + effect * known.margins_U[:, None], known.margins_U)
+    signed_RSUP = signed_RSUP + effect * known.margins_U[:, None]
+    return np.array([words(signed_SUP, known.margins_U) for signed_SUP in signed_RSUP])
 
 
-def words(signed_RSUP: np.ndarray, margins_U: np.ndarray) -> np.ndarray:
-    """[R, U] places in `WORDS`: `verdicts.decide` of every unit, with Holm over the units of each study."""
-    seeds = signed_RSUP.shape[1]
-    mean_RUP = signed_RSUP.mean(1)
-    half_RUP = scipy_stats.t.ppf(0.95, seeds - 1) * signed_RSUP.std(1, ddof=1) / np.sqrt(seeds)
-    high_RUP = mean_RUP + half_RUP
-    p_RU = np.stack([sign_flip_p(signed_RSUP[:, :, u, 0]) for u in range(len(margins_U))], axis=1)
-    p_RU[mean_RUP[:, :, 0] <= 0] = 1.0
-    holm_RU = np.stack([stats.holm(p_U) for p_U in p_RU])
-    elsewhere_RU = (high_RUP[:, :, 1:] < 0).any(2)
-    found_RU = np.full(p_RU.shape, WORDS.index("undecided"))
-    found_RU[high_RUP[:, :, 0] < margins_U] = WORDS.index("smaller than claimed")
-    found_RU[(mean_RUP[:, :, 0] > 0) & (holm_RU <= ALPHA) & ~elsewhere_RU] = WORDS.index("supported")
-    found_RU[high_RUP[:, :, 0] < 0] = WORDS.index("contradicted")
-    return found_RU
-
-
-def sign_flip_p(differences_RS: np.ndarray) -> np.ndarray:
-    """[R]: `stats.sign_flip_p` of every row."""
-    seeds = differences_RS.shape[1]
-    sums = []
-    for part_RS in np.array_split(differences_RS, 2, axis=1):
-        signs_KS = np.array(list(itertools.product((1, -1), repeat=part_RS.shape[1])))
-        sums.append(np.sort(part_RS @ signs_KS.T, axis=1))
-    least_R = np.abs(differences_RS.sum(1)) - 1e-12 * np.abs(differences_RS).sum(1)
-    below_R = [
-        np.searchsorted(b_K, least - a_K).sum() for a_K, b_K, least in zip(*sums, least_R, strict=True)
-    ]
-    return np.where(least_R <= 0, 1.0, np.minimum(2 * (1 - np.array(below_R) / 2.0**seeds), 1.0))
+def words(signed_SUP: np.ndarray, margins_U: np.ndarray) -> list[int]:
+    """Places in `WORDS`, one a unit: what the rule says of one study, with Holm over its units."""
+    p_U = [stats.sign_flip_p(signed_S) if signed_S.mean() > 0 else 1.0 for signed_S in signed_SUP[:, :, 0].T]
+    found = []
+    for signed_PS, margin, p in zip(signed_SUP.transpose(1, 2, 0), margins_U, stats.holm(p_U), strict=True):
+        elsewhere = any(stats.t_interval(signed_S, 0.9)[1] < 0 for signed_S in signed_PS[1:])
+        found.append(WORDS.index(decide(signed_PS[0], margin, p, elsewhere)))
+    return found
 
 
 def rates(known: Residuals, studies: int) -> list[dict[str, Any]]:

@@ -149,13 +149,19 @@ def pairs(
     results: Sequence[Result], measure: Measure, treatment: str, control: str, endpoint: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Values of two arms over the seeds that both have, in the order of seeds; empty where they have none."""
-    values: dict[str, dict[int, float]] = {treatment: {}, control: {}}
-    for result in results:
-        run = result["run"]
-        if run["arm"] in values and (value := measure.of(dict(result), endpoint)) is not None:
-            values[run["arm"]][run["seed"]] = value
-    seeds = sorted(set(values[treatment]) & set(values[control]))
-    return tuple(np.array([values[arm][seed] for seed in seeds]) for arm in (treatment, control))  # type: ignore[return-value]
+    treatment_S, control_S = _shared(*(by_seed(results, measure, a, endpoint) for a in (treatment, control)))
+    return treatment_S, control_S
+
+
+def by_seed(results: Sequence[Result], measure: Measure, arm: str, endpoint: str) -> dict[int, float]:
+    values = {r["run"]["seed"]: measure.of(dict(r), endpoint) for r in results if r["run"]["arm"] == arm}
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def _shared(*by_seed: Mapping[int, Any]) -> tuple[np.ndarray, ...]:
+    """What each has of the seeds that all have, in their order."""
+    seeds = sorted(set.intersection(*map(set, by_seed)))
+    return tuple(np.array([values[seed] for seed in seeds]) for values in by_seed)
 
 
 def _parts(claim: Claim, control: str, results: Sequence[Result], endpoint: str) -> tuple[Part, ...]:
@@ -257,22 +263,19 @@ def _floor(claim: Claim, own: Mapping[str, Sequence[dict[str, Any]]]) -> str:
 
 
 def _causes(claim: Claim, results: Sequence[Result], endpoint: str) -> tuple[Cause, ...]:
-    found = []
-    contrasts = [
-        (f"{a.treatment} - {a.control}", a.cause, (a.treatment, a.control)) for a in claim.attribution
+    def arms(*names: str) -> tuple[np.ndarray, ...]:
+        return _shared(*(by_seed(results, claim.measure, name, endpoint) for name in names))
+
+    found: list[Any] = [
+        (f"{one.treatment} - {one.control}", one.cause, *arms(one.treatment, one.control))
+        for one in claim.attribution
     ]
-    for name, cause, (treatment, control) in contrasts:
-        both = pairs(results, claim.measure, treatment, control, endpoint)
-        found.append((name, cause, both))
     if claim.mechanism:
-        arms = {arm: by_seed(results, claim.measure, arm, endpoint) for arm in _MECHANISM}
-        seeds = sorted(set.intersection(*(set(values) for values in arms.values())))
-        snnl, base, dense_snnl, dense = (np.array([arms[arm][s] for s in seeds]) for arm in _MECHANISM)
-        found.append(
-            (MECHANISM, "SNNL in a mixture, not better features alone", (snnl - base, dense_snnl - dense))
-        )
+        snnl_S, base_S, dense_snnl_S, dense_S = arms("snnl", "base", "dense-snnl", "dense")
+        cause = "SNNL in a mixture, not better features alone"
+        found.append((MECHANISM, cause, snnl_S - base_S, dense_snnl_S - dense_S))
     causes = []
-    for name, cause, (treatment_S, control_S) in found:
+    for name, cause, treatment_S, control_S in found:
         if len(treatment_S) >= 2:
             comparison = stats.paired_comparison(treatment_S, control_S)
             reading = tables.reading(comparison, claim.measure.direction)
@@ -281,12 +284,6 @@ def _causes(claim: Claim, results: Sequence[Result], endpoint: str) -> tuple[Cau
 
 
 MECHANISM = "(snnl - base) - (dense-snnl - dense)"
-_MECHANISM = ("snnl", "base", "dense-snnl", "dense")
-
-
-def by_seed(results: Sequence[Result], measure: Measure, arm: str, endpoint: str) -> dict[int, float]:
-    values = {r["run"]["seed"]: measure.of(dict(r), endpoint) for r in results if r["run"]["arm"] == arm}
-    return {seed: value for seed, value in values.items() if value is not None}
 
 
 # ----------------------------------------------------------------------------------------- units
@@ -323,14 +320,9 @@ def image_interval(
         if run["arm"] in bits:
             if "correct" not in found:
                 return None
-            bits[run["arm"]][run["seed"]] = store.unpack_bits(found["correct"])
-    seeds = sorted(set(bits[claim.treatment]) & set(bits[control]))
-    if len(seeds) < 2:
-        return None
-    difference_SN = np.stack(
-        [bits[claim.treatment][s].astype(float) - bits[control][s].astype(float) for s in seeds]
-    )
-    return stats.crossed_interval(difference_SN)
+            bits[run["arm"]][run["seed"]] = store.unpack_bits(found["correct"]).astype(float)
+    treatment_SN, control_SN = _shared(bits[claim.treatment], bits[control])
+    return stats.crossed_interval(treatment_SN - control_SN) if len(treatment_SN) >= 2 else None
 
 
 def scope(results: Sequence[Result]) -> str:

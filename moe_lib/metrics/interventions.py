@@ -40,16 +40,7 @@ def expert_ablations(
     Raises:
         ValueError: an argument has another shape, type or range, or there is no sample.
     """
-    check_floating(weights_NE, "weights", "N, E")
-    check_floating(expert_logits_NEC, "expert_logits", "N, E, C")
-    num_experts, num_classes = expert_logits_NEC.shape[1:]
-    if not expert_logits_NEC.numel() or weights_NE.shape != expert_logits_NEC.shape[:2]:
-        raise ValueError(
-            "expert_logits must hold the classes of every weight, for one sample or more, "
-            f"got {list(expert_logits_NEC.shape)} for weights {list(weights_NE.shape)}"
-        )
-    if (weights_NE < 0).any():
-        raise ValueError(f"weights must not be negative, got {weights_NE.min():g}")
+    num_experts, num_classes = _checked_shape(weights_NE, expert_logits_NEC)
     labels_N = check_labels(labels_N, len(weights_NE), num_classes, like=weights_NE)
 
     def score(weights_NE: Tensor, logits_NEC: Tensor = expert_logits_NEC) -> tuple[Tensor, float]:
@@ -62,14 +53,7 @@ def expert_ablations(
     counts_C = one_hot_NC.sum(0)
     dropped, damage = [], []
     for e in range(num_experts):
-        kept_NE = weights_NE.clone()
-        kept_NE[:, e] = 0
-        total_N1 = kept_NE.sum(1, keepdim=True)
-        # Where the dropped expert had all but a millionth, the others share alike.
-        others_NE = torch.full_like(kept_NE, 1 / max(num_experts - 1, 1))
-        others_NE[:, e] = 0
-        kept_NE = torch.where(total_N1 > 1e-6, kept_NE / total_N1.clamp(min=1e-6), others_NE)
-        lost_N = clean_N - score(kept_NE)[0]
+        lost_N = clean_N - score(_without(weights_NE, e))[0]
         alone = num_experts == 1
         dropped.append(float("nan") if alone else lost_N.mean().item())
         damage.append((lost_N @ one_hot_NC / counts_C) * (float("nan") if alone else 1))
@@ -89,14 +73,41 @@ def expert_ablations(
         correct_N, cross_entropy = score(weights_NE[order_N])
         permuted.append(((clean_N - correct_N).mean().item(), cross_entropy - clean_cross_entropy))
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values) if values else float("nan")
-
     return Ablations(
         dropped,
-        mean(swapped),
-        mean(merged),
-        mean([accuracy for accuracy, _ in permuted]),
-        mean([cross_entropy for _, cross_entropy in permuted]),
+        _mean(swapped),
+        _mean(merged),
+        _mean([accuracy for accuracy, _ in permuted]),
+        _mean([cross_entropy for _, cross_entropy in permuted]),
         torch.stack(damage, 1).tolist(),
     )
+
+
+def _checked_shape(weights_NE: Tensor, expert_logits_NEC: Tensor) -> tuple[int, int]:
+    """Numbers of experts and classes; raises ValueError as `expert_ablations` says."""
+    check_floating(weights_NE, "weights", "N, E")
+    check_floating(expert_logits_NEC, "expert_logits", "N, E, C")
+    if not expert_logits_NEC.numel() or weights_NE.shape != expert_logits_NEC.shape[:2]:
+        raise ValueError(
+            "expert_logits must hold the classes of every weight, for one sample or more, "
+            f"got {list(expert_logits_NEC.shape)} for weights {list(weights_NE.shape)}"
+        )
+    if (weights_NE < 0).any():
+        raise ValueError(f"weights must not be negative, got {weights_NE.min():g}")
+    num_experts, num_classes = expert_logits_NEC.shape[1:]
+    return num_experts, num_classes
+
+
+def _without(weights_NE: Tensor, expert: int) -> Tensor:
+    """The weights without one expert, shared out among the others; where it had all but a millionth, they
+    share alike."""
+    kept_NE = weights_NE.clone()
+    kept_NE[:, expert] = 0
+    total_N1 = kept_NE.sum(1, keepdim=True)
+    others_NE = torch.full_like(kept_NE, 1 / max(weights_NE.shape[1] - 1, 1))
+    others_NE[:, expert] = 0
+    return torch.where(total_N1 > 1e-6, kept_NE / total_N1.clamp(min=1e-6), others_NE)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,10 +27,6 @@ CONFIRMATORY_SEEDS = tuple(range(101, 121))
 # ------------------------------------------------------------------------------------------- arms
 
 
-def _at_own_rate(train: TrainConfig, rates: Sequence[tuple[str, float]], arm: str) -> TrainConfig:
-    return replace(train, learning_rate=dict(rates).get(arm, train.learning_rate))
-
-
 @dataclass(frozen=True)
 class Settings:
     """What tuning on validation data chose for one data set."""
@@ -46,7 +41,8 @@ class Settings:
 
     def training(self, arm: str) -> TrainConfig:
         """Of one arm: at its own learning rate, if it has one."""
-        return _at_own_rate(self.train, self.learning_rates, arm)
+        rate = dict(self.learning_rates).get(arm, self.train.learning_rate)
+        return replace(self.train, learning_rate=rate)
 
     def run_options(self) -> dict[str, Any]:
         """What a run takes from the settings beside model, objective and training."""
@@ -113,11 +109,6 @@ class RoutedSettings:
     corrupted_images: int = 1024
     augment: bool = False
     test_tokens: int = 2**18
-    learning_rates: tuple[tuple[str, float], ...] = ()  # arms that differ from train.learning_rate
-
-    def training(self, arm: str) -> TrainConfig:
-        """Of one arm: at its own learning rate, if it has one."""
-        return _at_own_rate(self.train, self.learning_rates, arm)
 
     def run_options(self) -> dict[str, Any]:
         """What a run takes from the settings beside model, objective and training."""

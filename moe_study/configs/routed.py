@@ -71,7 +71,7 @@ def planned(
                     model, objective = arms[arm]
                     yield Run(
                         profile, study, dataset, arm, seed, version, model, objective,
-                        own.training(arm), **own.run_options(),
+                        own.train, **own.run_options(),
                     )  # fmt: skip
 
 

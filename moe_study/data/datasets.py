@@ -189,14 +189,11 @@ def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True)
 class Files:
-    """Files of a published set in torchvision's layout, and what they hold."""
+    """Files of a published set in torchvision's layout."""
 
     folder: str
     train: dict[str, str]  # file name -> SHA-256, in the order in which they are read
     test: dict[str, str]
-    shape: tuple[int, int, int]  # C, H, W
-    num_train: int
-    num_classes: int
     download: str  # class in torchvision.datasets
 
 
@@ -231,29 +228,7 @@ def _published(name: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
                 f"data set {name!r}: {path} is damaged: it is not the published file (SHA-256 {expected}). "
                 "Delete it, then `make data` fetches it again, or put the original there."
             )
-    images, labels = (_idx if "mnist" in name else _pickled)(paths)
-    return checked(name, images, labels, info.num_train if train else 10_000)
-
-
-def checked(name: str, images_NCHW: Tensor, labels_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same images and labels, if they are what the set has: shape, number, range of labels.
-
-    Raises:
-        DataError: they are not.
-    """
-    info = PUBLISHED[name]
-    if images_NCHW.shape != (count, *info.shape) or labels_N.shape != (count,):
-        raise DataError(
-            f"data set {name!r} holds images of shape {list(images_NCHW.shape)} and {len(labels_N)} labels "
-            f"instead of {[count, *info.shape]} and {count}. {REMEDY}"
-        )
-    low, high = int(labels_N.min()), int(labels_N.max())
-    if low != 0 or high != info.num_classes - 1:
-        raise DataError(
-            f"data set {name!r} has labels from {low} to {high} instead of 0 to {info.num_classes - 1}. "
-            f"{REMEDY}"
-        )
-    return images_NCHW, labels_N
+    return (_idx if "mnist" in name else _pickled)(paths)
 
 
 def _idx(paths: list[Path]) -> tuple[Tensor, Tensor]:
@@ -330,7 +305,7 @@ PUBLISHED: dict[str, Files] = {
             "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
             "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
         },
-        (1, 28, 28), 60_000, 10, "MNIST",
+        "MNIST",
     ),
     "fashion_mnist": Files(
         "FashionMNIST/raw",
@@ -342,7 +317,7 @@ PUBLISHED: dict[str, Files] = {
             "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
             "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
         },
-        (1, 28, 28), 60_000, 10, "FashionMNIST",
+        "FashionMNIST",
     ),
     "cifar10": Files(
         "cifar-10-batches-py",
@@ -354,13 +329,13 @@ PUBLISHED: dict[str, Files] = {
             "data_batch_5": "d91802434d8376bbaeeadf58a737e3a1b12ac839077e931237e0dcd43adcb154",
         },
         {"test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831"},
-        (3, 32, 32), 50_000, 10, "CIFAR10",
+        "CIFAR10",
     ),
     "cifar100": Files(
         "cifar-100-python",
         {"train": "735e79b04f092ca3d2e6d07f368c0a7d70d48c48d28865950cc24454cf45129b"},
         {"test": "4b67687d9933c4db8f0831104447f15b93774f4f464bd0516f0f0f2ac83b7864"},
-        (3, 32, 32), 50_000, 100, "CIFAR100",
+        "CIFAR100",
     ),
 }  # fmt: skip
 DATASETS: dict[str, DatasetInfo] = {

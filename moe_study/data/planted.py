@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from moe_lib.rng import generator
 
@@ -151,47 +152,40 @@ def planted_routing(
             experts that are right then have nothing to do with classes.
 
     Raises:
-        ValueError: an unknown fault, a level outside [0, 1], a negative overlap or an unusable count.
+        ValueError: an unknown fault, a level outside [0, 1] or a negative overlap.
     """
-    _check_planted(fault, level, overlap)
-    if min(num_per_group, classes_per_group) < 1 or not 1 <= num_groups <= dim:
-        raise ValueError(
-            "need at least one token and class per group and 1 <= num_groups <= dim (centres are "
-            f"orthogonal), got {num_per_group}, {classes_per_group}, {num_groups} and {dim}"
-        )
-    num_classes = num_groups * classes_per_group
-    draw = generator(seed, "planted routing")
-    partition_N = torch.arange(num_groups).repeat_interleave(num_per_group)
-    within_N = torch.arange(num_per_group).repeat(num_groups)
-    if crossed:
-        labels_N = torch.randint(num_classes, partition_N.shape, generator=generator(seed, "crossed classes"))
-    else:
-        labels_N = partition_N * classes_per_group + within_N % classes_per_group
-    centres_GD = _orthonormal(num_groups, dim, draw) / math.sqrt(2)
-    noise_ND = torch.randn(len(partition_N), dim, generator=draw, dtype=torch.float64)
-    tokens_ND = centres_GD[partition_N] + overlap * noise_ND
-    known_NG = torch.nn.functional.one_hot(partition_N, num_groups).bool()
-    right_NG = _posterior(tokens_ND, centres_GD, overlap) if overlap else known_NG.double()
-    # The first tokens of one random order: a higher level strikes those of a lower one, and more.
-    struck = torch.randperm(len(partition_N), generator=draw)[: round(level * len(partition_N))]
-    probs_NE = _degrade(right_NG, fault, level, struck, draw)
-    if fault == "alike":
-        known_NG[struck] = True
-    guess_NG = torch.randint(num_classes, known_NG.shape, generator=generator(seed, "planted answers"))
-    answer_NG = torch.where(known_NG, labels_N[:, None], guess_NG)
-    answers_NGC = torch.nn.functional.one_hot(answer_NG, num_classes).double()
-    answers_NEC = answers_NGC.repeat(1, probs_NE.shape[1] // num_groups, 1)
-    return PlantedRouting(tokens_ND, labels_N, partition_N, probs_NE, answers_NEC, 1 - level)
-
-
-def _check_planted(fault: str, level: float, overlap: float) -> None:
-    """Raises ValueError."""
     if fault not in get_args(Fault):
         raise ValueError(f"unknown fault {fault!r}; use {', '.join(map(repr, get_args(Fault)))}")
     if not 0 <= level <= 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
     if not 0 <= overlap < math.inf:
         raise ValueError(f"overlap must be finite and not negative, got {overlap}")
+    num_classes = num_groups * classes_per_group
+    draw = generator(seed, "planted routing")
+    partition_N = torch.arange(num_groups).repeat_interleave(num_per_group)
+    if crossed:
+        labels_N = torch.randint(num_classes, partition_N.shape, generator=generator(seed, "crossed classes"))
+    else:
+        within_N = torch.arange(num_per_group).repeat(num_groups)
+        labels_N = partition_N * classes_per_group + within_N % classes_per_group
+    centres_GD = _orthonormal(num_groups, dim, draw) / math.sqrt(2)
+    noise_ND = torch.randn(len(partition_N), dim, generator=draw, dtype=torch.float64)
+    tokens_ND = centres_GD[partition_N] + overlap * noise_ND
+    known_NG = one_hot(partition_N, num_groups).bool()
+    right_NG = _posterior(tokens_ND, centres_GD, overlap) if overlap else known_NG.double()
+    # The first tokens of one random order: a higher level strikes those of a lower one, and more.
+    struck = torch.randperm(len(partition_N), generator=draw)[: round(level * len(partition_N))]
+    probs_NE = _degrade(right_NG, fault, level, struck, draw)
+    known_NG[struck] |= fault == "alike"
+    answers_NGC = _answers(labels_N, known_NG, num_classes, seed)
+    answers_NEC = answers_NGC.repeat(1, probs_NE.shape[1] // num_groups, 1)
+    return PlantedRouting(tokens_ND, labels_N, partition_N, probs_NE, answers_NEC, 1 - level)
+
+
+def _answers(labels_N: Tensor, known_NG: Tensor, num_classes: int, seed: int) -> Tensor:
+    """[N, G, C] one-hot: the label where a group's expert knows the token, else a guess."""
+    guess_NG = torch.randint(num_classes, known_NG.shape, generator=generator(seed, "planted answers"))
+    return one_hot(torch.where(known_NG, labels_N[:, None], guess_NG), num_classes).double()
 
 
 def _posterior(tokens_ND: Tensor, centres_GD: Tensor, spread: float) -> Tensor:
@@ -206,7 +200,7 @@ def _degrade(right_NG: Tensor, fault: Fault, level: float, struck: Tensor, draw:
     if fault == "blind":
         probs_NE = (1 - level) * right_NG + level / num_groups
     elif fault == "collapse":
-        probs_NE[struck] = torch.nn.functional.one_hot(torch.tensor(0), num_groups).double()
+        probs_NE[struck] = one_hot(torch.tensor(0), num_groups).double()
     elif fault == "noise":
         probs_NE[struck] = right_NG[struck[torch.randperm(len(struck), generator=draw)]]
     elif fault == "split":

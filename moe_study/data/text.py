@@ -14,7 +14,8 @@ import io
 import os
 import re
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor
 from moe_study.data import ROOT, DataError, data_dir
 
 UNKNOWN = "<unk>"  # what a swapped word becomes
+SWAP_SHARES = (0.015, 0.025, 0.05, 0.1)  # of the words of a test text
 TIMEOUT = 10  # seconds without an answer from a server
 
 
@@ -49,20 +51,14 @@ class Corpus:
     num_tokens: int = 256  # kinds of token
 
 
-@dataclass(frozen=True)
-class Source:
-    """What is fetched at once: a file, or a zip archive of files, and where they go in the data folder."""
-
-    url: str
-    paths: tuple[str, ...]  # in an archive too
-
-
 @dataclass(frozen=True, kw_only=True)
 class CorpusInfo:
     """All that the project knows of a corpus."""
 
     title: str  # in tables and figures
-    sources: tuple[Source, ...] = ()  # in the order training, validation, test
+    archive: str = ""  # address of a zip archive
+    # Training, validation and test text: path in the archive and in the data folder -> SHA-256.
+    files: Mapping[str, str] = field(default_factory=dict)
     download_mb: int = 0
     unpacked_mb: int = 0
 
@@ -110,7 +106,7 @@ def present(name: str, root: str | Path | None = None) -> bool:
         return _path(name).is_file()
     if name not in CORPORA:
         raise DataError(_unknown(name))
-    return all((data_dir(root) / path).is_file() for path in _paths(name))
+    return all((data_dir(root) / path).is_file() for path in CORPORA[name].files)
 
 
 def file_digest(name: str) -> str:
@@ -314,74 +310,58 @@ def _docstrings(source: str) -> list[str]:
 
 def _files(name: str, root: Path) -> dict[str, bytes]:
     """Checked contents of a corpus's files by path, downloaded first if need be."""
-    paths = _paths(name)
+    info = CORPORA[name]
     try:
         if not present(name, root):
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / f".{name}.lock"):  # parallel runs: one downloads, the others wait
-                for source in CORPORA[name].sources:
-                    _download(source, root)
-        contents = {path: (root / path).read_bytes() for path in paths}
+                _download(info, root)
+        contents = {path: (root / path).read_bytes() for path in info.files}
     except Exception as error:
         raise DataError(
             f"corpus {name!r} is missing under {root} and could not be fetched "
-            f"({type(error).__name__}: {error}). Without a network put {', '.join(paths)} there, "
+            f"({type(error).__name__}: {error}). Without a network put {', '.join(info.files)} there, "
             f"or point MOE_DATA_DIR at a folder that has them."
         ) from error
     for path, content in contents.items():
-        if (digest := hashlib.sha256(content).hexdigest()) != SHA256[path]:
+        if (digest := hashlib.sha256(content).hexdigest()) != info.files[path]:
             raise DataError(
-                f"{root / path} is damaged: its sha256 is {digest} instead of {SHA256[path]}; "
+                f"{root / path} is damaged: its sha256 is {digest} instead of {info.files[path]}; "
                 f"delete it first, then it is fetched again, or put the original there"
             )
     return contents
 
 
-def _paths(name: str) -> list[str]:
-    return [path for source in CORPORA[name].sources for path in source.paths]
-
-
-def _download(source: Source, root: Path) -> None:
-    """Fetch the files of a source that are missing; each appears whole and checked, or not at all."""
-    missing = [path for path in source.paths if not (root / path).is_file()]
+def _download(info: CorpusInfo, root: Path) -> None:
+    """Fetch the files that are missing; each appears whole, or not at all."""
+    missing = [path for path in info.files if not (root / path).is_file()]
     if not missing:
         return
     # wikitext.smerity.com refuses urllib's own agent
-    request = Request(source.url, headers={"User-Agent": "Mozilla/5.0 (moe-collapse)"})
+    request = Request(info.archive, headers={"User-Agent": "Mozilla/5.0 (moe-collapse)"})
     with urlopen(request, timeout=TIMEOUT) as response:
-        body = response.read()
+        archive = zipfile.ZipFile(io.BytesIO(response.read()))
     for path in missing:
-        content = zipfile.ZipFile(io.BytesIO(body)).read(path) if source.url.endswith(".zip") else body
-        if (digest := hashlib.sha256(content).hexdigest()) != SHA256[path]:
-            raise ValueError(f"{source.url} delivered {path} with sha256 {digest} instead of {SHA256[path]}")
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         partial = root / f"{path}.partial"
-        partial.write_bytes(content)
+        partial.write_bytes(archive.read(path))
         os.replace(partial, root / path)
 
 
+WIKITEXT2 = {
+    "wikitext-2/wiki.train.tokens": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+    "wikitext-2/wiki.valid.tokens": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+    "wikitext-2/wiki.test.tokens": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+}
 CORPORA: dict[str, CorpusInfo] = {
     "docs": CorpusInfo(title="scikit-learn's descriptions (bytes)"),
     "wikitext2": CorpusInfo(
         title="WikiText-2 (bytes)",
-        sources=(
-            Source(  # its author's copy; the first address is dead
-                "https://wikitext.smerity.com/wikitext-2-v1.zip",
-                (
-                    "wikitext-2/wiki.train.tokens",
-                    "wikitext-2/wiki.valid.tokens",
-                    "wikitext-2/wiki.test.tokens",
-                ),
-            ),
-        ),
+        archive="https://wikitext.smerity.com/wikitext-2-v1.zip",  # its author's; the first is dead
+        files=WIKITEXT2,
         download_mb=5,
         unpacked_mb=13,
     ),
-}
-SHA256 = {
-    "wikitext-2/wiki.train.tokens": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
-    "wikitext-2/wiki.valid.tokens": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
-    "wikitext-2/wiki.test.tokens": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
 }
 
 DOCS_FOLDERS = ("cluster", "decomposition", "manifold", "neighbors", "neural_network", "tree")

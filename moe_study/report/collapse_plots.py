@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Polygon
-from scipy.optimize import linear_sum_assignment
 
 from moe_study.data import Dataset
 from moe_study.report.plots import (
@@ -19,9 +18,12 @@ from moe_study.report.plots import (
     arm_style,
     arms_of,
     captioned,
+    hide_from,
+    matched,
     median_run,
     new_figure,
     seeds_in_words,
+    write_values,
 )
 from moe_study.report.tables import Result
 
@@ -98,19 +100,16 @@ def domain_routing(results: Sequence[Result], arms: Sequence[str] | None = None)
         if first_GE is None:
             first_GE = gate_GE = gate_GE[:, gate_GE.argmax(0).argsort(kind="stable")]
         elif gate_GE.shape == first_GE.shape:
-            gate_GE = gate_GE[:, linear_sum_assignment(first_GE.T @ gate_GE, maximize=True)[1]]
+            gate_GE = matched(gate_GE, first_GE)
         axis.imshow(gate_GE, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        for (row, column), value in np.ndenumerate(gate_GE):
-            shade = "white" if value > 0.6 else "black"
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=shade)
+        write_values(axis, gate_GE, high_is_bright=False)
         names = DOMAIN_NAMES[result["run"]["dataset"]]
         axis.set(xticks=range(gate_GE.shape[1]), yticks=range(len(names)), xlabel="expert")
         axis.set_xticklabels(range(1, gate_GE.shape[1] + 1))
         axis.set_yticklabels(names if axis in axes[:, 0] else [], fontsize=9)
         accuracy = 100 * result["task"]["accuracy"]
         axis.set_title(f"{arm}, seed {result['run']['seed']}\n{accuracy:.1f} %", fontsize=10)
-    for axis in axes.flat[len(chosen) :]:
-        axis.set_visible(False)
+    hide_from(axes, len(chosen))
     return captioned(
         figure,
         "Who serves which domain: the mean gate of each domain (row) over the experts (columns), at each "

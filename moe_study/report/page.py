@@ -21,7 +21,7 @@ from moe_lib.models.language import LanguageConfig
 from moe_study import store, study, verdicts
 from moe_study.claims import BY_KEY, CLAIMS, CONFIRMATORY
 from moe_study.configs import arms
-from moe_study.report import collapse_plots, plots, provenance, tables
+from moe_study.report import collapse_plots, plots, provenance, tables, verdict_plots
 from moe_study.report import verdicts as words
 from moe_study.report.plots import DATASET_TITLES
 from moe_study.verdicts import Verdict
@@ -362,11 +362,16 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(v.replace("|", "\\|") for v in row) + " |" for row in cells)
 
 
+def bench(name: str) -> dict[str, Any]:
+    """Content of results/bench/<name>.json; empty where that is not there."""
+    path = store.results_dir() / "bench" / f"{name}.json"
+    return store.read(path) if path.exists() else {}
+
+
 def bench_table(name: str) -> pd.DataFrame:
     """Ours against its fastest peer, from results/bench/<name>.json; empty where that is not there."""
-    path = store.results_dir() / "bench" / f"{name}.json"
     rows = []
-    for row in store.read(path)["rows"] if path.exists() else []:
+    for row in bench(name).get("rows", []):
         milliseconds = {who: found["milliseconds"] for who, found in row.get("contestants", {}).items()}
         plain = milliseconds.pop("ours, float32", None)
         peers = [value for who, value in milliseconds.items() if who != "ours"]
@@ -396,10 +401,8 @@ BENCH_TITLES = {
 
 def scaling_table() -> pd.DataFrame:
     """Exponents from results/bench/scaling.json, a size a column; empty where that is not there."""
-    path = store.results_dir() / "bench" / "scaling.json"
-    found = store.read(path)["exponents"] if path.exists() else []
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for entry in found:
+    for entry in bench("scaling").get("exponents", []):
         for key in ("time", "memory"):
             fit = (
                 entry[key]
@@ -413,12 +416,10 @@ def scaling_table() -> pd.DataFrame:
 
 def profile_table() -> pd.DataFrame:
     """Where time goes in the rows that miss their goal, from results/bench/profile.json; empty without it."""
-    path = store.results_dir() / "bench" / "profile.json"
-    entries = store.read(path)["profiles"] if path.exists() else []
     rows = [
         {"batch": entry["row"], "contestant": entry["contestant"], "ms": f"{entry['milliseconds']:.1f}"}
         | {kind: f"{share:.2f}" for kind, share in entry["shares"].items()}
-        for entry in entries
+        for entry in bench("profile").get("profiles", [])
     ]
     return pd.DataFrame(rows).set_index("batch") if rows else pd.DataFrame()
 
@@ -435,11 +436,10 @@ MISSED = (
 
 def throughput_text() -> str:
     """A clause for each number of processes measured."""
-    found = store.read(store.results_dir() / "bench" / "scaling.json")["throughput"]
     clauses = [
         f"{row['processes']} processes do {row['times_one']['median']:.2f} times as much "
         f"(quartiles {row['times_one']['low']:.2f} to {row['times_one']['high']:.2f})"
-        for row in found
+        for row in bench("scaling")["throughput"]
         if row["processes"] > 1
     ]
     return ", ".join(clauses) or "more than one process were not measured"
@@ -483,7 +483,7 @@ def readme_pictures() -> dict[str, Figure]:
     """The README's two pictures, from results/core."""
     pictures = {}
     if found := current(find_verdicts("core")):
-        pictures["verdicts"] = plots.verdict_grid(words.grid(found))
+        pictures["verdicts"] = verdict_plots.verdict_grid(words.grid(found))
     for runs in whole_runs("core", "collapse").values():
         shown = [run for run in runs if run.arm in ("base", "snnl")]
         pictures.setdefault("routing", collapse_plots.domain_routing(study.results(shown)))
@@ -548,10 +548,8 @@ def _scores(profile: str, title: str, table: Callable[[str, str], pd.DataFrame])
 
 def inspector_sections() -> list[str]:
     """The inspector beside its peers, from results/bench/inspect.json; nothing without it."""
-    path = store.results_dir() / "bench" / "inspect.json"
-    if not path.exists():
+    if not (found := bench("inspect")):
         return []
-    found = store.read(path)
     tools = found["tools"]
 
     def percent(entry: dict[str, Any], key: str) -> str:

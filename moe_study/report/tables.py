@@ -13,6 +13,7 @@ from scipy.special import entr
 from moe_lib import metrics
 from moe_study import stats, store
 from moe_study.configs.dose import Panel
+from moe_study.data import text
 
 PILOT_BELOW = 8  # paired seeds; fewer are shown, never decided on
 
@@ -221,7 +222,7 @@ def attack_loss(attacks: Sequence[str], result: Result) -> float | None:
     return _mean_of_all(strongest(attack) for attack in attacks)
 
 
-SWAP_SHARES = ("0.015", "0.025", "0.05", "0.1")
+SWAP_SHARES = tuple(f"{share:g}" for share in text.SWAP_SHARES)
 
 
 def swap_loss(shares: Sequence[str], result: Result) -> float | None:
@@ -279,10 +280,7 @@ LANGUAGE_COLUMNS: Columns = ROUTED_COLUMNS | _columns(
         **at_three_endpoints("bits per byte"),
         "cross-entropy under word swap": (partial(swapped, SWAP_SHARES), 4, "nats"),
         "lost to swap": (partial(swap_loss, SWAP_SHARES), 4, "nats"),
-        "1.5 %": (partial(swap_loss, SWAP_SHARES[:1]), 4, "nats"),
-        "2.5 %": (partial(swap_loss, SWAP_SHARES[1:2]), 4, "nats"),
-        "5 %": (partial(swap_loss, SWAP_SHARES[2:3]), 4, "nats"),
-        "10 %": (partial(swap_loss, SWAP_SHARES[3:]), 4, "nats"),
+        **{f"{100 * float(one):g} %": (partial(swap_loss, [one]), 4, "nats") for one in SWAP_SHARES},
         "dependence on other sequences": (partial(batch_dependence, "company.other sequences"), 4, "nats"),
         "dependence on later tokens": (partial(batch_dependence, "company.later tokens"), 4, "nats"),
         "cost of permuted routing": ("ablation.permuted_everywhere", 4, "nats"),

@@ -12,7 +12,8 @@ from typing import Any, get_args
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, Template
 
-from moe_study.claims import ACCURACY, BY_KEY, Measure
+from moe_study import store
+from moe_study.claims import ACCURACY, BY_KEY
 from moe_study.configs.dose import Panel
 from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
@@ -80,15 +81,12 @@ def firmness(found: Sequence[Verdict]) -> pd.DataFrame:
                 "verdict": verdict.word,
                 "at half the margin": verdict.at_half,
                 "at twice the margin": verdict.at_twice,
-                **{name.replace("_", " "): verdict.by_endpoint.get(name, "-") for name in _ENDPOINTS},
+                **{name.replace("_", " "): verdict.by_endpoint.get(name, "-") for name in store.ENDPOINTS},
                 "interval over seeds and images": "-" if images is None else claim.measure.shown(*images),
                 "seeds for 80 % power": str(verdict.seeds_needed or "-"),
             }
         )
     return pd.DataFrame(rows).set_index(["data set", "claim"]) if rows else pd.DataFrame()
-
-
-_ENDPOINTS = ("last_epoch", "best_accuracy", "best_cross_entropy")
 
 
 def reasons(found: Sequence[Verdict]) -> pd.DataFrame:
@@ -110,7 +108,7 @@ def reasons(found: Sequence[Verdict]) -> pd.DataFrame:
 def reason(verdict: Verdict) -> str:
     """One or two sentences."""
     if verdict.obstacle is not None and verdict.word == "not testable here":
-        return f"{verdict.obstacle.text[0].upper()}{verdict.obstacle.text[1:]}."
+        return _sentence(verdict.obstacle.text)
     margin = verdict.claim.measure.shown(verdict.claim.measure.sign * verdict.margin)
     said: Mapping[Word, str] = {
         "supported": f"Holm p {_p(verdict.p_holm)}, and no endpoint contradicts it",
@@ -124,7 +122,7 @@ def reason(verdict: Verdict) -> str:
     if broken:
         return f"{contrast(verdict)} {difference(verdict)}. Not met: {'; '.join(broken)}."
     conditions = "".join(
-        f" {part.condition.wording[0].upper()}{part.condition.wording[1:]}: "
+        f" {_capital(part.condition.wording)}: "
         f"{part.measure.shown(float((part.treatment_S - part.control_S).mean()))}, p {_p(part.p)}."
         for part in verdict.parts
         if part.condition is not None and len(part.treatment_S)
@@ -263,40 +261,30 @@ def _contrasts(units: Sequence[Verdict]) -> str:
 def _grid_row(units: Sequence[Verdict], datasets: Sequence[str], named: bool) -> dict[str, Any]:
     measure = units[0].claim.measure
     controls = list(dict.fromkeys(v.control for v in units))
+    low_is_good = "low is good" if measure.direction == "lower" else ""
     return {
         "claim": units[0].claim.wording,
-        "measure": ", ".join(
-            filter(None, [measure.unit, "low is good" if measure.direction == "lower" else ""])
-        ),
+        "measure": ", ".join(filter(None, [measure.unit, low_is_good])),
         "contrast": _contrasts(units) if named else "",
         "cells": [
-            [
-                {
-                    "mark": MARKS[v.word][0],
-                    "style": MARKS[v.word][1],
-                    "word": v.word,
-                    "title": f"{contrast_in_words(v)}: {word(v)}. {reason(v)}",
-                    "difference": "no pairs" if v.comparison is None else _bare(v, v.comparison.difference),
-                    "interval": ""
-                    if v.comparison is None
-                    else _short(measure).shown(v.comparison.low, v.comparison.high, unit=False),
-                }
-                for control in controls
-                for v in units
-                if (v.dataset, v.control) == (name, control)
-            ]
+            [_cell(v) for c in controls for v in units if (v.dataset, v.control) == (name, c)]
             for name in datasets
         ],
     }
 
 
-def _short(measure: Measure) -> Measure:
-    """With three decimals at most, as fits into a cell."""
-    return replace(measure, decimals=min(measure.decimals, 3))
-
-
-def _bare(verdict: Verdict, value: float) -> str:
-    return _short(verdict.claim.measure).shown(value, unit=False)
+def _cell(verdict: Verdict) -> dict[str, str]:
+    measure, found = verdict.claim.measure, verdict.comparison
+    short = replace(measure, decimals=min(measure.decimals, 3))  # as fits into a cell
+    mark, style = MARKS[verdict.word]
+    return {
+        "mark": mark,
+        "style": style,
+        "word": verdict.word,
+        "title": f"{contrast_in_words(verdict)}: {word(verdict)}. {reason(verdict)}",
+        "difference": "no pairs" if found is None else short.shown(found.difference, unit=False),
+        "interval": "" if found is None else short.shown(found.low, found.high, unit=False),
+    }
 
 
 def _template(name: str) -> Template:
@@ -429,10 +417,9 @@ def _snnl_answer(found: Sequence[Verdict]) -> str:
     ):
         if units := [v for v in own if v.word == outcome]:
             said.append(f"{phrase} {_names(units)} ({_surely(units)})")
-    text = "; ".join(said)
     if any(v.depends_on_checkpoint for v in own if v.word != "supported"):
-        text += "; there another checkpoint would change the verdict"
-    return f"{text[0].upper()}{text[1:]}." if text else ""
+        said.append("there another checkpoint would change the verdict")
+    return _sentence("; ".join(said))
 
 
 def _names(units: Sequence[Verdict]) -> str:
@@ -499,8 +486,7 @@ def _no_gain(units: Sequence[Verdict]) -> str:
             f"no gain over {_and(list(dict.fromkeys(f'the {in_words(v.control)}' for v in same)))} shows on "
             f"{_names(same)} (95 % intervals within {within}, {_surely(same)})"
         )
-    text = "; ".join(said)
-    return f"{text[0].upper()}{text[1:]}." if text else ""
+    return _sentence("; ".join(said))
 
 
 def _pays_answer(found: Sequence[Verdict]) -> str:
@@ -518,8 +504,7 @@ def _pays_answer(found: Sequence[Verdict]) -> str:
             said.append(
                 f"{'likewise beside SNNL on' if alone else f'beside SNNL, {phrase}'} {_places(beside)}"
             )
-    text = "; ".join(said)
-    return f"{text[0].upper()}{text[1:]}." if text else ""
+    return _sentence("; ".join(said))
 
 
 def _places(units: Sequence[Verdict]) -> str:
@@ -541,6 +526,14 @@ def _surely(units: Sequence[Verdict]) -> str:
 
 def _and(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _sentence(text: str) -> str:
+    return f"{_capital(text)}." if text else ""
 
 
 def _p(value: float) -> str:

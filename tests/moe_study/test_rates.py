@@ -6,7 +6,7 @@ Shapes: R simulated studies, S seeds, U units, P endpoints.
 import numpy as np
 import pytest
 
-from moe_study import rates, stats, store, study, verdicts
+from moe_study import rates, store, study, verdicts
 from moe_study.claims import BY_KEY
 from moe_study.data import ROOT
 from moe_study.report import verdicts as words
@@ -37,36 +37,6 @@ def test_residuals_are_the_real_differences_about_their_mean(known):
             assert known.values_SUP[:, u, p].std() == pytest.approx(np.subtract(*own).std(ddof=1))
         else:
             assert np.isnan(known.values_SUP[:, u, p]).all()
-
-
-def test_words_are_those_of_the_rule_study_by_study():
-    """Three units at two endpoints, some of them sure, some not, some without the second endpoint."""
-    draw = np.random.default_rng(0)
-    margins_U = np.array([1.0, 0.5, 1.5])
-    seen = set()
-    for seeds in (9, 12):
-        signed_RSUP = draw.normal(0, 1, (60, seeds, 3, 2)) + draw.normal(0, 1, (60, 1, 3, 2))
-        signed_RSUP[:, :, 2, 1] = np.nan
-        found_RU = rates.words(signed_RSUP, margins_U)
-        for signed_SUP, found_U in zip(signed_RSUP, found_RU, strict=True):
-            p = [
-                stats.sign_flip_p(signed_SUP[:, u, 0]) if signed_SUP[:, u, 0].mean() > 0 else 1.0
-                for u in range(3)
-            ]
-            for u, p_holm in enumerate(stats.holm(p)):
-                elsewhere = stats.t_interval(signed_SUP[:, u, 1], 0.9)[1] < 0
-                word = verdicts.decide(signed_SUP[:, u, 0], margins_U[u], p_holm, elsewhere)
-                assert rates.WORDS[found_U[u]] == word
-                seen.add(word)
-    assert seen == {"supported", "contradicted", "smaller than claimed", "undecided"}
-
-
-@pytest.mark.parametrize("seeds", [2, 7, 10])
-def test_sign_flips_of_many_studies_are_those_of_one(seeds):
-    differences_RS = np.random.default_rng(seeds).normal(0.2, 1, (30, seeds)).round(1)
-    differences_RS[0] = 0
-    expected = [stats.sign_flip_p(row) for row in differences_RS]
-    assert rates.sign_flip_p(differences_RS).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("seeds", rates.SEED_COUNTS)

@@ -34,7 +34,7 @@ snnl.SEED_COUNTS["digits"]["stripes"] = [(("base", "snnl"), 2)]
 
 if __name__ == "__main__":
     from moe_study import plan, study
-    from moe_study.report import collapse_plots, page, plots, tables
+    from moe_study.report import collapse_plots, page, plots, snnl_plots, tables
 
     torch.set_num_threads(1)
     runs = study.runs("digits", "snnl", "stripes")
@@ -48,6 +48,7 @@ if __name__ == "__main__":
     results = study.results([*runs, *mine])
     frame = tables.frame(results)
     by_arm, cloud = plots.accuracy_by_arm(results), collapse_plots.collapse_and_accuracy(results)
+    heatmap = snnl_plots.routing_heatmap(results)
     found = {
         "plan": planned,
         "accuracy": [result["task"]["accuracy"] for result in results],
@@ -55,7 +56,7 @@ if __name__ == "__main__":
         "summary": tables.summary(frame, tables.SCORE).index.tolist(),
         "contrast": tables.contrasts(frame, [("mine", "base")], ["accuracy"]).reset_index().to_string(),
         "rows": [label.get_text() for label in by_arm.axes[0].get_yticklabels()],
-        "classes": [text.get_text() for text in plots.routing_heatmap(results).axes[0].get_yticklabels()],
+        "classes": [text.get_text() for text in heatmap.axes[0].get_yticklabels()],
         "legend": [text.get_text() for text in cloud.legends[0].get_texts()],
         "colours": [plots.arm_style(arm)[0] for arm in ("mine", "base", "snnl")],
     }

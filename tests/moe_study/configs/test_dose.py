@@ -9,7 +9,7 @@ from moe_lib.moe import ACConfig
 from moe_study import store, study
 from moe_study.configs import ac_language, arms, snnl
 from moe_study.configs.dose import PLANS, ACDose, Panel, SNNLDose
-from moe_study.report import plots, tables
+from moe_study.report import dose_plots, tables
 
 EVERY_PLAN = pytest.mark.parametrize(
     ("name", "profile"), [(name, profile) for name, profiles in PLANS.items() for profile in profiles]
@@ -60,16 +60,6 @@ def test_the_default_dose_is_the_studys_own_arm():
     routed = ac_language.SETTINGS["core"]["wikitext2"]
     assert ACDose().arm(routed)[:2] == arms.routed_arms("ac-language", routed)["ac"]
     assert ACDose().control.arm(routed)[:2] == arms.routed_arms("ac-language", routed)["cosine"]
-
-
-def test_names():
-    assert SNNLDose().name == "snnl"
-    assert SNNLDose(0.1, layers=("conv1", "code")).name == "snnl-factor=0.1-layers=conv1+code"
-    assert SNNLDose(0.1, num_experts=8).control.name == "base-num_experts=8"
-    assert SNNLDose(temperature="learned").name == "snnl-temperature=learned"
-    assert SNNLDose(0.1, samples_per_class=4).control.name == "base-samples_per_class=4"
-    assert ACDose(ACConfig(normalize="row", max_ratio=None)).name == "ac-normalize=row-max_ratio=None"
-    assert ACDose(ACConfig(mixed=True), (0, 1)).control.name == "cosine-moe_blocks=0+1"
 
 
 def test_study_of_a_data_set():
@@ -136,7 +126,7 @@ def colours(axis):
 
 
 def test_heatmap_frames_what_excludes_zero():
-    axis = plots.dose_heatmaps(planted((0.01, 0.0)), PANEL, ["accuracy"]).axes[0]
+    axis = dose_plots.dose_heatmaps(planted((0.01, 0.0)), PANEL, ["accuracy"]).axes[0]
     framed = [patch.get_xy() for patch in axis.patches]
     assert {round(x + 0.48) for x, _ in framed} == {0}  # the effect is in the first column alone
     assert axis.get_title() == "accuracy (points), orange: better"
@@ -148,7 +138,7 @@ def test_heatmap_colours_are_differences_and_one_colour_is_better():
     names = ["accuracy", "cross-entropy", "H(E|c)"]
     for name in names[1:]:
         frame[name] = frame["accuracy"]
-    up, down, neither = plots.dose_heatmaps(frame, PANEL, names).axes[:3]
+    up, down, neither = dose_plots.dose_heatmaps(frame, PANEL, names).axes[:3]
     expected = np.array([[-0.0015, 0.0305], [0.0005, 0.0005], [0.0025, -0.0295]])
     np.testing.assert_allclose(colours(up), expected, rtol=1e-6)
     np.testing.assert_allclose(colours(down), -expected, rtol=1e-6)
@@ -163,7 +153,7 @@ def test_heatmap_colours_are_differences_and_one_colour_is_better():
 def test_heatmap_leaves_out_rows_and_columns_without_a_number():
     frame = planted((0.01, 0.0))
     gone = {line[1].name for line in PANEL.doses} | {PANEL.doses[0][0].name}
-    axis = plots.dose_heatmaps(frame[~frame["arm"].isin(gone)], PANEL, ["accuracy"]).axes[0]
+    axis = dose_plots.dose_heatmaps(frame[~frame["arm"].isin(gone)], PANEL, ["accuracy"]).axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == list(FACTORS[1:])
     assert [label.get_text() for label in axis.get_xticklabels()] == ["4"]
     assert colours(axis).shape == (2, 1)
@@ -171,26 +161,9 @@ def test_heatmap_leaves_out_rows_and_columns_without_a_number():
 
 def test_heatmap_without_a_number_says_so():
     frame = planted((0.01, 0.0))
-    (axis,) = plots.dose_heatmaps(frame[frame["seed"] < 1], PANEL, ["accuracy"]).axes
+    (axis,) = dose_plots.dose_heatmaps(frame[frame["seed"] < 1], PANEL, ["accuracy"]).axes
     assert not axis.images
     assert "no dose" in axis.texts[0].get_text()
-
-
-def test_temperatures_are_drawn_in_order():
-    panel = PLANS["snnl-dose"]["core"].panels[0]
-    arms_ = sorted(panel.arms())
-    rows = [
-        {"arm": arm, "seed": seed, "accuracy": 0.8 + at / 99}
-        for at, arm in enumerate(arms_)
-        for seed in (1, 2)
-    ]
-    axis = plots.dose_heatmaps(tables.pd.DataFrame(rows), panel, ["accuracy"]).axes[0]
-    labels = [label.get_text() for label in axis.get_xticklabels()]
-    assert labels == ["0.1", "1", "10", "annealed from 1"]
-    effects = tables.dose_effects(tables.pd.DataFrame(rows), panel, "accuracy")
-    annealed = panel.labels[1][1].index("annealed from 1")
-    written = [text.get_text() for text in axis.texts if text.get_position() == (3, -0.16)]
-    assert written == [f"{100 * effects[0, annealed].difference:+.2f}"]
 
 
 @EVERY_PLAN
@@ -205,6 +178,6 @@ def test_every_panel_can_be_drawn(name, profile):
             rows.append(keys | {column: generator.normal() for column in columns})
     frame = tables.pd.DataFrame(rows)
     for panel in PLANS[name][profile].panels:
-        figure = plots.dose_heatmaps(frame, panel, measures)
+        figure = dose_plots.dose_heatmaps(frame, panel, measures)
         titles = [axis.get_title() for axis in figure.axes if axis.get_visible()]
         assert [title.split(" (")[0].split(",")[0] for title in titles] == list(measures)

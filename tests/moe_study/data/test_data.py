@@ -17,7 +17,7 @@ import pytest
 import torch
 from torchvision.datasets import cifar, mnist
 
-from moe_study.data import ROOT, DataError, Split, data_dir, datasets, load, pixels
+from moe_study.data import ROOT, DataError, Split, data_dir, datasets, load
 
 TRAINING_FILES = {  # one of each data set, in torchvision's layout
     "mnist": "MNIST/raw/train-images-idx3-ubyte",
@@ -87,32 +87,6 @@ def test_validation_depends_on_the_seed_and_test_does_not():
     assert rest == sorted(split_rows(other.train) + split_rows(other.validation))
 
 
-def test_loading_leaves_the_global_random_state_alone():
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    load("digits", seed=0)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_test_set_has_every_class_in_proportion():
-    counts_C = load("digits").test.labels_N.bincount()
-    assert counts_C.min() >= 34
-    assert counts_C.max() <= 38
-
-
-def test_pixels_are_intensities_from_zero_to_one():
-    images = torch.tensor([[0, 51, 255]], dtype=torch.uint8)
-    for dtype in (torch.float32, torch.float64):
-        torch.testing.assert_close(pixels(images, dtype), torch.tensor([[0, 0.2, 1]], dtype=dtype))
-
-
-def test_take_keeps_images_and_labels_together():
-    part = load("digits").test
-    index = torch.tensor([7, 0, 3])
-    assert split_rows(part.take(index)) == [split_rows(part)[i] for i in (7, 0, 3)]
-    assert len(part.take(slice(5))) == 5
-
-
 # ---------------------------------------------------------------------------- where the files are
 
 
@@ -123,12 +97,6 @@ def test_the_data_folder_is_the_argument_or_the_variable_or_the_projects(monkeyp
     monkeypatch.delenv("MOE_DATA_DIR")
     assert data_dir() == ROOT / "data"
     assert data_dir("~/images") == (Path.home() / "images").resolve()
-
-
-def test_the_variable_is_used_by_load(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOE_DATA_DIR", str(tmp_path / "here"))
-    with pytest.raises(DataError, match="here"):
-        load("mnist")
 
 
 # ----------------------------------------------------------------------------------------- errors
@@ -149,12 +117,6 @@ def test_missing_files_without_a_network(name, tmp_path):
     message = str(caught.value)
     for wanted in (name, str(tmp_path), "MOE_DATA_DIR", "make data", "no network in tests"):
         assert wanted in message
-
-
-def test_a_data_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(DataError, match="file"):
-        load("mnist", root=tmp_path / "file")
 
 
 def idx(shape, payload):
@@ -184,7 +146,6 @@ class FakeFashion:
             datasets.PUBLISHED["fashion_mnist"],
             train={k: v for k, v in found.items() if k.startswith("train")},
             test={k: v for k, v in found.items() if k.startswith("t10k")},
-            num_train=self.num_train,
         )
         self.monkeypatch.setitem(datasets.PUBLISHED, "fashion_mnist", info)
         for name, content in self.content.items():
@@ -240,38 +201,6 @@ def test_a_damaged_file_is_named_with_the_remedy(name, damage, fashion, tmp_path
     load("fashion_mnist", root=tmp_path)  # the remedy works in the same process
 
 
-def test_a_pipe_in_place_of_a_file(fashion, tmp_path):
-    path = fashion.folder / "train-images-idx3-ubyte"
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(DataError, match="damaged"):
-        load("fashion_mnist", root=tmp_path)
-
-
-def test_a_files_hash_is_computed_once(fashion, tmp_path, monkeypatch):
-    load("fashion_mnist", root=tmp_path)
-    datasets._splits.cache_clear()
-    monkeypatch.setattr(hashlib, "file_digest", None)  # a second look would call it
-    load("fashion_mnist", root=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("t10k-labels-idx1-ubyte", idx((10_000,), bytes(9_999) + b"\xc8"), "labels from 0 to 200 instead"),
-        ("t10k-labels-idx1-ubyte", idx((10_000,), bytes(10_000)), "labels from 0 to 0 instead of 0 to 9"),
-        ("train-images-idx3-ubyte", idx((40, 14, 56), bytes(40 * 784)), r"\[40, 1, 14, 56\]"),
-        ("train-labels-idx1-ubyte", idx((39,), bytes(39)), "39 labels instead"),
-    ],
-    ids=["label of 200", "one class", "shape", "number"],
-)
-def test_shapes_and_labels_are_checked_even_of_a_file_that_is_known(name, content, said, fashion, tmp_path):
-    fashion.content[name] = content
-    fashion.publish()
-    with pytest.raises(DataError, match=said):
-        load("fashion_mnist", root=tmp_path)
-
-
 def test_files_of_cifar_are_read_as_torchvision_does(tmp_path, monkeypatch):
     """The five batches in order, planes of colour first."""
     folder = tmp_path / "cifar-10-batches-py"
@@ -287,7 +216,6 @@ def test_files_of_cifar_are_read_as_torchvision_does(tmp_path, monkeypatch):
         info,
         train={name: digests[name] for name in info.train},
         test={name: digests[name] for name in info.test},
-        num_train=20,
     )
     monkeypatch.setitem(datasets.PUBLISHED, "cifar10", info)
     monkeypatch.setattr(cifar, "check_integrity", lambda *arguments: True)
@@ -297,13 +225,6 @@ def test_files_of_cifar_are_read_as_torchvision_does(tmp_path, monkeypatch):
         peer = cifar.CIFAR10(str(tmp_path), train=train)
         assert torch.equal(images_NCHW, torch.from_numpy(peer.data).permute(0, 3, 1, 2))
         assert labels_N.tolist() == peer.targets
-
-
-def test_a_relative_data_folder_is_below_the_project(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOE_DATA_DIR", "build/../data")
-    for folder in (ROOT, ROOT / "notebooks", tmp_path):
-        monkeypatch.chdir(folder)
-        assert data_dir() == ROOT / "data"
 
 
 # ------------------------------------------------------------------------------------- real files

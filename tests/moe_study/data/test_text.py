@@ -7,10 +7,7 @@ file:// URL.
 import codecs
 import hashlib
 import importlib.metadata
-import inspect
 import os
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 from itertools import pairwise
@@ -25,7 +22,7 @@ from moe_study import study
 from moe_study.data import ROOT, DataError, text
 from moe_study.data.text import CORPORA, STOPWORDS, Text, head, load, swap_words
 
-PUBLISHED = [name for name, info in CORPORA.items() if info.sources]
+PUBLISHED = [name for name, info in CORPORA.items() if info.files]
 PROSE = """The quick brown fox jumps over the lazy dog , and 42 dogs <unk> .
  = Senjō no Valkyria =\x20
 
@@ -46,23 +43,16 @@ def servers(tmp_path, monkeypatch):
     """The downloaded corpus in small, behind file:// URLs with checksums to match."""
     server = tmp_path / "server"
     server.mkdir()
-    files = {path: f"{path}\nsecond line\n".encode() * 15 for path in text.SHA256}
-
-    def fake(source):
-        file = server / Path(source.url).name
-        if file.suffix == ".zip":
-            with zipfile.ZipFile(file, "w") as archive:
-                for path in source.paths:
-                    archive.writestr(path, files[path])
-        else:
-            file.write_bytes(files[source.paths[0]])
-        return replace(source, url=file.as_uri())
-
-    for name, info in text.CORPORA.items():
-        fakes = tuple(fake(source) for source in info.sources)
-        monkeypatch.setitem(text.CORPORA, name, replace(info, sources=fakes))
-    sha256 = {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
-    monkeypatch.setattr(text, "SHA256", sha256)
+    files: dict[str, bytes] = {}
+    for name in PUBLISHED:
+        own = {path: f"{path}\nsecond line\n".encode() * 15 for path in CORPORA[name].files}
+        with zipfile.ZipFile(server / f"{name}.zip", "w") as archive:
+            for path, content in own.items():
+                archive.writestr(path, content)
+        sha256 = {path: hashlib.sha256(content).hexdigest() for path, content in own.items()}
+        fake = replace(CORPORA[name], archive=(server / f"{name}.zip").as_uri(), files=sha256)
+        monkeypatch.setitem(text.CORPORA, name, fake)
+        files |= own
     return files
 
 
@@ -97,26 +87,6 @@ def test_the_embedded_corpus_is_the_known_one_for_the_locked_version():
         assert hashlib.sha256(text._docs().encode()).hexdigest() == DOCS_SHA256[version]
 
 
-@pytest.mark.slow
-def test_the_embedded_corpus_is_the_same_in_another_process_and_imports_nothing():
-    program = (
-        "import hashlib, sys; from moe_study.data import text; raw = text._docs(); "
-        "print('sklearn' in sys.modules, hashlib.sha256(raw.encode()).hexdigest())"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", hashlib.sha256(text._docs().encode()).hexdigest()]
-
-
-def test_docstrings_are_those_that_python_sees():
-    source = '"""Module.\n\n  indented\n"""\nclass A:\n    """A.\n\n    Text\n        code\n    """\n'
-    source += "class B:\n    pass\n"
-    scope = {}
-    exec(source, scope)
-    found = [docstring.strip() for docstring in text._docstrings(source)]
-    assert found == ["Module.\n\n  indented", inspect.getdoc(scope["A"])]
-    assert found[1] == "A.\n\nText\n    code"
-
-
 # ---------------------------------------------------------------------------------- tokens and splits
 
 
@@ -133,12 +103,6 @@ def test_a_file_is_split_in_order_and_nothing_is_lost(prose):
         assert len(part) == len(part.raw.encode())
 
 
-def test_bytes_round_trip(prose):
-    corpus = load(prose)
-    for part in (corpus.train, corpus.validation, corpus.test):
-        assert bytes(part.tokens_N.tolist()).decode() == part.raw
-
-
 def test_a_text_of_one_line_is_split_between_words(tmp_path):
     raw = " ".join(f"word{i}" for i in range(300))
     (tmp_path / "line.txt").write_text(raw)
@@ -146,11 +110,6 @@ def test_a_text_of_one_line_is_split_between_words(tmp_path):
     parts = [corpus.train.raw, corpus.validation.raw, corpus.test.raw]
     assert "".join(parts) == raw
     assert [word for part in parts for word in part.split()] == raw.split()
-
-
-def test_tokens_go_to_the_device(prose):
-    corpus = load(prose, device="meta")
-    assert {part.tokens_N.device.type for part in (corpus.train, corpus.validation, corpus.test)} == {"meta"}
 
 
 # ------------------------------------------------------------------------------------- names and paths
@@ -244,7 +203,7 @@ def test_results_of_a_text_stay_in_the_study_and_apart(tmp_path, monkeypatch):
 def test_a_corpus_is_fetched_once(name, servers, tmp_path, monkeypatch):
     root = tmp_path / "data"
     first = load(name, root=root)
-    raws = [servers[path].decode() for path in text._paths(name)]
+    raws = [servers[path].decode() for path in text.CORPORA[name].files]
     parts = [first.train.raw, first.validation.raw, first.test.raw]
     assert parts == raws
     assert not list(root.rglob("*.partial"))
@@ -256,16 +215,6 @@ def test_a_corpus_is_fetched_once(name, servers, tmp_path, monkeypatch):
     assert load(name, root=root).test.raw == first.test.raw
 
 
-def test_only_what_is_missing_is_fetched(servers, tmp_path):
-    load("wikitext2", root=tmp_path)
-    kept, gone = tmp_path / "wikitext-2/wiki.train.tokens", tmp_path / "wikitext-2/wiki.test.tokens"
-    before = kept.stat().st_mtime_ns
-    gone.unlink()
-    load("wikitext2", root=tmp_path)
-    assert kept.stat().st_mtime_ns == before
-    assert gone.read_bytes() == servers["wikitext-2/wiki.test.tokens"]
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_missing_files_without_a_network(name, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
@@ -275,7 +224,7 @@ def test_missing_files_without_a_network(name, tmp_path, monkeypatch):
     monkeypatch.setenv("MOE_DATA_DIR", str(tmp_path / "folder"))
     with pytest.raises(DataError) as caught:
         load(name)
-    paths = text._paths(name)
+    paths = text.CORPORA[name].files
     for wanted in (name, str(tmp_path / "folder"), "MOE_DATA_DIR", "no network in tests", *paths):
         assert wanted in str(caught.value)
 
@@ -283,32 +232,12 @@ def test_missing_files_without_a_network(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_damaged_file_is_named(name, servers, tmp_path):
     load(name, root=tmp_path)
-    for path in text._paths(name):
+    for path in text.CORPORA[name].files:
         original = (tmp_path / path).read_bytes()
         (tmp_path / path).write_bytes(original[:-1])
         with pytest.raises(DataError, match=f"{path} is damaged.*delete"):
             load(name, root=tmp_path)
         (tmp_path / path).write_bytes(original)
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_another_file_from_the_server_is_refused(name, servers, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "SHA256", dict.fromkeys(text.SHA256, "0" * 64))
-    with pytest.raises(DataError, match="delivered"):
-        load(name, root=tmp_path / "data")
-    assert not any(path.is_file() for path in (tmp_path / "data").rglob("*/*"))
-
-
-def test_a_page_in_place_of_an_archive(servers, tmp_path):
-    (tmp_path / "server" / "wikitext-2-v1.zip").write_text("<html>moved</html>")
-    with pytest.raises(DataError, match="BadZipFile"):
-        load("wikitext2", root=tmp_path / "data")
-
-
-def test_a_data_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(DataError, match="file"):
-        load("wikitext2", root=tmp_path / "file")
 
 
 # ------------------------------------------------------------------------------------------ word swap

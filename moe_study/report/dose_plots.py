@@ -1,0 +1,82 @@
+"""Figures of the dose-response studies. See `plots`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from moe_study.configs.dose import Panel
+from moe_study.report import tables
+from moe_study.report.plots import captioned, hide_from, new_figure, note
+
+BETTER = {"accuracy": 1, "cross-entropy": -1, "validation area": -1}  # of the others neither way is
+# Pale enough for black text: orange better, purple worse; where neither way is better, more or less.
+DOSE_COLOURS = ListedColormap(mpl.colormaps["PuOr_r"](np.linspace(0.19, 0.81, 255)))
+
+
+def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Figure:
+    """Each measure's difference from the control over a grid of doses, with its 95 % t interval below it;
+    framed where that excludes 0. Colour is the difference itself. Rows and columns without any number are
+    left out."""
+    columns_of = tables.COLUMNS | tables.LANGUAGE_COLUMNS
+    (down, rows), (across, heads) = panel.labels
+    effects = {name: tables.dose_effects(runs, panel, name) for name in names}
+    filled = [at for found in effects.values() for at, one in found.items() if one is not None]
+    if not filled:
+        return note("no dose yet that two seeds share with its control")
+    lines = sorted({row for row, _ in filled})
+    columns = sorted({at for _, at in filled}, key=lambda at: (not _is_number(heads[at]), at))
+    wide = 2 if len(names) > 1 else 1
+    tall = -(-len(names) // wide)
+    size = (wide * (max(1.15 * len(columns), 1.9) + 0.6) + 0.5, tall * (0.46 * len(lines) + 0.65) + 0.3)
+    figure, axes = new_figure(*size, tall, wide, sharex=True, sharey=True)
+    for axis, name in zip(axes.flat, names, strict=False):
+        column = columns_of[name]
+        decimals = column.decimals if column.unit == "points" else 3
+        sign = BETTER.get(name, 1)
+        colours = np.full((len(lines), len(columns)), np.nan)
+        for y, x in np.ndindex(colours.shape):
+            found = effects[name][lines[y], columns[x]]
+            if found is None:
+                axis.text(x, y, "-", ha="center", va="center")
+                continue
+            colours[y, x] = sign * found.difference
+            difference, low, high = (
+                f"{tables.rounded(column.scale * value, decimals):+.{decimals}f}"
+                for value in (found.difference, found.low, found.high)
+            )
+            axis.text(x, y - 0.16, difference, ha="center", va="center")
+            axis.text(x, y + 0.24, f"[{low}, {high}]", ha="center", va="center", fontsize=8)
+            if found.low > 0 or found.high < 0:
+                axis.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, fill=False, ec="black", lw=1.5))
+        known = np.abs(colours[np.isfinite(colours)])
+        reach = max(known.max(initial=0.0), np.finfo(float).tiny)
+        axis.imshow(colours, cmap=DOSE_COLOURS, vmin=-reach, vmax=reach, aspect="auto")
+        better = "orange: better" if name in BETTER else "orange: more"
+        axis.set_title(f"{column.title(name)}, {better}", fontsize=10)
+        axis.set_xticks(range(len(columns)), [heads[at] for at in columns])
+        axis.set_yticks(range(len(lines)), [rows[at] for at in lines])
+        axis.spines[:].set_visible(False)
+    hide_from(axes, len(names))
+    for axis in axes[-1]:
+        axis.set_xlabel(across)
+    figure.supylabel(down)
+    counts = sorted({one.seeds for found in effects.values() for one in found.values() if one is not None})
+    seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    return captioned(
+        figure,
+        f"{panel.title.capitalize()}: difference from the control without the remedy, below it the 95 % t "
+        "interval; framed where that excludes 0. Orange is better, purple worse (where neither way is "
+        "better: more and less), the deeper the larger. Look for a slope or a block, since one cell in "
+        f"twenty is framed by chance. {seeds} paired seeds a cell.",
+    )
+
+
+def _is_number(label: str) -> bool:
+    return label.replace(".", "").isdigit()

@@ -1,0 +1,234 @@
+"""Figures of the SNNL study: codes, gates, likeness of experts, collapse. See `plots`.
+
+Shapes: S seeds, E epochs (of gates: experts), C classes, N images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from moe_lib import metrics
+from moe_study.collapse import collapse, trajectory
+from moe_study.data import DATASETS
+from moe_study.report.plots import (
+    PALETTE,
+    STYLE,
+    arm_style,
+    arms_of,
+    captioned,
+    legend,
+    matched,
+    mean_and_range,
+    median_run,
+    new_figure,
+    seeds_in_words,
+    write_values,
+)
+from moe_study.report.tables import Result, look_up
+
+
+def tsne_panels(results: Sequence[Result]) -> Figure:
+    """Test codes before and after training, arm by arm, coloured by class: the ten with most images, where
+    there are more. A second row is coloured by expert where the results hold it. Before training they are
+    drawn once where all arms start from the same."""
+    shown = {a: g[0] for a, g in arms_of([r for r in results if "tsne" in r]).items()}
+    run = next(iter(shown.values()))["run"]
+    panels = [  # title, coordinates, labels, experts where they are to be drawn
+        (f"{arm}, {moment} training", points[moment], points["labels"], experts)
+        for arm, points in ((arm, result["tsne"]) for arm, result in shown.items())
+        for moment, experts in (("before", None), ("after", points.get("experts")))
+    ]
+    wide = 2
+    if all(start == panels[0][1] for _, start, *_ in panels[::2]):
+        panels = [("before training", *panels[0][1:]), *panels[1::2]]
+        wide = min(len(panels), 3)
+    rows, each = -(-len(panels) // wide), 1 + any(experts is not None for *_, experts in panels)
+    figure, axes = new_figure(3.1 * wide, 2.9 * rows * each + 0.6, rows * each, wide)
+    classes, counts = np.unique(np.concatenate([labels for *_, labels, _ in panels]), return_counts=True)
+    chosen = np.sort(classes[np.argsort(-counts, kind="stable")[:10]])
+    info = DATASETS[run["dataset"]]
+    names = info.classes or [f"class {c}" for c in range(max(classes) + 1)]
+    by_class = dict(zip(chosen, sns.color_palette("colorblind", 10), strict=False))
+    for at, (title, coordinates, labels, experts) in enumerate(panels):
+        row, column = divmod(at, wide)
+        xy_N2 = np.array(coordinates)
+        _points(axes[row * each, column], title, xy_N2, np.array(labels), by_class, names)
+        if experts is not None:
+            by_expert = {e: PALETTE[e % len(PALETTE)] for e in np.unique(experts)}
+            _points(axes[row * each + 1, column], "the same, by expert", xy_N2, np.array(experts), by_expert)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.set_aspect("equal", adjustable="datalim")
+        axis.set_visible(axis.has_data())
+    legend(figure, axes[0, 0], 5, markerscale=2.5, handletextpad=0.2)
+    some = (
+        f"; the ten classes with most images, of {len(info.classes or classes)}" if len(classes) > 10 else ""
+    )
+    return captioned(
+        figure,
+        f"The extractor's code of {len(panels[0][2])} test images as t-SNE sees it (seed "
+        f"{run['seed']}{some}). Look whether classes form groups of one colour. Distances between groups "
+        "mean little, and the axes have no unit.",
+    )
+
+
+def _points(
+    axis: Any,
+    title: str,
+    xy_N2: np.ndarray,
+    kind_N: np.ndarray,
+    colours: Mapping[int, Any],
+    names: Any = None,
+) -> None:
+    """Points of each kind in its colour."""
+    axis.set(title=title)
+    for kind, colour in colours.items():
+        own = xy_N2[kind_N == kind].T
+        axis.plot(*own, "o", color=colour, ms=2.6, mew=0, alpha=0.8, label=names and names[kind])
+
+
+def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
+    """Mean gate of each class: the seed of median effective experts large, all seeds small below it. Experts
+    are matched to those of the first arm (Hungarian method), and a row is the same class everywhere."""
+    shown = arms_of(results, arms)
+    first = next(iter(shown))
+    gates_CE = _gates(median_run(shown[first]))
+    gates_CE = gates_CE[:, np.argsort(-gates_CE.sum(0), kind="stable")]
+    order = np.lexsort((-gates_CE.max(1), gates_CE.argmax(1)))
+    few = len(order) <= 20
+    small = 5
+    lines = max(-(-len(group) // small) for group in shown.values())
+    figure = Figure(figsize=(4.6 * len(shown) + 0.6, 4.2 + 0.95 * lines), layout="constrained")
+    with mpl.rc_context(STYLE | {"axes.titleweight": "normal", "axes.titlesize": 10}):
+        parts = figure.subfigures(1, len(shown), squeeze=False)[0]
+        large = [
+            part.add_subplot(part.add_gridspec(1 + lines, small, height_ratios=[3.6, *[0.9] * lines])[0, :])
+            for part in parts
+        ]
+        picture: Any = None
+        for part, axis, (arm, group) in zip(parts, large, shown.items(), strict=True):
+            grid = axis.get_subplotspec().get_gridspec()
+            middle = median_run(group)
+            matched_CE = matched(_gates(middle), gates_CE)[order]
+            picture = axis.imshow(matched_CE, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+            effective = look_up(middle, "routing.load.effective_experts")
+            axis.set(
+                title=f"{arm}, seed {middle['run']['seed']}: {effective:.2f} effective experts",
+                xlabel="expert",
+            )
+            axis.set_xticks(range(matched_CE.shape[1]), range(1, matched_CE.shape[1] + 1))
+            if few and matched_CE.shape[1] <= 8:
+                write_values(axis, matched_CE, high_is_bright=True)
+            names = DATASETS[group[0]["run"]["dataset"]].classes or [""] * len(order)
+            labels = [f"{c} {names[c]}".strip() for c in order] if few else []
+            axis.set_yticks(range(len(labels)), labels if axis is large[0] else [""] * len(labels))
+            for at, result in enumerate(group):
+                tile = part.add_subplot(grid[1 + at // small, at % small])
+                tile.imshow(
+                    matched(_gates(result), gates_CE)[order], cmap="viridis", vmin=0, vmax=1, aspect="auto"
+                )
+                tile.set(xticks=[], yticks=[])
+                tile.set_title(
+                    f"{look_up(result, 'routing.load.effective_experts'):.1f}",
+                    fontsize=8,
+                    fontweight="normal",
+                    pad=2,
+                )
+        large[0].set_ylabel(f"class, by {first}'s preferred expert" if few else f"{len(order)} classes")
+        figure.colorbar(picture, ax=large[-1], label="mean gate probability", shrink=0.8)
+    return captioned(
+        figure,
+        "Who serves which class: the mean gate of each class (row) over the experts (columns). Rows that "
+        "differ: the gate tells classes apart; one bright column: routing collapse. Large, the seed of "
+        "median effective experts; small, every seed with its effective experts "
+        f"({seeds_in_words([r for g in shown.values() for r in g])}). Experts are matched between pictures.",
+    )
+
+
+def _gates(result: Result) -> np.ndarray:
+    return np.array(result["routing"]["class_expert"], dtype=float)
+
+
+def similarity_with_nulls(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
+    """Each similarity of experts: trained together, before training, and trained alone (the null)."""
+    panels = (
+        ("weights", "mean |cosine| of weights"),
+        ("weights_aligned", "the same, units aligned"),
+        ("outputs", "cosine of centred logits"),
+        ("cka", "linear CKA of logits"),
+    )
+    sources = (
+        ("similarity", "trained together", "o", True),
+        ("null.similarity", "null: trained alone", "D", False),
+        ("initial.similarity", "before training", "|", False),
+    )
+    grouped = arms_of(results, arms)
+    figure, axes = new_figure(9.8, 3.0, 1, 4)
+    for axis, (key, title) in zip(axes[0], panels, strict=True):
+        for row, (arm, group) in enumerate(grouped.items()):
+            for offset, (source, label, marker, filled) in enumerate(sources):
+                values = [v for r in group if (v := look_up(r, f"{source}.{key}")) is not None]
+                height = row + 0.22 * (offset - 1)
+                axis.plot(
+                    values, [height] * len(values), marker, color=arm_style(arm)[0], alpha=0.75,
+                    markersize=7 if marker == "|" else 5, mfc=None if filled else "none",
+                    ls="none", label=label if row == 0 else None,
+                )  # fmt: skip
+        if key == "weights":
+            floor = metrics.similarity_floor(results[0]["expert_parameters"])
+            axis.axvline(floor, color="#555555", ls=":", lw=1.2, label="floor: random vectors")
+        axis.set_yticks(range(len(grouped)), list(grouped) if key == "weights" else [])
+        axis.set(title=title, ylim=(len(grouped) - 0.4, -0.6))
+        axis.grid(axis="x", alpha=0.3)
+    for handle in legend(figure, axes[0, 0]).get_lines():
+        handle.set_color("#333333")
+    return captioned(
+        figure,
+        "How alike are the experts? Each dot a run. Trained together (filled) should lie left of trained "
+        "alone (hollow diamonds, the null) if the mixture makes them different; ticks are before training.",
+    )
+
+
+def collapse_panel(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
+    """Routing and representational collapse over training (mean, and range over seeds), and all three kinds
+    of the selected model beside their nulls, seed by seed. 0: specialists; 1: one expert would do."""
+    kinds = ("routing", "representational", "functional")
+    figure, axes = new_figure(9.8, 3.2, 1, 3)
+    grouped = arms_of(results, arms)
+    for row, (arm, group) in enumerate(grouped.items()):
+        colour, marker = arm_style(arm)
+        for axis, kind in zip(axes[0], kinds[:2], strict=False):
+            mean_and_range(axis, arm, [trajectory(r)[kind] for r in group])
+        for place, kind in enumerate(kinds):
+            degrees = [getattr(collapse(r), kind) for r in group]
+            height = place + (row - (len(grouped) - 1) / 2) * 0.34
+            values, nulls = np.array(degrees).T
+            heights = np.full(len(degrees), height)
+            axes[0, 2].plot(values, heights, marker, color=colour, alpha=0.5, ms=5, mew=0)
+            axes[0, 2].plot(nulls, heights + 0.12, "|", color="#333333", alpha=0.6, ms=6)
+    for axis, kind in zip(axes[0], kinds[:2], strict=False):
+        axis.set(title=f"{kind}, validation", xlabel="epoch", ylabel="degree of collapse", ylim=(-0.03, 1.03))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 2].set_yticks(range(3), kinds)
+    axes[0, 2].set(
+        title="end of training, test", xlabel="degree of collapse", xlim=(-0.03, 1.03), ylim=(2.6, -0.6)
+    )
+    axes[0, 2].grid(axis="x", alpha=0.3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles.append(Line2D([], [], color="#333333", marker="|", ls="none"))
+    figure.legend(
+        handles, [*labels, "null of a seed"], loc="outside lower center", frameon=False, ncols=len(handles)
+    )
+    return captioned(
+        figure,
+        "How collapsed? 0: specialists; 1: one expert would do. Left and middle: over training, mean and "
+        "range over seeds. Right: each seed a dot at the end, beside the tick of its null; a dot no further "
+        f"right than its tick shows no collapse. {seeds_in_words([r for g in grouped.values() for r in g])}.",
+    )

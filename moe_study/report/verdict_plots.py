@@ -1,0 +1,195 @@
+"""Figures of the verdicts, and of which measure sees which planted fault. See `plots`.
+
+Shapes: S seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from moe_study import stats
+from moe_study.report.plots import DATASET_TITLES, PALETTE, captioned, new_figure
+from moe_study.trust import TRUTH
+from moe_study.verdicts import Verdict
+
+WORD_COLOURS = {
+    "supported": PALETTE[4],
+    "contradicted": PALETTE[1],
+    "smaller than claimed": PALETTE[3],
+    "undecided": PALETTE[2],
+    "not testable here": "#8a8a8a",
+    "pilot": "#8a8a8a",
+}
+
+
+def verdict_grid(grid: dict[str, Any]) -> Figure:
+    """`report.verdicts.grid` as a picture: claim x data set, a colour per word, difference and interval."""
+    lines = [
+        (row, units)
+        for section in grid["sections"]
+        for row in (section["title"], *section["rows"])
+        for units in [1 if isinstance(row, str) else max(map(len, row["cells"]))]
+    ]
+    datasets = grid["datasets"]
+    left, wide, unit = 4.2, 1.5, 0.2
+    width, height = left + wide * len(datasets), unit * (sum(n for _, n in lines) + 2.4)
+    figure = Figure(figsize=(width, height))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlim=(0, width), ylim=(height, 0))
+    axis.set_axis_off()
+    for at, name in enumerate(datasets):
+        axis.text(left + wide * at, unit / 2, name, fontsize=8, fontweight="bold", va="center")
+    y = 1.1 * unit
+    for row, units in lines:
+        if isinstance(row, str):
+            axis.text(0.05, y + unit / 2, row, fontsize=8, fontweight="bold", va="center")
+        else:
+            label = f"{row['claim']} ({row['measure']})" if row["measure"] else row["claim"]
+            axis.text(0.05, y + unit / 2, label, fontsize=7, va="center")
+            if row["contrast"]:
+                axis.text(
+                    left - 0.08,
+                    y + unit / 2,
+                    row["contrast"],
+                    fontsize=5.5,
+                    va="center",
+                    ha="right",
+                    color="#555555",
+                )
+            for at, cell in enumerate(row["cells"]):
+                for line, one in enumerate(cell):
+                    x, top = left + wide * at, y + line * unit
+                    colour = WORD_COLOURS[one["word"]]
+                    axis.add_patch(Rectangle((x, top + 0.01), wide - 0.05, unit - 0.02, fc=colour, alpha=0.3))
+                    text = f"{one['mark']} {one['difference']} {one['interval']}"
+                    axis.text(x + 0.04, top + unit / 2, text, fontsize=6.5, va="center")
+        y += unit * units
+    x = 0.05
+    for word, mark, _ in grid["legend"]:
+        axis.add_patch(Rectangle((x, y + 0.06), 0.12, 0.12, fc=WORD_COLOURS[word], alpha=0.3))
+        axis.text(x + 0.16, y + 0.13, f"{mark} {word}", fontsize=7, va="center")
+        x += 0.45 + 0.066 * len(word)
+    return captioned(
+        figure,
+        "Every claim (row) on every data set (column): a colour per verdict, mean difference and 95 % "
+        "interval. What is subtracted stands beside the claims.",
+    )
+
+
+def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
+    """Every claim against its controls, grouped by paper, in units of the difference that counts: the
+    published one, or the declared margin. 0 is no difference, 1 the claimed one. Thick: 90 %; thin: 95 %."""
+    sources = list(dict.fromkeys(v.claim.source for v in verdicts))
+    rows = [  # a heading, then its verdicts
+        row for source in sources for row in (source, *(v for v in verdicts if v.claim.source == source))
+    ]
+    figure, axes = new_figure(9.8, 0.27 * len(rows) + 1.5)
+    axis = axes[0, 0]
+    axis.axvline(0, color="#333333", lw=1)
+    axis.axvline(1, color="#333333", lw=1, ls="--")
+    names = []
+    reach = 3.0
+    for at, row in enumerate(rows):
+        if isinstance(row, str):
+            names.append(row.upper())
+            continue
+        claim = row.claim
+        names.append(f"{claim.wording}, {DATASET_TITLES[row.dataset]}: {claim.treatment} - {row.control}")
+        same = [v for v in verdicts if (v.claim.key, v.dataset) == (claim.key, row.dataset)]
+        reach = max(reach, _forest_row(axis, at, row, row is min(same, key=_in_favour)))
+    axis.set_yticks(range(len(rows)), names)
+    for row, label in zip(rows, axis.get_yticklabels(), strict=True):
+        label.set_fontsize(9)
+        label.set_fontweight("bold" if isinstance(row, str) else "normal")
+    axis.set_xscale("symlog", linthresh=2, linscale=0.9)
+    shown = [x for x in (-100, -30, -10, -5, -2, -1, 0, 1, 2, 5, 10, 30, 100) if abs(x) <= 1.3 * reach]
+    axis.set_xticks(shown, [f"{x:g}" for x in shown])
+    axis.minorticks_off()
+    axis.set(xlim=(-1.4 * reach, 1.9 * reach), ylim=(len(rows) - 0.4, -0.6))
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_xlabel("← against the claim     in units of the difference that counts     as claimed →")
+    return captioned(
+        figure,
+        "Each verdict as a difference in units of the one that counts (dashed line at 1: the published "
+        "difference, or the declared margin). Right of 0 is the claimed direction. Thick bars are 90 %, thin "
+        "ones 95 % intervals, at their right end the paired seeds; hollow dots are pilots. Only the deciding "
+        "contrast carries the word. The axis is linear up to 2 and logarithmic beyond.",
+    )
+
+
+def _forest_row(axis: Any, at: int, verdict: Verdict, decides: bool) -> float:
+    """One verdict's intervals, mean and seeds, and its word if it decides; the largest value drawn."""
+    colour, beside = WORD_COLOURS[verdict.word], axis.get_yaxis_transform()
+    if decides:
+        axis.text(1.02, at, verdict.word, color=colour, va="center", fontsize=9, transform=beside)
+    if verdict.comparison is None:
+        return 0.0
+    signed_S = verdict.parts[0].signed_S / verdict.margin
+    for level, width in ((0.95, 1.4), (0.90, 4.0)):
+        axis.plot(stats.t_interval(signed_S, level), [at] * 2, color=colour, lw=width, solid_capstyle="butt")
+    filled = colour if verdict.word != "pilot" else "white"
+    axis.plot(signed_S.mean(), at, "o", color=colour, mfc=filled, markersize=6)
+    count = {"ha": "right", "va": "center", "fontsize": 8, "color": "#555555", "transform": beside}
+    axis.text(1.0, at, f"{len(signed_S)}", **count)
+    return float(np.abs(stats.t_interval(signed_S, 0.95)).max())
+
+
+def _in_favour(verdict: Verdict) -> float:
+    """How far the claimed direction is reached, in margins; without pairs not at all."""
+    signed_S = verdict.parts[0].signed_S
+    return float(signed_S.mean() / verdict.margin) if len(signed_S) else -np.inf
+
+
+FAULT_TITLES = {  # of the ladders of `trust`
+    "noise": "gates exchanged",
+    "collapse": "sent to one expert",
+    "blind": "gate goes blind",
+    "split": "needless experts",
+    "alike": "experts alike",
+    "overlap": "groups overlap",
+    "noise, crossed": "exchanged, classes unrelated",
+}
+SIGHT = (  # at least this score: mark, meaning, colour, text colour
+    (0.9, "✓", "sees it", PALETTE[2], "white"),
+    (0.3, "~", "in part", "#9CC7E4", "black"),
+    (-0.3, "–", "blind", "#EDEDED", "#555555"),
+    (-np.inf, "✗", "wrong sign: calls it better", PALETTE[1], "white"),
+)
+
+
+def trust_grid(scores: pd.DataFrame) -> Figure:
+    """Which measure sees which planted fault: `trust.signed_scores`, the measures that see most on top, the
+    truth below them."""
+    marks = scores[list(FAULT_TITLES)].map(lambda score: next(s for s in SIGHT if score >= s[0]))
+    seen = marks.map(lambda mark: {"✓": 1, "~": 0.5, "–": 0, "✗": -1}[mark[1]]).sum(axis=1)
+    seen[TRUTH] = -np.inf
+    marks = marks.loc[seen.sort_values(ascending=False, kind="stable").index]
+    figure, axes = new_figure(5.0, 0.31 * len(marks) + 2.2)
+    axis = axes[0, 0]
+    for y, row in enumerate(marks.to_numpy()):
+        for x, (_, mark, _, colour, ink) in enumerate(row):
+            axis.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, color=colour, lw=0))
+            axis.text(x, y, mark, color=ink, ha="center", va="center", fontsize=12)
+    axis.set_xticks(range(len(FAULT_TITLES)), list(FAULT_TITLES.values()), rotation=50, ha="left", fontsize=9)
+    axis.axhline(len(marks) - 1.5, color="#333333", lw=1)
+    axis.set_yticks(range(len(marks)), marks.index, fontsize=10)
+    axis.set(xlim=(-0.5, len(FAULT_TITLES) - 0.5), ylim=(len(marks) - 0.5, -0.5))
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    handles = [Patch(color=colour, label=f"{mark} {meaning}") for _, mark, meaning, colour, _ in SIGHT]
+    figure.legend(
+        handles=handles, loc="outside lower center", frameon=False, ncols=2, fontsize=9, handlelength=1
+    )
+    return captioned(
+        figure,
+        "Which measure (row) notices which planted fault (column)? Blue with a tick: it gets worse with "
+        "every step; red with a cross: it calls the fault an improvement. No measure sees all, so several "
+        "are read together. Eleven seeds.",
+    )
