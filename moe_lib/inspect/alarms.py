@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from moe_lib.inspect.panel import Layer
+from moe_lib.inspect.layer import Layer
 
 
 class Kind(NamedTuple):

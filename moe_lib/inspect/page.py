@@ -7,10 +7,9 @@ import html
 import io
 import math
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_lib.inspect.measures import ABOUT
-from moe_lib.inspect.panel import Comparison, Panel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +22,7 @@ li.alarm { color: #a33a00; font-weight: 600 } figcaption { color: #444; font-siz
 LISTED = 20  # alarms, at most
 
 
-def panel_body(panel: Panel) -> str:
+def panel_body(panel: Any) -> str:
     """The picture, the remarks and the table, without a page around them."""
     if not panel.layers:
         return f"<p>no block was read</p>{_remarks(panel)}"
@@ -38,7 +37,7 @@ def panel_body(panel: Panel) -> str:
     )
 
 
-def comparison_body(comparison: Comparison) -> str:
+def comparison_body(comparison: Any) -> str:
     caption = (
         "Each block's measures before and after, and the share of a token's experts that stayed the same."
     )
@@ -74,7 +73,7 @@ def _image(figure: Figure, caption: str) -> str:
     )
 
 
-def _remarks(panel: Panel) -> str:
+def _remarks(panel: Any) -> str:
     alarms = [f"{alarm.layer}: {alarm.what}" for alarm in panel.alarms]
     if len(alarms) > LISTED:
         alarms[LISTED:] = [f"and {len(alarms) - LISTED} more; see panel.alarms"]
@@ -89,7 +88,7 @@ def _remarks(panel: Panel) -> str:
     return f"<ul>{''.join(lines)}{''.join(f'<li>{html.escape(text)}</li>' for text in others)}</ul>"
 
 
-def _table(panel: Panel) -> str:
+def _table(panel: Any) -> str:
     """Two rows a block: values and nulls."""
     names = [name for name in ABOUT if any(not math.isnan(layer[name]) for layer in panel.layers)]
     head = "".join(f'<th scope="col" title="{_about(name)}">{html.escape(name)}</th>' for name in names)

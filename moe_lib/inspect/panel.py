@@ -15,34 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_lib.inspect.alarms import Alarm, alarms_of
+from moe_lib.inspect.layer import Layer
 from moe_lib.inspect.measures import NOTHING, Value, balance_losses, explain_balance_loss
 from moe_lib.inspect.state import BlockState
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-
-@dataclass
-class Layer:
-    """One block's numbers."""
-
-    name: str
-    family: str
-    num_experts: int
-    top_k: int
-    num_tokens: int
-    load_E: list[float]  # sums to 1
-    weight_E: list[float]  # mean weight; sums to 1
-    measures: dict[str, Value]
-    explanation: str = ""  # of the mixture check
-    notes: list[str] = field(default_factory=list)
-    class_expert: dict[str, list[float]] = field(default_factory=dict)  # share of a class's slots by expert
-    dropped_E: list[float] = field(default_factory=list)  # cost of dropping each expert, if asked for
-    state: BlockState | None = field(default=None, repr=False)
-
-    def __getitem__(self, measure: str) -> float:
-        return self.measures[measure].value
 
 
 def plain(value: Any) -> Any:

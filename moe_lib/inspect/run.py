@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from moe_lib.inspect.adapters import Adapter
 from moe_lib.inspect.block import Block
 from moe_lib.inspect.find import REMEDY, confirm, find_blocks
+from moe_lib.inspect.layer import Layer
 from moe_lib.inspect.measures import ABOUT, NOTHING, Value, expert_measures, load, routing_measures
-from moe_lib.inspect.panel import Layer, Panel
+from moe_lib.inspect.panel import Panel
 from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.state import BlockState
 from moe_lib.inspect.tamper import Costs, Loss, costs
