@@ -547,7 +547,7 @@ def test_a_confirmatory_set_is_shown_when_it_is_whole(folders):
     found = report.find_verdicts("core")
     [accuracy] = [v for v in found if v.claim.key == "snnl-accuracy"]
     assert (accuracy.study, accuracy.comparison.seeds) == ("snnl-confirm", 20)
-    assert "FashionMNIST" not in report.unfinished("core")
+    assert "snnl-confirm on FashionMNIST" not in report.unfinished("core")
 
 
 def test_confirmation_takes_the_place_of_exploration(folders):
