@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
+import re
 import select
 import sys
 import threading
@@ -25,16 +25,22 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
+def _integer(text: str) -> int:
+    if not re.fullmatch("-?[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer")
+    return int(text)
+
+
 def _seconds(text: str) -> float:
-    if not 0 <= (seconds := float(text)) < math.inf:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds of 0 or more")
-    return seconds
+    return float(text)
 
 
 def _number(text: str) -> float:
-    if not 0 < (number := float(text)) < math.inf:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?", text) or not float(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
+    return float(text)
 
 
 def _path(text: str) -> Path:
@@ -58,11 +64,11 @@ def _parser() -> argparse.ArgumentParser:
             "--arm", help="one arm alone, such as base; of several (base,snnl) all seed by seed"
         )
         command.add_argument(
-            "--workers", type=int, metavar="N", help="processes (default: one per core, eight on a GPU)"
+            "--workers", type=_integer, metavar="N", help="processes (default: one per core, eight on a GPU)"
         )
     _add_run_options(run)
-    plan.add_argument("--nodes", type=int, metavar="N", help="simulate a cluster of so many machines")
-    plan.add_argument("--gpus", type=int, metavar="N", help="workers of each machine (default: 1)")
+    plan.add_argument("--nodes", type=_integer, metavar="N", help="simulate a cluster of so many machines")
+    plan.add_argument("--gpus", type=_integer, metavar="N", help="workers of each machine (default: 1)")
     plan.add_argument("--minutes", type=_number, metavar="M", help="least length of a shard (default: 5)")
     plan.add_argument(
         "--speed", type=_number, metavar="X", help="of a worker, as a multiple of the measured machines (1)"
@@ -91,7 +97,7 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--time-limit", type=_seconds, metavar="S", help="start no epoch after S seconds")
     run.add_argument("--out", type=_path, metavar="DIR", help="results folder (default: MOE_RESULTS_DIR)")
     run.add_argument("--done", type=_path, metavar="FILE", help="write this when every run has its file")
-    run.add_argument("--follow", type=int, metavar="PID", help="end when this process ends")
+    run.add_argument("--follow", type=_integer, metavar="PID", help="end when this process ends")
 
 
 def main(argv: list[str] | None = None) -> int:

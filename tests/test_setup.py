@@ -56,6 +56,13 @@ def test_every_locked_requirement_has_one_version_and_hashes():
         assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", rest), requirement
 
 
+def test_lock_names_no_index():
+    assert "://" not in LOCK
+    assert not re.search(
+        r"^\s*(-i|-f|--index-url|--extra-index-url|--find-links|--trusted-host)\b", LOCK, re.M
+    )
+
+
 @pytest.mark.parametrize("group", ["dependencies", *LOCKED_EXTRAS])
 def test_what_the_project_asks_for_is_locked(group):
     wanted = PROJECT["dependencies"] if group == "dependencies" else LOCKED_EXTRAS[group]
@@ -93,6 +100,16 @@ def test_filter_for_another_torch_index_takes_torch_out_and_nothing_else():
         assert entries == everything[name]
 
 
+def test_torch_filter_names_both_packages_by_version():
+    """The Makefile's grep, which installs from TORCH_INDEX what the filter takes out."""
+    pattern = re.search(r"grep -oE '([^']+)'", (ROOT / "Makefile").read_text())[1]
+    found = subprocess.run(
+        ["grep", "-oE", pattern, "requirements.lock"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    pins = {str(locked(LOCK)[name][0][0]).split(";")[0].strip() for name in ("torch", "torchvision")}
+    assert set(found.split()) == pins
+
+
 # --------------------------------------------------------------------------------------- installers
 
 
@@ -121,11 +138,42 @@ def test_lock_serves_the_python_of_conda():
         assert sum(r.marker is None or r.marker.evaluate(there) for r in pins) == 1, wanted
 
 
+def test_makefile_refuses_the_same_pythons_as_the_project():
+    (low,) = re.findall(r"version_info < \((\d+), (\d+)\)", (ROOT / "Makefile").read_text())
+    assert PROJECT["requires-python"] == f">={'.'.join(low)}"
+
+
 @pytest.mark.parametrize("name", [".ci/run", "tests/notebooks.sh", "postBuild"])
 def test_scripts_can_be_run(name):
     assert os.access(ROOT / name, os.X_OK)
     shell = "bash" if "bash" in (ROOT / name).read_text().splitlines()[0] else "sh"
     subprocess.run([shell, "-n", str(ROOT / name)], check=True)
+
+
+def test_ci_runs_these_commands_and_stops_at_the_first_failure():
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    commands = [line for line in lines if line.startswith("make ")]
+    assert commands == ["make report", "make test", "make cluster || make cluster"]
+    assert "set -euo pipefail" in lines
+
+
+def test_make_test_runs_every_kind_of_check():
+    """Dry: what `make test` would call."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    printed = subprocess.run(
+        ["make", "--dry-run", "--old-file=.venv/ready", "test"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for called in ("ruff check", "ruff format --check", "mypy", "pytest", "tests/notebooks.sh"):
+        assert called in printed
+    notebooks = (ROOT / "tests" / "notebooks.sh").read_text()
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        # 40 needs an extra that is not locked; tests/moe_lib/inspect/test_notebook.py runs it if it is there.
+        assert (f"notebooks/{path.name}" in notebooks) != (path.stem == "40_your_model")
 
 
 def make(goal: str, *variables: str, **environment: str) -> subprocess.CompletedProcess:
@@ -191,6 +239,13 @@ def test_make_checks_only_what_a_goal_uses():
     """PROFILE may be anything in somebody's environment."""
     assert make("test", PROFILE="dev").returncode == 0
     assert make("clean", PROFILE="dev", CORES="many").returncode == 0
+
+
+def test_readme_names_both_commands():
+    text = (ROOT / "README.md").read_text()
+    assert "make report" in text
+    assert "make test" in text
+    assert "environment.yml" in text
 
 
 # ---------------------------------------------------------------------------------------------- git
@@ -294,7 +349,7 @@ def test_core_imports_core_and_a_bare_machine_alone():
         lazy = not name.startswith("moe_lib.inspect")  # pictures and tables import what they need when drawn
         outside = {module.split(".")[0] for module in imported(MODULES[name], lazy)} - set(PACKAGES)
         extra = outside - set(sys.stdlib_module_names) - BARE
-        optional = {"moe_study.engine": {"tqdm"}}  # if they are there
+        optional = {"moe_study.engine": {"tqdm"}, "moe_study.store": {"fastjsonschema"}}  # if they are there
         assert extra <= optional.get(name, set()), name
 
 

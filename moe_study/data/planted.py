@@ -152,7 +152,7 @@ def planted_routing(
             experts that are right then have nothing to do with classes.
 
     Raises:
-        ValueError: an unknown fault, a level outside [0, 1] or a negative overlap.
+        ValueError: an unknown fault, a level outside [0, 1], a negative overlap or an unusable count.
     """
     if fault not in get_args(Fault):
         raise ValueError(f"unknown fault {fault!r}; use {', '.join(map(repr, get_args(Fault)))}")
@@ -160,6 +160,11 @@ def planted_routing(
         raise ValueError(f"level must lie between 0 and 1, got {level}")
     if not 0 <= overlap < math.inf:
         raise ValueError(f"overlap must be finite and not negative, got {overlap}")
+    if min(num_per_group, classes_per_group) < 1 or not 1 <= num_groups <= dim:
+        raise ValueError(
+            "need at least one token and class per group and 1 <= num_groups <= dim (centres are "
+            f"orthogonal), got {num_per_group}, {classes_per_group}, {num_groups} and {dim}"
+        )
     num_classes = num_groups * classes_per_group
     draw = generator(seed, "planted routing")
     partition_N = torch.arange(num_groups).repeat_interleave(num_per_group)

@@ -333,7 +333,7 @@ def _files(name: str, root: Path) -> dict[str, bytes]:
 
 
 def _download(info: CorpusInfo, root: Path) -> None:
-    """Fetch the files that are missing; each appears whole, or not at all."""
+    """Fetch the files that are missing; each appears whole and checked, or not at all."""
     missing = [path for path in info.files if not (root / path).is_file()]
     if not missing:
         return
@@ -342,9 +342,14 @@ def _download(info: CorpusInfo, root: Path) -> None:
     with urlopen(request, timeout=TIMEOUT) as response:
         archive = zipfile.ZipFile(io.BytesIO(response.read()))
     for path in missing:
+        content = archive.read(path)
+        if (digest := hashlib.sha256(content).hexdigest()) != info.files[path]:
+            raise ValueError(
+                f"{info.archive} delivered {path} with sha256 {digest} instead of {info.files[path]}"
+            )
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         partial = root / f"{path}.partial"
-        partial.write_bytes(archive.read(path))
+        partial.write_bytes(content)
         os.replace(partial, root / path)
 
 

@@ -636,6 +636,35 @@ def test_a_value_that_is_missing_names_its_run(key, path, bad):
 # ------------------------------------------------------------------------------------------- measures
 
 
+def test_measures_of_a_disturbance_by_hand():
+    """Accuracy under corruption and attack; of each attack the stronger treatment of M counts."""
+    attack = {"clean": 0.71, "fgsm-1": {"detached": 0.5, "through": 0.4, "frozen": 0.1}}
+    attack |= {"fgsm-2": {"detached": 0.4}, "pgd-1": {"detached": 0.3}, "pgd-2": {"detached": 0.2}}
+    result = run(
+        "ac-vision", "ac", 1, "cifar10",
+        primary_endpoint=LAST,
+        history={"validation": {"cross_entropy": [2.5, 2.0, 2.0]}},
+        corruption={"clean": 0.72, "blur": [0.6, 0.5], "noise": [0.4, 0.3]},
+        attack=attack,
+        swap={
+            "0.015": {"clean": 2.1, "swapped": 2.1}, "0.025": {"clean": 2.0, "swapped": 2.1},
+            "0.05": {"clean": 2.1, "swapped": 2.3}, "0.1": {"clean": 2.2, "swapped": 2.5},
+        },
+    )  # fmt: skip
+    measured = {
+        key: claim.measure.of(result)
+        for key, claim in CLAIM.items()
+        if claim.source == "AC router" and not key.endswith("performance")
+    }
+    assert measured["ac-vision-convergence"] == measured["ac-language-convergence"]
+    assert measured["ac-vision-convergence"] == pytest.approx(6.5 / 3)
+    assert measured["ac-vision-corruption"] == pytest.approx(0.45)
+    assert measured["ac-vision-attack"] == pytest.approx((0.4 + 0.4 + 0.3 + 0.2) / 4)
+    assert measured["ac-language-swap"] == pytest.approx((2.1 + 2.1 + 2.3 + 2.5) / 4)
+    assert CLAIM["ac-language-swap"].resists.of(result) == pytest.approx((0.0 + 0.1 + 0.2 + 0.3) / 4)
+    assert CLAIM["ac-vision-corruption"].measure.of(result, "best_accuracy") is None  # measured at one alone
+
+
 def test_claims_are_well_formed():
     assert len(CLAIM) == len(claims.CLAIMS)
     for claim in claims.CLAIMS:

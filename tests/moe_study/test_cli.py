@@ -1,5 +1,6 @@
 """The command line: what it says, what it refuses, and that it needs no more than a bare machine has."""
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -8,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from moe_study import data, plan, store, study
 from moe_study.__main__ import main
-from moe_study.data import ROOT, text
+from moe_study.data import ROOT, datasets, text
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +30,19 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def python(arguments: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """A Python process that does not inherit the test's own import path."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
 # ----------------------------------------------------------------------------------------- refusals
 
 
@@ -39,11 +54,20 @@ def files(folder: Path) -> list[str]:
         ("run --profile digits --dataset svhn", "'svhn'"),
         ("run --profile digits --arm nope", "'nope'"),
         ("run --profile core --study snnl --dataset mnist --arm raw", "'raw'"),
+        ("run --profile digits --shard 3/2", "'3/2'"),
         ("run --profile digits --shard 0/2", "'0/2'"),
+        ("run --profile digits --shard half", "'half'"),
         ("run --profile digits --shard \uff11/\uff12", "'\uff11/\uff12'"),
+        ("run --profile digits --shard 1/2/3", "'1/2/3'"),
         ("run --profile digits --arm base,nope", "'nope'"),
         ("run --profile digits --workers 0", "--workers must be at least 1, got 0"),
+        ("run --profile digits --workers -3", "got -3"),
+        ("plan --profile nope", "'nope'"),
+        ("plan --profile digits --study nope", "'nope'"),
+        ("plan --profile digits --dataset svhn", "'svhn'"),
+        ("plan --profile digits --arm nope", "'nope'"),
         ("plan --profile digits --workers 0", "--workers must be at least 1, got 0"),
+        ("plan --profile digits --workers -3", "got -3"),
         ("where --profile nope", "'nope'"),
         ("data svhn", "'svhn'"),
     ],
@@ -68,9 +92,13 @@ def test_unknown_values_are_named_in_one_line(arguments, named, folders, capsys)
         ("run --profile digits --time-limit soon", "'soon'"),
         ("run --profile digits --device tpu", "'tpu'"),
         ("run --profile digits --workers 1.5", "'1.5'"),
+        ("run --profile digits --workers True", "'True'"),
+        ("run --profile digits --workers \uff12", "'\uff12'"),  # a full-width 2
         ("run --profile digits --time-limit nan", "'nan'"),
         ("run --profile digits --time-limit=-1", "'-1'"),
+        ("run --profile digits --time-limit inf", "'inf'"),
         ("run --profile digits --out=", "--out: the path is empty"),
+        ("run --profile digits --done=", "--done: the path is empty"),
         ("run --profile digits --follow me", "'me'"),
     ],
 )
@@ -82,6 +110,23 @@ def test_what_argparse_refuses(arguments, named, folders, capsys):
     assert named in line
     assert line.startswith("error: ")
     assert files(folders) == []
+
+
+@pytest.mark.parametrize("command", ["", "run", "plan", "where", "data", "readme", "trust"])
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), "--help"])
+    assert stopped.value.code == 0
+    options = capsys.readouterr().out.partition("options:")[2]
+    for line in re.findall(r"^  -.*(?:\n {10,}.*)?", options, re.M):
+        assert len(re.split(r"\s{2,}", line.strip(), maxsplit=1)) == 2, line
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"moe-collapse {importlib.metadata.version('moe-collapse')}\n"
 
 
 def test_several_arms_run_seed_by_seed():
@@ -190,7 +235,42 @@ def test_a_profile_whose_runs_are_finished_needs_no_data(folders, capsys, monkey
     assert main(["data", "--profile", "digits"]) == 0
 
 
+@pytest.mark.slow
+def test_an_unknown_profile_from_another_folder(tmp_path):
+    process = python(["-m", "moe_study", "run", "--profile", "nope"], cwd=tmp_path)
+    assert process.returncode == 1
+    assert process.stdout == ""
+    known = ", ".join(study.PROFILES)
+    assert process.stderr == f"error: unknown profile 'nope'; known: {known}\n"
+    assert files(tmp_path) == []
+
+
+def test_results_folder_that_cannot_be_made(folders, capsys):
+    (folders / "file").write_text("in the way")
+    wanted = ["--profile", "digits", "--arm", "raw", "--shard", "1/5"]
+    assert main(["run", *wanted, "--out", str(folders / "file" / "results")]) == 1
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"error: cannot write under .+\n", err)
+    assert "MOE_RESULTS_DIR" in err
+    assert files(folders) == ["file"]
+
+
 # --------------------------------------------------------------------------------------------- data
+
+
+def test_missing_data_without_a_network(folders, capsys, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    def no_network(self):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(CIFAR10, "download", no_network)
+    assert main(["data", "cifar10"]) == 1
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"error: .+\n", err)
+    for part in ("'cifar10'", str(folders / "data"), "MOE_DATA_DIR", "`make data`", "no route to host"):
+        assert part in err
+    assert [name for name in files(folders) if not name.endswith(".lock")] == []
 
 
 def test_a_run_without_its_data_fails_with_the_remedy(folders, capsys):
@@ -204,6 +284,14 @@ def test_a_run_without_its_data_fails_with_the_remedy(folders, capsys):
     for part in ("base seed 42", "'cifar10'", str(folders / "data"), "MOE_DATA_DIR", "`make data`"):
         assert part in err
     assert [name for name in files(folders) if not name.endswith("lock")] == []
+
+
+def test_data_counts_the_embedded_digits(folders, capsys):
+    assert main(["data", "digits"]) == 0
+    assert capsys.readouterr().out == (
+        f"digits: 1437 training, 360 test images\ndata folder: {folders / 'data'}\n"
+    )
+    assert files(folders) == []
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -237,6 +325,14 @@ def test_plan_says_what_is_to_come_and_starts_nothing(profile, folders, capsys):
     assert list(folders.iterdir()) == []
 
 
+def test_plan_does_not_ask_for_data_that_is_there(folders, capsys):
+    published = datasets.PUBLISHED["cifar10"]
+    for name in published.train | published.test:
+        store.write_bytes(folders / "data" / published.folder / name, b"")
+    assert main(["plan", "--profile", "core", "--dataset", "cifar10"]) == 0
+    assert "\ndownload: 0 MB (nothing), 0 MB unpacked" in capsys.readouterr().out
+
+
 def test_plan_takes_the_median_of_an_arm_and_for_others_that_of_an_epoch(folders, capsys):
     snnl = study.runs("digits", "snnl")
     base, raw = ([run for run in snnl if run.arm == arm] for arm in ("base", "raw"))
@@ -253,6 +349,37 @@ def test_plan_takes_the_median_of_an_arm_and_for_others_that_of_an_epoch(folders
     assert "\nmemory: up to 600 MB (300 MB a process)\n" in out
 
 
+def test_plan_does_not_invent_a_time(folders, capsys):
+    assert main(["plan", "--profile", "digits", "--study", "snnl", "--arm", "base"]) == 0
+    out = capsys.readouterr().out
+    (row,) = rows(out).values()
+    assert row == (0, row[1], "unknown")
+    assert f"\ntime: 0 minutes of one core and {row[1]} runs of unknown length, " in out
+
+
+def test_plan_announces_no_download_where_nothing_is_left(folders, capsys):
+    for run in study.runs("core", "snnl", "cifar10", "base"):
+        study.write(run, {"wall_seconds": 1.0, "peak_memory_mb": 300.0})
+    assert (
+        main(["plan", "--profile", "core", "--study", "snnl", "--dataset", "cifar10", "--arm", "base"]) == 0
+    )
+    assert "\ndownload: 0 MB (nothing), 0 MB unpacked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0, "0 minutes"),
+        (600, "10 minutes"),
+        (7199, "120 minutes"),
+        (7200, "2.0 hours"),
+        (520_000, "6.0 days"),
+    ],
+)
+def test_long_times_are_said_in_hours_and_days(seconds, said):
+    assert plan.duration(seconds) == said
+
+
 # ------------------------------------------------------------------------------------- where and run
 
 
@@ -260,6 +387,13 @@ def test_where_is_below_the_results_folder(folders, capsys):
     assert main(["where", "--profile", "core"]) == 0
     assert capsys.readouterr().out == f"{folders / 'results' / 'core' / 'report.html'}\n"
     assert files(folders) == []
+
+
+@pytest.mark.slow
+def test_where_does_not_depend_on_the_working_folder(tmp_path):
+    process = python(["-m", "moe_study", "where", "--profile", "digits"], cwd=tmp_path, MOE_RESULTS_DIR="")
+    assert process.stdout == f"{ROOT / 'results' / 'digits' / 'report.html'}\n"
+    assert process.returncode == 0
 
 
 def test_time_limit_zero_trains_nothing(folders, capsys):
@@ -289,3 +423,83 @@ def test_done_is_written_when_every_run_has_its_file(folders, capsys):
 
 
 # -------------------------------------------------------------------------------------- bare machine
+
+BARE = ("torch", "torchvision", "numpy", "scipy", "scikit-learn")
+STUDY_ONLY = {
+    *("pandas", "matplotlib", "seaborn", "IPython", "ipykernel", "papermill", "tqdm", "nbconvert"),
+    *("nbformat", "jupyter_client", "jupyter_core", "jupyterlab", "snakemake", "safetensors", "statsmodels"),
+}
+
+HOOK = """
+import sys
+
+BLOCKED = set({blocked!r})
+
+
+class Bare:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in BLOCKED else self.finder.find_spec(name, path, target)
+
+
+sys.meta_path[:] = [Bare(finder) for finder in sys.meta_path]
+"""
+
+
+def bare_distributions() -> set[str]:
+    """`BARE` and all that these need themselves, by canonical name."""
+    found, todo = set(), list(BARE)
+    while todo:
+        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+        if name in found:
+            continue
+        try:
+            requires = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another platform
+        found.add(name)
+        needed = [Requirement(text) for text in requires]
+        todo += [r.name for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+@pytest.mark.slow
+def test_run_needs_only_what_a_bare_machine_has(folders):
+    """Every other installed package is out of reach, of this process and of its workers."""
+    allowed = bare_distributions() | {"moe-collapse"}
+    blocked = STUDY_ONLY | {
+        module
+        for module, owners in importlib.metadata.packages_distributions().items()
+        if not any(re.sub(r"[-_.]+", "-", owner).lower() in allowed for owner in owners)
+    }
+    assert not blocked & {"torch", "torchvision", "numpy", "scipy", "sklearn", "moe_lib"}
+    hook = folders / "bare" / "sitecustomize.py"
+    hook.parent.mkdir()
+    hook.write_text(HOOK.format(blocked=sorted(blocked)))
+    bare = {"PYTHONPATH": f"{hook.parent}{os.pathsep}{ROOT}"}
+
+    assert "No module named 'pandas'" in python(["-c", "import pandas"], folders, **bare).stderr
+
+    out, done = folders / "out", folders / "DONE.json"  # the arm and seed that measure the most
+    wanted = ["--profile", "digits", "--study", "snnl", "--arm", "snnl", "--shard", "1/5", "--workers", "1"]
+    process = python(
+        ["-m", "moe_study", "run", *wanted, "--out", str(out), "--done", str(done)], folders, **bare
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    assert f"1 of 1 runs have their result under {out}" in process.stdout
+    run = study.runs("digits", arm="snnl")[0]
+    result = store.read(out / run.path.relative_to(store.results_dir()))
+    assert result["id"] == run.id
+    assert {"tsne", "null", "task"} <= set(result)
+    assert store.read(done) == {"runs": [run.id]}
+
+
+def test_every_data_set_of_the_plan_is_known():
+    needed = {run.dataset for profile in study.PROFILES for run in study.runs(profile)}
+    assert needed <= {*data.DATASETS, *text.CORPORA}

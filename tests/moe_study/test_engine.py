@@ -5,6 +5,8 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -15,6 +17,7 @@ import small_runs
 import torch
 
 from moe_study import data, engine, locks, store, study
+from moe_study.train import load_checkpoint
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -33,6 +36,34 @@ def test_ensure_writes_once_and_then_reads(folders):
     assert run.path.stat().st_size <= 20_000
     assert not (run.workspace / "checkpoint.pt").exists()
     assert not list(folders.rglob("*.part"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_with_the_same_numbers(folders, monkeypatch):
+    """SIGKILL to the whole batch in the middle of a run; its worker must die with it."""
+    run = small_runs.run(epochs=60)
+    checkpoint = run.workspace / "checkpoint.pt"
+    batch = subprocess.Popen([sys.executable, "small_runs.py", "60"], cwd=SUPPORT, stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while not checkpoint.exists() and time.monotonic() < until:
+            assert batch.poll() is None
+            os.sched_yield()
+        children = Path(f"/proc/{batch.pid}/task/{batch.pid}/children").read_text().split()
+    finally:
+        os.kill(batch.pid, signal.SIGKILL)
+        batch.wait()
+    assert checkpoint.exists()
+    assert not run.path.exists()
+    done = load_checkpoint(checkpoint, run.id)["epoch"]
+    assert 1 <= done < 60
+    resumed = study.ensure([run], workers=1, quiet=True)[0]  # waits for the dying worker's lock, if need be
+    assert children
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+    monkeypatch.setenv("MOE_RESULTS_DIR", str(folders / "whole"))
+    whole = study.ensure([run], workers=1, quiet=True)[0]
+    assert small_runs.numbers(resumed) == small_runs.numbers(whole)
 
 
 @pytest.mark.slow
@@ -103,6 +134,28 @@ def test_one_failing_run_does_not_stop_the_others(folders):
         study.ensure([bad, good], workers=1, quiet=True)
     assert good.path.exists()
     assert not bad.path.exists()
+
+
+@pytest.mark.slow
+def test_a_loss_that_refuses_its_input_names_the_run(folders):
+    """SNNL raises on features that are not finite before any loss can be."""
+    run = small_runs.run(epochs=2, arm="snnl-pretrained", learning_rate=1e200)
+    with pytest.raises(study.StudyError, match=r"snnl-pretrained seed 1234, epoch 0, batch \d+: features"):
+        study.ensure([run], workers=1, quiet=True)
+
+
+@pytest.mark.slow
+def test_damaged_checkpoint_is_set_aside(folders):
+    """The run starts anew, and nobody is told to load a file that could run code."""
+    run = small_runs.run(epochs=2)
+    run.workspace.mkdir(parents=True)
+    (run.workspace / "checkpoint.pt").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match=r"seed 1234: the checkpoint is not valid.*starts anew") as warned:
+        found = study.execute(run, "cpu")
+    assert "weights_only" not in str(warned[0].message)
+    assert (run.workspace / "checkpoint.invalid").read_bytes() == b"torn"
+    whole = study.execute(replace(run, tsne=True), "cpu")  # another id, so another workspace
+    assert found["history"]["validation"] == whole["history"]["validation"]
 
 
 @pytest.mark.slow

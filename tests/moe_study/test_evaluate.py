@@ -90,6 +90,14 @@ def test_validation_measures_are_taken_on_the_validation_set():
     assert measured["output_similarity"] == pytest.approx(reference.output_similarity(logits_NEC))
 
 
+def test_validation_measures_of_the_dense_arm():
+    measured = evaluate.validation_measures(make_task(num_experts=1))
+    assert measured["marginal"] == measured["per_sample"] == measured["class_conditional"] == 0
+    assert math.isnan(measured["weight_similarity"])
+    assert math.isnan(measured["output_similarity"])
+    assert math.isfinite(measured["cross_entropy"])
+
+
 # ------------------------------------------------------------------------------------- similarity
 
 
@@ -106,6 +114,16 @@ def test_the_four_similarities():
         "cka": np.mean([reference.linear_cka(logits_NEC[:, a], logits_NEC[:, b]) for a, b in pairs]),
     }
     assert measured == pytest.approx(expected, rel=1e-7)
+
+
+def test_cka_takes_at_most_so_many_samples(monkeypatch):
+    task = make_task()
+    logits_NEC = outputs(task, task.dataset.test)[1]
+    whole = evaluate.similarity(task.model.moe.experts, logits_NEC)["cka"]
+    monkeypatch.setattr(evaluate, "EMBEDDING_SAMPLES", 10)
+    part = evaluate.similarity(task.model.moe.experts, logits_NEC)["cka"]
+    assert part != pytest.approx(whole)
+    assert part == pytest.approx(evaluate.similarity(task.model.moe.experts, logits_NEC[:10])["cka"])
 
 
 # ---------------------------------------------------------------------------------------- routing
@@ -125,6 +143,20 @@ def test_routing_measures_of_a_split():
     assert isinstance(measured["class_expert"], list)
 
 
+def test_the_null_of_information_depends_on_the_seed():
+    task, split = make_task(), make_task().dataset.test
+    probs_NE = outputs(task, split)[2]
+    draw = generator(7, "label permutation")
+    orders = [torch.randperm(40, generator=draw) for _ in range(20)]
+    expected = np.mean([reference.routing_entropy(probs_NE, split.labels_N[order], 3)[5] for order in orders])
+    measured = [
+        evaluate.routing_measures(make_task(seed=seed), probs_NE, split.labels_N)["information_class_null"]
+        for seed in (7, 7, 8)
+    ]
+    assert measured[0] == pytest.approx(expected, rel=1e-7)
+    assert measured[0] == measured[1] != measured[2]
+
+
 # -------------------------------------------------------------------------------------- embedding
 
 
@@ -139,6 +171,19 @@ def test_embedding_measures_are_of_test_codes():
     assert measured["knn_accuracy"] == pytest.approx(expected)
     assert -1 <= measured["silhouette"] <= 1
     assert 0.5 < measured["trustworthiness"] <= 1
+
+
+def test_embedding_measures_take_at_most_so_many_samples(monkeypatch):
+    task = make_task()
+    monkeypatch.setattr(evaluate, "EMBEDDING_SAMPLES", 25)
+    monkeypatch.setattr(evaluate, "KNN_SAMPLES", 30)
+    codes_ND = outputs(task, task.dataset.test)[3][:25]
+    labels_N, train_labels_M = task.dataset.test.labels_N[:25], task.dataset.train.labels_N[:30]
+    measured = evaluate.embedding_measures(task)
+    assert measured["snnl"] == pytest.approx(reference.snnl(codes_ND, labels_N, 1.0), rel=1e-9)
+    train_codes_MD = outputs(task, task.dataset.train)[3][:30]
+    expected = reference.knn_accuracy(train_codes_MD, train_labels_M, codes_ND, labels_N)
+    assert measured["knn_accuracy"] == pytest.approx(expected)
 
 
 def test_tsne_points_are_integers_on_a_grid_and_repeatable(monkeypatch):
@@ -271,3 +316,18 @@ def test_the_null_is_experts_that_were_each_trained_alone():
         expected = evaluate.similarity(together, together(test_codes_ND))
     measured = evaluate.independent_expert_null(task, config)
     assert measured == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_null_is_repeatable_and_its_training_has_an_effect():
+    task = make_task()
+    config = TrainConfig(epochs=3, batch_size=16, learning_rate=1e-2, precision="float64")
+    torch.manual_seed(0)
+    first = evaluate.independent_expert_null(task, config)
+    torch.manual_seed(1)
+    assert evaluate.independent_expert_null(task, config) == first
+    fresh = Experts(5, 3, 6, 3)
+    initialise(fresh, task.seed + 1)
+    fresh.double()
+    with torch.no_grad():
+        untrained = evaluate.similarity(fresh, fresh(outputs(task, task.dataset.test)[3]))
+    assert all(abs(first[name] - untrained[name]) > 1e-3 for name in first)

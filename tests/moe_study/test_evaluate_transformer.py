@@ -484,6 +484,16 @@ def test_the_swap_scores_the_same_targets_in_both_texts(share, monkeypatch, tmp_
     assert (found["clean"] == found["swapped"]) == (share == 0)
 
 
+def test_ablations_of_both_experiments_start_from_the_scored_batches():
+    vision, language = vision_task_of(router="ac").eval(), language_task_of(router="ac").eval()
+    for experiment in (VisionExperiment(vision, 8, 8), LanguageExperiment(language, 64)):
+        found, again = experiment._ablation(), experiment._ablation()
+        assert found == again
+        assert [len(row) for row in found["dropped"]] == [4, 4]
+        assert len(found["permuted"]) == 2
+        assert hooks(experiment.task) == []
+
+
 @pytest.mark.parametrize(
     ("options", "modes"),
     [
@@ -515,6 +525,29 @@ def test_attacks_differentiate_no_weight_and_leave_training_possible():
         assert not any(weight.requires_grad for weight in task.model.parameters())
     assert not first.requires_grad
     assert all(weight.requires_grad for weight in list(task.model.parameters())[1:])
+
+
+def test_attacks_lower_the_accuracy_of_a_model_that_learned(monkeypatch):
+    task = vision_task_of(router="cosine", dataset=tiny_dataset(num_train=96)).train()
+    optimizer = torch.optim.Adam(task.parameters(), lr=0.01)
+    for epoch in range(5):
+        for batch in task.batches(epoch):
+            optimizer.zero_grad()
+            task.losses(batch, epoch)["total"].backward()
+            optimizer.step()
+    task.eval()
+    experiment = VisionExperiment(task, 16, 16)
+    monkeypatch.setattr(evaluate_transformer, "ATTACK_STRENGTHS", (40,))
+    found, _ = experiment._attack()
+    assert found["clean"] > 0.5
+    assert found["pgd-40"]["detached"] <= found["fgsm-40"]["detached"] < found["clean"]
+
+
+def test_results_are_plain_numbers():
+    """As the result file will hold them."""
+    task = vision_task_of(**CAUSAL)
+    found = VisionExperiment(task, 4, 4).initial()
+    assert json.loads(json.dumps(found))["routing"]["layers"][1]["changed"]["best"] == 0
 
 
 @pytest.mark.parametrize("length", [5, 15])

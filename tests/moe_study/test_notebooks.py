@@ -68,6 +68,20 @@ def texts(cell: nbformat.NotebookNode) -> list[str]:
     return [text if isinstance(text, str) else json.dumps(text) for text in found]
 
 
+def test_there_are_notebooks():
+    assert [path.stem for path in PATHS] == [
+        "00_tour",
+        "10_snnl_moe",
+        "11_collapse",
+        "20_ac_vision",
+        "21_ac_language",
+        "30_snnl_x_ac",
+        "40_your_model",
+        "50_dose_response",
+        "90_report",
+    ]
+
+
 def test_every_notebook_is_run_by_make_and_by_the_check():
     """40 needs transformers: tests/moe_lib/inspect/test_notebook.py runs it."""
     names = [path.stem for path in PATHS if path.stem != "40_your_model"]
@@ -111,6 +125,15 @@ def test_parameters_are_what_the_notebook_checks(path):
 
 
 @every_notebook
+def test_parameters_are_checked_before_anything_is_done(path):
+    cells = code_cells(path)
+    assert "parameters" in tags(cells[0])
+    second = ast.parse(cells[1].source).body
+    effects = [node for node in second if not isinstance(node, ast.Import | ast.ImportFrom)]
+    assert called(effects[0]) == {"notebook.check_parameters"}
+
+
+@every_notebook
 def test_cells_that_show_something_have_their_output(path):
     """nbval compares nothing where nothing is stored."""
     checked = [cell for cell in code_cells(path) if shows(cell) and not tags(cell) & UNCHECKED]
@@ -124,6 +147,12 @@ def test_cells_that_show_something_have_their_output(path):
         ):
             pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
             assert pictures, cell.source
+
+
+@every_notebook
+def test_most_cells_are_checked(path):
+    checked = [cell for cell in code_cells(path) if shows(cell) and not tags(cell) & UNCHECKED]
+    assert len(checked) >= 4
 
 
 @every_notebook
@@ -142,6 +171,26 @@ def test_no_path_of_a_machine(path):
             assert str(ROOT) not in text
 
 
+def test_the_checked_words_of_this_file_see_something():
+    """The rules above, on cells made for them."""
+
+    def cell(source: str) -> nbformat.NotebookNode:
+        return nbformat.v4.new_code_cell(source)
+
+    assert shows(cell("x = 1\nx"))
+    assert shows(cell("notebook.show(figure, 'a')"))
+    assert shows(cell("for x in y:\n    display(x)"))
+    assert not shows(cell("x = 1"))
+    assert not shows(cell("x = tables.show(y)"))
+    assert not shows(cell("x\ntorch.set_num_threads(1)"))
+    stored = cell("x")
+    stored.outputs = [
+        nbformat.v4.new_output("stream", text="saved in /" + "tmp/x"),
+        nbformat.v4.new_output("display_data", {"image/png": "/" + "tmp/", "text/plain": "<Image>"}),
+    ]
+    assert [bool(MACHINE_PATH.search(text)) for text in texts(stored)] == [False, True, False, False]
+
+
 # ------------------------------------------------------------------------------------- when executed
 
 
@@ -150,8 +199,12 @@ def test_no_path_of_a_machine(path):
     ("name", "parameters", "error", "named"),
     [
         ("00_tour", ["sede", "1"], "unknown parameter", "'sede'; this notebook has seed"),
+        ("10_snnl_moe", ["dataset", "svhn"], "unknown dataset", "'svhn'"),
+        ("20_ac_vision", ["dataset", "docs"], "unknown dataset", "'docs'"),
         ("21_ac_language", ["dataset", "digits"], "unknown dataset", "'digits'"),
+        ("30_snnl_x_ac", ["worker", "1"], "unknown parameter", "'worker'; this notebook has dataset"),
         ("40_your_model", ["expert", "1"], "unknown parameter", "'expert'; this notebook has epochs"),
+        ("50_dose_response", ["dataset", "svhn"], "unknown dataset", "'svhn'"),
         ("90_report", ["profile", "x"], "unknown profile", "'x'"),
     ],
 )
@@ -173,6 +226,11 @@ def test_a_wrong_parameter_stops_the_notebook(name, parameters, error, named, fo
 
 
 # ------------------------------------------------------------------------------- moe_lib.notebook
+
+
+def test_check_parameters_lets_known_names_pass():
+    notebook.check_parameters([], {"seed"})
+    notebook.check_parameters(["", "seed = 0", "# Parameters\nseed = 3\n", "anything = 1"], {"seed"})
 
 
 @pytest.mark.parametrize("source", ["# Parameters\nsede = 3\n", '# Parameters\nseed = 3\nsede = "x"\n'])
@@ -213,6 +271,28 @@ def test_every_parameter_has_a_type_and_its_default_fits(path):
     values = notebook._literals(cell.source)
     assert set(values) <= set(notebook.PARAMETERS)
     notebook.check_parameters([cell.source], values)
+
+
+def test_a_wrong_parameter_costs_a_line_in_the_notebook():
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shown = []
+    shell = InteractiveShell()
+    shell._showtraceback = lambda kind, error, lines: shown.extend(lines)
+    shell.run_cell("from moe_study import study\nraise study.StudyError('parameter train must be True')")
+    assert shown == ["StudyError: parameter train must be True"]
+
+
+def test_check_parameters_reads_what_papermill_writes():
+    """The injected cell as papermill itself makes it, values of every kind."""
+    given = {"seed": 1, "name": "x", "rate": 0.5, "flag": None, "many": [1, 2]}
+    stored = papermill.iorw.load_notebook_node(str(ROOT / "notebooks" / "00_tour.ipynb"))
+    made = papermill.parameterize.parameterize_notebook(stored, given)
+    injected = [cell.source for cell in made.cells if "injected-parameters" in tags(cell)]
+    assert len(injected) == 1
+    notebook.check_parameters(injected, given)
+    with pytest.raises(study.StudyError, match="'many'"):
+        notebook.check_parameters(injected, set(given) - {"many"})
 
 
 def figure() -> Figure:
@@ -257,3 +337,10 @@ def test_show_says_which_files_a_figure_came_from(folders):
     assert "What &lt;unk&gt; shows" in below.data["text/html"]
     assert f"figures/digits/snnl/digits/curves.png, from {source}" in below.data["text/html"]
     assert [p.name for p in path.parent.iterdir()] == ["curves.png"]
+
+
+def test_show_without_files(folders):
+    picture, _ = shown_outputs(figure(), "tour/x")
+    assert picture.metadata["moe_study"] == {"figure": "tour/x", "caption": "", "sources": []}
+    with Image.open(folders / "figures" / "tour" / "x.png") as stored:
+        assert stored.text["Source"] == "computed in this notebook"

@@ -64,10 +64,21 @@ def test_sign_flip_p_of_more_seeds_is_drawn(seeds, shift):
     assert stats.paired_comparison(differences, np.zeros(seeds)).p == found
 
 
+def test_sign_flip_p_of_unanimous_seeds_is_its_floor():
+    assert stats.sign_flip_p([1.0, 2.0, 3.0, 4.0, 5.0]) == 2 / 2**5
+    assert stats.sign_flip_p([0.0, 0.0, 0.0]) == 1.0
+
+
 def test_false_positive_rate_is_nominal():
     draw = np.random.default_rng(1)
     rejections = [stats.sign_flip_p(draw.normal(0, 1, 10)) <= 0.05 for _ in range(1000)]
     assert 0.03 <= np.mean(rejections) <= 0.07
+
+
+def test_t_interval_covers():
+    draw = np.random.default_rng(2)
+    intervals = [stats.t_interval(draw.normal(3, 2, 10)) for _ in range(1000)]
+    assert 0.93 <= np.mean([low <= 3 <= high for low, high in intervals]) <= 0.97
 
 
 def test_equal_arms_are_no_difference():
@@ -123,6 +134,16 @@ def test_smallest_detectable_effect_is_found_as_often_as_promised():
         assert np.mean(p_R <= 0.05) == pytest.approx(0.8, abs=0.01)
 
 
+def test_smallest_detectable_effect_at_its_ends():
+    large = stats.smallest_detectable_effect(1.0, 10_000)  # the normal limit
+    assert large == pytest.approx((scipy_stats.norm.ppf(0.975) + scipy_stats.norm.ppf(0.8)) / 100, rel=1e-3)
+    assert np.isnan(stats.smallest_detectable_effect(1.0, 1))
+    assert stats.smallest_detectable_effect(0.0, 5) == 0
+    assert stats.smallest_detectable_effect(1.0, 2, power=0.999) > stats.smallest_detectable_effect(1.0, 2)
+    with pytest.raises(ValueError, match=r"power 0\.01"):
+        stats.smallest_detectable_effect(1.0, 10, power=0.01)
+
+
 def power(sd, effect, seeds):
     """Of a two-sided paired t test, both tails."""
     critical, shift = scipy_stats.t.ppf(0.975, seeds - 1), effect / sd * np.sqrt(seeds)
@@ -175,6 +196,14 @@ def test_crossed_interval_covers_the_mean_of_other_seeds_and_other_images(sd_see
         assert covered / repeats <= 0.975
 
 
+def test_crossed_interval_is_wider_than_that_over_seeds_where_images_matter():
+    draw = np.random.default_rng(11)
+    table_SN = draw.normal(0, 0.1, (10, 40)) + draw.normal(0, 1, 40)
+    over_seeds, over_both = stats.t_interval(table_SN.mean(1)), stats.crossed_interval(table_SN)
+    assert over_both.low < over_seeds[0] < over_seeds[1] < over_both.high
+    assert stats.crossed_interval(np.full((3, 4), 0.5)) == (0.5, 0.5)
+
+
 @pytest.mark.parametrize("bad", [np.zeros((1, 5)), np.zeros((5, 1)), np.zeros(5), np.full((3, 3), np.nan)])
 def test_crossed_interval_refuses(bad):
     with pytest.raises(ValueError, match=r"expected finite differences \[S, N\], at least 2 x 2"):
@@ -197,6 +226,16 @@ def holm_by_steps(p_values):
 def test_holm_equals_the_loop(seed):
     p_M = np.random.default_rng(seed).uniform(0, 0.3, 7).round(2)  # with ties
     assert stats.holm(p_M).tolist() == pytest.approx(holm_by_steps(p_M.tolist()))
+
+
+def test_holm_on_a_case_by_hand_and_at_its_ends():
+    assert stats.holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([0.2]).tolist() == [0.2]
+    assert stats.holm([]).tolist() == []
+    assert stats.holm([0.9, 1.0]).tolist() == [1.0, 1.0]
+    for bad in (1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="p values must lie"):
+            stats.holm([0.1, bad])
 
 
 def test_holm_keeps_the_chance_of_any_false_positive():

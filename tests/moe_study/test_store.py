@@ -43,6 +43,9 @@ def changed(run, change, stamp):
 
 CHANGES = {
     "accuracy": lambda c: c["task"].update(accuracy=0.59),
+    "impossible accuracy": lambda c: c["task"].update(accuracy=7.5),
+    "negative cross-entropy": lambda c: c["task"].update(cross_entropy=-1.0),
+    "history of text": lambda c: c["history"]["validation"].update(accuracy=["x"]),
     "version": lambda c: c["run"].update(version=9),
     "setting": lambda c: c["run"]["train"].update(learning_rate=0.5),
     "unknown option": lambda c: c["run"].update(extra=1),
@@ -50,6 +53,8 @@ CHANGES = {
     "no id": lambda c: c.pop("id"),
     "no run": lambda c: c.pop("run"),
     "nothing": lambda c: c.clear(),
+    "endpoint": lambda c: c.update(primary_endpoint="luckiest"),
+    "commit": lambda c: c.update(commit=7),
 }
 
 
@@ -58,7 +63,7 @@ CHANGES = {
 def test_an_edited_result_file_is_named_with_the_remedy(change, stamp, finished):
     changed(finished, CHANGES[change], stamp)
     if change == "accuracy" and stamp == "anew":
-        study.read(finished)  # whoever changed it made the digest anew
+        study.read(finished)  # within its range, and whoever changed it made the digest anew
         return
     with pytest.raises(store.StoreError, match=r"delete it and run again") as raised:
         study.read(finished)
@@ -110,8 +115,8 @@ def test_a_copied_result_is_named(finished):
 
 
 def test_a_file_that_changes_is_checked_again(finished):
-    changed(finished, CHANGES["accuracy"], "as before")
-    with pytest.raises(store.StoreError, match="was changed after it was written"):
+    changed(finished, CHANGES["impossible accuracy"], "anew")
+    with pytest.raises(store.StoreError, match=r"breaks the schema.*accuracy"):
         study.read(finished)
 
 
@@ -171,6 +176,29 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(store.StoreError, match=r"disk is full.*MOE_RESULTS_DIR"):
         store.write(tmp_path / "x.json", {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_full_tmpfs_keeps_finished_runs(tmp_path, monkeypatch):
+    """A real file system of 2 MB: a checkpoint does not fit, what was finished stays."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        monkeypatch.setenv("MOE_RESULTS_DIR", str(disk))
+        small, large = small_runs.run(epochs=1), small_runs.run(epochs=1, arm="dense")
+        large = replace(large, model=replace(large.model, expert_hidden=20_000))
+        with pytest.raises(study.StudyError, match=r"1 of 2 runs failed.*\n.*(disk is full|No space)"):
+            study.ensure([small, large], workers=1, quiet=True)
+        assert small.path.exists()
+        assert not large.path.exists()
+        store.read(small.path)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.slow

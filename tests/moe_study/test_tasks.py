@@ -184,6 +184,26 @@ def test_the_shuffled_label_control_permutes_the_batchs_own_labels_afresh():
     assert any(true != permuted for true, permuted in zip(epochs[0][::2], epochs[0][1::2], strict=True))
 
 
+def test_the_shuffled_labels_differ_between_batches_and_epochs():
+    """With a class for each sample, the permutation can be read off the labels."""
+    task = ClassifierTask(
+        numbered_images(num_classes=50), SMALL, Objective(snnl=SNNL, shuffled=True),
+        seed=7, epochs=2, batch_size=25, dtype=torch.float64,
+    )  # fmt: skip
+    seen, original = [], task.snnl.forward
+
+    def record(activations, labels_N, epoch):
+        seen.append(labels_N.tolist())
+        return original(activations, labels_N, epoch)
+
+    task.snnl.forward = record
+    for epoch in (0, 1):
+        for batch in task.batches(epoch):
+            task.losses(batch, epoch)
+    orders = {tuple(map(true.index, permuted)) for true, permuted in zip(seen[::2], seen[1::2], strict=True)}
+    assert len(orders) == 4
+
+
 def test_the_shuffled_label_control_without_any_positive_is_zero_and_finite():
     task = make_task(Objective(snnl=SNNL, shuffled=True))
     next(task.batches(0))
@@ -314,6 +334,16 @@ def test_predict_changes_nothing():
     assert not changed(before, task)
     assert all(p.grad is None for p in task.parameters())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_training_lowers_the_loss():
+    task = make_task(Objective(snnl=SNNL), epochs=30)
+    optimizer = torch.optim.Adam(task.parameters(), lr=1e-2)
+    batch = next(task.batches(0))
+    before = task.losses(batch, 0)["total"].item()
+    for epoch in range(30):
+        one_epoch(task, optimizer, epoch)
+    assert task.losses(batch, 0)["total"].item() < 0.75 * before
 
 
 # ------------------------------------------------------------------------------- misuse of options

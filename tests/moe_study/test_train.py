@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 
 import pytest
 import torch
@@ -91,6 +92,12 @@ def test_validation_that_is_not_finite_stops_the_run():
     task = Line()
     with pytest.raises(TrainingError, match="validation"):
         fit(task, CONFIG, lambda: {"cross_entropy": math.nan, "accuracy": 0.5}, label="line")
+
+
+def test_validation_accuracy_that_is_not_finite_stops_the_run():
+    task = Line()
+    with pytest.raises(TrainingError, match="line, epoch 0: validation accuracy is not finite"):
+        fit(task, CONFIG, lambda: {"cross_entropy": 1.0, "accuracy": math.nan}, label="line")
 
 
 @pytest.mark.parametrize("error", [ValueError("features must be finite"), OverflowError("too large")])
@@ -240,6 +247,12 @@ def test_the_time_limit_saves_what_no_checkpoint_holds(tmp_path, monkeypatch):
     with pytest.raises(OutOfTime):
         fit(task, CONFIG, task.measure, label="line", checkpoint=path, on_epoch=on_epoch, deadline=3.5)
     assert load_checkpoint(path, "")["epoch"] == 4
+
+
+def test_time_limit_keeps_the_checkpoint(tmp_path):
+    task = Line()
+    with pytest.raises(OutOfTime):
+        fit(task, CONFIG, task.measure, label="line", deadline=time.monotonic() - 1)
 
 
 def test_cosine_schedule_ends_near_zero(monkeypatch):

@@ -3,7 +3,7 @@
 Counts come from plain hooks: rows that each expert module was given, or the indices that a router returned.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -107,18 +107,22 @@ def batches(family: str, num: int = 2) -> list[dict[str, Tensor]]:
     return [{"input_ids": ids(i)} for i in range(num)]
 
 
-def count_choices(model: nn.Module) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """Hook every block with plain hooks: by its name, how often each expert was chosen; and how to stop."""
-    found: dict[str, Tensor] = {}
-    handles = []
+def _mixtures(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, nn.Module, list[nn.Module]]]:
+    """Name, block, router, what holds the experts, and its members with parameters."""
     for name, module in model.named_modules():
         children = dict(module.named_children())
         router = children.get("gate", children.get("router"))
         experts = children.get("experts", children.get("input_linear"))
-        if router is None or experts is None:
-            continue
-        name = name.removesuffix(".experts")  # JetMoe's attention
-        members = [m for m in experts.children() if any(True for _ in m.parameters())]
+        if router is not None and experts is not None:
+            members = [m for m in experts.children() if any(True for _ in m.parameters())]
+            yield name.removesuffix(".experts"), module, router, experts, members  # JetMoe's attention
+
+
+def count_choices(model: nn.Module) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """Hook every block with plain hooks: by its name, how often each expert was chosen; and how to stop."""
+    found: dict[str, Tensor] = {}
+    handles = []
+    for name, module, router, experts, members in _mixtures(model):
         kind = type(module).__name__
         if len(members) > 1 and len({type(m) for m in members}) == 1:
             found[name] = torch.zeros(len(members))
@@ -170,14 +174,9 @@ def observe(model: nn.Module) -> dict[str, list[tuple[Tensor, Tensor]]]:
     that they were called with, or that their router returned. Nothing of moe_lib is used.
     """
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for name, module in model.named_modules():
+    for name, module, router, experts, members in _mixtures(model):
         children = dict(module.named_children())
-        router = children.get("gate", children.get("router"))
-        experts = children.get("experts", children.get("input_linear"))
-        if router is None or experts is None:
-            continue
-        calls = found.setdefault(name.removesuffix(".experts"), [])
-        members = [m for m in experts.children() if any(True for _ in m.parameters())]
+        calls = found.setdefault(name, [])
         if len(members) > 1 and len({type(m) for m in members}) == 1:
             others = [child for key, child in children.items() if key.startswith("shared")]
             _solve(module, members, [c for c in others if not isinstance(c, nn.Linear)], calls)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torchvision.datasets import cifar, mnist
 
-from moe_study.data import ROOT, DataError, Split, data_dir, datasets, load
+from moe_study.data import ROOT, DataError, Split, data_dir, datasets, load, pixels
 
 TRAINING_FILES = {  # one of each data set, in torchvision's layout
     "mnist": "MNIST/raw/train-images-idx3-ubyte",
@@ -320,3 +320,63 @@ def test_three_sets_under_one_label_space(monkeypatch, tmp_path):
             assert abs(int(found.images_NCHW[3 * n + 2, 0, i, j]) - expected) <= 0.5001
         assert found.labels_N[3 * n + 2] == stored["cifar10"][1][n]
     assert len(datasets._domains(tmp_path, False, None)) == 18
+
+
+def test_loading_leaves_the_global_random_state_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    load("digits", seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_test_set_has_every_class_in_proportion():
+    counts_C = load("digits").test.labels_N.bincount()
+    assert counts_C.min() >= 34
+    assert counts_C.max() <= 38
+
+
+def test_pixels_are_intensities_from_zero_to_one():
+    images = torch.tensor([[0, 51, 255]], dtype=torch.uint8)
+    for dtype in (torch.float32, torch.float64):
+        torch.testing.assert_close(pixels(images, dtype), torch.tensor([[0, 0.2, 1]], dtype=dtype))
+
+
+def test_take_keeps_images_and_labels_together():
+    part = load("digits").test
+    index = torch.tensor([7, 0, 3])
+    assert split_rows(part.take(index)) == [split_rows(part)[i] for i in (7, 0, 3)]
+    assert len(part.take(slice(5))) == 5
+
+
+def test_the_variable_is_used_by_load(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOE_DATA_DIR", str(tmp_path / "here"))
+    with pytest.raises(DataError, match="here"):
+        load("mnist")
+
+
+def test_a_data_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(DataError, match="file"):
+        load("mnist", root=tmp_path / "file")
+
+
+def test_a_pipe_in_place_of_a_file(fashion, tmp_path):
+    path = fashion.folder / "train-images-idx3-ubyte"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="damaged"):
+        load("fashion_mnist", root=tmp_path)
+
+
+def test_a_files_hash_is_computed_once(fashion, tmp_path, monkeypatch):
+    load("fashion_mnist", root=tmp_path)
+    datasets._splits.cache_clear()
+    monkeypatch.setattr(hashlib, "file_digest", None)  # a second look would call it
+    load("fashion_mnist", root=tmp_path)
+
+
+def test_a_relative_data_folder_is_below_the_project(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOE_DATA_DIR", "build/../data")
+    for folder in (ROOT, ROOT / "notebooks", tmp_path):
+        monkeypatch.chdir(folder)
+        assert data_dir() == ROOT / "data"

@@ -185,6 +185,8 @@ def test_classes_nest_or_cross():
         ({"level": 1.1}, r"got 1\.1"),
         ({"level": math.nan}, "got nan"),
         ({"overlap": -1.0}, r"got -1\.0"),
+        ({"num_groups": 9}, "200, 2, 9 and 8"),
+        ({"classes_per_group": 0}, "200, 0, 4 and 8"),
     ],
 )
 def test_bad_planted_routing(options, named):

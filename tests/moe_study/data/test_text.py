@@ -7,6 +7,7 @@ file:// URL.
 import codecs
 import hashlib
 import importlib.metadata
+import inspect
 import os
 import zipfile
 from dataclasses import replace
@@ -423,3 +424,50 @@ def test_the_swap_of_a_head_is_aligned(prose):
     assert torch.equal(
         part.tokens_N[swapped.clean_positions_U], swapped.tokens_M[swapped.swapped_positions_U]
     )
+
+
+def test_docstrings_are_those_that_python_sees():
+    source = '"""Module.\n\n  indented\n"""\nclass A:\n    """A.\n\n    Text\n        code\n    """\n'
+    source += "class B:\n    pass\n"
+    scope = {}
+    exec(source, scope)
+    found = [docstring.strip() for docstring in text._docstrings(source)]
+    assert found == ["Module.\n\n  indented", inspect.getdoc(scope["A"])]
+    assert found[1] == "A.\n\nText\n    code"
+
+
+def test_bytes_round_trip(prose):
+    corpus = load(prose)
+    for part in (corpus.train, corpus.validation, corpus.test):
+        assert bytes(part.tokens_N.tolist()).decode() == part.raw
+
+
+def test_only_what_is_missing_is_fetched(servers, tmp_path):
+    load("wikitext2", root=tmp_path)
+    kept, gone = tmp_path / "wikitext-2/wiki.train.tokens", tmp_path / "wikitext-2/wiki.test.tokens"
+    before = kept.stat().st_mtime_ns
+    gone.unlink()
+    load("wikitext2", root=tmp_path)
+    assert kept.stat().st_mtime_ns == before
+    assert gone.read_bytes() == servers["wikitext-2/wiki.test.tokens"]
+
+
+def test_a_page_in_place_of_an_archive(servers, tmp_path):
+    (tmp_path / "server" / "wikitext2.zip").write_text("<html>moved</html>")
+    with pytest.raises(DataError, match="BadZipFile"):
+        load("wikitext2", root=tmp_path / "data")
+
+
+def test_a_data_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(DataError, match="file"):
+        load("wikitext2", root=tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_another_file_from_the_server_is_refused(name, servers, tmp_path, monkeypatch):
+    info = CORPORA[name]
+    monkeypatch.setitem(text.CORPORA, name, replace(info, files=dict.fromkeys(info.files, "0" * 64)))
+    with pytest.raises(DataError, match="delivered"):
+        load(name, root=tmp_path / "data")
+    assert not any(path.is_file() for path in (tmp_path / "data").rglob("*/*"))
