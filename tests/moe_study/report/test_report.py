@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from moe_study import store, study, trust
-from moe_study.configs import arms
+from moe_study.configs import arms, crossed, snnl
 from moe_study.data import ROOT
 from moe_study.report import page as report
 from moe_study.report import plots, provenance, routed_plots, snnl_plots, tables, verdict_plots
@@ -1167,3 +1167,324 @@ def test_load_is_ordered_in_each_run_before_it_is_averaged():
     line, even = routed_plots.expert_load(results).axes[0].lines
     np.testing.assert_allclose(line.get_ydata(), 100 * np.array(shares))
     np.testing.assert_allclose(even.get_ydata(), 100 / 16)
+
+
+def test_summary_of_one_seed_has_no_deviation():
+    table = tables.summary(tables.frame(some_results({"base": (0.9,)})), ["accuracy"])
+    assert table.loc["base"].to_dict() == {"seeds": "1", "accuracy (%)": "90.00"}
+
+
+def test_reading_of_an_unknown_direction():
+    with pytest.raises(KeyError, match="sideways"):
+        tables.reading(comparison(0, 1), "sideways")
+
+
+def test_similarity_nulls():
+    table = tables.similarity_nulls(some_results(), ["base", "dense", "raw"])  # no result of raw
+    floor = (2 / (np.pi * 1000)) ** 0.5
+    kinds = ["trained together", "before training", "null: trained alone", "floor sqrt(2 / (pi P))"]
+    assert table.index.tolist() == [(arm, kind) for arm in ("base", "dense") for kind in kinds]
+    column = table.loc["base", "|cos| weights"]
+    assert column.tolist() == ["0.1000 ± 0.0000", "0.0500 ± 0.0000", "0.4000 ± 0.0000", f"{floor:.4f}"]
+    assert table.loc[("base", kinds[3])].tolist()[1:] == ["-", "-", "-"]
+    assert table.loc[("dense", kinds[0])].tolist() == ["-"] * 4
+
+
+@pytest.mark.parametrize(
+    ("curve", "level", "epoch"),
+    [([3, 2, 1], 2, 2), ([3, 2, 1], 2.5, 2), ([3, 2, 1], 0.5, np.inf), ([1, 2], 1, 1), ([3, 1, 2], 1.5, 2)],
+)
+def test_epochs_until(curve, level, epoch):
+    assert tables.epochs_until(curve, level) == epoch
+
+
+def test_claim_rows_hold_each_claim_against_every_control():
+    for study_name, claims, pairs in (
+        ("ac-vision", tables.VISION_CLAIMS, tables.VISION_PAIRS),
+        ("ac-language", tables.LANGUAGE_CLAIMS, tables.LANGUAGE_PAIRS),
+    ):
+        columns = COLUMN_SETS[study_name]
+        table = tables.claim_rows(tables.frame(routed_results(study_name), columns), claims, pairs, columns)
+        measures = [name for own in claims.values() for name, _ in own]
+        assert len(table) == len(measures) * len(pairs)
+        compared = {contrast.split(" - ")[1] for contrast in table.index.get_level_values("contrast")}
+        assert compared >= {"linear", "cosine", "ac-shuffled", "ac-pooled", "ac-matched", "ac-causal"}
+        assert set(table.query("claim == 'better'").index.get_level_values("claim")) == {"better"}
+    row = table.loc[("better", "accuracy (points), higher is better", "ac-row - ac-pooled")]
+    assert (row["difference"], row["seeds"]) == ("+0.67", "3 (pilot)")
+    assert row["reading"] == "interval includes 0"
+
+
+def test_claim_rows_of_too_few_runs():
+    frame = tables.frame(routed_results("ac-vision", seeds=1), tables.VISION_COLUMNS)
+    table = tables.claim_rows(frame, tables.VISION_CLAIMS, tables.VISION_PAIRS, tables.VISION_COLUMNS)
+    assert table.empty
+    assert table.query("claim == 'better'").empty
+
+
+def test_attack_modes():
+    table = tables.attack_modes(routed_results("ac-vision", {"cosine": (0.8, 0.9), "ac": (0.9, 0.9)}))
+    assert table.loc[("PGD, 2/255", "ac")].tolist() == [f"{v:.2f} ± 0.00" for v in (20, 30, 40)]
+    assert table.loc[("FGSM, 1/255", "cosine")].tolist() == ["10.00 ± 0.00", "-", "-"]
+    assert table.loc[("SPSA, 2/255", "ac")].tolist() == ["40.00 ± 0.00", "-", "-"]
+
+
+def test_routing_by_layer():
+    table = tables.routing_by_layer(routed_results("ac-vision", {"cosine": (0.8,), "ac": (0.8, 0.9)}))
+    assert table.index.tolist() == [(arm, str(at)) for arm in ("cosine", "ac") for at in (1, 2, 3)]
+    assert table["chosen set changed by M"].tolist() == ["-"] * 4 + ["0.425 ± 0.035"] * 2
+    assert table["effective experts"].tolist() == ["8.00"] * 3 + ["8.50 ± 0.71"] * 3
+
+
+def test_company_table():
+    table = tables.company_table(routed_results("ac-language", {"cosine": (0.0,), "ac": (0.8, 0.9)}))
+    kinds = ("later tokens", "other sequences")
+    assert table.index.tolist() == [(kind, arm) for kind in kinds for arm in ("cosine", "ac")]
+    shown = ["2.0000 ± 0.0000", "0.0085 ± 0.0007", "0.085 ± 0.007", "0.9000"]
+    assert table.loc[("later tokens", "ac")].tolist() == shown
+    assert table.loc[("later tokens", "cosine")].tolist() == ["2.0000", "0.0000", "0.000", "0.0000"]
+    images = tables.company_table(routed_results("ac-vision", {"ac": (0.8,)}))
+    assert images.index.tolist() == [("other images", "ac")]
+
+
+def test_collapse_table_puts_the_null_beside(core):
+    table = report.collapse_table("core")
+    assert [arm for _, arm in table.index] == ["base", "snnl"] * (len(table) // 2)
+    for _, row in table.iterrows():
+        assert row["seeds"] == "3"
+        assert row["effective experts"] == "3.50 ± 0.00"
+        together, alone = (float(row[c].split()[0]) for c in ("cos outputs", "cos outputs, trained alone"))
+        assert alone == pytest.approx(4 * together, abs=3e-3)  # as `made_up` has it; both are rounded
+
+
+def test_accuracy_table(core):
+    run = planned("base", 42, "mnist")
+    store.write_run(run.path, made_up(run, accuracy=0.99))
+    table = report.accuracy_table("core")
+    assert table.columns.tolist() == ["FashionMNIST", "MNIST"]
+    assert table["FashionMNIST"].to_dict() == {
+        "base": "91.00 ± 1.00 (3)",
+        "snnl": "92.67 ± 1.15 (3)",
+        "dense": "80.00 ± 0.00 (3)",
+        "dense-snnl": "81.00 ± 1.00 (3)",
+    }
+    assert table["MNIST"].to_dict() == {"base": "99.00 (1)", "snnl": "-", "dense": "-", "dense-snnl": "-"}
+
+
+def test_published_table(core):
+    table = report.published_table("core")
+    assert table.index.tolist() == [("snnl", "FashionMNIST")]
+    shown = "91.33|91.00|91.61|92.67|+0.28|+1.67|[+0.23, +3.10]|3"
+    assert table.iloc[0].tolist() == shown.split("|")
+
+
+def test_tuning_table(folders):
+    """The two seeds of one setting are averaged; settings of one arm stand apart."""
+    runs = [r for r in study.runs("core", "snnl-tuning", "cifar100") if r.train.learning_rate == 1e-3]
+    tried = [r for r in runs if r.arm == "snnl" and r.objective.snnl.factor in (1.0, 10.0)]
+    assert len(tried) == 4
+    for run in tried:
+        value = run.objective.snnl.factor + run.seed
+        curve = {"cross_entropy": [value, value + 1]}
+        study.write(run, {"history": {"best_cross_entropy": value, "validation": curve}})
+    table = report.tuning_table("core").reset_index()
+    assert table["learning rate"].tolist() == [1e-3, 1e-3]
+    assert table["weight of the extra loss"].tolist() == [1.0, 10.0]
+    assert table["validation cross-entropy"].tolist() == [2.5, 11.5]
+    assert table["at the last epoch"].tolist() == [3.5, 12.5]
+    assert table["chosen by"].tolist() == ["the best epoch"] * 2
+    assert table["seeds"].tolist() == [2, 2]
+
+
+def store_routed(study_name: str, **options: int) -> None:
+    for result in routed_results(study_name, **options):
+        run = routed_plan(study_name, result["run"]["arm"], result["run"]["seed"])
+        store.write_run(run.path, result)
+
+
+def tuned(value: float) -> dict:
+    return {"best_cross_entropy": value, "validation": {"cross_entropy": [value]}}
+
+
+def test_tuning_budgets_are_not_mixed(folders):
+    """base is also tuned at the whole budget; its value there is not averaged with the short one's."""
+    rate = snnl.LEARNING_RATES[0]
+    runs = [
+        run
+        for run in study.runs("core", "snnl-tuning", "cifar100", "base")
+        if run.train.learning_rate == rate and run.seed == 1
+    ]
+    assert len({run.train.epochs for run in runs}) == len(runs) == 2
+    for run in runs:
+        history = tuned(float(run.train.epochs))
+        study.write(run, {"history": history})
+    assert sorted(report.tuning_table("core")["validation cross-entropy"]) == sorted(
+        float(run.train.epochs) for run in runs
+    )
+
+
+def test_tuning_table_has_every_study(folders):
+    """The balance weight, which is the same everywhere there, is no tuned weight of an AC study."""
+    names = [name for name in study.STUDIES if name.endswith("-tuning")]
+    for name in names:
+        run = study.runs("core", name)[0]
+        study.write(run, {"history": tuned(2.0)})
+    table = report.tuning_table("core").reset_index()
+    assert sorted(table["study"]) == sorted(name.removesuffix("-tuning") for name in names)
+    weights = dict(zip(table["study"], table["weight of the extra loss"], strict=True))
+    assert weights["ac-vision"] == weights["ac-language"] == 0
+    assert weights["crossed"] == crossed.FACTORS[0]
+
+
+def test_routed_tables(folders):
+    for name in COLUMN_SETS:
+        store_routed(name)
+    vision = report.routed_claims_table("core", "ac-vision")
+    assert set(vision.index.get_level_values("data set")) == {"CIFAR-10"}
+    row = vision.loc[("CIFAR-10", "better", "accuracy (points), higher is better", "ac - cosine")]
+    assert (row["difference"], row["reading"]) == ("+3.33", "interval on the claimed side")
+    language = report.routed_claims_table("core", "ac-language")
+    assert ("better", "cross-entropy (nats), lower is better", "ac-row - ac-pooled") in language.droplevel(
+        0
+    ).index
+    accuracy = report.accuracy_table("core", "ac-vision")["CIFAR-10"]
+    assert accuracy["ac"] == "83.33 ± 1.15 (3)"
+    assert accuracy.index.tolist()[:3] == ["linear", "cosine", "ac"]
+    assert len(report.crossed_table("core")) == 3 * len(tables.CROSSED_MEASURES)
+
+
+def test_provenance_table(core):
+    rows = report.provenance_table("core")["value"]
+    assert rows["runs finished / planned"] == f"12 / {len(study.runs('core'))}"
+    assert rows["commits"] == "0123456789"
+    assert rows["code changed since the commit"] == "no"
+    assert rows["versions"] == "python 3.12.0, torch 2.14.0"
+    assert rows["machines"] == "Some CPU (cpu)"
+    assert rows["time"] == "18 core-minutes"
+    assert rows["longest run"] == "90 s"
+    assert rows["highest memory of a run"] == f"{500 + max(arms.SEEDS[:3])} MB"
+
+
+def test_html_table(core):
+    html = report.as_html(report.accuracy_table("core")).data
+    assert html.count("<tr") == 5
+    assert "<th>arm</th>" in html
+    assert "<td>92.67 ± 1.15 (3)</td>" in html
+
+
+def test_readme_shows_the_benchmark(core):
+    row = {"row": "N=1024", "faster_than_fastest_peer": 3.06, "memory_saving": 7.0, "share_of_limit": 0.397}
+    store.write(store.results_dir() / "bench" / "snnl.json", {"rows": [row]})
+    assert "| N=1024 | 3.1 | 7.0 | 0.40 |" in report.results_page()
+
+
+def test_results_show_the_inspector_beside_its_peers(folders):
+    ours = {"sees": {"noise": "arbitrary"}, "added_percent_training": 12.4, "mib_per_50_steps": 0.26}
+    peer = {"sees": {"noise": "nothing"}, "added_percent_generation": 5.6}
+    passes = {"D 512": 8.2}
+    content = {"tools": {"ours": ours, "peer": peer}, "missing": {"x": "gone"}, "pass_added_percent": passes}
+    store.write(store.results_dir() / "bench" / "inspect.json", content)
+    section = "\n".join(report.inspector_sections())
+    assert "| planted | ours | peer |" in section
+    assert "| noise | arbitrary | nothing |" in section
+    assert "| ours | +12 % | - | - | 0.3 |" in section
+    assert "| peer | - | - | +6 % | - |" in section
+    assert "+8 % at D 512" in section
+    assert "Not installed when measured: x." in section
+
+
+def test_readme_shows_how_steps_grow(core):
+    fit = {"exponent": 1.93, "low": 1.871, "high": 1.99}
+    entry = {"job": "SNNL", "size": "N", "time": fit, "memory": None}
+    other = {"job": "AC router", "size": "K", "time": fit, "memory": fit}
+    times = {"median": 1.874, "low": 1.8, "high": 1.9}
+    rows = [{"processes": 1, "times_one": dict.fromkeys(times, 1.0)}, {"processes": 2, "times_one": times}]
+    content = {"exponents": [entry, other], "throughput": rows}
+    store.write(store.results_dir() / "bench" / "scaling.json", content)
+    section = report.results_page()
+    assert "| step of | grows | N | K |" in section
+    assert "| SNNL | time | 1.93 [1.87, 1.99] | - |" in section
+    assert "| SNNL | memory | - | - |" in section
+    assert "2 processes do 1.87 times as much (quartiles 1.80 to 1.90)." in section
+
+
+def test_readme_with_no_data_set_that_was_published(folders):
+    """MNIST alone: every table of the section still has its columns."""
+    for arm in ("base", "snnl"):
+        for seed in arms.SEEDS[:2]:
+            run = planned(arm, seed, "mnist")
+            store.write_run(run.path, made_up(run, accuracy=0.99))
+    section = report.results_page()
+    assert "| of | data set | claim | against | verdict |" in section  # no row: MNIST is outside
+    assert "| MNIST | base | 2 |" in section
+    assert "| index |" not in section
+
+
+def test_first_screen_holds_every_verdict(core):
+    """One cell of the grid a verdict, with its word, difference and interval; in words what minus what."""
+    found = report.find_verdicts("core")
+    soup = BeautifulSoup(words.first_screen(found), "html.parser")
+    units = soup.find("table").find_all("span", class_="unit")
+    assert len(units) == len(found) == 4
+    assert all("pilot" in one["class"] for one in units)
+    (row,) = [row for row in soup.find_all("tr") if row.th.get_text().startswith("more accurate")]
+    assert row.find("span").get_text().split() == ["○", "+1.67", "[+0.23,", "+3.10]"]
+    assert "SNNL-MoE minus plain MoE" in row.find("span")["title"]
+    assert "SNNL-MoE minus plain MoE" in soup.get_text()
+
+
+def test_budget_table(core):
+    table = report.budget_table("core")
+    row = table.loc[("snnl", "FashionMNIST")]
+    assert (row["arms"], row["runs"], row["training images"]) == ("4", "12", "all")
+    assert row["epochs"] == f"{planned('base', 42).train.epochs}"
+    assert row["tokens an epoch"] == "-"
+    assert report.as_html(report.budget_table("digits")).data == "<p>None in this profile.</p>"
+
+
+def test_report_is_the_same_whenever_it_is_rendered(tmp_path):
+    new = nbformat.v4
+    source = tmp_path / "in.ipynb"
+    nbformat.write(new.new_notebook(cells=[new.new_markdown_cell("# T\n\n## Part")]), source)
+    pages = [tmp_path / "1.html", tmp_path / "2.html"]
+    for page in pages:
+        report.render(source, page)
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+
+
+def test_verdict_grid_draws_every_verdict(core):
+    found = report.find_verdicts("core")
+    figure = verdict_plots.verdict_grid(words.grid(found))
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert sum("[+" in text or "[-" in text for text in texts) == len(found)
+    check_drawn(figure, "verdict_grid")
+
+
+@pytest.mark.parametrize("name", ["training_curves", "accuracy_by_arm", "tsne_panels", "routing_heatmap"])
+def test_figures_say_what_to_see(name, folders):
+    figure = FIGURES[name](some_results())
+    assert len(figure.get_label()) > 60
+
+
+def test_curves_show_the_wanted_arms_in_one_order():
+    figure = plots.training_curves(some_results()[::-1], ["snnl", "base"])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["base", "snnl"]
+
+
+def test_similarity_floor_is_drawn():
+    figure = snnl_plots.similarity_with_nulls(some_results())
+    floor = (2 / (np.pi * 1000)) ** 0.5
+    (line,) = [line for line in figure.axes[0].lines if line.get_label().startswith("floor")]
+    np.testing.assert_allclose(line.get_xdata(), floor)
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 4
+
+
+def test_changed_choices_of_arms_without_an_m_are_refused():
+    with pytest.raises(ValueError, match="no arm here has an M"):
+        routed_plots.changed_choices(routed_results("ac-vision", {"cosine": (0.8, 0.8)}))
+
+
+def test_every_data_set_has_a_title():
+    assert set(plots.DATASET_TITLES) >= {r.dataset for p in arms.PROFILES for r in study.runs(p)}
