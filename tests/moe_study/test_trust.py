@@ -1,12 +1,16 @@
 """Routing measures judged on planted routers."""
 
+import math
+
 import pandas as pd
 import pytest
+import torch
+from scipy.stats import kendalltau
 
 from moe_study import store, trust
 from moe_study.__main__ import main
 from moe_study.data import ROOT
-from moe_study.data.planted import planted_routing
+from moe_study.data.planted import PlantedRouting, planted_routing
 
 
 def test_measures_of_hand_made_routers():
@@ -34,6 +38,15 @@ def test_split_uses_twice_the_right_number_of_experts():
     assert measures["effective experts"] * 8 == pytest.approx(8, abs=0.1)
     before = trust.routing_measures(planted_routing("split", 0.0, overlap=0.0))
     assert before["effective experts"] * 8 == pytest.approx(4)
+
+
+def test_one_group_is_no_division_by_zero():
+    one = torch.ones(6, 1, dtype=torch.float64)
+    zeros = torch.zeros(6, dtype=torch.long)
+    measures = trust.routing_measures(PlantedRouting(one, zeros, zeros, one, one[:, None], 1.0))
+    assert measures["I(c;E) - null"] == 0
+    undefined = {name for name, value in measures.items() if not math.isfinite(value)}
+    assert undefined == {"routing collapse", "representational collapse", "functional collapse"}
 
 
 def test_kinds_of_collapse_on_hand_made_routers():
@@ -98,6 +111,24 @@ def test_scores_of_made_up_measures():
     # Ranks of the values 1 4 2 3 (of the quality 4 3 2 1): sum of squared differences 14, 1 - 6 * 14 / 60.
     assert scored.loc["H(E|c)", "noise"] == pytest.approx(1 - 6 * (9 + 1 + 0 + 4) / 60)
     assert scored.loc["H(E|c)", "worst"] < 0
+
+
+def test_ladders_on_real_gates():
+    climbed = trust.climb(range(2), levels=(0, 0.5, 1))
+    assert len(climbed) == 2 * 3 * len(trust.LADDERS)
+    scored = trust.score_measures(climbed)
+    # An independent rank correlation agrees where a measure is monotone.
+    for name in ("noise", "collapse", "overlap"):
+        assert scored.loc["I(c;E) - null", name] == pytest.approx(1)
+        for _, one in climbed[climbed["ladder"] == name].groupby("seed"):
+            assert kendalltau(1 - one["level"], one["I(c;E) - null"]).statistic == pytest.approx(1)
+    assert scored.loc["H(E)", "noise"] == 0
+    assert scored.loc["effective experts", "split"] == pytest.approx(-1)
+    assert scored.loc["ARI with the truth", "noise, crossed"] == pytest.approx(1)
+    assert scored.loc["representational collapse", "alike"] == pytest.approx(-1)
+    assert scored.loc["functional collapse", ["alike", "noise, crossed"]].tolist() == pytest.approx([-1, -1])
+    unseen = scored.drop(index=["representational collapse", "functional collapse", trust.TRUTH])
+    assert unseen["alike"].abs().max() == 0
 
 
 def test_the_command_writes_what_was_found(folders, monkeypatch):

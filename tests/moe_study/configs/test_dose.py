@@ -181,3 +181,30 @@ def test_every_panel_can_be_drawn(name, profile):
         figure = dose_plots.dose_heatmaps(frame, panel, measures)
         titles = [axis.get_title() for axis in figure.axes if axis.get_visible()]
         assert [title.split(" (")[0].split(",")[0] for title in titles] == list(measures)
+
+
+def test_names():
+    assert SNNLDose().name == "snnl"
+    assert SNNLDose(0.1, layers=("conv1", "code")).name == "snnl-factor=0.1-layers=conv1+code"
+    assert SNNLDose(0.1, num_experts=8).control.name == "base-num_experts=8"
+    assert SNNLDose(temperature="learned").name == "snnl-temperature=learned"
+    assert SNNLDose(0.1, samples_per_class=4).control.name == "base-samples_per_class=4"
+    assert ACDose(ACConfig(normalize="row", max_ratio=None)).name == "ac-normalize=row-max_ratio=None"
+    assert ACDose(ACConfig(mixed=True), (0, 1)).control.name == "cosine-moe_blocks=0+1"
+
+
+def test_temperatures_are_drawn_in_order():
+    panel = PLANS["snnl-dose"]["core"].panels[0]
+    arms_ = sorted(panel.arms())
+    rows = [
+        {"arm": arm, "seed": seed, "accuracy": 0.8 + at / 99}
+        for at, arm in enumerate(arms_)
+        for seed in (1, 2)
+    ]
+    axis = dose_plots.dose_heatmaps(tables.pd.DataFrame(rows), panel, ["accuracy"]).axes[0]
+    labels = [label.get_text() for label in axis.get_xticklabels()]
+    assert labels == ["0.1", "1", "10", "annealed from 1"]
+    effects = tables.dose_effects(tables.pd.DataFrame(rows), panel, "accuracy")
+    annealed = panel.labels[1][1].index("annealed from 1")
+    written = [text.get_text() for text in axis.texts if text.get_position() == (3, -0.16)]
+    assert written == [f"{100 * effects[0, annealed].difference:+.2f}"]

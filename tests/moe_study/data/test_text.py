@@ -9,6 +9,8 @@ import hashlib
 import importlib.metadata
 import inspect
 import os
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from itertools import pairwise
@@ -471,3 +473,18 @@ def test_another_file_from_the_server_is_refused(name, servers, tmp_path, monkey
     with pytest.raises(DataError, match="delivered"):
         load(name, root=tmp_path / "data")
     assert not any(path.is_file() for path in (tmp_path / "data").rglob("*/*"))
+
+
+@pytest.mark.slow
+def test_the_embedded_corpus_is_the_same_in_another_process_and_imports_nothing():
+    program = (
+        "import hashlib, sys; from moe_study.data import text; raw = text._docs(); "
+        "print('sklearn' in sys.modules, hashlib.sha256(raw.encode()).hexdigest())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", hashlib.sha256(text._docs().encode()).hexdigest()]
+
+
+def test_tokens_go_to_the_device(prose):
+    corpus = load(prose, device="meta")
+    assert {part.tokens_N.device.type for part in (corpus.train, corpus.validation, corpus.test)} == {"meta"}
