@@ -27,7 +27,7 @@ from moe_lib.snnl import LayerwiseSNNL, SNNLConfig
 from moe_study.data import Dataset, Split, pixels
 from moe_study.data.text import Corpus
 
-ImageBatch = tuple[Tensor, Tensor]  # images in [0, 1], labels
+ImageBatch = tuple[Tensor, ...]  # images in [0, 1], labels; what a task adds
 
 
 def image_batches(split: Split, order_N: Tensor, batch_size: int, dtype: torch.dtype) -> Iterator[ImageBatch]:
@@ -122,7 +122,10 @@ class ClassifierTask(nn.Module):
             self.to(memory_format=torch.channels_last)
 
     def batches(self, epoch: int) -> Iterator[ImageBatch]:
-        """The training set in the order of (seed, epoch), every image once, ragged last batch included."""
+        """The training set in the order of (seed, epoch), every image once, ragged last batch included.
+
+        With `shuffled`, a permutation of each batch comes with it.
+        """
         train, draw = self.dataset.train, generator(self.seed, "order", epoch)
         order_N = torch.randperm(len(train), generator=draw)
         if self.objective.samples_per_class > 1:
@@ -130,8 +133,16 @@ class ClassifierTask(nn.Module):
             by_class = [order_N[labels_N == label] for label in range(self.dataset.num_classes)]
             groups = [group for own in by_class for group in own.split(self.objective.samples_per_class)]
             order_N = torch.cat([groups[i] for i in torch.randperm(len(groups), generator=draw)])
-        self._shuffle = generator(self.seed, "shuffled labels", epoch)
-        yield from image_batches(train, order_N, self.batch_size, self.dtype)
+        batches = image_batches(train, order_N, self.batch_size, self.dtype)
+        if not self.objective.shuffled:
+            yield from batches
+            return
+        draw = generator(self.seed, "shuffled labels", epoch)
+        sizes = [len(part) for part in order_N.split(self.batch_size)]
+        permuted_N = torch.cat([torch.randperm(size, generator=draw) for size in sizes])
+        permuted = permuted_N.to(train.labels_N.device).split(self.batch_size)
+        for batch, order in zip(batches, permuted, strict=True):
+            yield *batch, order
 
     def encode(self, images_NCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Code [N, D] and the extractor's activations."""
@@ -141,7 +152,7 @@ class ClassifierTask(nn.Module):
 
     def losses(self, batch: ImageBatch, epoch: int) -> dict[str, Tensor]:
         """Unweighted losses by name, and their weighted sum, "total"."""
-        images_NCHW, labels_N = batch
+        images_NCHW, labels_N, *permutation = batch
         objective = self.objective
         if epoch < self.pretrain_epochs:
             return self._pretrain_losses(images_NCHW, labels_N, epoch)
@@ -157,7 +168,7 @@ class ClassifierTask(nn.Module):
             losses["snnl"] = self.snnl(activations, labels_N, epoch)
             weighted = objective.snnl.factor * losses["snnl"]
             if objective.shuffled:
-                weighted = self._shuffled_snnl(weighted, activations, labels_N, epoch)
+                weighted = self._shuffled_snnl(weighted, activations, labels_N[permutation[0]], epoch)
             total = total + weighted
         if objective.balance:
             losses["balance"] = load_balancing_loss(output.routing.top(1))
@@ -176,15 +187,12 @@ class ClassifierTask(nn.Module):
         return {"snnl": loss, "total": loss}
 
     def _shuffled_snnl(
-        self, weighted: Tensor, activations: dict[str, Tensor], labels_N: Tensor, epoch: int
+        self, weighted: Tensor, activations: dict[str, Tensor], permuted_N: Tensor, epoch: int
     ) -> Tensor:
         """SNNL of permuted labels, scaled to push on the activations as hard as the real one would."""
         assert self.objective.snnl is not None
         layers = [activations[name] for name in self.objective.snnl.layers]
-        order_N = torch.randperm(len(labels_N), generator=self._shuffle)
-        if labels_N.is_cuda:  # pinned, or the host would wait for the copy
-            order_N = order_N.pin_memory().to(labels_N.device, non_blocking=True)
-        shuffled = self.snnl(activations, labels_N[order_N], epoch)
+        shuffled = self.snnl(activations, permuted_N, epoch)
 
         def push(loss: Tensor) -> Tensor:
             gradients = torch.autograd.grad(loss, layers, retain_graph=True)

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_lib.products import on_host
 from moe_study import store
+from moe_study.replay import Replayed
 
 CHECKPOINT_SECONDS = 20.0  # between two checkpoints, the first epoch's and the last one's excepted
 
@@ -233,7 +235,11 @@ def _validated(
 
 
 def _adam(task: Task, config: TrainConfig) -> torch.optim.Optimizer:
-    return torch.optim.Adam(task.parameters(), lr=config.learning_rate, fused=True)
+    weights = list(task.parameters())
+    if not weights[0].is_cuda:
+        return torch.optim.Adam(weights, lr=config.learning_rate, fused=True)
+    rate = torch.tensor(config.learning_rate, device=weights[0].device)  # an update that is replayed reads it
+    return torch.optim.Adam(weights, lr=rate, fused=True, capturable=True)
 
 
 def _lower_rate(config: TrainConfig) -> str:
@@ -275,7 +281,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, pro
     if progress < config.warmup:
         decay *= progress / config.warmup
     for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * decay
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(config.learning_rate * decay)
+        else:
+            group["lr"] = config.learning_rate * decay
 
 
 def _train_epoch(
@@ -285,16 +294,21 @@ def _train_epoch(
     task.train()
     on_cpu = on_host(next(task.parameters()))
     rows: list[dict[str, Tensor]] = []
-    for step, batch in enumerate(task.batches(epoch)):
-        set_learning_rate(optimizer, config, (epoch + step / task.num_batches) / config.epochs)
-        try:
-            losses = task.losses(batch, epoch)
-        except ValueError as error:  # a loss that refuses NaN, say
-            raise TrainingError(f"{label}, epoch {epoch}, batch {step}: {error}") from error
+
+    def update(*batch: Tensor) -> dict[str, Tensor]:
+        losses = task.losses(batch if len(batch) > 1 else batch[0], epoch)
         optimizer.zero_grad()
         losses["total"].backward()
         optimizer.step()
-        rows.append({name: loss.detach() for name, loss in losses.items()})
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    replayed = Replayed(update, enabled=not (dist.is_available() and dist.is_initialized()))
+    for step, batch in enumerate(task.batches(epoch)):
+        set_learning_rate(optimizer, config, (epoch + step / task.num_batches) / config.epochs)
+        try:
+            rows.append(replayed(*(batch if isinstance(batch, tuple) else (batch,))))
+        except ValueError as error:  # a loss that refuses NaN, say
+            raise TrainingError(f"{label}, epoch {epoch}, batch {step}: {error}") from error
         if on_cpu:  # a look at a GPU's losses would stall it
             _check_finite(rows[-1:], f"{label}, epoch {epoch}", step, config)
     if not on_cpu:

@@ -7,6 +7,7 @@ there is none). Needs what a bare machine has: torch and pytest.
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import reference
@@ -21,9 +22,11 @@ from moe_lib.models.transformer import TransformerConfig
 from moe_lib.models.vision import VisionConfig
 from moe_lib.moe import MoE, Routing, adaptive_scales, dispatch, route
 from moe_lib.snnl import SNNLConfig, soft_nearest_neighbor_loss
+from moe_study import train
 from moe_study.data import Dataset, Split
 from moe_study.data.text import Corpus, Text
 from moe_study.evaluate import validation_measures
+from moe_study.replay import Replayed
 from moe_study.tasks import ClassifierTask, LanguageTask, Objective, RoutedObjective, VisionTask
 from moe_study.train import TrainConfig, _adam, fit
 
@@ -249,6 +252,21 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, device):
     run(path, stop=1)
     for name, weight in run(path).state_dict().items():
         torch.testing.assert_close(weight, run().state_dict()[name], rtol=1e-9, atol=1e-9)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("make", [*TASKS.values(), lambda *a, **k: classifier(*a, **k, shuffled=True)])
+def test_a_replayed_update_is_the_update(make, monkeypatch):
+    """Three epochs of losses; the last batch of each is shorter, and so not replayed."""
+    found = {}
+    for enabled in (False, True):
+        monkeypatch.setattr(train, "Replayed", partial(Replayed, enabled=enabled))
+        task, config = make("cuda", dtype=torch.float64), TrainConfig(epochs=3)
+        task.batch_size, task.num_batches = (28, 4) if hasattr(task, "dataset") else (8, task.num_batches)
+        optimizer = _adam(task, config)
+        found[enabled] = [train._train_epoch(task, optimizer, config, epoch, "x") for epoch in range(3)]
+    for plain, replayed in zip(found[False], found[True], strict=True):
+        assert replayed == pytest.approx(plain, rel=1e-9)
 
 
 @on_a_gpu

@@ -206,8 +206,7 @@ def test_the_shuffled_labels_differ_between_batches_and_epochs():
 
 def test_the_shuffled_label_control_without_any_positive_is_zero_and_finite():
     task = make_task(Objective(snnl=SNNL, shuffled=True))
-    next(task.batches(0))
-    batch = pixels(task.dataset.train.images_NCHW[:4], torch.float64), torch.arange(4)
+    batch = pixels(task.dataset.train.images_NCHW[:4], torch.float64), torch.arange(4), torch.arange(4)
     losses = task.losses(batch, 0)
     assert losses["total"].item() == losses["cross_entropy"].item()
     losses["total"].backward()
@@ -220,9 +219,9 @@ def test_the_shuffled_label_control_without_any_positive_is_zero_and_finite():
 def test_a_batch_of_one_trains(objective):
     """The ragged last batch can be that small."""
     task = make_task(objective, batch_size=49)
-    images_NCHW, labels_N = list(task.batches(0))[-1]
-    assert len(labels_N) == 1
-    losses = task.losses((images_NCHW, labels_N), 0)
+    batch = list(task.batches(0))[-1]
+    assert len(batch[1]) == 1
+    losses = task.losses(batch, 0)
     losses["total"].backward()
     assert math.isfinite(losses["total"].item())
     assert all(p.grad.isfinite().all() for p in task.parameters())

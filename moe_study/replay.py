@@ -1,0 +1,61 @@
+"""The same work on new numbers, again and again: on a GPU as one CUDA graph.
+
+The models of the study are small: an update of the weights launches some hundred kernels of a few
+microseconds each, and Python takes longer to launch them than a GPU to run them. A graph is launched as one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_recording = threading.Lock()  # one at a time
+Work = Callable[..., dict[str, Tensor]]  # of tensors
+
+
+class Replayed:
+    """Calls `work`; on a GPU the first call runs as it is (libraries start then), the second is recorded, and
+    every later one with inputs of the same shapes is a single launch.
+
+    `work` must do the same whatever the values: it reads none of them on the host, draws no random numbers,
+    and changes what it keeps in place. Numbers that are no tensors stay what they were when it was recorded:
+    make a new `Replayed` where they change.
+
+    Args:
+        enabled: False: call `work`, always.
+    """
+
+    def __init__(self, work: Work, enabled: bool = True) -> None:
+        self.work, self.enabled = work, enabled
+        self.shapes: list[torch.Size] | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        shapes = [x.shape for x in inputs]
+        if not (self.enabled and all(x.is_cuda for x in inputs)) or self.shapes not in (None, shapes):
+            return self.work(*inputs)
+        if self.shapes is None:
+            self.shapes = shapes
+            return self.work(*inputs)
+        if self.graph is None:
+            self._record(inputs)
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return {name: value.clone() for name, value in self.outputs.items()}
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+        """The graph, with places for its inputs and outputs; nothing of it has run yet."""
+        self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()  # the default one can't be recorded
+        stream.wait_stream(torch.cuda.current_stream())
+        with _recording, torch.cuda.stream(stream):
+            # Other threads of this process may use the GPU meanwhile.
+            self.graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.outputs = self.work(*self.inputs)
+            finally:
+                self.graph.capture_end()
