@@ -11,11 +11,14 @@ Shapes: N rows, D width, H expert hidden width, E experts.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -27,9 +30,10 @@ from benchmarks.measure import Contestant, Machine, Row, Step, Work
 from moe_lib.models.transformer import TransformerConfig
 from moe_lib.models.vision import VisionConfig
 from moe_lib.moe import AdaptiveClusteringRouter, LinearRouter, MoE
+from moe_study.engine import GPU_THREADS
 from moe_study.tasks import RoutedObjective, VisionTask
 
-WORKERS = (1, 4, 8, 16)
+WORKERS = (1, 8, 24)
 SECONDS = 3.0  # of each number of workers
 
 
@@ -104,9 +108,13 @@ def vision_step(batch: int, patch: int, trunk: TransformerConfig, **options: Any
         task = VisionTask(
             dataset, config, RoutedObjective(), seed=0, batch_size=batch, augment=True, bf16=bf16
         )
-        optimizer = training.adam(task, fused=True)
+        update = training.replayed(task, training.adam(task, fused=True))
         batches = itertools.chain.from_iterable(map(task.batches, itertools.count()))
-        return lambda: training.descend(optimizer, task.losses(next(batches), 0)["total"])
+
+        def step() -> None:
+            update(*next(batches))
+
+        return step
 
     contestants = (
         Contestant("ours", partial(build, True), peer=False),
@@ -125,24 +133,29 @@ def vision_step(batch: int, patch: int, trunk: TransformerConfig, **options: Any
 def workers(
     machine: Machine, counts: Sequence[int] | None = None, seconds: float | None = None, batch: int = 256
 ) -> list[dict[str, Any]]:
-    """Images a second of several processes that train the CNN with SNNL on one device at the same time."""
+    """Images a second of several runs that train the CNN with SNNL on one device at the same time.
+
+    On a GPU they are threads of a few processes, as the engine has them.
+    """
     cores = os.cpu_count() or 1
     on_gpu = machine.device != "cpu"
-    counts = [n for n in counts or WORKERS if n <= cores] if on_gpu or counts else [1]
+    counts = counts or (WORKERS if on_gpu else [1])
     seconds = seconds or (SECONDS if on_gpu else 0.2)
     context = multiprocessing.get_context("spawn")
     found = []
     for count in counts:
-        barrier, queue = context.Barrier(count), context.Queue()
-        arguments = (machine.device, batch if on_gpu else 8, seconds, barrier, queue)
-        processes = [context.Process(target=_train_for, args=arguments, daemon=True) for _ in range(count)]
-        for process in processes:
+        threads = min(count, GPU_THREADS) if on_gpu else 1
+        processes = min(-(-count // threads), cores)
+        barrier, queue = context.Barrier(processes), context.Queue()
+        arguments = (machine.device, batch if on_gpu else 8, seconds, threads, barrier, queue)
+        own = [context.Process(target=_train_for, args=arguments, daemon=True) for _ in range(processes)]
+        for process in own:
             process.start()
-        rates = [queue.get(timeout=180) for _ in processes]
-        for process in processes:
+        rates = [queue.get(timeout=180) for _ in own]
+        for process in own:
             process.join()
-        found.append({"workers": count, "images_per_second": sum(rates)})
-        print(f"{count} processes: {sum(rates):.0f} images a second", flush=True)
+        found.append({"workers": count, "processes": processes, "images_per_second": sum(rates)})
+        print(f"{count} runs in {processes} processes: {sum(rates):.0f} images a second", flush=True)
     return found
 
 
@@ -154,27 +167,34 @@ def figure(content: dict[str, Any]) -> Any:
     axes[0, 0].plot(
         [one["workers"] for one in found], [one["images_per_second"] for one in found], "o-", color="k"
     )
-    axes[0, 0].set(xlabel="processes", title="images a second, all together", ylim=(0, None))
+    axes[0, 0].set(xlabel="runs at a time", title="images a second, all together", ylim=(0, None))
     return drawn
 
 
-def _train_for(device: str, batch: int, seconds: float, barrier: Any, queue: Any) -> None:
-    torch.set_num_threads(1)
-    step = training.our_snnl_step(batch, "bfloat16", device)
-    for _ in range(3):
-        step()
-    _settle(device)
-    barrier.wait()
-    start, steps = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        step()
-        steps += 1
-        if steps % 16 == 0:  # else the host would run ahead of the device
+def _train_for(device: str, batch: int, seconds: float, threads: int, barrier: Any, queue: Any) -> None:
+    together = threading.Barrier(threads, action=barrier.wait)
+
+    def train(_: int) -> float:
+        torch.set_num_threads(1)
+        with torch.cuda.stream(torch.cuda.Stream()) if device != "cpu" else contextlib.nullcontext():
+            step = training.our_snnl_step(batch, "bfloat16", device)
+            for _ in range(4):
+                step()
             _settle(device)
-    _settle(device)
-    queue.put(steps * batch / (time.perf_counter() - start))
+            together.wait()
+            start, steps = time.perf_counter(), 0
+            while time.perf_counter() - start < seconds:
+                step()
+                steps += 1
+                if steps % 16 == 0:  # else the host would run ahead of the device
+                    _settle(device)
+            _settle(device)
+            return steps * batch / (time.perf_counter() - start)
+
+    with ThreadPoolExecutor(threads) as pool:
+        queue.put(sum(pool.map(train, range(threads))))
 
 
 def _settle(device: str) -> None:
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()

@@ -28,8 +28,9 @@ from moe_lib.snnl import SNNLConfig
 from moe_study import data
 from moe_study.data import Dataset, Split
 from moe_study.evaluate import validation_measures
-from moe_study.tasks import ClassifierTask, Objective
-from moe_study.train import TrainConfig, fit
+from moe_study.replay import Replayed
+from moe_study.tasks import ClassifierTask, ImageBatch, Objective
+from moe_study.train import Task, TrainConfig, fit
 
 CIFAR, MNIST = (3, 32, 32), (1, 28, 28)
 CNN = ClassifierConfig(extractor="cnn", code_dim=128, num_experts=4, expert_hidden=512)
@@ -59,13 +60,26 @@ def task_of(
 
 
 def adam(model: nn.Module, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused, foreach=not fused)
+    capturable = fused and next(model.parameters()).is_cuda
+    return torch.optim.Adam(
+        model.parameters(), lr=1e-3, fused=fused, foreach=not fused, capturable=capturable
+    )
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+
+
+def replayed(task: Task, optimizer: torch.optim.Optimizer) -> Replayed:
+    """Of a batch: one update of the task's weights, as the study does it."""
+
+    def update(*batch: Tensor) -> dict[str, Tensor]:
+        descend(optimizer, task.losses(batch, 0)["total"])
+        return {}
+
+    return Replayed(update)
 
 
 # ----------------------------------------------------------------------------------------- peers
@@ -221,8 +235,12 @@ def _cnn_operations(batch: int) -> float:
 def our_snnl_step(batch: int, compute: Compute, device: str) -> Step:
     dataset = random_dataset(CIFAR, batch, device)
     task = task_of(dataset, CNN, SNNL, batch, compute)
-    optimizer, ready = adam(task, fused=True), next(task.batches(0))
-    return lambda: descend(optimizer, task.losses(ready, 0)["total"])
+    update, ready = replayed(task, adam(task, fused=True)), next(task.batches(0))
+
+    def step() -> None:
+        update(*ready)
+
+    return step
 
 
 def _authors_step(batch: int, device: str) -> Step:
@@ -244,7 +262,7 @@ def _pipeline(batch: int, **options: Any) -> Row:
     )
 
 
-def _our_batches(task: ClassifierTask) -> Iterator[tuple[Tensor, Tensor]]:
+def _our_batches(task: ClassifierTask) -> Iterator[ImageBatch]:
     epoch = 0
     while True:
         yield from task.batches(epoch)
@@ -330,9 +348,7 @@ def _seeds(seeds: int, batch: int, **options: Any) -> Row:
     )
 
 
-def _seed_step(
-    task: ClassifierTask, optimizer: torch.optim.Optimizer, batches: Iterator[tuple[Tensor, Tensor]]
-) -> None:
+def _seed_step(task: ClassifierTask, optimizer: torch.optim.Optimizer, batches: Iterator[ImageBatch]) -> None:
     descend(optimizer, task.losses(next(batches), 0)["total"])
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
@@ -35,7 +35,8 @@ from moe_study.evaluate_transformer import LanguageExperiment, VisionExperiment
 from moe_study.runs import STUDIES
 from moe_study.train import History, OutOfTime, TrainingError, fit
 
-GPU_WORKERS = 8
+GPU_THREADS = 8  # of a process: threads wait for each other's Python, processes for their turn on the GPU
+GPU_WORKERS = 24  # runs at a time on one GPU
 Selected = dict[str, dict[str, torch.Tensor]]  # weights of the epochs that validation data select
 # The experiment of each kind of model: another kind is one more line.
 EXPERIMENTS: dict[type, Callable[[Run, str], Experiment]] = {
@@ -235,6 +236,28 @@ def _train(run: Run, device: str, deadline: float) -> str:
     return "done"
 
 
+def _work_on(runs: Sequence[Run], device: str, deadline: float) -> list[tuple[str, str | None]]:
+    """In a worker process: train some runs, on a GPU several at a time.
+
+    Of each: what `_work` says, or "failed", and then the reason.
+    """
+
+    def attempt(run: Run) -> tuple[str, str | None]:
+        torch.set_num_threads(1)
+        own = _device_of(run, device)
+        stream = torch.cuda.stream(torch.cuda.Stream()) if own == "cuda" else contextlib.nullcontext()
+        try:
+            with stream:
+                return _work(run, own, deadline), None
+        except Exception as error:
+            return "failed", f"{type(error).__name__}: {error}"
+
+    if len(runs) == 1:
+        return [attempt(runs[0])]
+    with ThreadPoolExecutor(GPU_THREADS) as pool:
+        return list(pool.map(attempt, runs))
+
+
 _progress: Any = None  # in a worker: the queue to its parent
 
 
@@ -263,9 +286,9 @@ def default_device() -> str:
 
 
 def default_workers(device: str) -> int:
-    """Processes: one per core; on a GPU several share it, since one of these models leaves it idle."""
+    """Runs at a time: one per core; on a GPU several share it, since one of these models leaves it idle."""
     cores = os.cpu_count() or 1
-    return cores if device == "cpu" else min(GPU_WORKERS, cores)
+    return cores if device == "cpu" else min(GPU_WORKERS, GPU_THREADS * cores)
 
 
 def ensure(
@@ -276,10 +299,11 @@ def ensure(
     quiet: bool = False,
     among: Sequence[Run] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train the runs that have no result file yet, one process each, and return all finished results.
+    """Train the runs that have no result file yet, and return all finished results.
 
     Args:
-        workers: processes; None: one per core, or eight that share a GPU.
+        workers: runs at a time; None: one per core, or 24 that share a GPU. Each has a process of its own; on
+            a GPU eight are threads of one process.
         device: "cpu" or "cuda"; what there is if None. float64 runs always use the CPU.
         time_limit: seconds after which no epoch is started; checkpoints are kept and the next call goes on.
         among: runs that progress is counted over, where these are a part of them; None: the wanted ones.
@@ -362,8 +386,7 @@ def _train_all(
     failed = {run: missing[run.dataset] for run in todo if run.dataset in missing}
     can_run = [run for run in todo if run not in failed]
     on_cpu = all(_device_of(run, device) == "cpu" for run in can_run)
-    if on_cpu:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the workers when they import torch
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the workers when they import torch
     workers = max(1, min(workers or default_workers("cpu" if on_cpu else device), len(can_run)))
     deadline = time.monotonic() + (float("inf") if time_limit is None else time_limit)
     context = multiprocessing.get_context("spawn")
@@ -401,19 +424,28 @@ def _attempt(
 ) -> tuple[int, list[Run]]:
     """Number of runs that the deadline cut off, and those that were lost because a worker was killed, which
     takes the whole pool with it. The reason of one that raised goes into `failed`."""
-    unfinished, lost = 0, []
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (queue,))
+    unfinished: int = 0
+    lost: list[Run] = []
+    on_gpu = [run for run in runs if _device_of(run, device) == "cuda"]
+    processes = -(-workers // GPU_THREADS) if on_gpu else workers
+    shares = [share for at in range(processes) if (share := on_gpu[at::processes])]
+    shares += [[run] for run in runs if _device_of(run, device) == "cpu"]
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (queue,))
     try:
-        jobs = {pool.submit(_work, run, _device_of(run, device), deadline): run for run in runs}
+        jobs = {pool.submit(_work_on, share, device, deadline): share for share in shares}
         for job in as_completed(jobs):
             try:
-                unfinished += job.result() == "out of time"
+                outcomes = job.result()
             except BrokenProcessPool:
-                lost.append(jobs[job])
+                lost += jobs[job]
                 continue
             except Exception as error:
-                failed[jobs[job]] = f"{type(error).__name__}: {error}"
-            reporter.finished()
+                outcomes = [("failed", f"{type(error).__name__}: {error}")] * len(jobs[job])
+            for run, (outcome, reason) in zip(jobs[job], outcomes, strict=True):
+                unfinished += outcome == "out of time"
+                if reason is not None:
+                    failed[run] = reason
+                reporter.finished()
     finally:
         pool.shutdown(cancel_futures=True)
     return unfinished, lost

@@ -21,8 +21,9 @@ from moe_lib.snnl import soft_nearest_neighbor_loss
 from moe_study import data, store
 from moe_study.configs.run import Run
 from moe_study.data import Dataset, Split, pixels
+from moe_study.replay import Replayed
 from moe_study.tasks import ClassifierTask, Objective
-from moe_study.train import Task, TrainConfig, set_learning_rate
+from moe_study.train import Task, TrainConfig, adam, set_learning_rate
 
 EMBEDDING_SAMPLES = 2000  # of the test set, for embedding measures, CKA and SNNL
 KNN_SAMPLES = 5000  # of the training set
@@ -167,18 +168,24 @@ def independent_expert_null(task: ClassifierTask, config: TrainConfig) -> dict[s
     experts = Experts(shape[1], shape[0], shape[2], task.dataset.num_classes)
     initialise(experts, task.seed + 1)
     experts.to(codes_ND)
-    optimizer = torch.optim.Adam(experts.parameters(), lr=config.learning_rate, fused=True)
+    optimizer = adam(experts.parameters(), config)
+
+    def update(codes_ND: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
+        logits_NEC = experts(codes_ND)
+        labels_NE = labels_N[:, None].expand(-1, shape[0])
+        # Sums over experts, means over samples: no expert feels another.
+        loss = F.cross_entropy(logits_NEC.flatten(0, 1), labels_NE.flatten()) * shape[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {}
+
+    replayed = Replayed(update)
     for epoch in range(config.epochs):
         order_N = torch.randperm(len(train), generator=generator(task.seed, "order", epoch))
         for step, index in enumerate(order_N.to(train.labels_N.device).split(config.batch_size)):
             set_learning_rate(optimizer, config, (epoch + step / task.num_batches) / config.epochs)
-            logits_NEC = experts(codes_ND[index])
-            labels_NE = train.labels_N[index, None].expand(-1, shape[0])
-            # Sums over experts, means over samples: no expert feels another.
-            loss = F.cross_entropy(logits_NEC.flatten(0, 1), labels_NE.flatten()) * shape[0]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            replayed(codes_ND[index], train.labels_N[index])
     with torch.no_grad():
         return similarity(experts, experts(test_codes_ND))
 

@@ -6,13 +6,11 @@ microseconds each, and Python takes longer to launch them than a GPU to run them
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-_recording = threading.Lock()  # one at a time
 Work = Callable[..., dict[str, Tensor]]  # of tensors
 
 
@@ -40,22 +38,24 @@ class Replayed:
         if self.shapes is None:
             self.shapes = shapes
             return self.work(*inputs)
-        if self.graph is None:
-            self._record(inputs)
+        graph = self.graph = self.graph or self._recorded(inputs)
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
-        self.graph.replay()
+        graph.replay()
         return {name: value.clone() for name, value in self.outputs.items()}
 
-    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+    def _recorded(self, inputs: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
         """The graph, with places for its inputs and outputs; nothing of it has run yet."""
-        self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()  # the default one can't be recorded
+        self.inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        if stream == torch.cuda.default_stream():  # which can't be recorded
+            stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with _recording, torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             # Other threads of this process may use the GPU meanwhile.
-            self.graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self.outputs = self.work(*self.inputs)
             finally:
-                self.graph.capture_end()
+                graph.capture_end()
+        return graph

@@ -26,6 +26,7 @@ from moe_lib.rng import generator, initialise
 from moe_lib.snnl import LayerwiseSNNL, SNNLConfig
 from moe_study.data import Dataset, Split, pixels
 from moe_study.data.text import Corpus
+from moe_study.replay import Replayed
 
 ImageBatch = tuple[Tensor, ...]  # images in [0, 1], labels; what a task adds
 
@@ -398,17 +399,21 @@ class LanguageTask(nn.Module):
         if targets < context:
             raise ValueError(f"a text of {len(tokens_M)} tokens is too short for a context of {context}")
         starts = [*range(0, targets - context, max(context // 2, 1)), targets - context]
-        losses_M = torch.empty(targets, dtype=torch.float64, device=tokens_M.device)
-        right_M = torch.empty(targets, dtype=torch.bool, device=tokens_M.device)
+        ends = torch.tensor(starts) + context
+        first_S = torch.cat([ends.new_zeros(1), ends[:-1]])  # of the targets that a window is scored on
         offset_W = torch.arange(context + 1)
-        scored = 0  # targets up to here are done
-        for part in torch.tensor(starts).split(self.batch_size):
-            window_BW = tokens_M[(part[:, None] + offset_W).to(tokens_M.device)]
+
+        def scores(window_BW: Tensor) -> dict[str, Tensor]:
             log_probs_BTV = self.model(window_BW[:, :-1]).log_probs_BTV
             loss_BT = -log_probs_BTV.gather(2, window_BW[:, 1:, None])[..., 0]
-            right_BT = log_probs_BTV.argmax(2) == window_BW[:, 1:]
-            for row, start in enumerate(part.tolist()):
-                losses_M[scored : start + context] = loss_BT[row, scored - start :].double()
-                right_M[scored : start + context] = right_BT[row, scored - start :]
-                scored = start + context
+            return {"loss": loss_BT.double(), "right": log_probs_BTV.argmax(2) == window_BW[:, 1:]}
+
+        replayed, parts = Replayed(scores), []
+        for part in torch.tensor(starts).split(self.batch_size):
+            parts.append(replayed(tokens_M[(part[:, None] + offset_W).to(tokens_M.device)]))
+        target_ST = torch.tensor(starts)[:, None] + torch.arange(context)
+        scored_ST = (target_ST >= first_S[:, None]).to(tokens_M.device)
+        losses_M, right_M = (
+            torch.cat([part[name] for part in parts])[scored_ST] for name in ("loss", "right")
+        )
         return losses_M, right_M

@@ -9,7 +9,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,7 +185,7 @@ def _resumed(
 ) -> tuple[torch.optim.Optimizer, History, dict[str, dict[str, Tensor]]]:
     """Optimizer, history and selected weights, of the checkpoint if there is a valid one; `task` gets its
     weights. One that is not valid is set aside with a warning."""
-    optimizer = _adam(task, config)
+    optimizer = adam(task.parameters(), config)
     if checkpoint is None or not os.path.lexists(checkpoint):
         return optimizer, History(), {}
     initial = deepcopy(task.state_dict())
@@ -207,7 +207,7 @@ def _resumed(
             stacklevel=3,
         )
     task.load_state_dict(initial)
-    return _adam(task, config), History(), {}
+    return adam(task.parameters(), config), History(), {}
 
 
 def _validated(
@@ -234,8 +234,8 @@ def _validated(
     return measures
 
 
-def _adam(task: Task, config: TrainConfig) -> torch.optim.Optimizer:
-    weights = list(task.parameters())
+def adam(weights: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    weights = list(weights)
     if not weights[0].is_cuda:
         return torch.optim.Adam(weights, lr=config.learning_rate, fused=True)
     rate = torch.tensor(config.learning_rate, device=weights[0].device)  # an update that is replayed reads it

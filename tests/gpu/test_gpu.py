@@ -28,7 +28,7 @@ from moe_study.data.text import Corpus, Text
 from moe_study.evaluate import validation_measures
 from moe_study.replay import Replayed
 from moe_study.tasks import ClassifierTask, LanguageTask, Objective, RoutedObjective, VisionTask
-from moe_study.train import TrainConfig, _adam, fit
+from moe_study.train import TrainConfig, adam, fit
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
@@ -191,7 +191,7 @@ tasks = pytest.mark.parametrize("make", TASKS.values(), ids=TASKS)
 
 
 def losses_of(task, epochs=2):
-    optimizer, found = _adam(task, TrainConfig(learning_rate=1e-3)), []
+    optimizer, found = adam(task.parameters(), TrainConfig(learning_rate=1e-3)), []
     task.train()
     for epoch in range(epochs):
         for batch in task.batches(epoch):
@@ -263,18 +263,19 @@ def test_a_replayed_update_is_the_update(make, monkeypatch):
         monkeypatch.setattr(train, "Replayed", partial(Replayed, enabled=enabled))
         task, config = make("cuda", dtype=torch.float64), TrainConfig(epochs=3)
         task.batch_size, task.num_batches = (28, 4) if hasattr(task, "dataset") else (8, task.num_batches)
-        optimizer = _adam(task, config)
+        optimizer = adam(task.parameters(), config)
         found[enabled] = [train._train_epoch(task, optimizer, config, epoch, "x") for epoch in range(3)]
     for plain, replayed in zip(found[False], found[True], strict=True):
         assert replayed == pytest.approx(plain, rel=1e-9)
 
 
 @on_a_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("make", [*TASKS.values(), lambda *a, **k: classifier(*a, **k, shuffled=True)])
 def test_no_step_waits(make, bf16):
     task = make("cuda", bf16=bf16)
-    optimizer = _adam(task, TrainConfig())
+    optimizer = adam(task.parameters(), TrainConfig())
     task.train()
     batches = task.batches(0)
     batch = next(batches)  # what an epoch copies

@@ -18,7 +18,7 @@ from moe_lib.snnl import SNNLConfig
 from moe_study.data import Dataset, Split
 from moe_study.data.text import Corpus, Text
 from moe_study.tasks import ClassifierTask, LanguageTask, Objective, RoutedObjective, VisionTask
-from moe_study.train import TrainConfig, _adam
+from moe_study.train import TrainConfig, adam
 
 TRUNK = TransformerConfig(
     dim=32, depth=3, num_heads=2, mlp_hidden=32, moe_blocks=(1, 2), num_experts=8, expert_hidden=16
@@ -60,7 +60,7 @@ def check(make_task, monkeypatch, forward=True, epochs=1, **options):
     with unreadable_values(monkeypatch):
         task = make_task("cpu")
         task.train()
-        optimizer = _adam(task, TrainConfig())
+        optimizer = adam(task.parameters(), TrainConfig())
         for epoch in range(epochs):
             for batch in task.batches(epoch):
                 losses = task.losses(batch, epoch)
