@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,14 +31,16 @@ ARCHIVE_BYTES = 15 * 2**20  # may be exceeded by what the compressor still holds
 ARCHIVES = 8  # as many come back
 # In order of worth; the engine does a block seed by seed, so that a stopped one still has pairs.
 BLOCKS = (
-    "snnl-confirm:fashion_mnist",
-    "snnl-confirm:cifar100",
-    "collapse:domains",
-    "snnl-confirm:cifar10",
-    "ac-vision:cifar10",
-    "ac-language:wikitext2",
-    "crossed:cifar10",
-    "ac-vision:cifar100",
+    "core:ac-language-confirm:wikitext2",
+    "core:snnl-confirm:cifar100",
+    "core:snnl-confirm:fashion_mnist",
+    "core:snnl-confirm:cifar10",
+    "paper:snnl-confirm:cifar100",
+    "paper:snnl-confirm:fashion_mnist",
+    "paper:ac-vision:cifar10",
+    "paper:ac-language:wikitext2",
+    "paper:collapse:domains",
+    "paper:crossed:cifar10",
 )
 
 
@@ -60,9 +63,9 @@ def steps(arguments: argparse.Namespace) -> Iterator[Step]:
             yield Step(name, (*command, *["--quick"] * arguments.quick), arguments.bench)
     workers = arguments.workers or fastest(out / "bench" / "workers.json")
     for block in arguments.blocks:
-        study, dataset = block.split(":")
+        profile, study, dataset = block.split(":")
         options = {
-            "--profile": arguments.profile,
+            "--profile": profile,
             "--study": study,
             "--dataset": dataset,
             "--device": device,
@@ -75,8 +78,20 @@ def steps(arguments: argparse.Namespace) -> Iterator[Step]:
         yield Step(block.replace(":", "-"), run, arguments.block + 30)
 
 
+def finished(blocks: Sequence[str], out: Path) -> set[Path]:
+    """Results of the blocks that this copy of the project holds, copied to where the blocks look for them."""
+    copied = set()
+    for block in blocks:
+        folder = Path(*block.split(":"))
+        for path in (ROOT / "results" / folder).glob("*.json"):
+            target = out / folder / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copied.add(Path(shutil.copy2(path, target)))
+    return copied
+
+
 def fastest(path: Path) -> int:
-    """The number of processes that trained most images a second, as the benchmark "workers" has found."""
+    """As many runs at a time as trained most images a second in the benchmark "workers"."""
     try:
         measured = store.read(path)["workers"]
     except store.StoreError:
@@ -156,19 +171,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole (default 9)")
     parser.add_argument("--data", type=Path, help="data folder (default: MOE_DATA_DIR, or data/)")
     parser.add_argument("--commit", help="of this copy of the project, where there is no git (MOE_COMMIT)")
-    parser.add_argument("--workers", type=int, help="training processes (default: as many as prove fastest)")
-    parser.add_argument("--profile", default="paper")
+    parser.add_argument("--workers", type=int, help="runs at a time (default: as many as prove fastest)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tests", type=float, default=60, help="seconds for the tests; 0: none")
     parser.add_argument("--bench", type=float, default=120, help="seconds for each benchmark; 0: none")
     parser.add_argument("--quick", action="store_true", help="a quick benchmark, for a rehearsal")
     parser.add_argument("--block", type=float, default=180, help="seconds for each block")
-    parser.add_argument("--blocks", nargs="*", default=BLOCKS, help="STUDY:DATASET, in order")
+    parser.add_argument("--blocks", nargs="*", default=BLOCKS, help="PROFILE:STUDY:DATASET, in order")
     parser.add_argument("--every", type=float, default=60, help="seconds between archives")
     arguments = parser.parse_args(argv)
     for block in arguments.blocks:
-        if block.count(":") != 1:
-            parser.error(f"a block is STUDY:DATASET, got {block!r}")
+        if block.count(":") != 2:
+            parser.error(f"a block is PROFILE:STUDY:DATASET, got {block!r}")
     for variable, value in (("MOE_DATA_DIR", arguments.data), ("MOE_COMMIT", arguments.commit)):
         if value is not None:
             os.environ[variable] = str(value.resolve() if isinstance(value, Path) else value)
@@ -176,8 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("the commit of this copy is unknown: name it with --commit")
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    known = finished(arguments.blocks, arguments.out / "results")
     deadline = time.monotonic() + 60 * arguments.minutes - 10  # ten seconds for the last archive
     packer = Packer(arguments.out)
+    packer.sealed |= known
     over = threading.Event()
 
     def pack_on() -> None:

@@ -64,7 +64,10 @@ def _parser() -> argparse.ArgumentParser:
             "--arm", help="one arm alone, such as base; of several (base,snnl) all seed by seed"
         )
         command.add_argument(
-            "--workers", type=_integer, metavar="N", help="processes (default: one per core, eight on a GPU)"
+            "--workers",
+            type=_integer,
+            metavar="N",
+            help="runs at a time (default: one per core, 24 on a GPU)",
         )
     _add_run_options(run)
     plan.add_argument("--nodes", type=_integer, metavar="N", help="simulate a cluster of so many machines")

@@ -378,7 +378,8 @@ def of_unknown_origin(results: Iterable[dict[str, Any]]) -> int:
 def provenance() -> dict[str, Any]:
     """Where a number comes from: commit, whether the code differed from it, versions, processor.
 
-    Commit and difference are None where git cannot say; MOE_COMMIT names the commit of a copied folder.
+    Commit and difference are None where git cannot say. MOE_COMMIT names the commit of a copied folder, of
+    which git knows no difference.
     """
 
     def git(*arguments: str) -> str | None:
@@ -400,9 +401,10 @@ def provenance() -> dict[str, Any]:
     import sklearn
     import torchvision
 
-    changes = git("status", "--porcelain", "--", *PACKAGES)
+    named = os.environ.get("MOE_COMMIT")
+    changes = None if named else git("status", "--porcelain", "--", *PACKAGES)
     return {
-        "commit": os.environ.get("MOE_COMMIT") or git("rev-parse", "HEAD"),
+        "commit": named or git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "versions": {
             "python": platform.python_version(),

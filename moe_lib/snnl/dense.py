@@ -152,7 +152,10 @@ def dense(
     else:
         score_LNN = gram_LNN.mul_(2).sub_(square_LN[:, :, None]).sub_(square_LN[:, None, :]).mul_(base2)
 
-    spread = math.inf if largest is None else float(base2) * (1 if cosine else 4 * largest)
+    if cosine and not isinstance(base2, Tensor):
+        spread = base2
+    else:
+        spread = math.inf if largest is None else float(base2) * (1 if cosine else 4 * largest)
     if spread <= RANGES[score_LNN.dtype].plain:
         loss_LN, c_LNN = _plain(score_LNN, same_NN, weight_LN, options.wanted)
     else:

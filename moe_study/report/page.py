@@ -198,6 +198,9 @@ def crossed_table(profile: str) -> pd.DataFrame:
     return each_dataset(profile, "crossed", tables.VISION_COLUMNS, tables.crossed_effects)
 
 
+LAST_EPOCH = ("collapse", "ac-language-confirm")  # studies whose settings were chosen there
+
+
 def tuning_table(profile: str) -> pd.DataFrame:
     """Validation cross-entropy of every setting tried, at its best epoch and at the last, mean over
     the tuning seeds; and by which of the two the setting was chosen."""
@@ -221,7 +224,7 @@ def tuning_table(profile: str) -> pd.DataFrame:
                         "epochs": run["train"]["epochs"],
                         "learning rate": run["train"]["learning_rate"],
                         "weight of the extra loss": weight,
-                        "chosen by": "the last epoch" if name.startswith("collapse") else "the best epoch",
+                        "chosen by": "the last epoch" if name.startswith(LAST_EPOCH) else "the best epoch",
                         "validation cross-entropy": result["history"]["best_cross_entropy"],
                         "at the last epoch": tables.look_up(result, "history.validation.cross_entropy")[-1],
                     }
@@ -372,13 +375,16 @@ def bench_table(name: str) -> pd.DataFrame:
     """Ours against its fastest peer, from results/bench/<name>.json; empty where that is not there."""
     rows = []
     for row in bench(name).get("rows", []):
-        milliseconds = {who: found["milliseconds"] for who, found in row.get("contestants", {}).items()}
-        plain = milliseconds.pop("ours, float32", None)
-        peers = [value for who, value in milliseconds.items() if who != "ours"]
+        contestants = row.get("contestants", {})
+        plain = contestants.get("ours, float32", {}).get("milliseconds")
+        peers = [found["milliseconds"] for found in contestants.values() if found["peer"]]
+        if not peers:
+            continue
         goal = row.get("goals", {}).get("faster")
+        part = next((text for who, text in PARTS.items() if who in contestants), "") if name == "gpu" else ""
         rows.append(
             {
-                "batch": row["row"],
+                "batch": part + row["row"],
                 "times as fast": f"{row['faster_than_fastest_peer']:.1f}",
                 "goal": f"{goal:g}" if goal else "-",
                 "in float32 like the peer": f"{min(peers) / plain:.1f}" if plain else "-",
@@ -391,11 +397,16 @@ def bench_table(name: str) -> pd.DataFrame:
     return table.drop(columns=unused).set_index("batch") if rows else table
 
 
+PARTS = {
+    "cleverhans": "SNNL, ",
+    "authors, sums": "AC router, ",
+}  # by a contestant, where rows of all are mixed
 BENCH_TITLES = {
     "snnl": "SNNL",
     "moe": "Mixtures of experts",
     "router": "The AC router (statistics and decision)",
     "train": "Training steps (our CNN in bfloat16, which may pass the limit; peers in float32)",
+    "gpu": "On a GPU",
 }
 
 
@@ -597,6 +608,9 @@ def inspector_sections() -> list[str]:
 def speed_sections() -> list[str]:
     """The README's tables of what was measured into results/bench."""
     speeds = {title: bench_table(name) for name, title in BENCH_TITLES.items()}
+    if not speeds[on_gpu := BENCH_TITLES["gpu"]].empty:
+        processor = bench("gpu")["rows"][0]["processor"]
+        speeds[f"{on_gpu} ({processor}; below 1 a peer is faster)"] = speeds.pop(on_gpu)
     sections = [text for title, t in speeds.items() if not t.empty for text in (f"{title}:", markdown(t))]
     if sections:
         sections.insert(

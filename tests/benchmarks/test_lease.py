@@ -65,12 +65,28 @@ def test_a_step_that_hangs_is_killed_with_its_children(tmp_path):
     assert lease.run_step(step, tmp_path / "logs", time.monotonic() + 0.5) == "not begun"
 
 
-def test_blocks_run_as_many_processes_as_proved_fastest(tmp_path):
+def test_blocks_run_as_many_at_a_time_as_proved_fastest(tmp_path):
     path = tmp_path / "workers.json"
     assert lease.fastest(path) == lease.GPU_WORKERS
     rates = {1: 100.0, 4: 350.0, 8: 300.0}
     store.write(path, {"workers": [{"workers": n, "images_per_second": r} for n, r in rates.items()]})
     assert lease.fastest(path) == 4
+
+
+def test_what_is_finished_is_neither_trained_nor_packed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "ROOT", tmp_path / "project")
+    before = tmp_path / "project/results/core/snnl/mnist"
+    before.mkdir(parents=True)
+    (before / "base-s1-0.json").write_text("{}")
+    out = tmp_path / "out"
+    packer = lease.Packer(out)
+    packer.sealed |= lease.finished(["core:snnl:mnist", "core:snnl:cifar10"], out / "results")
+    known = out / "results/core/snnl/mnist/base-s1-0.json"
+    assert packer.sealed == {known}
+    assert known.read_text() == "{}"
+    known.with_name("base-s2-0.json").write_text("{}")
+    packer.pack()
+    assert list(restored(out, tmp_path / "home")) == ["results/core/snnl/mnist/base-s2-0.json"]
 
 
 def test_an_unknown_commit_is_refused(tmp_path, monkeypatch, capsys):
@@ -83,7 +99,7 @@ def test_an_unknown_commit_is_refused(tmp_path, monkeypatch, capsys):
 def test_a_block_is_named_by_study_and_data_set(capsys):
     with pytest.raises(SystemExit):
         lease.main(["out", "--blocks", "snnl"])
-    assert "a block is STUDY:DATASET, got 'snnl'" in capsys.readouterr().err
+    assert "a block is PROFILE:STUDY:DATASET, got 'snnl'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -91,8 +107,8 @@ def test_the_lease_rehearsed_on_a_cpu_and_killed(tmp_path):
     """Two blocks of the embedded data; killed outright after the first archive with a result."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "benchmarks.lease", str(out), "--minutes", "5", "--workers", "1"]
-    command += ["--profile", "digits", "--device", "cpu", "--tests", "0", "--bench", "0", "--every", "2"]
-    command += ["--blocks", "snnl:digits", "collapse:digit_domains"]
+    command += ["--device", "cpu", "--tests", "0", "--bench", "0", "--every", "2"]
+    command += ["--blocks", "digits:snnl:digits", "digits:collapse:digit_domains"]
     process = subprocess.Popen(command, cwd=lease.ROOT, start_new_session=True)
     try:
         for _ in range(1200):

