@@ -23,8 +23,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_study import store
-from moe_study.data import ROOT
+from moe_study import data, store
+from moe_study.data import ROOT, text
 from moe_study.engine import GPU_WORKERS
 
 ARCHIVE_BYTES = 15 * 2**20  # may be exceeded by what the compressor still holds, some 100 kB
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bench", type=float, default=120, help="seconds for each benchmark; 0: none")
     parser.add_argument("--quick", action="store_true", help="a quick benchmark, for a rehearsal")
     parser.add_argument("--block", type=float, default=180, help="seconds for each block")
-    parser.add_argument("--blocks", nargs="*", default=BLOCKS, help="PROFILE:STUDY:DATASET, in order")
+    parser.add_argument("--blocks", nargs="*", default=[*BLOCKS], help="PROFILE:STUDY:DATASET, in order")
     parser.add_argument("--every", type=float, default=60, help="seconds between archives")
     arguments = parser.parse_args(argv)
     for block in arguments.blocks:
@@ -186,6 +186,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for variable, value in (("MOE_DATA_DIR", arguments.data), ("MOE_COMMIT", arguments.commit)):
         if value is not None:
             os.environ[variable] = str(value.resolve() if isinstance(value, Path) else value)
+    for block in list(arguments.blocks):  # looking for a server takes a minute
+        name = block.split(":")[2]
+        if not (text if text.is_corpus(name) else data).present(name):
+            print(f"{block}: left out, {data.data_dir()} lacks {name}", file=sys.stderr, flush=True)
+            arguments.blocks.remove(block)
     if store.provenance()["commit"] is None:
         parser.error("the commit of this copy is unknown: name it with --commit")
     arguments.out = arguments.out.resolve()

@@ -89,6 +89,19 @@ def test_what_is_finished_is_neither_trained_nor_packed_again(tmp_path, monkeypa
     assert list(restored(out, tmp_path / "home")) == ["results/core/snnl/mnist/base-s2-0.json"]
 
 
+def test_blocks_without_data_are_left_out_and_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MOE_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(store, "provenance", lambda: {"commit": None})  # so that it ends there
+    with pytest.raises(SystemExit):
+        lease.main(
+            [str(tmp_path), "--blocks", "core:snnl:mnist", "core:ac-language:wikitext2", "digits:snnl:digits"]
+        )
+    said = capsys.readouterr().err
+    assert f"core:snnl:mnist: left out, {tmp_path / 'data'} lacks mnist" in said
+    assert "core:ac-language:wikitext2: left out" in said
+    assert "digits:snnl:digits" not in said
+
+
 def test_an_unknown_commit_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(store, "provenance", lambda: {"commit": None})
     with pytest.raises(SystemExit):
