@@ -14,7 +14,18 @@ import numpy as np
 
 from moe_lib import metrics
 from moe_study import stats, store
-from moe_study.claims import BY_KEY, CLAIMS, CONFIRMATORY, OUTSIDE, Claim, Condition, Measure
+from moe_study.claims import (
+    BLIND,
+    BY_KEY,
+    CLAIMS,
+    CONFIRMATORY,
+    CROSS_ENTROPY,
+    NOT_TRAINED_ABOVE,
+    OUTSIDE,
+    Claim,
+    Condition,
+    Measure,
+)
 from moe_study.collapse import collapse
 from moe_study.report import tables
 
@@ -86,7 +97,7 @@ class Part(NamedTuple):
 class Obstacle(NamedTuple):
     """Why a claim cannot be tested here."""
 
-    kind: Literal["gate", "no collapse", "floor", "harmless"]
+    kind: Literal["not trained", "gate", "no collapse", "floor", "harmless"]
     text: str
 
 
@@ -205,8 +216,16 @@ def _above(values: Sequence[float], nulls: Sequence[float]) -> bool:
 def _obstacle(
     claim: Claim, control: str, results: Sequence[Result], gates: Sequence[Verdict]
 ) -> Obstacle | None:
-    """The first of: routing does not pay, nothing to resolve, a measure at its floor, no disturbance."""
+    """The first of: models are not trained, routing does not pay, nothing to resolve, a measure at its floor,
+    no disturbance."""
     own = {arm: [dict(r) for r in results if r["run"]["arm"] == arm] for arm in (claim.treatment, control)}
+    if (bound := NOT_TRAINED_ABOVE.get(results[0]["run"]["study"])) is not None:
+        learn = [arm for arm in own if not claim.controls.get(arm, "").startswith(BLIND)]
+        ends = [CROSS_ENTROPY.of(r, store.PRIMARY_ENDPOINT) for arm in learn for r in own[arm]]
+        if late := [value for value in ends if value is not None and value > bound]:
+            return Obstacle(
+                "not trained", f"not trained: {len(late)} of {len(ends)} runs end above {bound:g} nats a byte"
+            )
     if claim.gate is not None:
         closed = [gate for gate in gates if gate.word != "supported"]
         if closed or not gates:

@@ -13,7 +13,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, Template
 
 from moe_study import store
-from moe_study.claims import ACCURACY, BY_KEY
+from moe_study.claims import ACCURACY, BY_KEY, NOT_TRAINED_ABOVE
 from moe_study.configs.dose import Panel
 from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
@@ -387,6 +387,14 @@ def dose_conclusion(runs: pd.DataFrame, panels: Sequence[Panel], name: str, colu
     """For each panel the cell furthest from its control, as a Markdown list."""
     lines = []
     column = columns[name]
+    ends = runs.get("cross-entropy", pd.Series(dtype=float))
+    late = int((ends > runs["study"].map(NOT_TRAINED_ABOVE)).sum())
+    if late:
+        lines.append(
+            f"- **Withdrawn**: {late} of {len(runs)} runs end above {max(NOT_TRAINED_ABOVE.values()):g} nats "
+            "a byte, on the plateau of a model that knows the frequencies of bytes alone. What follows says "
+            "nothing of a trained model."
+        )
     for panel in panels:
         found = {at: one for at, one in tables.dose_effects(runs, panel, name).items() if one is not None}
         if not found:
@@ -459,6 +467,8 @@ def _ac_answer(found: Sequence[Verdict]) -> str:
     said = [f"Yes on {_places([v for us in wins for v in us])}."] if wins else ["We see no reason to."]
     for measure in dict.fromkeys(v.claim.measure for v in rest):
         said.append(_no_gain([v for v in rest if v.claim.measure == measure and v.comparison is not None]))
+    if late := [v for v in rest if v.obstacle is not None and v.obstacle.kind == "not trained"]:
+        said.append(f"On {_names(late)} models are not trained far enough to say.")
     if gated := [v for v in rest if v.obstacle is not None and v.obstacle.kind == "gate"]:
         where = "here" if len(gated) == len(own) else f"on {_names(gated)}"
         said.append(f"Learned routing is not shown to pay {where}, so a better router has nothing to prove.")

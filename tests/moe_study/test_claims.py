@@ -381,25 +381,49 @@ def test_the_gate_is_of_the_same_data_set():
     assert judged(results, "snnl-flexible", dataset="cifar100").word == "not testable here"
 
 
+def language_results(nats, study="ac-language"):
+    results = []
+    for salt, (arm, value) in enumerate(nats.items()):
+        for seed, score in zip(SEEDS, draws(value, 0.002, salt=salt), strict=True):
+            content = {
+                "task": {"cross_entropy": score},
+                "history": {"validation": {"cross_entropy": [score]}},
+            }
+            swap = {"clean": score, "swapped": score + 0.1}
+            content["swap"] = dict.fromkeys(tables.SWAP_SHARES, swap)
+            results.append(with_endpoints(run(study, arm, seed, "wikitext2", **content)))
+    return results
+
+
+TEXT = {"linear": 1.25, "cosine": 1.25, "ac": 1.20, "hash": 1.5, "hash-token": 2.0}
+
+
 def test_every_control_that_learns_nothing_must_be_beaten():
     """In text: fixed experts by position, and by byte."""
     for byte, word in ((2.0, "supported"), (1.0, "not testable here")):
-        results = []
-        nats = {"linear": 1.25, "cosine": 1.25, "ac": 1.20, "hash": 1.5, "hash-token": byte}
-        for salt, (arm, value) in enumerate(nats.items()):
-            for seed, score in zip(SEEDS, draws(value, 0.002, salt=salt), strict=True):
-                content = {
-                    "task": {"cross_entropy": score},
-                    "history": {"validation": {"cross_entropy": [score]}},
-                }
-                swap = {"clean": score, "swapped": score + 0.1}
-                content["swap"] = dict.fromkeys(tables.SWAP_SHARES, swap)
-                results.append(with_endpoints(run("ac-language", arm, seed, "wikitext2", **content)))
+        results = language_results(TEXT | {"hash-token": byte})
         found = judged(results, "ac-language-performance", "cosine", "wikitext2", "ac-language")
         assert found.word == word
 
 
 # ---------------------------------------------------------------------------- other reasons not to judge
+
+
+@pytest.mark.parametrize("study", ["ac-language", "ac-language-confirm"])
+@pytest.mark.parametrize(("end", "kind"), [(1.49, None), (1.51, "not trained")])
+def test_text_models_that_have_not_left_the_plateau_decide_nothing(end, kind, study):
+    """One run is enough. Of arms that the unit does not compare nothing is asked."""
+    results = language_results(TEXT, study)
+    late = next(r for r in results if r["run"]["arm"] == "cosine")
+    for place in (late, *late["endpoints"].values()):
+        place["task"]["cross_entropy"] = end
+    found = judged(results, "ac-language-performance", "cosine", "wikitext2", study)
+    if kind is None:
+        assert found.obstacle is None
+    else:
+        assert (found.word, found.obstacle.kind) == ("not testable here", kind)
+        assert found.obstacle.text == "not trained: 1 of 20 runs end above 1.5 nats a byte"
+    assert judged(results, "ac-language-performance", "linear", "wikitext2", study).word == "supported"
 
 
 def test_no_collapse_nothing_to_resolve():

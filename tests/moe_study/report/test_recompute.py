@@ -310,7 +310,14 @@ def routing_collapse(file, entropy):
 
 
 def not_testable(one, control, files, gates):
-    """Whether routing does not pay, nothing collapses, the measure is at its floor, or nothing disturbs."""
+    """Whether models are not trained, routing does not pay, nothing collapses, the measure is at its floor, or
+    nothing disturbs."""
+    if files[0]["run"]["study"].startswith("ac-language") and any(
+        f["task"]["cross_entropy"] > 1.5
+        for f in files
+        if f["run"]["arm"] in {one["treatment"], control} - {"hash", "hash-token"}
+    ):
+        return True
     if one["gate"] is not None and (not gates or any(word != "supported" for word in gates)):
         return True
     arms = {arm: [f for f in files if f["run"]["arm"] == arm] for arm in (one["treatment"], control)}
