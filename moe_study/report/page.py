@@ -259,7 +259,7 @@ def provenance_table(profile: str) -> pd.DataFrame:
         ),
         "versions": distinct(versions),
         "machines": distinct([f"{r['machine']} ({r['device']})" for r in results]),
-        "time": f"{core_minutes(results):.0f} core-minutes",
+        "time": f"{core_minutes(results):.0f} core-minutes{on_gpus(results)}",
         "... by study": ", ".join(f"{name} {core_minutes(own):.0f}" for name, own in by_study.items() if own),
         "longest run": f"{max((r['wall_seconds'] for r in results), default=0):.0f} s",
         "highest memory of a run": f"{max((r['peak_memory_mb'] for r in results), default=0):.0f} MB",
@@ -268,8 +268,14 @@ def provenance_table(profile: str) -> pd.DataFrame:
 
 
 def core_minutes(results: Sequence[dict[str, Any]]) -> float:
-    """Time spent on runs; one that another study had trained already took none."""
-    return sum(r["wall_seconds"] for r in results if "same_as" not in r) / 60
+    """Time spent on a CPU's runs; one that another study had trained already took none."""
+    return sum(r["wall_seconds"] for r in results if "same_as" not in r and r["device"] == "cpu") / 60
+
+
+def on_gpus(results: Sequence[dict[str, Any]]) -> str:
+    """ "; 54 runs on NVIDIA H100", whose times are no core's since they shared it; "" if there are none."""
+    devices = Counter(r["device"] for r in results if r["device"] != "cpu")
+    return "".join(f"; {count} runs on {device}" for device, count in sorted(devices.items()))
 
 
 def as_html(table: pd.DataFrame) -> HTML:
@@ -386,7 +392,7 @@ def bench_table(name: str) -> pd.DataFrame:
             {
                 "batch": part + row["row"],
                 "times as fast": f"{row['faster_than_fastest_peer']:.1f}",
-                "goal": f"{goal:g}" if goal else "-",
+                "goal": f"{goal:.2g}" if goal else "-",
                 "in float32 like the peer": f"{min(peers) / plain:.1f}" if plain else "-",
                 "memory, times less": f"{row['memory_saving']:.1f}",
                 "share of the physical limit": f"{row['share_of_limit']:.2f}",
@@ -505,14 +511,14 @@ def results_page() -> str:
     """RESULTS.md: every verdict, accuracy and cost, from results/core and results/bench."""
     profile = "core"
     results = [result for name in study.STUDIES for result in finished_results(profile, name)]
-    machines = ", ".join(sorted({r["machine"] for r in results}))
+    machines = ", ".join(sorted({r["machine"] for r in results if r["device"] == "cpu"}))
     found = current(find_verdicts(profile))
     sections = [
         "# Results",
         "Written by `make readme` from the files under `results/`. Figures, and the reasons behind each "
         "verdict, are in the rendered report, `results/core/report.html`.",
         f"Profile `core`: {len(results)} of {len(study.runs(profile))} planned runs finished, tuning "
-        f"included, {core_minutes(results):.0f} core-minutes on {machines}. "
+        f"included, {core_minutes(results):.0f} core-minutes on {machines}{on_gpus(results)}. "
         "Regenerate with `make report PROFILE=core`.",
         "## Verdicts",
         f"{words.tally(found)} {unfinished(profile)}".strip(),

@@ -464,10 +464,12 @@ def _ac_answer(found: Sequence[Verdict]) -> str:
     }
     wins = [us for us in by_dataset.values() if all(v.word == "supported" for v in us)]
     rest = [v for us in by_dataset.values() if us not in wins for v in us]
+    late = [v for v in rest if v.obstacle is not None and v.obstacle.kind == "not trained"]
+    rest = [v for v in rest if v not in late]
     said = [f"Yes on {_places([v for us in wins for v in us])}."] if wins else ["We see no reason to."]
     for measure in dict.fromkeys(v.claim.measure for v in rest):
         said.append(_no_gain([v for v in rest if v.claim.measure == measure and v.comparison is not None]))
-    if late := [v for v in rest if v.obstacle is not None and v.obstacle.kind == "not trained"]:
+    if late:
         said.append(f"On {_names(late)} models are not trained far enough to say.")
     if gated := [v for v in rest if v.obstacle is not None and v.obstacle.kind == "gate"]:
         where = "here" if len(gated) == len(own) else f"on {_names(gated)}"
