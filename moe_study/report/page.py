@@ -275,7 +275,9 @@ def core_minutes(results: Sequence[dict[str, Any]]) -> float:
 def on_gpus(results: Sequence[dict[str, Any]]) -> str:
     """ "; 54 runs on NVIDIA H100", whose times are no core's since they shared it; "" if there are none."""
     devices = Counter(r["device"] for r in results if r["device"] != "cpu")
-    return "".join(f"; {count} runs on {device}" for device, count in sorted(devices.items()))
+    return "".join(
+        f"; {count} run{'s' * (count > 1)} on {device}" for device, count in sorted(devices.items())
+    )
 
 
 def as_html(table: pd.DataFrame) -> HTML:
@@ -384,7 +386,7 @@ def bench_table(name: str) -> pd.DataFrame:
         contestants = row.get("contestants", {})
         plain = contestants.get("ours, float32", {}).get("milliseconds")
         peers = [found["milliseconds"] for found in contestants.values() if found["peer"]]
-        if not peers:
+        if row["faster_than_fastest_peer"] is None:  # no peer was there
             continue
         goal = row.get("goals", {}).get("faster")
         part = next((text for who, text in PARTS.items() if who in contestants), "") if name == "gpu" else ""

@@ -310,8 +310,8 @@ def routing_collapse(file, entropy):
 
 
 def not_testable(one, control, files, gates):
-    """Whether models are not trained, routing does not pay, nothing collapses, the measure is at its floor, or
-    nothing disturbs."""
+    """Whether models are not trained, routing does not pay, nothing collapses, the measure is at its
+    floor, or nothing disturbs."""
     if files[0]["run"]["study"].startswith("ac-language") and any(
         f["task"]["cross_entropy"] > 1.5
         for f in files

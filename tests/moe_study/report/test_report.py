@@ -1376,6 +1376,21 @@ def test_readme_shows_the_benchmark(core):
     row = {"row": "N=1024", "faster_than_fastest_peer": 3.06, "memory_saving": 7.0, "share_of_limit": 0.397}
     store.write(store.results_dir() / "bench" / "snnl.json", {"rows": [row]})
     assert "| N=1024 | 3.1 | 7.0 | 0.40 |" in report.results_page()
+    contestants = {who: {"peer": who != "ours", "milliseconds": 1.0} for who in ("ours", "cleverhans")}
+    on_gpu = row | {"processor": "Big GPU", "contestants": contestants, "goals": {"faster": 1 / 1.15}}
+    store.write(store.results_dir() / "bench" / "gpu.json", {"rows": [on_gpu, on_gpu | {
+        "row": "no peer here", "faster_than_fastest_peer": None}]})  # fmt: skip
+    page = report.results_page()
+    assert "On a GPU (Big GPU; below 1 a peer is faster):" in page
+    assert "| SNNL, N=1024 | 3.1 | 0.87 | 7.0 | 0.40 |" in page
+    assert "no peer here" not in page
+
+
+def test_a_gpus_runs_are_counted_and_their_times_are_no_core_minutes(core):
+    run = planned("base", 42)
+    store.write_run(run.path, store.read(run.path) | {"device": "Big GPU", "wall_seconds": 9e9})
+    assert report.provenance_table("core")["value"]["time"].endswith(" core-minutes; 1 run on Big GPU")
+    assert float(report.provenance_table("core")["value"]["time"].split()[0]) < 18
 
 
 def test_results_show_the_inspector_beside_its_peers(folders):
