@@ -1,4 +1,4 @@
-"""The soft nearest neighbor loss by two kernels of Triton on a GPU, in O(N D) of memory; nothing is waited for.
+"""The soft nearest neighbor loss by two kernels of Triton on a GPU, in O(N D) of memory; nothing waits.
 
 What is computed, and the letters, are in dense.py. Scores are formed twice and never leave the chip: once for
 log2 p and log2 q, once for the product of C with the features. Masses are taken relative to the largest of
@@ -17,10 +17,9 @@ filled up with zeros to a power of two, 3 pieces of each number.
 
 from __future__ import annotations
 
-
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -48,7 +47,7 @@ def fused(
 ) -> Parts:
     """One layer in float32, of at most 256 columns."""
     scale = (math.log2(math.e) / temperature) ** 0.5
-    v_ND, shift_N, factor_N1 = _vectors(options.distance, x_ND, scale)
+    v_ND, shift_N, factor = _vectors(options.distance, x_ND, scale)
     grid = _Grid.of(v_ND)
     v_3ND, labels_N = _pieces(v_ND), labels_N.contiguous()
 
@@ -71,27 +70,25 @@ def fused(
     sums_PN = None if shift_N is None else v_ND.new_empty(grid.parts, len(v_ND))
     grid.launch(_apply_masses, v_3ND, shift_N, labels_N, *log_2N, force_N, out_PND, sums_PN)
     out_ND = out_PND.sum(0) if grid.parts > 1 else out_PND[0]
-    if sums_PN is not None:  # scores are -|v_i - v_j|^2 / 2, with v = sqrt(2) scale x
+    if sums_PN is not None:  # scores are -|v_i - v_j|^2 / 2
         out_ND.addcmul_(v_ND, sums_PN.sum(0)[:, None], value=-1)
         slope = (v_ND * out_ND).sum() if options.learned else None
-        out_ND.mul_(math.sqrt(2) * scale)
-    else:  # scores are v_i v_j, with v = scale u, u = x / |x|
+    else:  # scores are v_i v_j, of rows of one length: what lies along them does not count
         along_N1 = torch.linalg.vecdot(v_ND, out_ND)[:, None]
         slope = along_N1.sum() if options.learned else None
-        out_ND.sub_(v_ND * (along_N1 / scale**2)).mul_(factor_N1 * scale)
+        out_ND.addcmul_(v_ND, along_N1 / scale**2, value=-1)
+    out_ND.mul_(factor * scale)
     slope_L = None if slope is None else slope[None] * (-0.5 / temperature)
     return Parts(loss, [Gradient(None, out_ND)], slope_L)
 
 
 def _vectors(
     distance: Distance, x_ND: Tensor, scale: float | Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """v and h of score_ij = v_i v_j - h_i - h_j (None: 0), and under "cosine" what each row was multiplied by
-    to have length 1 (a power of two for a row of zeros).
-    """
-    if distance == "sqeuclidean":  # v = sqrt(2) scale x, h = |v|^2 / 2
+) -> tuple[Tensor, Tensor | None, float | Tensor]:
+    """v and h of score_ij = v_i v_j - h_i - h_j (None: 0), and v / (scale x)."""
+    if distance == "sqeuclidean":  # h = |v|^2 / 2
         v_ND = (x_ND - x_ND.mean(0)).mul_(math.sqrt(2) * scale)  # no distance changes, and less cancels
-        return v_ND, torch.linalg.vecdot(v_ND, v_ND).div_(2), None
+        return v_ND, torch.linalg.vecdot(v_ND, v_ND).div_(2), math.sqrt(2)
     power_N1 = power_of_two(x_ND)
     v_ND = x_ND * power_N1
     square_N1 = torch.linalg.vecdot(v_ND, v_ND)[:, None]
@@ -149,7 +146,7 @@ def _device(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and bytes of the memory that each has of its own; an H100's for the interpreter."""
     if device.type == "cpu":
         return 132, 232_448
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)
     return found.multi_processor_count, found.shared_memory_per_block_optin
 
 
