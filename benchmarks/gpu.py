@@ -49,22 +49,23 @@ def rows(quick: bool = False) -> list[Row]:
             vision_step(8, 8, TransformerConfig(dim=32, depth=2, moe_blocks=(0, 1)), **few),
         ]
     low = torch.bfloat16
+    pairs: dict[str, Any] = {"fused": torch.cuda.is_available(), **few}
     return [
-        snnl.row(4096, [128], goal_time=5, goal_memory=10, **few),
+        snnl.row(4096, [128], goal_time=5, goal_memory=10, **pairs),
         experts.row(Size(16_384, 512, 512, 512, 16, 2), low, goal_time=1, **few),
         layer_row(16_384, 512, 512, 16, goal_time=1 / 1.15, **few),
         training._snnl_step(256, **few),
         vision_step(256, 4, TransformerConfig(dim=192, depth=6, moe_blocks=(2, 3, 4, 5)), **few),
         experts.row(Size(4096, 1024, 1024, 1024, 32, 2), low, goal_time=1, **few),
-        snnl.row(1024, [128], **few),
-        snnl.row(4096, [128], low, **few),
+        snnl.row(1024, [128], **pairs),
+        snnl.row(4096, [128], low, **pairs),
         experts.router_row(16_384, 512, 16, **few),
         experts.row(Size(1024, 512, 512, 512, 8, 2), low, goal_time=1, **few),
         experts.row(Size(65_536, 1024, 1024, 1024, 64, 2), low, goal_time=1, **few),
         experts.row(Size(4096, 2048, 2048, 2048, 8, 2), low, goal_time=1, **few),
         experts.row(Size(16_384, 512, 512, 512, 16, 2), **few),
-        snnl.row(256, [128], **few),
-        snnl.row(16_384, [128], **few),
+        snnl.row(256, [128], **pairs),
+        snnl.row(16_384, [128], **pairs),
     ]
 
 

@@ -120,9 +120,10 @@ def row(
     widths: Sequence[int],
     dtype: torch.dtype = torch.float32,
     cold: float = 1,
+    fused: bool = False,
     **options: Any,
 ) -> Row:
-    """`cold`: what the usual temperature is divided by."""
+    """`cold`: what the usual temperature is divided by; `fused`: with the route that only a GPU has."""
 
     def contestant(name: str, loss: Loss, cosine: bool, peer: bool = False, matrices: int = 0) -> Contestant:
         build = partial(_build, num_samples, tuple(widths), loss, cosine, dtype, cold)
@@ -136,6 +137,10 @@ def row(
         for route in ("panels", "streaming"):
             loss = partial(ours, distance="cosine", route=route)
             contestants.append(contestant(f"ours, {route}", loss, cosine=True))
+    if fused:
+        contestants.append(
+            contestant("ours, fused", partial(ours, distance="cosine", route="fused"), cosine=True)
+        )
     contestants.append(contestant("authors", authors, cosine=True, peer=True, matrices=7))
     contestants.append(contestant("cleverhans", cleverhans, cosine=False, peer=True, matrices=7))
     if has_nca():

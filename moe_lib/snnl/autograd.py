@@ -6,7 +6,8 @@ Shapes: L layers, N samples (anchors), D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,6 +31,7 @@ from moe_lib.snnl.streaming import by_tiles
 
 DENSE_UP_TO, PANELS_UP_TO = 512, 1536  # samples, on a CPU; measured
 DENSE_UP_TO_GPU = 2048
+FUSED_UP_TO = 256  # columns
 
 
 def losses(
@@ -148,6 +150,8 @@ def _compute(
         temperature = temperature.detach().to(layers[0].dtype) if on_gpu else temperature.item()
     dtype = layers[0].dtype
     with _without_autocast(labels_N.device.type):
+        if options.route == "fused":
+            return _layer_by_layer(_fused_kernel(layers), options, layers, labels_N, temperature, weight_LN)
         # The derivative by the temperature is a small difference of large sums: it needs the digits.
         middle = _middle(options, layers)
         spread = _spread(options, middle, temperature)
@@ -163,18 +167,46 @@ def _compute(
         else:
             kernel = by_tiles
         del middle
-        weights = [None] * len(layers) if weight_LN is None else list(weight_LN)
-        parts = [
-            kernel(options, x_ND, labels_N, float(temperature), weight_N)
-            for x_ND, weight_N in zip(layers, weights, strict=True)
-        ]
+        parts = _layer_by_layer(kernel, options, layers, labels_N, float(temperature), weight_LN)
+    return _in_type(dtype, parts)
+
+
+def _layer_by_layer(
+    kernel: Callable[..., Parts],
+    options: Options,
+    layers: Sequence[Tensor],
+    labels_N: Tensor,
+    temperature: float | Tensor,
+    weight_LN: Tensor | None,
+) -> Parts:
+    weights = [None] * len(layers) if weight_LN is None else list(weight_LN)
+    parts = [
+        kernel(options, x_ND, labels_N, temperature, weight_N)
+        for x_ND, weight_N in zip(layers, weights, strict=True)
+    ]
     slopes = [part.slope_L for part in parts if part.slope_L is not None]
-    joined = Parts(
+    return Parts(
         torch.cat([part.loss for part in parts]),
         [gradient for part in parts for gradient in part.gradients],
         torch.cat(slopes) if slopes else None,
     )
-    return _in_type(dtype, joined)
+
+
+def _fused_kernel(layers: Sequence[Tensor]) -> Callable[..., Parts]:
+    """It alone needs Triton, which comes with torch for CUDA; Triton's interpreter runs it on a CPU."""
+    device, dtype, width = layers[0].device.type, layers[0].dtype, max(x_ND.shape[1] for x_ND in layers)
+    remedy = "choose route='auto'"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"route='fused' is for features on a GPU, these are on {device!r}: {remedy}")
+    if dtype != torch.float32:
+        raise ValueError(f"route='fused' computes in float32, the features are {dtype}: {remedy}")
+    if width > FUSED_UP_TO:
+        raise ValueError(f"route='fused' takes up to {FUSED_UP_TO} columns, features have {width}: {remedy}")
+    try:
+        from moe_lib.snnl.fused import fused
+    except ModuleNotFoundError as error:
+        raise ValueError(f"route='fused' needs the package triton: install it, or {remedy}") from error
+    return fused
 
 
 def _middle(options: Options, layers: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -31,7 +31,7 @@ from moe_lib.products import on_host, product
 
 Distance = Literal["cosine", "sqeuclidean"]
 Reduction = Literal["mean", "mean_all", "sum", "none"]
-Route = Literal["auto", "dense", "panels", "streaming"]
+Route = Literal["auto", "dense", "panels", "streaming", "fused"]
 
 
 def plain(

@@ -55,10 +55,12 @@ def close(found, expected, rtol, atol=None):
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("route_", ["dense", "streaming"])
+@pytest.mark.parametrize("route_", ["dense", "streaming", "fused"])
 @pytest.mark.parametrize("distance", ["cosine", "sqeuclidean"])
 @pytest.mark.parametrize("temperature", [0.005, 0.5, 20.0])
 def test_snnl(temperature, distance, route_, dtype, rtol, device):
+    if route_ == "fused" and (device == "cpu" or dtype == torch.float64):
+        pytest.skip("the fused kernels are for a GPU, in float32")
     draw = torch.Generator().manual_seed(0)
     features_ND = torch.randn(40, 6, generator=draw, dtype=torch.float64).to(dtype)
     labels_N = torch.randint(4, (40,), generator=draw)
@@ -291,14 +293,49 @@ def test_no_step_waits(make, bf16):
 
 
 @on_a_gpu
-def test_memory_of_snnl():
-    """Streaming: far below one matrix of all pairs, which is 256 MiB here."""
+@pytest.mark.parametrize(("distance", "width"), [("cosine", 5), ("cosine", 128), ("sqeuclidean", 256)])
+def test_fused_snnl_of_several_blocks(distance, width):
+    """Against float64, with the temperature's derivative; N fills no block. Bits are the same again."""
+    draw = torch.Generator().manual_seed(5)
+    features_ND = torch.randn(1003, width, generator=draw).cuda()
+    labels_N = torch.randint(9, (1003,), generator=draw).cuda()
+    start = 0.1 if distance == "cosine" else 2.0 * width
+    found = []
+    for route_, dtype in [("fused", torch.float32), ("fused", torch.float32), ("streaming", torch.float64)]:
+        x_ND = features_ND.to(dtype).requires_grad_()
+        temperature = torch.tensor(start, dtype=dtype, device="cuda", requires_grad=True)
+        loss = soft_nearest_neighbor_loss(x_ND, labels_N, temperature, distance, route=route_)
+        found.append([loss.detach(), *torch.autograd.grad(loss, (x_ND, temperature))])
+    for one, again, expected in zip(*found, strict=True):
+        assert torch.equal(one, again)
+        close(one, expected.cpu(), 1e-4, 1e-4 * float(expected.abs().max()))
+
+
+@on_a_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_fused_snnl_does_not_wait():
+    x_ND = torch.randn(300, 16, device="cuda", requires_grad=True)
+    labels_N = torch.randint(10, (300,), device="cuda")
+    temperature = torch.tensor(0.5, device="cuda", requires_grad=True)
+    for round_ in range(2):  # in the first, kernels are compiled
+        torch.cuda.set_sync_debug_mode("error" if round_ else "default")
+        try:
+            soft_nearest_neighbor_loss(x_ND, labels_N, temperature, route="fused").backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("route_", ["streaming", "fused"])
+def test_memory_of_snnl(route_):
+    """Far below one matrix of all pairs, which is 256 MiB here; fused, a few times the features of 4 MiB."""
     x_ND = torch.randn(8192, 128, device="cuda", requires_grad=True)
     labels_N = torch.randint(10, (8192,), device="cuda")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    soft_nearest_neighbor_loss(x_ND, labels_N, 0.5, route="streaming").backward()
-    assert torch.cuda.max_memory_allocated() - before < 4 * 2048 * 8192 * 4
+    soft_nearest_neighbor_loss(x_ND, labels_N, 0.5, route=route_).backward()
+    most = 4 * 2048 * 8192 * 4 if route_ == "streaming" else 12 * x_ND.nbytes
+    assert torch.cuda.max_memory_allocated() - before < most
 
 
 @on_a_gpu
