@@ -31,6 +31,7 @@ from moe_lib.models.transformer import TransformerConfig
 from moe_lib.models.vision import VisionConfig
 from moe_lib.moe import AdaptiveClusteringRouter, LinearRouter, MoE
 from moe_study.engine import GPU_THREADS
+from moe_study.replay import Replayed
 from moe_study.tasks import RoutedObjective, VisionTask
 
 WORKERS = (1, 8, 24)
@@ -53,7 +54,7 @@ def rows(quick: bool = False) -> list[Row]:
     return [
         snnl.row(4096, [128], goal_time=5, goal_memory=10, **pairs),
         experts.row(Size(16_384, 512, 512, 512, 16, 2), low, goal_time=1, **few),
-        layer_row(16_384, 512, 512, 16, goal_time=1 / 1.15, **few),
+        layer_row(16_384, 512, 512, 16, replay=True, goal_time=1 / 1.15, **few),
         training._snnl_step(256, **few),
         vision_step(256, 4, TransformerConfig(dim=192, depth=6, moe_blocks=(2, 3, 4, 5)), **few),
         experts.row(Size(4096, 1024, 1024, 1024, 32, 2), low, goal_time=1, **few),
@@ -62,6 +63,7 @@ def rows(quick: bool = False) -> list[Row]:
         experts.router_row(16_384, 512, 16, **few),
         experts.row(Size(1024, 512, 512, 512, 8, 2), low, goal_time=1, **few),
         experts.row(Size(65_536, 1024, 1024, 1024, 64, 2), low, goal_time=1, **few),
+        layer_row(16_384, 512, 512, 16, **few),
         experts.row(Size(4096, 2048, 2048, 2048, 8, 2), low, goal_time=1, **few),
         experts.row(Size(16_384, 512, 512, 512, 16, 2), **few),
         snnl.row(256, [128], **pairs),
@@ -69,35 +71,45 @@ def rows(quick: bool = False) -> list[Row]:
     ]
 
 
-def layer_row(num_rows: int, dim: int, hidden: int, num_experts: int, **options: Any) -> Row:
-    """Forward and backward of a layer of top-2 experts, with the AC router and with a linear one."""
+def layer_row(
+    num_rows: int, dim: int, hidden: int, num_experts: int, replay: bool = False, **options: Any
+) -> Row:
+    """Forward and backward of a layer of top-2 experts, with the AC router and with a linear one.
+
+    Args:
+        replay: as one CUDA graph, as in the study's training; else each operation is launched by Python.
+    """
 
     def build(adaptive: bool, device: str) -> Step:
         torch.manual_seed(0)
         kind = AdaptiveClusteringRouter if adaptive else LinearRouter
         layer = MoE(dim, num_experts, hidden, top_k=2, router=kind(dim, num_experts, 2)).to(device)
         draw = torch.Generator().manual_seed(1)
-        x_ND = torch.randn(num_rows, dim, generator=draw).to(device).requires_grad_()
+        x_ND = torch.randn(num_rows, dim, generator=draw).to(device)
         with torch.no_grad():
-            previous = LinearRouter(dim, num_experts, 2).to(device)(x_ND.detach())
-        inputs = [x_ND, *layer.parameters()]
+            previous = LinearRouter(dim, num_experts, 2).to(device)(x_ND)
 
-        def step() -> None:
+        def work(x_ND: torch.Tensor) -> dict[str, torch.Tensor]:
+            x_ND = x_ND.detach().requires_grad_()
             with torch.autocast(device, torch.bfloat16):
                 out_ND, routing = layer(x_ND, previous)
             loss = out_ND.float().square().mean() + routing.probs_NE.square().mean()
-            torch.autograd.grad(loss, inputs)
+            torch.autograd.grad(loss, [x_ND, *layer.parameters()])
+            return {}
 
-        return step
+        replayed = Replayed(work, enabled=replay)
+        return lambda: replayed(x_ND)
 
     contestants = (
         Contestant("AC router", partial(build, True), peer=False),
         Contestant("linear router", partial(build, False)),
     )
-    work = Work(gemm_bf16=6.0 * num_rows * 2 * hidden * 2 * dim)
+    products = Work(gemm_bf16=6.0 * num_rows * 2 * hidden * 2 * dim)
     sizes = {"N": num_rows, "D": dim, "H": hidden, "E": num_experts}
-    name = f"MoE layer, AC against linear router, N={num_rows} D={dim} E={num_experts}"
-    return Row(name, sizes, work, contestants, dtype="bfloat16 products, float32 routers", **options)
+    name = (
+        f"MoE layer{' as a graph' * replay}, AC against linear router, N={num_rows} D={dim} E={num_experts}"
+    )
+    return Row(name, sizes, products, contestants, dtype="bfloat16 products, float32 routers", **options)
 
 
 def vision_step(batch: int, patch: int, trunk: TransformerConfig, **options: Any) -> Row:
