@@ -192,7 +192,10 @@ def _resumed(
     try:
         state = load_checkpoint(checkpoint, run_id, next(task.parameters()).device)
         task.load_state_dict(state["task"])
+        kinds = [{key: group[key] for key in ("lr", "capturable")} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(optimizer.param_groups, kinds, strict=True):
+            group |= own  # those of this device: the checkpoint may be of another
         history, epoch = History(**state["history"]), state["epoch"]
         if not 1 <= epoch <= config.epochs or len(history.validation["cross_entropy"]) != epoch:
             raise ValueError(f"epoch {epoch} of {config.epochs} does not fit its history")

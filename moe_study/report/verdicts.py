@@ -304,7 +304,7 @@ GLOSSARY = {
     "contradicted": "90 % interval on the wrong side of 0",
     "smaller than claimed": "90 % interval below the difference that counts",
     "undecided": "too few seeds to say",
-    "not testable here": "nothing to resolve, models not trained far enough, or learned routing not shown to pay",
+    "not testable here": "nothing to resolve, models hardly trained, or learned routing not shown to pay",
     "confirmatory": "seeds declared before their first run; else exploratory",
 }
 

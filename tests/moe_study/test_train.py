@@ -60,7 +60,8 @@ def test_learns_and_selects_the_epoch_with_the_lowest_validation_loss():
     assert len(history.train["total"]) == CONFIG.epochs
 
 
-def test_resumed_run_ends_with_the_same_numbers(tmp_path):
+@pytest.mark.parametrize("from_a_gpu", [False, True])
+def test_resumed_run_ends_with_the_same_numbers(from_a_gpu, tmp_path):
     whole = Line()
     expected, expected_best = fit(whole, CONFIG, whole.measure, label="line")
 
@@ -72,6 +73,10 @@ def test_resumed_run_ends_with_the_same_numbers(tmp_path):
     killed = Line()
     with pytest.raises(KeyboardInterrupt):
         fit(killed, CONFIG, killed.measure, label="line", checkpoint=checkpoint, on_epoch=stop)
+    if from_a_gpu:  # where updates are replayed, and read their rate from a tensor
+        state = load_checkpoint(checkpoint, "")
+        state["optimizer"]["param_groups"][0] |= {"lr": torch.tensor(0.1), "capturable": True}
+        save_checkpoint(state, checkpoint, "")
     resumed = Line()
     found, found_best = fit(resumed, CONFIG, resumed.measure, label="line", checkpoint=checkpoint)
     assert found.validation == expected.validation
