@@ -383,18 +383,23 @@ def conclusion(
     return "\n".join(f"- {text}" for text in said) or "No two seeds have both arms yet."
 
 
+def withdrawn(runs: pd.DataFrame) -> str:
+    """That text runs are not trained, so that their differences say nothing; "" where all are."""
+    bound = runs["study"].map(NOT_TRAINED_ABOVE)
+    if bound.isna().all() or not (late := int((runs["cross-entropy"] > bound).sum())):
+        return ""
+    return (
+        f"**Withdrawn**: {late} of {len(runs)} runs end above {bound.max():g} nats a byte, on the plateau of "
+        "a model that knows the frequencies of bytes alone. Their differences say nothing of a trained model."
+    )
+
+
 def dose_conclusion(runs: pd.DataFrame, panels: Sequence[Panel], name: str, columns: tables.Columns) -> str:
     """For each panel the cell furthest from its control, as a Markdown list."""
     lines = []
     column = columns[name]
-    ends = runs.get("cross-entropy", pd.Series(dtype=float))
-    late = int((ends > runs["study"].map(NOT_TRAINED_ABOVE)).sum())
-    if late:
-        lines.append(
-            f"- **Withdrawn**: {late} of {len(runs)} runs end above {max(NOT_TRAINED_ABOVE.values()):g} nats "
-            "a byte, on the plateau of a model that knows the frequencies of bytes alone. What follows says "
-            "nothing of a trained model."
-        )
+    if said := withdrawn(runs):
+        lines.append(f"- {said}")
     for panel in panels:
         found = {at: one for at, one in tables.dose_effects(runs, panel, name).items() if one is not None}
         if not found:
