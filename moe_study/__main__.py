@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
             "--workers",
             type=_integer,
             metavar="N",
-            help="runs at a time (default: one per core, 24 on a GPU)",
+            help="runs at a time (default: one per core, 24 on a large GPU)",
         )
     _add_run_options(run)
     plan.add_argument("--nodes", type=_integer, metavar="N", help="simulate a cluster of so many machines")

@@ -36,7 +36,8 @@ from moe_study.runs import STUDIES
 from moe_study.train import History, OutOfTime, TrainingError, fit
 
 GPU_THREADS = 8  # of a process: threads wait for each other's Python, processes for their turn on the GPU
-GPU_WORKERS = 24  # runs at a time on one GPU
+GPU_WORKERS = 24  # runs at a time on one GPU of 80 GB; fewer where that is smaller
+GPU_BYTES = 3 * 2**30  # for each of them
 Selected = dict[str, dict[str, torch.Tensor]]  # weights of the epochs that validation data select
 # The experiment of each kind of model: another kind is one more line.
 EXPERIMENTS: dict[type, Callable[[Run, str], Experiment]] = {
@@ -288,7 +289,10 @@ def default_device() -> str:
 def default_workers(device: str) -> int:
     """Runs at a time: one per core; on a GPU several share it, since one of these models leaves it idle."""
     cores = os.cpu_count() or 1
-    return cores if device == "cpu" else min(GPU_WORKERS, GPU_THREADS * cores)
+    if device == "cpu":
+        return cores
+    room = torch.cuda.get_device_properties(0).total_memory // GPU_BYTES
+    return max(1, min(GPU_WORKERS, GPU_THREADS * cores, room))
 
 
 def ensure(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,3 +255,14 @@ def test_runs_on_a_gpu_are_trained_side_by_side_and_one_that_fails_stops_no_othe
     assert len(streams) == len(outcomes) == 2 * engine.GPU_THREADS
     assert outcomes.pop(3) == ("failed", "ValueError: no luck")
     assert set(outcomes) == {("done", None)}
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "cores", "expected"), [(80, 16, 24), (80, 2, 16), (8, 16, 2), (2, 16, 1)]
+)
+def test_a_gpu_takes_as_many_runs_as_its_memory_holds(gigabytes, cores, expected, monkeypatch):
+    found = types.SimpleNamespace(total_memory=gigabytes * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert engine.default_workers("cuda") == expected
+    assert engine.default_workers("cpu") == cores
