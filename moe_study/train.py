@@ -238,10 +238,11 @@ def _validated(
 
 
 def adam(weights: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """On a GPU its rate is a tensor there, which an update that is replayed reads anew."""
     weights = list(weights)
     if not weights[0].is_cuda:
         return torch.optim.Adam(weights, lr=config.learning_rate, fused=True)
-    rate = torch.tensor(config.learning_rate, device=weights[0].device)  # an update that is replayed reads it
+    rate = torch.tensor(config.learning_rate, device=weights[0].device)
     return torch.optim.Adam(weights, lr=rate, fused=True, capturable=True)
 
 
