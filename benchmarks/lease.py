@@ -83,7 +83,7 @@ def finished(blocks: Sequence[str], out: Path) -> set[Path]:
     copied = set()
     for block in blocks:
         folder = Path(*block.split(":"))
-        for path in (ROOT / "results" / folder).glob("*.json"):
+        for path in (store.results_dir() / folder).glob("*.json"):
             target = out / folder / path.name
             target.parent.mkdir(parents=True, exist_ok=True)
             copied.add(Path(shutil.copy2(path, target)))

@@ -335,7 +335,9 @@ def budget_table(profile: str) -> pd.DataFrame:
 
             def each(path: str, results: Sequence[dict[str, Any]] = results) -> str:
                 found = {tables.look_up(result, path) for result in results}
-                return ", ".join(f"{value:g}" for value in sorted(v for v in found if v is not None)) or "all"
+                return (
+                    ", ".join(f"{value:.10g}" for value in sorted(v for v in found if v is not None)) or "all"
+                )
 
             text = isinstance(runs[0].model, LanguageConfig)
             sizes = sorted(r["num_parameters"] / 1e6 for r in results if "num_parameters" in r)

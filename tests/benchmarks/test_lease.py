@@ -74,8 +74,8 @@ def test_blocks_run_as_many_at_a_time_as_proved_fastest(tmp_path):
 
 
 def test_what_is_finished_is_neither_trained_nor_packed_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "ROOT", tmp_path / "project")
-    before = tmp_path / "project/results/core/snnl/mnist"
+    monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path / "here"))
+    before = tmp_path / "here/core/snnl/mnist"
     before.mkdir(parents=True)
     (before / "base-s1-0.json").write_text("{}")
     out = tmp_path / "out"
@@ -122,7 +122,8 @@ def test_the_lease_rehearsed_on_a_cpu_and_killed(tmp_path):
     command = [sys.executable, "-m", "benchmarks.lease", str(out), "--minutes", "5", "--workers", "1"]
     command += ["--device", "cpu", "--tests", "0", "--bench", "0", "--every", "2"]
     command += ["--blocks", "digits:snnl:digits", "digits:collapse:digit_domains"]
-    process = subprocess.Popen(command, cwd=lease.ROOT, start_new_session=True)
+    nothing = os.environ | {"MOE_RESULTS_DIR": str(tmp_path / "nothing")}  # is finished yet
+    process = subprocess.Popen(command, cwd=lease.ROOT, env=nothing, start_new_session=True)
     try:
         for _ in range(1200):
             time.sleep(0.2)

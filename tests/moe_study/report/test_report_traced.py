@@ -574,14 +574,17 @@ def check_tuning(groups, header, rows):
 
 
 def minutes(results):
-    return sum(r["wall_seconds"] for r in results if "same_as" not in r) / 60
+    return sum(r["wall_seconds"] for r in results if r["device"] == "cpu" and "same_as" not in r) / 60
 
 
 def check_provenance(groups, header, rows):
     shown = dict(rows)
     results = [result for group in groups.values() for result in group.results]
     assert shown["runs finished / planned"].split(" / ")[0] == f"{len(results)}"
-    assert shown["time"] == f"{minutes(results):.0f} core-minutes"
+    time, *others = shown["time"].split("; ")
+    assert time == f"{minutes(results):.0f} core-minutes"
+    devices = [r["device"] for r in results]
+    assert others == [f"{devices.count(one)} runs on {one}" for one in sorted({*devices} - {"cpu"})]
     assert shown["longest run"] == f"{max(r['wall_seconds'] for r in results):.0f} s"
     assert shown["highest memory of a run"] == f"{max(r['peak_memory_mb'] for r in results):.0f} MB"
     assert set(shown["versions"].split(", ")) == {
