@@ -25,7 +25,7 @@ from benchmarks.measure import Contestant, Machine, Row, Step, Work
 from benchmarks.snnl import authors as authors_snnl
 from moe_lib.models.classifier import ClassifierConfig
 from moe_lib.snnl import SNNLConfig
-from moe_study import data
+from moe_study import data, train
 from moe_study.data import Dataset, Split
 from moe_study.evaluate import validation_measures
 from moe_study.replay import Replayed
@@ -60,10 +60,10 @@ def task_of(
 
 
 def adam(model: nn.Module, fused: bool) -> torch.optim.Optimizer:
-    capturable = fused and next(model.parameters()).is_cuda
-    return torch.optim.Adam(
-        model.parameters(), lr=1e-3, fused=fused, foreach=not fused, capturable=capturable
-    )
+    """The study's own if fused, else the usual script's."""
+    if fused:
+        return train.adam(model.parameters(), TrainConfig(learning_rate=1e-3))
+    return torch.optim.Adam(model.parameters(), lr=1e-3, foreach=True)
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

@@ -151,45 +151,36 @@ def _compute(
     dtype = layers[0].dtype
     with _without_autocast(labels_N.device.type):
         if options.route == "fused":
-            return _layer_by_layer(_fused_kernel(layers), options, layers, labels_N, temperature, weight_LN)
-        # The derivative by the temperature is a small difference of large sums: it needs the digits.
-        middle = _middle(options, layers)
-        spread = _spread(options, middle, temperature)
-        if dtype != torch.float64 and (options.learned or not spread <= RANGES[dtype].precise):
-            layers = [x_ND.double() for x_ND in layers]
-            weight_LN = None if weight_LN is None else weight_LN.double()
+            kernel = _fused_kernel(layers)
+        else:
+            # The derivative by the temperature is a small difference of large sums: it needs the digits.
             middle = _middle(options, layers)
             spread = _spread(options, middle, temperature)
-        if not spread <= RANGES[layers[0].dtype].precise:
-            kernel = direct
-        elif options.route == "dense":
-            return _in_type(dtype, dense(options, middle, labels_N, temperature, weight_LN))
-        else:
-            kernel = by_tiles
-        del middle
-        parts = _layer_by_layer(kernel, options, layers, labels_N, float(temperature), weight_LN)
-    return _in_type(dtype, parts)
-
-
-def _layer_by_layer(
-    kernel: Callable[..., Parts],
-    options: Options,
-    layers: Sequence[Tensor],
-    labels_N: Tensor,
-    temperature: float | Tensor,
-    weight_LN: Tensor | None,
-) -> Parts:
-    weights = [None] * len(layers) if weight_LN is None else list(weight_LN)
-    parts = [
-        kernel(options, x_ND, labels_N, temperature, weight_N)
-        for x_ND, weight_N in zip(layers, weights, strict=True)
-    ]
+            if dtype != torch.float64 and (options.learned or not spread <= RANGES[dtype].precise):
+                layers = [x_ND.double() for x_ND in layers]
+                weight_LN = None if weight_LN is None else weight_LN.double()
+                middle = _middle(options, layers)
+                spread = _spread(options, middle, temperature)
+            if not spread <= RANGES[layers[0].dtype].precise:
+                kernel = direct
+            elif options.route == "dense":
+                return _in_type(dtype, dense(options, middle, labels_N, temperature, weight_LN))
+            else:
+                kernel = by_tiles
+            del middle
+            temperature = float(temperature)
+        weights = [None] * len(layers) if weight_LN is None else list(weight_LN)
+        parts = [
+            kernel(options, x_ND, labels_N, temperature, weight_N)
+            for x_ND, weight_N in zip(layers, weights, strict=True)
+        ]
     slopes = [part.slope_L for part in parts if part.slope_L is not None]
-    return Parts(
+    joined = Parts(
         torch.cat([part.loss for part in parts]),
         [gradient for part in parts for gradient in part.gradients],
         torch.cat(slopes) if slopes else None,
     )
+    return _in_type(dtype, joined)
 
 
 def _fused_kernel(layers: Sequence[Tensor]) -> Callable[..., Parts]:

@@ -407,10 +407,8 @@ def bench_table(name: str) -> pd.DataFrame:
     return table.drop(columns=unused).set_index("batch") if rows else table
 
 
-PARTS = {
-    "cleverhans": "SNNL, ",
-    "authors, sums": "AC router, ",
-}  # by a contestant, where rows of all are mixed
+# What a row measures, told by a contestant, where rows of all parts stand in one table.
+PARTS = {"cleverhans": "SNNL, ", "authors, sums": "AC router, "}
 BENCH_TITLES = {
     "snnl": "SNNL",
     "moe": "Mixtures of experts",
