@@ -44,6 +44,7 @@ def rows(quick: bool = False) -> list[Row]:
     if quick:
         return [
             snnl.row(96, [16], torch.bfloat16, **few),
+            snnl.row(96, [16], replay=True, **few),
             experts.row(Size(48, 16, 16, 16, 4, 2), torch.bfloat16, **few),
             layer_row(64, 16, 16, 4, **few),
             experts.router_row(64, 8, 4, **few),
@@ -52,6 +53,10 @@ def rows(quick: bool = False) -> list[Row]:
     low = torch.bfloat16
     pairs: dict[str, Any] = {"fused": torch.cuda.is_available(), **few}
     return [
+        snnl.row(4096, [128], replay=True, goal_time=5, goal_memory=10, **pairs),
+        snnl.row(1024, [128], replay=True, **pairs),
+        snnl.row(256, [128], replay=True, **pairs),
+        snnl.row(16_384, [128], replay=True, **pairs),
         snnl.row(4096, [128], goal_time=5, goal_memory=10, **pairs),
         experts.row(Size(16_384, 512, 512, 512, 16, 2), low, goal_time=1, **few),
         layer_row(16_384, 512, 512, 16, replay=True, goal_time=1 / 1.15, **few),

@@ -26,6 +26,7 @@ from benchmarks.measure import Contestant, Machine, Row, Step, Work, compare, ra
 from moe_lib.snnl import LayerwiseSNNL, SNNLConfig, soft_nearest_neighbor_loss
 from moe_lib.snnl.autograd import DENSE_UP_TO
 from moe_lib.snnl.dense import Distance, Route
+from moe_study.replay import Replayed
 
 Loss = Callable[[Sequence[Tensor], Tensor, float], Tensor]  # of layers: the sum of their losses
 EPS = 1e-5
@@ -121,19 +122,29 @@ def row(
     dtype: torch.dtype = torch.float32,
     cold: float = 1,
     fused: bool = False,
+    replay: bool = False,
     **options: Any,
 ) -> Row:
-    """`cold`: what the usual temperature is divided by; `fused`: with the route that only a GPU has."""
+    """
+    Args:
+        cold: what the usual temperature is divided by.
+        fused: with the route that only a GPU has.
+        replay: each as one CUDA graph; else Python launches each operation.
+    """
 
     def contestant(name: str, loss: Loss, cosine: bool, peer: bool = False, matrices: int = 0) -> Contestant:
-        build = partial(_build, num_samples, tuple(widths), loss, cosine, dtype, cold)
+        build = partial(_build, num_samples, tuple(widths), loss, cosine, dtype, cold, replay)
         return Contestant(name, build, peer, bytes=4.0 * matrices * num_samples**2)
 
     contestants = [
         contestant("ours", partial(ours, distance="cosine"), cosine=True),
-        contestant("ours, squared Euclidean", partial(ours, distance="sqeuclidean"), cosine=False),
+        contestant(
+            "ours, squared Euclidean",
+            partial(ours, distance="sqeuclidean", route="fused" if fused and replay else "auto"),
+            cosine=False,
+        ),
     ]
-    if num_samples > DENSE_UP_TO:
+    if num_samples > DENSE_UP_TO and not replay:  # they read from the device, which no graph can
         for route in ("panels", "streaming"):
             loss = partial(ours, distance="cosine", route=route)
             contestants.append(contestant(f"ours, {route}", loss, cosine=True))
@@ -143,7 +154,7 @@ def row(
         )
     contestants.append(contestant("authors", authors, cosine=True, peer=True, matrices=7))
     contestants.append(contestant("cleverhans", cleverhans, cosine=False, peer=True, matrices=7))
-    if has_nca():
+    if has_nca() and not replay:  # likewise
         contestants.append(contestant("NCALoss", nca, cosine=False, peer=True, matrices=6))
     # Each pair once: its distance, its exponential; and the product of the coefficients with the features.
     work = Work(gemm=sum(3.0 * num_samples**2 * dim for dim in widths), exp=len(widths) * num_samples**2 / 2)
@@ -153,6 +164,7 @@ def row(
     sizes = {"N": num_samples, "D": sum(widths) // len(widths), "layers": len(widths)}
     short = str(dtype).removeprefix("torch.")
     name = f"N={num_samples} {shape}" + ("" if dtype == torch.float32 else f" {short}")
+    name += " as a graph" * replay
     name += "" if cold == 1 else f" T={COSINE_TEMPERATURE / cold:g}"
     return Row(name, sizes, work, tuple(contestants), dtype=short, **options)
 
@@ -164,22 +176,22 @@ def _build(
     cosine: bool,
     dtype: torch.dtype,
     cold: float,
+    replay: bool,
     device: str,
 ) -> Step:
     """Value and gradient of the sum over layers of normal features; the temperature suits their distances."""
     draw = torch.Generator().manual_seed(0)
     labels_N = torch.randint(CLASSES, (num_samples,), generator=draw).to(device)
-    layers = [
-        torch.randn(num_samples, dim, generator=draw).to(device, dtype).requires_grad_() for dim in widths
-    ]
+    layers = [torch.randn(num_samples, dim, generator=draw).to(device, dtype) for dim in widths]
     temperature = (COSINE_TEMPERATURE if cosine else 2.0 * max(widths)) / cold
 
-    def step() -> None:
-        loss(layers, labels_N, temperature).backward()
-        for features_ND in layers:
-            features_ND.grad = None
+    def work(*layers: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = [x_ND.detach().requires_grad_() for x_ND in layers]
+        torch.autograd.grad(loss(features, labels_N, temperature), features)
+        return {}
 
-    return step
+    replayed = Replayed(work, enabled=replay)
+    return lambda: replayed(*layers)
 
 
 # ---------------------------------------------------------------------------------- correctness

@@ -240,22 +240,24 @@ def _train(run: Run, device: str, deadline: float) -> str:
 def _work_on(runs: Sequence[Run], device: str, deadline: float) -> list[tuple[str, str | None]]:
     """In a worker process: train some runs, on a GPU several at a time.
 
-    Of each: what `_work` says, or "failed", and then the reason.
+    Of each: what `_work` says, "out of memory", or "failed", and then the reason.
     """
 
-    def attempt(run: Run) -> tuple[str, str | None]:
+    def start_thread() -> None:
         torch.set_num_threads(1)
-        own = _device_of(run, device)
-        stream = torch.cuda.stream(torch.cuda.Stream()) if own == "cuda" else contextlib.nullcontext()
+        torch.cuda.set_stream(torch.cuda.Stream())  # one for all its runs: memory is kept for a stream
+
+    def attempt(run: Run) -> tuple[str, str | None]:
         try:
-            with stream:
-                return _work(run, own, deadline), None
+            return _work(run, _device_of(run, device), deadline), None
+        except torch.OutOfMemoryError as error:  # of a GPU, which other runs may have filled
+            return "out of memory", str(error)
         except Exception as error:
             return "failed", f"{type(error).__name__}: {error}"
 
-    if len(runs) == 1:
-        return [attempt(runs[0])]
-    with ThreadPoolExecutor(GPU_THREADS) as pool:
+    if _device_of(runs[0], device) == "cpu":
+        return [attempt(run) for run in runs]
+    with ThreadPoolExecutor(GPU_THREADS, initializer=start_thread) as pool:
         return list(pool.map(attempt, runs))
 
 
@@ -408,7 +410,7 @@ def _train_all(
             again, killed = attempt([run], 1)
             unfinished += again
             for one in killed:
-                failed[one] = "its process was killed twice (out of memory?)"
+                failed[one] = "it ran out of memory, or was killed, twice"
                 reporter.finished()
     if unfinished and not quiet:
         _say(f"time limit: {unfinished} runs are left; the same command goes on from here")
@@ -426,8 +428,8 @@ def _attempt(
     runs: Sequence[Run],
     workers: int,
 ) -> tuple[int, list[Run]]:
-    """Number of runs that the deadline cut off, and those that were lost because a worker was killed, which
-    takes the whole pool with it. The reason of one that raised goes into `failed`."""
+    """Number of runs that the deadline cut off, and those that were lost: a GPU was full, or a worker was
+    killed, which takes the whole pool with it. The reason of one that raised goes into `failed`."""
     unfinished: int = 0
     lost: list[Run] = []
     on_gpu = [run for run in runs if _device_of(run, device) == "cuda"]
@@ -446,6 +448,9 @@ def _attempt(
             except Exception as error:
                 outcomes = [("failed", f"{type(error).__name__}: {error}")] * len(jobs[job])
             for run, (outcome, reason) in zip(jobs[job], outcomes, strict=True):
+                if outcome == "out of memory":
+                    lost.append(run)
+                    continue
                 unfinished += outcome == "out of time"
                 if reason is not None:
                     failed[run] = reason

@@ -6,6 +6,7 @@ microseconds each, and Python takes longer to launch them than a GPU to run them
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -49,13 +50,24 @@ class Replayed:
         self.inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         if stream == torch.cuda.default_stream():  # which can't be recorded
-            stream = torch.cuda.Stream()
+            stream = _thread.stream = _thread.stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        # A thread's graphs run one after the other, and may form what they need in between in one memory.
+        pool = None if _thread.graph is None else _thread.graph.pool()
         with torch.cuda.stream(stream):
             # Other threads of this process may use the GPU meanwhile.
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 self.outputs = self.work(*self.inputs)
             finally:
                 graph.capture_end()
+        _thread.graph = graph
         return graph
+
+
+class _Thread(threading.local):
+    graph: torch.cuda.CUDAGraph | None = None  # its last, which keeps the memory for the next
+    stream: torch.cuda.Stream | None = None  # where it records what its default stream replays
+
+
+_thread = _Thread()

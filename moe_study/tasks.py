@@ -26,6 +26,7 @@ from moe_lib.rng import generator, initialise
 from moe_lib.snnl import LayerwiseSNNL, SNNLConfig
 from moe_study.data import Dataset, Split, pixels
 from moe_study.data.text import Corpus
+from moe_study.precision import bfloat16
 from moe_study.replay import Replayed
 
 ImageBatch = tuple[Tensor, ...]  # images in [0, 1], labels; what a task adds
@@ -87,7 +88,7 @@ class ClassifierTask(nn.Module):
     """The model, the heads that only training needs, and the two methods that the loop asks for.
 
     Args:
-        bf16: run the extractor under bfloat16 autocast; gate, experts and losses stay as they are.
+        bf16: the extractor's products in bfloat16; gate, experts and losses stay as they are.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class ClassifierTask(nn.Module):
 
     def encode(self, images_NCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Code [N, D] and the extractor's activations."""
-        with torch.autocast(images_NCHW.device.type, torch.bfloat16, enabled=self.bf16):
+        with bfloat16(images_NCHW.device, self.bf16):
             code_ND, activations = self.model.extractor(images_NCHW)
         return code_ND.to(self.dtype), activations
 

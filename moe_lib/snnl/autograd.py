@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -55,9 +55,12 @@ def losses(
 
 
 def choose(num_samples: int, device: str) -> Route:
+    """ "auto": by the kernels of a GPU, or streaming where they cannot be had."""
     if num_samples <= (DENSE_UP_TO if device == "cpu" else DENSE_UP_TO_GPU):
         return "dense"
-    return "panels" if device == "cpu" and num_samples <= PANELS_UP_TO else "streaming"
+    if device != "cpu":
+        return "auto"
+    return "panels" if num_samples <= PANELS_UP_TO else "streaming"
 
 
 def _plain_losses(
@@ -167,6 +170,9 @@ def _compute(
                 return _in_type(dtype, dense(options, middle, labels_N, temperature, weight_LN))
             else:
                 kernel = by_tiles
+                if options.route == "auto":
+                    with suppress(ValueError):
+                        kernel = _fused_kernel(layers)
             del middle
             temperature = float(temperature)
         weights = [None] * len(layers) if weight_LN is None else list(weight_LN)

@@ -58,9 +58,9 @@ def soft_nearest_neighbor_loss(
             "mean_all" over all N, as in the authors' code, where an anchor without one is not 0, though: with
             their eps = 1e-5 it adds -log(1e-5) / N = 11.5 / N; "sum"; "none" gives [N], 0 for such anchors.
         route: how it is computed, which changes time and memory alone: "dense" (N x N matrices), "panels"
-            (half of one) or "streaming" (none); "auto" chooses by N and device among these. "fused" (none)
-            is for a GPU with Triton and up to 256 columns: it never waits, and stays in float32 even where
-            the others turn to float64.
+            (half of one), "streaming" (none) or "fused" (none; on a GPU with Triton, up to 256 columns).
+            "auto" chooses by N and device, and "fused" only where float32 has the digits: asked for by name,
+            it stays in float32 and never waits.
 
     Returns:
         A 0-d tensor, or [N] for "none". Without any positive: 0, with zero gradients.

@@ -516,19 +516,26 @@ def _pays_answer(found: Sequence[Verdict]) -> str:
     ):
         units = [v for v in found if v.word == outcome]
         if alone := [v for v in units if v.claim.key.endswith("-pays")]:
-            said.append(f"{phrase} {_places(alone)}")
+            said.append(f"{phrase} {_places(alone, found)}")
         if beside := [v for v in units if v.claim.key.endswith("-beside")]:
             said.append(
-                f"{'likewise beside SNNL on' if alone else f'beside SNNL, {phrase}'} {_places(beside)}"
+                f"{'likewise beside SNNL on' if alone else f'beside SNNL, {phrase}'} {_places(beside, found)}"
             )
     return _sentence("; ".join(said))
 
 
-def _places(units: Sequence[Verdict]) -> str:
-    """Data sets with their differences, and how sure they are."""
+def _places(units: Sequence[Verdict], among: Sequence[Verdict] = ()) -> str:
+    """Data sets with their differences, and how sure they are.
+
+    Args:
+        among: the contrast is named where these have the same claim of the same place against other controls.
+    """
     by_stage: dict[str, list[str]] = {}
     for v in units:
-        several = len({(one.claim.treatment, one.control) for one in units}) > 1
+        several = any(
+            (one.claim.key, _where(one)) == (v.claim.key, _where(v)) and one.control != v.control
+            for one in among or units
+        )
         versus = f", {contrast_in_words(v)}" if several else ""
         by_stage.setdefault(_surely([v]), []).append(f"{_where(v)} ({difference(v)}{versus})")
     return "; ".join(f"{_and(parts)}, {stage}" for stage, parts in by_stage.items())

@@ -272,6 +272,19 @@ def test_a_replayed_update_is_the_update(make, monkeypatch):
 
 
 @on_a_gpu
+def test_graphs_of_a_thread_share_their_memory():
+    """One after another, as the epochs of a run: with a memory each, they fill the GPU."""
+    x = torch.randn(2**20, device="cuda")  # 4 MiB
+    before = torch.cuda.memory_reserved()
+    for scale in range(1, 20):
+        replayed = Replayed(lambda x, scale=scale: {"sum": sum((x * scale).exp().neg() for _ in range(4))})
+        for _ in range(3):
+            found = replayed(x)["sum"]
+        torch.testing.assert_close(found, -4 * (x * scale).exp())
+    assert torch.cuda.memory_reserved() - before <= 5 * 20 * 2**20  # segments of 20 MiB
+
+
+@on_a_gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("make", [*TASKS.values(), lambda *a, **k: classifier(*a, **k, shuffled=True)])

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import types
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,7 +238,7 @@ def test_data_that_cannot_be_had_is_asked_for_once(folders, monkeypatch):
 
 
 def test_runs_on_a_gpu_are_trained_side_by_side_and_one_that_fails_stops_no_other(monkeypatch):
-    """Played on the CPU: as many runs as threads wait for each other."""
+    """Played on the CPU: as many runs as threads wait for each other; each thread has one stream."""
     together, streams = threading.Barrier(engine.GPU_THREADS), []
 
     def work(run, device, deadline):
@@ -245,16 +246,62 @@ def test_runs_on_a_gpu_are_trained_side_by_side_and_one_that_fails_stops_no_othe
         together.wait(60)
         if run == 3:
             raise ValueError("no luck")
+        if run == 5:
+            raise torch.OutOfMemoryError("full")
         return "done"
 
     monkeypatch.setattr(engine, "_work", work)
     monkeypatch.setattr(engine, "_device_of", lambda run, device: device)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: streams.append(1))
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: threading.get_ident())
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     outcomes = engine._work_on(range(2 * engine.GPU_THREADS), "cuda", math.inf)
-    assert len(streams) == len(outcomes) == 2 * engine.GPU_THREADS
+    assert len(set(streams)) == len(streams) == engine.GPU_THREADS
+    assert len(outcomes) == 2 * engine.GPU_THREADS
+    assert outcomes.pop(5) == ("out of memory", "full")
     assert outcomes.pop(3) == ("failed", "ValueError: no luck")
     assert set(outcomes) == {("done", None)}
+
+
+class Numbered(int):
+    """Stands for a run."""
+
+    dataset = "digits"
+
+    @property
+    def label(self):
+        return f"run {int(self)}"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_run_that_finds_a_gpu_full_is_tried_again_when_the_others_are_done(times, monkeypatch):
+    """Once more, alone; then its failure is told."""
+    tried, counted = [], []
+
+    class Pool:  # in this process
+        def __init__(self, processes, *rest):
+            self.processes = processes
+
+        def submit(self, work, share, *rest):
+            tried.append((len(share), self.processes))
+            job = Future()
+            full = len(share) > 1 or times > 1
+            job.set_result([("out of memory" if full and run == 2 else "done", None) for run in share])
+            return job
+
+        def shutdown(self, cancel_futures):
+            pass
+
+    monkeypatch.setattr(engine, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(engine, "_device_of", lambda run, device: device)
+    monkeypatch.setattr(engine, "missing_data", lambda *rest: {})
+    monkeypatch.setattr(engine, "_Reporter", lambda *rest: contextlib.nullcontext(counter))
+    counter = types.SimpleNamespace(finished=lambda: counted.append(1))
+    runs = [Numbered(number) for number in range(5)]
+    refused = pytest.raises(engine.StudyError, match=r"(?s)1 of 5 runs failed.*run 2: it ran out of memory")
+    with refused if times == 2 else contextlib.nullcontext():
+        engine._train_all(runs, 8, "cuda", None, True, [])
+    assert tried == [(5, 1), (1, 1)]
+    assert len(counted) == 5
 
 
 @pytest.mark.parametrize(

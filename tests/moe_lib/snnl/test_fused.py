@@ -171,6 +171,35 @@ def test_without_triton_the_reason_is_named(monkeypatch):
         soft_nearest_neighbor_loss(*features(), route="fused")
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_auto_never_chooses_it(device):
-    assert "fused" not in {autograd.choose(count, device) for count in (10, 1000, 3000, 100_000)}
+@pytest.mark.parametrize(
+    ("dim", "dtype", "temperature", "distance", "used"),
+    [
+        (4, torch.float32, 0.5, "cosine", True),
+        (4, torch.bfloat16, 0.5, "sqeuclidean", True),
+        (4, torch.float64, 0.5, "cosine", False),
+        (257, torch.float32, 0.5, "cosine", False),
+        (4, torch.float32, 1e-3, "cosine", False),  # float32 lacks the digits
+        (4, torch.float32, torch.tensor(0.5, requires_grad=True), "cosine", False),
+    ],
+)
+def test_auto_takes_them_where_float32_has_the_digits(dim, dtype, temperature, distance, used, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    called = []
+
+    def fused(*arguments):
+        called.append(arguments)
+        return autograd.by_tiles(*arguments)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # else a CPU has none of them
+    monkeypatch.setattr("moe_lib.snnl.fused.fused", fused)
+    monkeypatch.setattr(autograd, "choose", lambda *_: "auto")
+    x_ND = torch.randn(6, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    value = soft_nearest_neighbor_loss(x_ND, torch.arange(6) % 2, temperature, distance)
+    expected = plain(x_ND.double(), torch.arange(6) % 2, temperature, distance, "mean")
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+    assert bool(called) is used
+
+
+def test_auto_leaves_few_samples_and_cpus_to_the_others():
+    assert [autograd.choose(count, "cuda") for count in (1000, 3000)] == ["dense", "auto"]
+    assert [autograd.choose(count, "cpu") for count in (10, 1000, 3000)] == ["dense", "panels", "streaming"]
