@@ -83,7 +83,6 @@ NOTEBOOKS = {
     "crossed": "30_snnl_x_ac",
     "snnl-dose": "50_dose_response",
     "snnl-batches": "50_dose_response",
-    "ac-dose": "50_dose_response",
 }
 
 

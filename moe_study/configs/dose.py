@@ -1,10 +1,10 @@
-"""Dose-response: what a remedy's effect hangs on, a few of its options crossed at a time.
+"""Dose-response: what the effect of SNNL hangs on, a few of its options crossed at a time.
 
-`python -m moe_study run --profile core --study snnl-dose` takes 147 core-minutes, "snnl-batches" 66,
-"ac-dose" 126. What came out is drawn in the report, "Dose-response".
+`python -m moe_study run --profile core --study snnl-dose` takes 147 core-minutes, "snnl-batches" 66.
+What came out is drawn in the report, "Dose-response".
 
-A dose is one setting of a remedy's options; its control differs in the remedy alone. A
-panel is a grid of doses: an option down, another one across.
+A dose is one setting of its options; its control differs in SNNL alone. A panel is a grid of doses: an option
+down, another one across.
 """
 
 from __future__ import annotations
@@ -15,21 +15,19 @@ from functools import partial
 from typing import Any, Literal
 
 from moe_lib.models.classifier import ClassifierConfig, Mixture
-from moe_lib.models.language import LanguageConfig
-from moe_lib.moe import ACConfig
 from moe_lib.snnl import Combine, SNNLConfig
 from moe_lib.snnl.dense import Distance, Reduction
-from moe_study.configs import ac_language, snnl
-from moe_study.configs.arms import SEEDS, RoutedSettings, Settings
+from moe_study.configs import snnl
+from moe_study.configs.arms import SEEDS, Settings
 from moe_study.configs.run import Plan, Run, StudyError
-from moe_study.tasks import Objective, RoutedObjective
+from moe_study.tasks import Objective
 from moe_study.train import TrainConfig
 
-VERSIONS = {"snnl-dose": 1, "snnl-batches": 1, "ac-dose": 1}
+VERSIONS = {"snnl-dose": 1, "snnl-batches": 1}
 
 
 @dataclass(frozen=True)
-class SNNLDose:
+class Dose:
     """The SNNL study's `snnl`, and `base` where the factor is 0."""
 
     factor: float = 1.0
@@ -44,8 +42,8 @@ class SNNLDose:
     samples_per_class: int = 1
 
     @property
-    def control(self) -> SNNLDose:
-        return SNNLDose(
+    def control(self) -> Dose:
+        return Dose(
             0.0,
             num_experts=self.num_experts,
             mixture=self.mixture,
@@ -57,8 +55,7 @@ class SNNLDose:
     def name(self) -> str:
         return _name("snnl" if self.factor else "base", replace(self, factor=self.factor or 1.0))
 
-    def arm(self, settings: Settings | RoutedSettings) -> tuple[ClassifierConfig, Objective, TrainConfig]:
-        assert isinstance(settings, Settings)
+    def arm(self, settings: Settings) -> tuple[ClassifierConfig, Objective, TrainConfig]:
         model = replace(settings.model, num_experts=self.num_experts, mixture=self.mixture)
         train = replace(settings.train, batch_size=self.batch_size or settings.train.batch_size)
         objective = Objective(samples_per_class=self.samples_per_class)
@@ -76,37 +73,6 @@ class SNNLDose:
         elif self.temperature is not None:
             snnl = replace(snnl, schedule="fixed", temperature=self.temperature)
         return model, replace(objective, snnl=snnl), train
-
-
-@dataclass(frozen=True)
-class ACDose:
-    """The AC study's `ac`, or `cosine`, which is M = I."""
-
-    ac: ACConfig | None = ACConfig()
-    moe_blocks: tuple[int, ...] | None = None  # None: the study's
-
-    @property
-    def control(self) -> ACDose:
-        return ACDose(None, self.moe_blocks)
-
-    @property
-    def name(self) -> str:
-        place = _name("", replace(self, ac=ACConfig()))
-        return ("cosine" if self.ac is None else _name("ac", self.ac)) + place
-
-    def arm(self, settings: Settings | RoutedSettings) -> tuple[LanguageConfig, RoutedObjective, TrainConfig]:
-        assert isinstance(settings, RoutedSettings)
-        assert isinstance(settings.model, LanguageConfig)
-        trunk = replace(
-            settings.model.trunk,
-            moe_blocks=self.moe_blocks or settings.model.trunk.moe_blocks,
-            router="cosine" if self.ac is None else "ac",
-            ac=self.ac or ACConfig(),
-        )
-        return replace(settings.model, trunk=trunk), settings.objective, settings.train
-
-
-Dose = SNNLDose | ACDose
 
 
 def _name(kind: str, options: Any) -> str:
@@ -158,57 +124,22 @@ def snnl_panels(
     temperatures: Sequence[float],
     layers: Sequence[tuple[str, ...]],
     experts: Sequence[int],
-    others: dict[str, SNNLDose],
+    others: dict[str, Dose],
 ) -> tuple[Panel, ...]:
     down = "factor", _shown(factors)
     steps = {"annealed from 1": None} | _shown(temperatures)
     panels = [
-        _panel("factor × temperature", down, ("temperature", steps), lambda f, t: SNNLDose(f, t)),
-        _panel("factor × layer", down, ("layer", _shown(layers)), lambda f, at: SNNLDose(f, layers=at)),
+        _panel("factor × temperature", down, ("temperature", steps), lambda f, t: Dose(f, t)),
+        _panel("factor × layer", down, ("layer", _shown(layers)), lambda f, at: Dose(f, layers=at)),
         _panel(
             "factor × number of experts",
             down,
             ("experts", _shown(experts)),
-            lambda f, e: SNNLDose(f, num_experts=e),
+            lambda f, e: Dose(f, num_experts=e),
         ),
     ]
     if others:
         panels.append(_panel("one thing changed", ("", others), ("factor", {"1": None}), lambda o, _: o))
-    return tuple(panels)
-
-
-def ac_panels(
-    normalize: Sequence[str],
-    clamps: Sequence[float | None],
-    dispersions: Sequence[str],
-    places: Sequence[tuple[int, ...] | None],
-    others: dict[str, ACDose],
-) -> tuple[Panel, ...]:
-    down = "normalisation", _shown(normalize)
-    ratios = {"none" if ratio is None else show(ratio): ratio for ratio in clamps}
-    blocks = {"all" if place is None else show(place): place for place in places}
-    panels = [
-        _panel(
-            "normalisation × clamp",
-            down,
-            ("clamp, times the mean", ratios),
-            lambda n, ratio: ACDose(ACConfig(normalize=n, max_ratio=ratio)),
-        ),
-        _panel(
-            "normalisation × dispersion",
-            down,
-            ("dispersion", _shown(dispersions)),
-            lambda n, d: ACDose(ACConfig(normalize=n, dispersion=d)),
-        ),
-        _panel(
-            "placement",
-            ("MoE blocks", blocks),
-            ("sees M h", {"the router": False, "the experts too": True}),
-            lambda place, too: ACDose(ACConfig(scale_experts=too), place),
-        ),
-    ]
-    if others:
-        panels.append(_panel("one thing changed", ("", others), ("", {"": None}), lambda o, _: o))
     return tuple(panels)
 
 
@@ -217,7 +148,7 @@ class Doses:
     """What a profile runs of a dose-response study: one data set, less of it than the study itself."""
 
     dataset: str
-    settings: Settings | RoutedSettings
+    settings: Settings
     panels: tuple[Panel, ...]
     num_seeds: int
     train_images: int | None = None
@@ -240,13 +171,13 @@ _SNNL = snnl_panels(
     _LAYERS,
     (2, 4, 8, 16),
     {
-        "mixture of probabilities": SNNLDose(mixture="likelihood"),
-        "competitive experts (Jacobs)": SNNLDose(mixture="jacobs"),
-        "batches of 64": SNNLDose(batch_size=64),
-        "batches of 512": SNNLDose(batch_size=512),
-        "squared Euclidean distance": SNNLDose(distance="sqeuclidean"),
-        "temperature learned": SNNLDose(temperature="learned"),
-        "sum over three layers": SNNLDose(layers=_LAYERS[-1], combine="sum"),
+        "mixture of probabilities": Dose(mixture="likelihood"),
+        "competitive experts (Jacobs)": Dose(mixture="jacobs"),
+        "batches of 64": Dose(batch_size=64),
+        "batches of 512": Dose(batch_size=512),
+        "squared Euclidean distance": Dose(distance="sqeuclidean"),
+        "temperature learned": Dose(temperature="learned"),
+        "sum over three layers": Dose(layers=_LAYERS[-1], combine="sum"),
     },
 )
 # With a hundred classes a batch of 256 holds 2.55 others of an image's class, and for 8 % none.
@@ -255,35 +186,22 @@ _BATCHES = (
         "factor × images of one class in a row",
         ("factor", _shown((1.0, 10.0))),
         ("images of one class in a row", _shown((1, 2, 4, 8))),
-        lambda f, m: SNNLDose(f, samples_per_class=m),
+        lambda f, m: Dose(f, samples_per_class=m),
     ),
     _panel(
         "one thing changed",
         (
             "",
             {
-                "mean over all images": SNNLDose(reduction="mean_all"),
-                "batches of 64": SNNLDose(batch_size=64),
-                "batches of 1024": SNNLDose(batch_size=1024),
+                "mean over all images": Dose(reduction="mean_all"),
+                "batches of 64": Dose(batch_size=64),
+                "batches of 1024": Dose(batch_size=1024),
             },
         ),
         ("factor", {"1": None}),
         lambda one, _: one,
     ),
 )
-_AC = ac_panels(
-    ("feature", "row", "global", "none"),
-    (1.5, 10.0, None),
-    ("mad", "variance"),
-    (None, (0, 1), (1, 2)),
-    {
-        "M of all chosen clusters": ACDose(ACConfig(mixed=True)),
-        "gradient through M": ACDose(ACConfig(gradient=True)),
-    },
-)
-_DIGITS_TEXT = ac_language.SETTINGS["digits"]["docs"]
-_CORE_TEXT = ac_language.SETTINGS["core"]["wikitext2"]
-_SHORT_TEXT = replace(_CORE_TEXT, epoch_tokens=2**17, test_tokens=2**16)  # half of the tokens
 
 # study -> profile
 PLANS: dict[str, dict[str, Doses]] = {
@@ -302,16 +220,6 @@ PLANS: dict[str, dict[str, Doses]] = {
     "snnl-batches": {
         "core": Doses("cifar100", snnl.SETTINGS["core"]["cifar100"], _BATCHES, 3, train_images=20_000),
         "paper": Doses("cifar100", snnl.SETTINGS["paper"]["cifar100"], _BATCHES, 10),
-    },
-    "ac-dose": {
-        "digits": Doses(
-            "docs",
-            _DIGITS_TEXT,
-            ac_panels(("feature", "row"), (10.0,), ("mad",), (None,), {}),
-            num_seeds=2,
-        ),
-        "core": Doses("wikitext2", _SHORT_TEXT, _AC, 5),
-        "paper": Doses("wikitext2", _CORE_TEXT, _AC, 10),
     },
 }
 

@@ -391,7 +391,9 @@ def bench_table(name: str) -> pd.DataFrame:
         if row["faster_than_fastest_peer"] is None:  # no peer was there
             continue
         goal = row.get("goals", {}).get("faster")
-        part = next((text for who, text in PARTS.items() if who in contestants), "") if name == "gpu" else ""
+        on_gpu, fused = name == "gpu", contestants.get("ours, fused")
+        part = next((text for who, text in PARTS.items() if who in contestants), "") if on_gpu else ""
+        least = min(found["memory_mb"] for found in contestants.values() if found["peer"])
         rows.append(
             {
                 "batch": part + row["row"],
@@ -399,7 +401,10 @@ def bench_table(name: str) -> pd.DataFrame:
                 "goal": f"{goal:.2g}" if goal else "-",
                 "in float32 like the peer": f"{min(peers) / plain:.1f}" if plain else "-",
                 "memory, times less": f"{row['memory_saving']:.1f}",
-                "share of the physical limit": f"{row['share_of_limit']:.2f}",
+                "fused kernels, times as fast": f"{min(peers) / fused['milliseconds']:.1f}" if fused else "-",
+                "their memory, times less": f"{least / fused['memory_mb']:.1f}" if fused else "-",
+                # The probes of the file that is there were too small for a GPU: some shares are above 1.
+                "share of the physical limit": "-" if on_gpu else f"{row['share_of_limit']:.2f}",
             }
         )
     table = pd.DataFrame(rows)

@@ -640,7 +640,6 @@ def reading(value: stats.PairedComparison, claimed: str) -> str:
 DOSE_MEASURES: dict[str, tuple[tuple[str, ...], Columns]] = {
     "snnl-dose": (("accuracy", "cross-entropy", "H(E|c)", "I(x;E)"), COLUMNS),
     "snnl-batches": (("accuracy", "cross-entropy", "H(E|c)", "I(x;E)"), COLUMNS),
-    "ac-dose": (("cross-entropy", "validation area", "H(E|x)", "effective experts"), LANGUAGE_COLUMNS),
 }
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, Template
 
 from moe_study import store
-from moe_study.claims import ACCURACY, BY_KEY, NOT_TRAINED_ABOVE
+from moe_study.claims import ACCURACY, BY_KEY
 from moe_study.configs.dose import Panel
 from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
@@ -383,23 +383,10 @@ def conclusion(
     return "\n".join(f"- {text}" for text in said) or "No two seeds have both arms yet."
 
 
-def withdrawn(runs: pd.DataFrame) -> str:
-    """That text runs are not trained, so that their differences say nothing; "" where all are."""
-    bound = runs["study"].map(NOT_TRAINED_ABOVE)
-    if bound.isna().all() or not (late := int((runs["cross-entropy"] > bound).sum())):
-        return ""
-    return (
-        f"**Withdrawn**: {late} of {len(runs)} runs end above {bound.max():g} nats a byte, on the plateau of "
-        "a model that knows the frequencies of bytes alone. Their differences say nothing of a trained model."
-    )
-
-
 def dose_conclusion(runs: pd.DataFrame, panels: Sequence[Panel], name: str, columns: tables.Columns) -> str:
     """For each panel the cell furthest from its control, as a Markdown list."""
     lines = []
     column = columns[name]
-    if said := withdrawn(runs):
-        lines.append(f"- {said}")
     for panel in panels:
         found = {at: one for at, one in tables.dose_effects(runs, panel, name).items() if one is not None}
         if not found:

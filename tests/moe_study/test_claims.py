@@ -726,16 +726,3 @@ def test_interval_over_seeds_and_images_comes_from_the_packed_bits():
     assert found.images.low < found.comparison.difference < found.images.high
     del results[4]["correct"]
     assert judged(results, "snnl-accuracy").images is None
-
-
-def test_doses_on_text_models_that_are_not_trained_are_withdrawn():
-    columns = {"cross-entropy": tables.LANGUAGE_COLUMNS["cross-entropy"]}
-    frames = {
-        end: tables.frame(language_results({"ac": end, "linear": 1.2}, "ac-dose"), columns)
-        for end in (1.3, 2.3)
-    }
-    assert words.withdrawn(frames[1.3]) == ""
-    assert words.withdrawn(frames[2.3]).startswith("**Withdrawn**: 10 of 20 runs end above 1.5 nats a byte")
-    assert words.dose_conclusion(frames[2.3], [], "cross-entropy", columns).startswith("- **Withdrawn**")
-    images = tables.frame(snnl_results(), {"accuracy": tables.COLUMNS["accuracy"]})
-    assert words.withdrawn(images) == ""

@@ -5,10 +5,9 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from moe_lib.moe import ACConfig
 from moe_study import store, study
-from moe_study.configs import ac_language, arms, snnl
-from moe_study.configs.dose import PLANS, ACDose, Panel, SNNLDose
+from moe_study.configs import arms, snnl
+from moe_study.configs.dose import PLANS, Dose, Panel
 from moe_study.report import dose_plots, tables
 
 EVERY_PLAN = pytest.mark.parametrize(
@@ -32,15 +31,9 @@ def test_a_control_lacks_the_remedy_and_nothing_else(name, profile):
             treated, control = one.arm(planned.settings), one.control.arm(planned.settings)
             assert one.control.control == one.control
             assert treated[2] == control[2]  # training
-            if name != "ac-dose":
-                assert treated[0] == control[0]
-                assert treated[1].snnl is not None
-                assert control[1] == replace(treated[1], snnl=None)
-            else:
-                assert treated[1] == control[1]
-                trunk = replace(treated[0].trunk, router="cosine", ac=ACConfig())
-                assert control[0] == replace(treated[0], trunk=trunk)
-                assert treated[0].trunk.router == "ac"
+            assert treated[0] == control[0]
+            assert treated[1].snnl is not None
+            assert control[1] == replace(treated[1], snnl=None)
 
 
 @EVERY_PLAN
@@ -53,18 +46,15 @@ def test_every_cell_has_its_own_label(name, profile):
 
 def test_the_default_dose_is_the_studys_own_arm():
     settings = snnl.SETTINGS["core"]["fashion_mnist"]
-    model, objective, train = SNNLDose(settings.factor).arm(settings)
+    model, objective, train = Dose(settings.factor).arm(settings)
     assert (model, objective) == arms.snnl_arms(settings)["snnl"]
     assert train == settings.train
-    assert SNNLDose().control.arm(settings)[:2] == arms.snnl_arms(settings)["base"]
-    routed = ac_language.SETTINGS["core"]["wikitext2"]
-    assert ACDose().arm(routed)[:2] == arms.routed_arms("ac-language", routed)["ac"]
-    assert ACDose().control.arm(routed)[:2] == arms.routed_arms("ac-language", routed)["cosine"]
+    assert Dose().control.arm(settings)[:2] == arms.snnl_arms(settings)["base"]
 
 
 def test_study_of_a_data_set():
-    assert study.dose_study("core", "wikitext2") == "ac-dose"
-    with pytest.raises(study.StudyError, match=r"'svhn'.*known: fashion_mnist, cifar100, wikitext2"):
+    assert study.dose_study("core", "cifar100") == "snnl-batches"
+    with pytest.raises(study.StudyError, match=r"'svhn'.*known: fashion_mnist, cifar100$"):
         study.dose_study("core", "svhn")
 
 
@@ -74,7 +64,7 @@ FACTORS, EXPERTS = ("0.1", "1", "10"), ("4", "8")
 PANEL = Panel(
     "factor × experts",
     (("factor", FACTORS), ("experts", EXPERTS)),
-    tuple(tuple(SNNLDose(float(f), num_experts=int(e)) for e in EXPERTS) for f in FACTORS),
+    tuple(tuple(Dose(float(f), num_experts=int(e)) for e in EXPERTS) for f in FACTORS),
 )
 
 
@@ -184,13 +174,11 @@ def test_every_panel_can_be_drawn(name, profile):
 
 
 def test_names():
-    assert SNNLDose().name == "snnl"
-    assert SNNLDose(0.1, layers=("conv1", "code")).name == "snnl-factor=0.1-layers=conv1+code"
-    assert SNNLDose(0.1, num_experts=8).control.name == "base-num_experts=8"
-    assert SNNLDose(temperature="learned").name == "snnl-temperature=learned"
-    assert SNNLDose(0.1, samples_per_class=4).control.name == "base-samples_per_class=4"
-    assert ACDose(ACConfig(normalize="row", max_ratio=None)).name == "ac-normalize=row-max_ratio=None"
-    assert ACDose(ACConfig(mixed=True), (0, 1)).control.name == "cosine-moe_blocks=0+1"
+    assert Dose().name == "snnl"
+    assert Dose(0.1, layers=("conv1", "code")).name == "snnl-factor=0.1-layers=conv1+code"
+    assert Dose(0.1, num_experts=8).control.name == "base-num_experts=8"
+    assert Dose(temperature="learned").name == "snnl-temperature=learned"
+    assert Dose(0.1, samples_per_class=4).control.name == "base-samples_per_class=4"
 
 
 def test_temperatures_are_drawn_in_order():
