@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 import sys
 from collections import Counter
@@ -391,9 +392,9 @@ def bench_table(name: str) -> pd.DataFrame:
         if row["faster_than_fastest_peer"] is None:  # no peer was there
             continue
         goal = row.get("goals", {}).get("faster")
+        least = min((found["memory_mb"] for found in contestants.values() if found["peer"]), default=math.nan)
         on_gpu, fused = name == "gpu", contestants.get("ours, fused")
         part = next((text for who, text in PARTS.items() if who in contestants), "") if on_gpu else ""
-        least = min(found["memory_mb"] for found in contestants.values() if found["peer"])
         rows.append(
             {
                 "batch": part + row["row"],
