@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 import re
 import sys
 from collections import Counter
@@ -24,6 +23,7 @@ from moe_study.claims import BY_KEY, CLAIMS, CONFIRMATORY
 from moe_study.configs import arms
 from moe_study.report import collapse_plots, plots, provenance, tables, verdict_plots
 from moe_study.report import verdicts as words
+from moe_study.report.answers import answers
 from moe_study.report.plots import DATASET_TITLES
 from moe_study.verdicts import Verdict
 
@@ -392,7 +392,6 @@ def bench_table(name: str) -> pd.DataFrame:
         if row["faster_than_fastest_peer"] is None:  # no peer was there
             continue
         goal = row.get("goals", {}).get("faster")
-        least = min((found["memory_mb"] for found in contestants.values() if found["peer"]), default=math.nan)
         on_gpu, fused = name == "gpu", contestants.get("ours, fused")
         part = next((text for who, text in PARTS.items() if who in contestants), "") if on_gpu else ""
         rows.append(
@@ -403,7 +402,9 @@ def bench_table(name: str) -> pd.DataFrame:
                 "in float32 like the peer": f"{min(peers) / plain:.1f}" if plain else "-",
                 "memory, times less": f"{row['memory_saving']:.1f}",
                 "fused kernels, times as fast": f"{min(peers) / fused['milliseconds']:.1f}" if fused else "-",
-                "their memory, times less": f"{least / fused['memory_mb']:.1f}" if fused else "-",
+                "their memory, times less": f"{_least(contestants) / fused['memory_mb']:.1f}"
+                if fused
+                else "-",
                 # The probes of the file that is there were too small for a GPU: some shares are above 1.
                 "share of the physical limit": "-" if on_gpu else f"{row['share_of_limit']:.2f}",
             }
@@ -411,6 +412,11 @@ def bench_table(name: str) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     unused = [name for name in table if (table[name] == "-").all()]
     return table.drop(columns=unused).set_index("batch") if rows else table
+
+
+def _least(contestants: dict[str, Any]) -> float:
+    """Memory of the peer that takes least, MB."""
+    return min(float(found["memory_mb"]) for found in contestants.values() if found["peer"])
 
 
 # What a row measures, told by a contestant, where rows of all parts stand in one table.
@@ -487,7 +493,7 @@ def readme_section() -> str:
     found = current(find_verdicts("core"))
     if not found:
         return f"{BEGIN}\nNo finished runs yet.\n{END}"
-    parts = [BEGIN, words.answers(found), words.scope(found)]
+    parts = [BEGIN, answers(found), words.scope(found)]
     parts.append(
         f"![Every claim on every data set: verdict, difference, 95 % interval]({README_PICTURES['verdicts']})"
     )
@@ -530,7 +536,7 @@ def results_page() -> str:
         "Regenerate with `make report PROFILE=core`.",
         "## Verdicts",
         f"{words.tally(found)} {unfinished(profile)}".strip(),
-        words.answers(found),
+        answers(found),
         words.scope(found),
         "One row a claim, data set and control, at the last epoch, paired by seed: mean difference, 95 % t "
         "interval, exact sign-flip p (Holm over the units of a study). *Counts from*: the published "

@@ -13,11 +13,11 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, Template
 
 from moe_study import store
-from moe_study.claims import ACCURACY, BY_KEY
+from moe_study.claims import BY_KEY
 from moe_study.configs.dose import Panel
 from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
-from moe_study.verdicts import MECHANISM, Cause, Verdict, Word
+from moe_study.verdicts import Cause, Verdict, Word
 
 COLUMNS = ("claim", "against", "verdict", "difference", "95 % interval", "counts from", "p (Holm)", "seeds")
 
@@ -319,20 +319,6 @@ def _said(found: Sequence[Verdict], term: str) -> bool:
     return any(v.word == term for v in found)
 
 
-def answers(found: Sequence[Verdict]) -> str:
-    """The study's answer as a Markdown list of three: a question, and what was found where, how surely.
-    Pilots are left out."""
-    decided = [v for v in found if v.word != "pilot"]
-    own = {
-        "Did SNNL help?": _snnl_answer([v for v in decided if v.claim.source == "SNNL-MoE"]),
-        "Should I use the AC router?": _ac_answer([v for v in decided if v.claim.source == "AC router"]),
-        "Does learned routing pay at all?": _pays_answer(
-            [v for v in decided if v.claim.key.endswith(("-pays", "-beside"))]
-        ),
-    }
-    return "\n".join(f"- **{question}** {answer}" for question, answer in own.items() if answer)
-
-
 def scope(found: Sequence[Verdict]) -> str:
     """Models, budgets and seeds behind the answers, in a sentence."""
     decided = [v for v in found if v.word != "pilot"]
@@ -402,141 +388,6 @@ def dose_conclusion(runs: pd.DataFrame, panels: Sequence[Panel], name: str, colu
             f"{one.seeds} seeds; {apart} of {len(found)} cells are told apart from 0."
         )
     return "\n".join(lines) or "No dose yet that two seeds share with its control."
-
-
-def _snnl_answer(found: Sequence[Verdict]) -> str:
-    own = [v for v in found if v.claim.measure == ACCURACY]
-    said = []
-    if yes := [v for v in own if v.word == "supported"]:
-        said.append(f"Yes on {'; '.join(f'{_places([v])} {_mechanism(v)}'.strip() for v in yes)}")
-    if no := [v for v in own if v.word == "contradicted"]:
-        said.append(f"it makes the model less accurate on {_places(no)}")
-    for outcome, phrase in (
-        ("smaller than claimed", "the gain is smaller than claimed, if there is one, on"),
-        ("undecided", "undecided on"),
-    ):
-        if units := [v for v in own if v.word == outcome]:
-            said.append(f"{phrase} {_names(units)} ({_surely(units)})")
-    if any(v.depends_on_checkpoint for v in own if v.word != "supported"):
-        said.append("there another checkpoint would change the verdict")
-    return _sentence("; ".join(said))
-
-
-def _names(units: Sequence[Verdict]) -> str:
-    return _and(list(dict.fromkeys(map(_where, units))))
-
-
-def _where(verdict: Verdict) -> str:
-    """The data set, and what is special about the model."""
-    special = {"collapse-top1": " with one expert per image", "collapse-wide": " with sixteen experts"}
-    return DATASET_TITLES[verdict.dataset] + special.get(verdict.claim.study, "")
-
-
-def _mechanism(verdict: Verdict) -> str:
-    """Whether a gain needs the mixture; "" where nothing says so."""
-    for one in verdict.causes:
-        if one.contrast == MECHANISM:
-            shown = verdict.claim.measure.shown(
-                one.comparison.difference, one.comparison.low, one.comparison.high
-            )
-            return {
-                "interval on the claimed side": f"({shown} more than a dense network gains)",
-                "interval on the other side": f"(but a dense network gains more: {shown})",
-                "interval includes 0": f"(a dense network may gain as much: {shown})",
-            }[one.reading]
-    return ""
-
-
-def _ac_answer(found: Sequence[Verdict]) -> str:
-    own = [v for v in found if v.claim.key.endswith("-performance")]
-    if not own:
-        return ""
-    by_dataset = {
-        name: [v for v in own if v.dataset == name] for name in dict.fromkeys(v.dataset for v in own)
-    }
-    wins = [us for us in by_dataset.values() if all(v.word == "supported" for v in us)]
-    rest = [v for us in by_dataset.values() if us not in wins for v in us]
-    late = [v for v in rest if v.obstacle is not None and v.obstacle.kind == "not trained"]
-    rest = [v for v in rest if v not in late]
-    said = [f"Yes on {_places([v for us in wins for v in us])}."] if wins else ["We see no reason to."]
-    for measure in dict.fromkeys(v.claim.measure for v in rest):
-        said.append(_no_gain([v for v in rest if v.claim.measure == measure and v.comparison is not None]))
-    if late:
-        said.append(f"On {_names(late)} models are not trained far enough to say.")
-    if gated := [v for v in rest if v.obstacle is not None and v.obstacle.kind == "gate"]:
-        where = "here" if len(gated) == len(own) else f"on {_names(gated)}"
-        said.append(f"Learned routing is not shown to pay {where}, so a better router has nothing to prove.")
-    return " ".join(filter(None, said))
-
-
-def _no_gain(units: Sequence[Verdict]) -> str:
-    """Where it differs from the two control routers in one measure, and where it does not, in a sentence."""
-    said = []
-    same = []
-    for v in units:
-        assert v.comparison is not None
-        if v.comparison.low <= 0 <= v.comparison.high:
-            same.append(v)
-            continue
-        better = v.claim.measure.sign * v.comparison.difference > 0
-        said.append(
-            f"{'better' if better else 'worse'} than the {in_words(v.control)} on "
-            f"{DATASET_TITLES[v.dataset]} by {difference(v)}"
-        )
-    if same and not said:
-        ends = [end for v in same if v.comparison for end in (v.comparison.low, v.comparison.high)]
-        within = same[0].claim.measure.shown(min(ends), max(ends))
-        said.append(
-            f"no gain over {_and(list(dict.fromkeys(f'the {in_words(v.control)}' for v in same)))} shows on "
-            f"{_names(same)} (95 % intervals within {within}, {_surely(same)})"
-        )
-    return _sentence("; ".join(said))
-
-
-def _pays_answer(found: Sequence[Verdict]) -> str:
-    said = []
-    for outcome, phrase in (
-        ("supported", "yes on"),
-        ("contradicted", "no: a gate that learns nothing does better on"),
-        ("smaller than claimed", "it gains less than would matter on"),
-        ("undecided", "it is undecided on"),
-    ):
-        units = [v for v in found if v.word == outcome]
-        if alone := [v for v in units if v.claim.key.endswith("-pays")]:
-            said.append(f"{phrase} {_places(alone, found)}")
-        if beside := [v for v in units if v.claim.key.endswith("-beside")]:
-            said.append(
-                f"{'likewise beside SNNL on' if alone else f'beside SNNL, {phrase}'} {_places(beside, found)}"
-            )
-    return _sentence("; ".join(said))
-
-
-def _places(units: Sequence[Verdict], among: Sequence[Verdict] = ()) -> str:
-    """Data sets with their differences, and how sure they are.
-
-    Args:
-        among: the contrast is named where these have the same claim of the same place against other controls.
-    """
-    by_stage: dict[str, list[str]] = {}
-    for v in units:
-        several = any(
-            (one.claim.key, _where(one)) == (v.claim.key, _where(v)) and one.control != v.control
-            for one in among or units
-        )
-        versus = f", {contrast_in_words(v)}" if several else ""
-        by_stage.setdefault(_surely([v]), []).append(f"{_where(v)} ({difference(v)}{versus})")
-    return "; ".join(f"{_and(parts)}, {stage}" for stage, parts in by_stage.items())
-
-
-def _surely(units: Sequence[Verdict]) -> str:
-    """ "40 seeds, confirmatory"."""
-    seeds = sorted({v.comparison.seeds for v in units if v.comparison is not None})
-    stages = {"confirmatory" if v.confirmatory else "exploratory" for v in units}
-    return f"{'-'.join(str(n) for n in (seeds[:1] + seeds[1:][-1:]))} seeds, {' and '.join(sorted(stages))}"
-
-
-def _and(parts: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
 def _capital(text: str) -> str:

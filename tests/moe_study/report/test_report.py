@@ -22,6 +22,7 @@ from moe_study.data import ROOT
 from moe_study.report import page as report
 from moe_study.report import plots, provenance, routed_plots, snnl_plots, tables, verdict_plots
 from moe_study.report import verdicts as words
+from moe_study.report.answers import answers
 from moe_study.stats import PairedComparison
 
 # ------------------------------------------------------------------------------------ made-up results
@@ -627,11 +628,12 @@ def test_answers_name_what_is_decided_and_leave_pilots_out(folders):
     for arm in ("base", "snnl"):
         for run in study.runs("core", "snnl", "fashion_mnist", arm)[:3]:
             store.write_run(run.path, made_up(run))
-    text = words.answers(report.find_verdicts("core"))
-    assert "**Did SNNL help?** Yes on CIFAR-100 (+2.05 [+2.01, +2.09] points), 10 seeds, exploratory" in text
+    text = answers(report.find_verdicts("core"))
+    assert "**Did SNNL help?** Yes: more accurate on CIFAR-100 (by 2.0 points; " in text
+    assert "; exploratory)." in text
     assert "CNN, 4 experts of width 512, 8 epochs" in words.scope(report.find_verdicts("core"))
     assert "FashionMNIST" not in text
-    assert words.answers([]) == ""
+    assert answers([]) == ""
 
 
 def test_readme_check_sees_a_stale_table_and_changes_nothing(core, capsys):
@@ -1382,7 +1384,7 @@ def test_readme_shows_the_benchmark(core):
         "row": "no peer here", "faster_than_fastest_peer": None}]})  # fmt: skip
     page = report.results_page()
     assert "On a GPU (Big GPU; below 1 a peer is faster):" in page
-    assert "| SNNL, N=1024 | 3.1 | 0.87 | 7.0 | 0.40 |" in page
+    assert "| SNNL, N=1024 | 3.1 | 0.87 | 7.0 |\n" in page
     assert "no peer here" not in page
 
 
