@@ -51,6 +51,19 @@ def runs(
     return found
 
 
+def evidence(profile: str, study: str, dataset: str | None = None) -> list[Run]:
+    """What speaks for a study: on each data set the runs of its confirmation, "<study>-confirm", where all of
+    them are finished, else its own. Raises as `runs` does."""
+    own = runs(profile, study, dataset)
+    confirming = STUDIES.get(f"{study}-confirm", lambda profile: iter(()))(profile)
+    confirmed = [run for run in confirming if dataset in (None, run.dataset)]
+    whole = {run.dataset for run in confirmed} - {run.dataset for run in confirmed if not run.path.exists()}
+    return [
+        *(run for run in own if run.dataset not in whole),
+        *(run for run in confirmed if run.dataset in whole),
+    ]
+
+
 def with_text(wanted: Sequence[Run], path: str) -> list[Run]:
     """The same language runs on another text: any UTF-8 file.
 

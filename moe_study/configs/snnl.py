@@ -3,9 +3,10 @@
 - "snnl": ten seeds, which explored; "snnl-confirm": seeds that no result had been seen of.
 - "snnl-tuning": the grid behind `SETTINGS`.
 
-`python -m moe_study run --profile core --study snnl` takes 414 core-minutes, "snnl-tuning" another 140. What
-came out (RESULTS.md, "Verdicts"): less accuracy gained than claimed on FashionMNIST and CIFAR-100, and it
-depends on the checkpoint there; CIFAR-10 is undecided.
+`python -m moe_study run --profile core --study snnl` takes 414 core-minutes, "snnl-tuning" another 140,
+"snnl-confirm" some 560, or five minutes of an H100. What came out (RESULTS.md, "Verdicts"): half of the
+claimed gain on CIFAR-100, less than claimed on FashionMNIST; on CIFAR-100 a constant gate beats the learned
+one, with SNNL or without; CIFAR-10 is undecided until its confirmation is made.
 """
 
 from __future__ import annotations

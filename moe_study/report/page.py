@@ -45,8 +45,17 @@ LANGUAGE_SCORES = (
 
 def finished_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
     """Runs with results, by data set, in the order of the profile; data sets without any are left out."""
+    return _finished(study.runs(profile, study_name))
+
+
+def evidence(profile: str, study_name: str) -> dict[str, list[study.Run]]:
+    """The same of `study.evidence`: confirmatory runs where they are whole."""
+    return _finished(study.evidence(profile, study_name))
+
+
+def _finished(runs: Sequence[study.Run]) -> dict[str, list[study.Run]]:
     grouped: dict[str, list[study.Run]] = {}
-    for run in study.runs(profile, study_name):
+    for run in runs:
         if run.path.exists():
             grouped.setdefault(run.dataset, []).append(run)
     return grouped
@@ -73,7 +82,7 @@ def each_dataset(
     """`table` of each data set's runs, one below the other; empty where nothing is finished."""
     found = {
         DATASET_TITLES[dataset]: table(tables.frame(study.results(runs), columns))
-        for dataset, runs in finished_runs(profile, study_name).items()
+        for dataset, runs in evidence(profile, study_name).items()
     }
     return pd.concat(found, names=["data set"]) if found else pd.DataFrame()
 
@@ -105,7 +114,7 @@ def collapse_table(profile: str) -> pd.DataFrame:
     """Is there collapse at all, with and without SNNL: idle experts, idle routing, and alike experts beside
     their null (the same experts trained alone on the same frozen extractor)."""
     rows = []
-    for dataset, runs in finished_runs(profile, "snnl").items():
+    for dataset, runs in evidence(profile, "snnl").items():
         results = study.results(runs)
         frame = tables.frame(results)
         for arm in ("base", "snnl"):
@@ -128,10 +137,18 @@ def collapse_table(profile: str) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index(["data set", "arm"]) if rows else pd.DataFrame()
 
 
-def accuracy_table(profile: str, study_name: str = "snnl") -> pd.DataFrame:
-    """Test accuracy (%) of every arm on every data set, mean ± sd over seeds (their number in brackets)."""
+def accuracy_table(
+    profile: str,
+    study_name: str = "snnl",
+    found: Callable[[str, str], dict[str, list[study.Run]]] = whole_runs,
+) -> pd.DataFrame:
+    """Test accuracy (%) of every arm on every data set, mean ± sd over seeds (their number in brackets).
+
+    Args:
+        found: whose runs are shown, such as `evidence`.
+    """
     columns = {}
-    for dataset, runs in whole_runs(profile, study_name).items():
+    for dataset, runs in found(profile, study_name).items():
         frame = tables.frame(study.results(runs), {"accuracy": tables.COLUMNS["accuracy"]})
         columns[DATASET_TITLES[dataset]] = {
             str(arm): f"{tables.shown_level(group['accuracy'], tables.COLUMNS['accuracy'])} ({len(group)})"
