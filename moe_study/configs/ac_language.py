@@ -8,8 +8,8 @@ of bytes.
 block alone, as in the authors' small language model. About ten core-minutes a run, or a few seconds of an
 H100. All arms have one learning rate, which has the lowest validation cross-entropy at the last epoch, as the
 mean over the five arms and two seeds of "ac-language-confirm-tuning". What came out (RESULTS.md, "Verdicts"):
-a linear router beats fixed experts per position and loses to fixed experts per byte; the AC router is not told
-apart from it.
+a linear router beats fixed experts per position and loses to fixed experts per byte; the AC router is not
+told apart from it.
 """
 
 from __future__ import annotations

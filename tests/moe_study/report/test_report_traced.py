@@ -462,8 +462,22 @@ def column_fits(group, cells):
     return {path for path, good in zip(group.paths, fit, strict=True) if good}
 
 
+def confirmed(groups):
+    """(both studies, title) -> the group of the confirmation where that is whole, else the study's."""
+    found = {}
+    for (name, title), group in groups.items():
+        if (other := groups.get((f"{name}-confirm", title))) is not None:
+            run = other.results[0]["run"]
+            if len(other.results) < len(study.runs(run["profile"], run["study"], run["dataset"])):
+                other = None
+        found[f"{name}, {name}-confirm", title] = other or group
+    return found
+
+
 def check_levels(groups, header, rows):
-    """mean ± sd, arm by arm: in one study, one quantity a column (and layer, attack, kind of experts)."""
+    """mean ± sd, arm by arm: in one study (or its confirmation where whole), one quantity a column (and
+    layer, attack, kind of experts)."""
+    groups = {**groups, **confirmed(groups)}
     parts = [name for name in ("experts", "MoE layer", "attack", "without") if name in header]
     titles = [name for name in header if name in DATASET_TITLES.values()]
     others = [name for name in header if name not in ("arm", "seeds", "data set", *parts, *titles)]
@@ -691,8 +705,9 @@ def check_bench(header, rows):
     ]
     for name in BENCH_TITLES:
         for row in json.loads((RESULTS / "bench" / f"{name}.json").read_text())["rows"]:
-            times = [contestant["milliseconds"] for contestant in row["contestants"].values()]
-            known += [a / b for a, b in itertools.permutations(times, 2)]
+            for quantity in ("milliseconds", "memory_mb"):
+                found = [one[quantity] for one in row["contestants"].values() if quantity in one]
+                known += [a / b for a, b in itertools.permutations(found, 2)]
     for row in rows:
         for number in re.findall(NUMBER, " ".join(row[1:])):
             assert shows(number, np.array(known))[0].any(), f"{number} in {row} of {header}"
