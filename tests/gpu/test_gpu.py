@@ -339,7 +339,7 @@ def test_fused_snnl_does_not_wait():
 
 
 @on_a_gpu
-@pytest.mark.parametrize("route_", ["streaming", "fused"])
+@pytest.mark.parametrize("route_", ["streaming", "fused", "auto"])
 def test_memory_of_snnl(route_):
     """Far below one matrix of all pairs, which is 256 MiB here; fused, a few times the features of 4 MiB."""
     x_ND = torch.randn(8192, 128, device="cuda", requires_grad=True)
