@@ -140,10 +140,8 @@ def probe(machine: Machine, repeats: int = 7) -> Rates:
     """
     size, more = _probed(machine.device), 1 if machine.device == "cpu" else 16
     count = 2**18 * more
-    long_N, short_N = (
-        torch.rand(2**24 * more, device=machine.device),
-        torch.rand(count, device=machine.device),
-    )
+    long_N = torch.rand(2**24 * more, device=machine.device)
+    short_N = torch.rand(count, device=machine.device)
     long_to_N, short_to_N = torch.empty_like(long_N), torch.empty_like(short_N)
     low_NN = torch.rand(size, size, device=machine.device).bfloat16()
     copy = _best(machine, lambda: long_to_N.copy_(long_N), repeats)
