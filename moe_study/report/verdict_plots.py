@@ -34,7 +34,7 @@ def verdict_grid(grid: dict[str, Any]) -> Figure:
         (row, units)
         for section in grid["sections"]
         for row in (section["title"], *section["rows"])
-        for units in [1 if isinstance(row, str) else max(map(len, row["cells"]))]
+        for units in [1 if isinstance(row, str) else max(1 + bool(row["contrast"]), *map(len, row["cells"]))]
     ]
     datasets = grid["datasets"]
     left, wide, unit = 4.2, 1.5, 0.2
@@ -53,15 +53,7 @@ def verdict_grid(grid: dict[str, Any]) -> Figure:
             label = f"{row['claim']} ({row['measure']})" if row["measure"] else row["claim"]
             axis.text(0.05, y + unit / 2, label, fontsize=7, va="center")
             if row["contrast"]:
-                axis.text(
-                    left - 0.08,
-                    y + unit / 2,
-                    row["contrast"],
-                    fontsize=5.5,
-                    va="center",
-                    ha="right",
-                    color="#555555",
-                )
+                axis.text(0.15, y + 1.4 * unit, row["contrast"], fontsize=5.5, va="center", color="#555555")
             for at, cell in enumerate(row["cells"]):
                 for line, one in enumerate(cell):
                     x, top = left + wide * at, y + line * unit
