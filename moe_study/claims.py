@@ -80,6 +80,7 @@ CONFIRMATORY = {
     "collapse-top1": "collapse-top1",
     "collapse-wide": "collapse-wide",
     "ac-language-confirm": "ac-language",
+    "ac-vision-confirm": "ac-vision",
 }
 
 
@@ -394,6 +395,14 @@ CLAIMS: tuple[Claim, ...] = (
     _snnl_accuracy("collapse-wide", f"more accurate{_WIDE}", mechanism=True),
     _ours("collapse-wide", "beside", f"{_BESIDE}{_WIDE}", "snnl", {"uniform-snnl": BLIND}),
     _ours("ac-vision", "pays", PAYS, "linear", {"hash": BLIND}, margin=0.005),
+    _ours(
+        "ac-vision",
+        "mixture",
+        "a mixture beats a dense network of its active width",
+        "linear",
+        {"dense": "no mixture"},
+        margin=0.005,
+    ),
     *_ac_claims("ac-vision", "ac", ACCURACY, 0.005, _POINT_REASON),
     _ours(
         "ac-language",

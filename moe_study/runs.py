@@ -91,6 +91,7 @@ NOTEBOOKS = {
     "collapse-top1": "11_collapse",
     "collapse-map": "11_collapse",
     "ac-vision": "20_ac_vision",
+    "ac-vision-confirm": "20_ac_vision",
     "ac-language": "21_ac_language",
     "ac-language-confirm": "21_ac_language",
     "crossed": "30_snnl_x_ac",

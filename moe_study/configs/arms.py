@@ -139,8 +139,11 @@ def routed_arms(study: str, settings: RoutedSettings) -> dict[str, RoutedArm]:
         }
     # Under "feature" a pooled row would divide itself away: it and a partner take "row".
     partner = replace(form, normalize="row") if form.normalize == "feature" else form
+    linear, objective = with_router("linear")
+    trunk = linear.trunk
+    dense = replace(trunk, num_experts=1, top_k=1, expert_hidden=trunk.top_k * trunk.expert_hidden)
     arms = {
-        "linear": with_router("linear"),
+        "linear": (linear, objective),
         "cosine": with_router("cosine"),
         "ac": with_router("ac", form),
         "ac-shuffled": with_router("ac", replace(form, shuffled=True)),
@@ -149,6 +152,7 @@ def routed_arms(study: str, settings: RoutedSettings) -> dict[str, RoutedArm]:
         "ac-matched": with_router("ac", replace(form, matched=True)),
         "ac-causal": with_router("ac", replace(form, causal=True)),
         "hash": with_router("hash"),
+        "dense": (replace(linear, trunk=dense), objective),
     }
     if study == "ac-language":
         arms["hash-token"] = with_router("hash-token")
@@ -168,6 +172,7 @@ ROUTED_ARM_DESCRIPTIONS = {
     "ac-causal": "M from running averages of earlier steps: no dependence on the batch",
     "hash": "two fixed random experts per position, which learn no routing: does learned routing pay?",
     "hash-token": "two fixed random experts per byte",
+    "dense": "one expert as wide as the two that a token takes: is a mixture worth its weights?",
 }
 CROSSED_ARM_DESCRIPTIONS = {
     "base": "cosine router, no SNNL",

@@ -11,7 +11,7 @@ import os
 import pickle
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from stat import S_ISREG
@@ -92,7 +92,8 @@ def load(
 
     Args:
         name: "digits" (scikit-learn's, embedded), "mnist", "fashion_mnist", "cifar10", "cifar100", "domains"
-            (three of them under one set of labels) or "digit_domains" (the digits in three forms).
+            (three of them under one set of labels), "shifted_domains" (each of their images shifted at random
+            around its edges) or "digit_domains" (the digits in three forms).
         root: data folder in torchvision's layout; see `data_dir`. Missing sets are downloaded into it.
         device: where the tensors live.
         seed: of the split. The test set never depends on it.
@@ -154,6 +155,24 @@ def _domains(root: Path, train: bool, count: int | None) -> Split:
             images_NCHW = grey_NHW.round().to(torch.uint8)[:, None]
         parts.append((images_NCHW[:count], labels_N[:count]))
     return _interleaved(parts)
+
+
+def _shifted_domains_splits(root: Path) -> tuple[Split, Split]:
+    train, test = _domains_splits(root)
+    return _shifted(train), _shifted(test)
+
+
+def _shifted(split: Split) -> Split:
+    """Every image shifted around its edges by a random number of rows and columns, the same in every run: no
+    position means anything."""
+    count, _, height, width = split.images_NCHW.shape
+    draw = torch.Generator().manual_seed(count)
+    rows_NH, columns_NW = (
+        (torch.arange(side) + torch.randint(side, (count, 1), generator=draw)) % side
+        for side in (height, width)
+    )
+    at = torch.arange(count)[:, None, None], slice(None), rows_NH[:, :, None], columns_NW[:, None, :]
+    return replace(split, images_NCHW=split.images_NCHW[at].permute(0, 3, 1, 2).contiguous())
 
 
 def _digit_domains(images_NCHW: Tensor, labels_N: Tensor) -> Split:
@@ -343,6 +362,13 @@ DATASETS: dict[str, DatasetInfo] = {
     "digit_domains": DatasetInfo(title="Digits, three forms", splits=_digit_domains_splits),
     "domains": DatasetInfo(
         title="Three domains", splits=_domains_splits, published=DOMAINS, download_mb=213, unpacked_mb=501
+    ),
+    "shifted_domains": DatasetInfo(
+        title="Three domains, shifted",
+        splits=_shifted_domains_splits,
+        published=DOMAINS,
+        download_mb=213,
+        unpacked_mb=501,
     ),
     "mnist": DatasetInfo(
         title="MNIST",

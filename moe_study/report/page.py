@@ -216,7 +216,11 @@ def crossed_table(profile: str) -> pd.DataFrame:
     return each_dataset(profile, "crossed", tables.VISION_COLUMNS, tables.crossed_effects)
 
 
-LAST_EPOCH = ("collapse", "ac-language-confirm")  # studies whose settings were chosen there
+LAST_EPOCH = (
+    "collapse",
+    "ac-language-confirm",
+    "ac-vision-confirm",
+)  # studies whose settings were chosen there
 
 
 def tuning_table(profile: str) -> pd.DataFrame:
