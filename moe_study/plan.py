@@ -23,7 +23,7 @@ from moe_study.study import Run, read
 # Training images, or bytes of text, of a data set: what an epoch is where the run does not say.
 SIZES = {
     "fashion_mnist": 54_000, "mnist": 54_000, "cifar10": 45_000, "cifar100": 45_000, "domains": 40_500,
-    "wikitext2": 10_797_148,
+    "shifted_domains": 40_500, "wikitext2": 10_797_148,
 }  # fmt: skip
 UNKNOWN = 60.0  # seconds, for shards: a run of which nothing is known
 UNKNOWN_MB = 2000

@@ -11,7 +11,7 @@ import pytest
 from moe_lib.models.language import LanguageModel
 from moe_lib.models.transformer import moe_layers
 from moe_study import store, study
-from moe_study.configs import ac_language, arms, collapse, snnl
+from moe_study.configs import ac_language, ac_vision, arms, collapse, snnl
 from moe_study.data import ROOT
 
 COPIED = "ad3f54f"  # made in a copy whose git did not know it, see REPRODUCIBILITY.md
@@ -137,18 +137,20 @@ def test_collapse_settings_are_what_tuning_chose(name, dataset, monkeypatch):
             assert min(own, key=own.get) == (run.arm, run.train.learning_rate, weight)
 
 
-def test_the_rate_past_the_plateau_is_what_tuning_chose(monkeypatch):
-    """The rule in `ac_language`: one rate for all arms, by the mean over arms and seeds at the last epoch."""
+@pytest.mark.parametrize(
+    ("name", "tried"),
+    [("ac-language-confirm", ac_language.CONFIRM_ARMS), ("ac-vision-confirm", ac_vision.CONFIRM_ARMS)],
+)
+def test_the_rate_of_a_confirmation_is_what_tuning_chose(name, tried, monkeypatch):
+    """The rule of both studies: one rate for all arms, by the mean over arms and seeds at the last epoch."""
     monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
     scores = defaultdict(list)
-    for run in study.runs("core", "ac-language-confirm-tuning"):
+    for run in study.runs("core", f"{name}-tuning"):
         history = store.read(run.path)["history"]["validation"]["cross_entropy"]
         scores[run.train.learning_rate].append(history[-1])
-    assert {len(found) for found in scores.values()} == {
-        len(arms.TUNING_SEEDS) * len(ac_language.CONFIRM_ARMS)
-    }
+    assert {len(found) for found in scores.values()} == {len(arms.TUNING_SEEDS) * len(tried)}
     means = {rate: sum(found) for rate, found in scores.items()}
-    rates = {run.train.learning_rate for run in study.runs("core", "ac-language-confirm")}
+    rates = {run.train.learning_rate for run in study.runs("core", name)}
     assert rates == {min(means, key=means.get)}
 
 

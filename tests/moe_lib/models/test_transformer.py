@@ -265,6 +265,7 @@ PARTNERS = [
     ("ac-matched", "ac", {"trunk.ac.matched"}),
     ("ac-causal", "ac", {"trunk.ac.causal"}),
     ("hash", "cosine", {"trunk.router"}),
+    ("dense", "linear", {"trunk.num_experts", "trunk.top_k", "trunk.expert_hidden"}),
 ]
 
 
@@ -296,6 +297,9 @@ def test_an_arm_differs_from_its_partner_in_one_thing(study, settings, partners)
     assert differences(replace(ac, trunk=replace(ac.trunk, router="cosine", ac=ACConfig())), cosine) == set()
     assert ac.trunk.ac == settings.form
     assert cosine == settings.model
+    dense, mixture = arms["dense"][0].trunk, arms["linear"][0].trunk
+    assert dense.num_experts == dense.top_k == 1
+    assert dense.expert_hidden == mixture.top_k * mixture.expert_hidden  # the same work for each token
 
 
 def test_the_crossed_arms_are_two_by_two():
@@ -326,9 +330,10 @@ def test_arms_of_a_seed_share_initial_weights_and_batches(study, settings):
     other = next(iter(tasks.values()))
     for arm, task in tasks.items():
         weights, shared = dict(task.model.named_parameters()), dict(other.model.named_parameters())
-        same = [name for name in weights if name in shared]
+        of_another_shape = "feed_forward" if arm == "dense" else "router"
+        same = [name for name in weights if name in shared and of_another_shape not in name]
         assert all(torch.equal(weights[name], shared[name]) for name in same)
-        assert all("router" in name for name in weights.keys() ^ shared.keys())
+        assert all(of_another_shape in name for name in weights.keys() ^ shared.keys())
         for epoch in (0, 1):
             for mine, theirs in zip(task.batches(epoch), other.batches(epoch), strict=True):
                 pairs = [(mine, theirs)] if torch.is_tensor(mine) else zip(mine, theirs, strict=True)

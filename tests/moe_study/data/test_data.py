@@ -5,9 +5,11 @@ Nothing here touches a network: whatever torchvision would download raises.
 
 import gzip
 import hashlib
+import itertools
 import os
 import pickle
 import struct
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
@@ -105,7 +107,8 @@ def test_the_data_folder_is_the_argument_or_the_variable_or_the_projects(monkeyp
 @pytest.mark.parametrize("name", ["imagenet", "", "MNIST"])
 def test_an_unknown_name_is_answered_with_the_known_ones(name):
     with pytest.raises(
-        DataError, match=f"{name!r}.*digits, digit_domains, domains, mnist, fashion_mnist, cifar10, cifar100"
+        DataError,
+        match=f"{name!r}.*digits, digit_domains, domains, shifted_domains, mnist, fashion_mnist, cifar10, cifar100",
     ):
         load(name)
 
@@ -320,6 +323,27 @@ def test_three_sets_under_one_label_space(monkeypatch, tmp_path):
             assert abs(int(found.images_NCHW[3 * n + 2, 0, i, j]) - expected) <= 0.5001
         assert found.labels_N[3 * n + 2] == stored["cifar10"][1][n]
     assert len(datasets._domains(tmp_path, False, None)) == 18
+
+
+def test_shifted_images_are_those_of_the_domains_turned_around_their_edges(monkeypatch, tmp_path):
+    """By np.roll; the shifts are the same in each call, others for each image, and even over all positions."""
+    images_NCHW = torch.arange(600 * 12).reshape(600, 1, 3, 4)
+    split = datasets.Split(images_NCHW, torch.arange(600), torch.arange(600) % 3)
+    monkeypatch.setattr(datasets, "_domains_splits", lambda root: (split, split.take(slice(4))))
+    train, test = datasets._shifted_domains_splits(tmp_path)
+    assert torch.equal(train.images_NCHW, datasets._shifted_domains_splits(tmp_path)[0].images_NCHW)
+    assert torch.equal(train.labels_N, split.labels_N)
+    assert torch.equal(train.domains_N, split.domains_N)
+    assert len(test) == 4
+    found = Counter()
+    for before, after in zip(images_NCHW.numpy(), train.images_NCHW.numpy(), strict=True):
+        shifts = [
+            s for s in itertools.product(range(3), range(4)) if (np.roll(before, s, (1, 2)) == after).all()
+        ]
+        assert len(shifts) == 1
+        found.update(shifts)
+    assert len(found) == 12
+    assert max(found.values()) < 2 * 600 / 12
 
 
 def test_loading_leaves_the_global_random_state_alone():

@@ -28,11 +28,11 @@ STUDIES = {name: name for name in ("snnl", "collapse", "collapse-top1", "collaps
     "snnl-confirm": "snnl"
 }
 STUDIES |= {"ac-vision": "ac-vision", "ac-language": "ac-language"}
-STUDIES |= {"ac-language-confirm": "ac-language"}
+STUDIES |= {"ac-language-confirm": "ac-language", "ac-vision-confirm": "ac-vision"}
 # Confirmatory sets and their numbers of runs: nobody looks at one that is not whole.
 WHOLE = {"snnl-confirm": {"fashion_mnist": 40, "cifar10": 90, "cifar100": 90}, "collapse": {"domains": 360}}
 WHOLE |= {"collapse-top1": {"domains": 100}, "collapse-wide": {"fashion_mnist": 90}}
-WHOLE |= {"ac-language-confirm": {"wikitext2": 90}}
+WHOLE |= {"ac-language-confirm": {"wikitext2": 90}, "ac-vision-confirm": {"shifted_domains": 66}}
 NO_UNIT = ("mnist", "digits", "digit_domains", "docs")
 
 
@@ -165,6 +165,7 @@ CLAIMS = {
     ],
     "ac-vision": [
         ours("ac-vision-pays", "linear", ("hash",), margin=POINT),
+        ours("ac-vision-mixture", "linear", ("dense",), margin=POINT),
         of_ac("ac-vision-convergence", area, -1, NAT),
         of_ac("ac-vision-performance", ACCURACY, 1, POINT),
         of_ac("ac-vision-corruption", corrupted, 1, POINT, resists=corruption_cost),
