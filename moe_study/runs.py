@@ -15,7 +15,6 @@ _FAMILIES = (snnl, ac_vision, ac_language, crossed, collapse, dose)
 _PLANS = {name: plan for family in _FAMILIES for name, plan in family.STUDIES.items()}
 # In the order of their priority; tuning, which is done, comes last.
 STUDIES: dict[str, Plan] = dict(sorted(_PLANS.items(), key=lambda item: item[0].endswith("-tuning")))
-VERSIONS = {name: version for family in _FAMILIES for name, version in family.VERSIONS.items()}
 
 
 def runs(

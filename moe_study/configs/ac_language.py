@@ -14,9 +14,7 @@ told apart from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 from moe_lib.models.language import LanguageConfig
 from moe_lib.models.transformer import TransformerConfig
@@ -27,17 +25,9 @@ from moe_study.configs.arms import (
     ROUTED_CONTROLS,
     ROUTED_MAIN_ARMS,
     RoutedSettings,
-    routed_arms,
 )
-from moe_study.configs.run import Plan, Run
 from moe_study.train import TrainConfig
 
-VERSIONS = {
-    "ac-language": 1,
-    "ac-language-tuning": 1,
-    "ac-language-confirm": 1,
-    "ac-language-confirm-tuning": 1,
-}
 SETTINGS: routed.Settings = {
     "digits": {
         "docs": RoutedSettings(
@@ -79,26 +69,13 @@ SEED_COUNTS: routed.SeedCounts = {
     "core": {"wikitext2": [(ROUTED_MAIN_ARMS, 10), (CONTROLS, 5)]},
     "paper": {"wikitext2": [((*ROUTED_MAIN_ARMS, "hash", "hash-token"), 10), (CONTROLS, 5)]},
 }
-# The best of the first three was the highest, for every arm: hence the fourth.
-LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-
-
-def runs(profile: str) -> Iterator[Run]:
-    arms = partial(routed_arms, "ac-language")
-    return routed.planned("ac-language", VERSIONS["ac-language"], SETTINGS, SEED_COUNTS, arms, profile)
-
-
-def tuning_runs(profile: str) -> Iterator[Run]:
-    """The same learning rates for each main arm."""
-    return routed.tuning(
-        "ac-language",
-        VERSIONS["ac-language-tuning"],
-        SETTINGS,
-        partial(routed_arms, "ac-language"),
-        lambda own: [(arm, rate, own) for rate in LEARNING_RATES for arm in ROUTED_MAIN_ARMS],
-        profile,
-    )
-
+STUDY = routed.RoutedStudy(
+    name="ac-language",
+    settings=SETTINGS,
+    counts=SEED_COUNTS,
+    # The best of the first three was the highest, for every arm: hence the fourth.
+    grid=routed.rates((1e-3, 3e-3, 1e-2, 3e-2), ROUTED_MAIN_ARMS),
+)
 
 # ------------------------------------------------------------------------------- past the plateau
 
@@ -114,34 +91,12 @@ CONFIRM_SETTINGS: routed.Settings = {
 }
 CONFIRM_ARMS = (*ROUTED_MAIN_ARMS, "hash", "hash-token")
 CONFIRM_COUNTS: routed.SeedCounts = {"core": {"wikitext2": [(CONFIRM_ARMS, 10), (CONTROLS, 8)]}}
-CONFIRM_RATES = (3e-3, 1e-2, 3e-2)
-
-
-def confirm_runs(profile: str) -> Iterator[Run]:
-    """The study past the plateau, on `CONFIRMATORY_SEEDS`."""
-    name, arms = "ac-language-confirm", partial(routed_arms, "ac-language")
-    return routed.planned(
-        name, VERSIONS[name], CONFIRM_SETTINGS, CONFIRM_COUNTS, arms, profile, CONFIRMATORY_SEEDS
-    )
-
-
-def confirm_tuning_runs(profile: str) -> Iterator[Run]:
-    """The same learning rates for every arm that the claims compare, at the full budget."""
-    name = "ac-language-confirm"
-    return routed.tuning(
-        name,
-        VERSIONS[f"{name}-tuning"],
-        CONFIRM_SETTINGS,
-        partial(routed_arms, "ac-language"),
-        lambda own: [(arm, rate, own) for rate in CONFIRM_RATES for arm in CONFIRM_ARMS],
-        profile,
-        full=True,
-    )
-
-
-STUDIES: dict[str, Plan] = {
-    "ac-language": runs,
-    "ac-language-confirm": confirm_runs,
-    "ac-language-tuning": tuning_runs,
-    "ac-language-confirm-tuning": confirm_tuning_runs,
-}
+CONFIRMING = routed.RoutedStudy(
+    name="ac-language-confirm",
+    settings=CONFIRM_SETTINGS,
+    counts=CONFIRM_COUNTS,
+    grid=routed.rates((3e-3, 1e-2, 3e-2), CONFIRM_ARMS),
+    seeds=CONFIRMATORY_SEEDS,
+    tuned_in_full=True,
+)
+STUDIES = STUDY.plans | CONFIRMING.plans

@@ -14,9 +14,7 @@ arms and two seeds of "ac-vision-confirm-tuning".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 from moe_lib.models.transformer import TransformerConfig
 from moe_lib.models.vision import VisionConfig
@@ -26,18 +24,10 @@ from moe_study.configs.arms import (
     ROUTED_CONTROLS,
     ROUTED_MAIN_ARMS,
     RoutedSettings,
-    routed_arms,
 )
 from moe_study.configs.routed import CORE_VISION, DIGITS_VISION, PAPER_VISION
-from moe_study.configs.run import Plan, Run
 from moe_study.train import TrainConfig
 
-VERSIONS = {
-    "ac-vision": 1,
-    "ac-vision-tuning": 1,
-    "ac-vision-confirm": 1,
-    "ac-vision-confirm-tuning": 1,
-}
 # Chosen by "ac-vision-tuning" on the first data set; the others take over from it.
 SETTINGS: routed.Settings = {
     "digits": {"digits": DIGITS_VISION},
@@ -59,25 +49,12 @@ SEED_COUNTS: routed.SeedCounts = {
         name: [((*ROUTED_MAIN_ARMS, "hash"), 10), (ROUTED_CONTROLS, 5)] for name in ("cifar10", "cifar100")
     },
 }
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
-
-
-def runs(profile: str) -> Iterator[Run]:
-    arms = partial(routed_arms, "ac-vision")
-    return routed.planned("ac-vision", VERSIONS["ac-vision"], SETTINGS, SEED_COUNTS, arms, profile)
-
-
-def tuning_runs(profile: str) -> Iterator[Run]:
-    """The same learning rates for each main arm."""
-    return routed.tuning(
-        "ac-vision",
-        VERSIONS["ac-vision-tuning"],
-        SETTINGS,
-        partial(routed_arms, "ac-vision"),
-        lambda own: [(arm, rate, own) for rate in LEARNING_RATES for arm in ROUTED_MAIN_ARMS],
-        profile,
-    )
-
+STUDY = routed.RoutedStudy(
+    name="ac-vision",
+    settings=SETTINGS,
+    counts=SEED_COUNTS,
+    grid=routed.rates((1e-3, 3e-3, 1e-2), ROUTED_MAIN_ARMS),
+)
 
 # ------------------------------------------------------------------- where position means nothing
 
@@ -100,34 +77,12 @@ CONFIRM_SETTINGS: routed.Settings = {
 CONFIRM_ARMS = (*ROUTED_MAIN_ARMS, "hash", "dense")
 CONFIRM_CONTROLS = ("ac-shuffled", "ac-pooled")
 CONFIRM_COUNTS: routed.SeedCounts = {"core": {"shifted_domains": [(CONFIRM_ARMS, 10), (CONFIRM_CONTROLS, 8)]}}
-CONFIRM_RATES = (3e-3, 1e-2, 3e-2)
-
-
-def confirm_runs(profile: str) -> Iterator[Run]:
-    """Images without position, on `CONFIRMATORY_SEEDS`."""
-    name, arms = "ac-vision-confirm", partial(routed_arms, "ac-vision")
-    return routed.planned(
-        name, VERSIONS[name], CONFIRM_SETTINGS, CONFIRM_COUNTS, arms, profile, CONFIRMATORY_SEEDS
-    )
-
-
-def confirm_tuning_runs(profile: str) -> Iterator[Run]:
-    """The same learning rates for every arm that the claims compare, at the full budget."""
-    name = "ac-vision-confirm"
-    return routed.tuning(
-        name,
-        VERSIONS[f"{name}-tuning"],
-        CONFIRM_SETTINGS,
-        partial(routed_arms, "ac-vision"),
-        lambda own: [(arm, rate, own) for rate in CONFIRM_RATES for arm in CONFIRM_ARMS],
-        profile,
-        full=True,
-    )
-
-
-STUDIES: dict[str, Plan] = {
-    "ac-vision": runs,
-    "ac-vision-confirm": confirm_runs,
-    "ac-vision-tuning": tuning_runs,
-    "ac-vision-confirm-tuning": confirm_tuning_runs,
-}
+CONFIRMING = routed.RoutedStudy(
+    name="ac-vision-confirm",
+    settings=CONFIRM_SETTINGS,
+    counts=CONFIRM_COUNTS,
+    grid=routed.rates((3e-3, 1e-2, 3e-2), CONFIRM_ARMS),
+    seeds=CONFIRMATORY_SEEDS,
+    tuned_in_full=True,
+)
+STUDIES = STUDY.plans | CONFIRMING.plans

@@ -7,15 +7,11 @@ crossed".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 from moe_study.configs import routed
-from moe_study.configs.arms import CROSSED_ARMS, routed_arms
-from moe_study.configs.run import Plan, Run
+from moe_study.configs.arms import CROSSED_ARMS
 
-VERSIONS = {"crossed": 1, "crossed-tuning": 1}
 SETTINGS: routed.Settings = {
     "digits": {"digits": routed.DIGITS_VISION},
     "core": {"cifar10": replace(routed.CORE_VISION, factor=0.1)},  # chosen by "crossed-tuning"
@@ -27,23 +23,11 @@ SEED_COUNTS: routed.SeedCounts = {
     "paper": {"cifar10": [(CROSSED_ARMS, 10)]},
 }
 FACTORS = (0.1, 1.0, 10.0)
-
-
-def runs(profile: str) -> Iterator[Run]:
-    arms = partial(routed_arms, "crossed")
-    return routed.planned("crossed", VERSIONS["crossed"], SETTINGS, SEED_COUNTS, arms, profile)
-
-
-def tuning_runs(profile: str) -> Iterator[Run]:
-    """Three factors of the SNNL, at the rate of the AC study."""
-    return routed.tuning(
-        "crossed",
-        VERSIONS["crossed-tuning"],
-        SETTINGS,
-        partial(routed_arms, "crossed"),
-        lambda own: [("snnl", own.train.learning_rate, replace(own, factor=factor)) for factor in FACTORS],
-        profile,
-    )
-
-
-STUDIES: dict[str, Plan] = {"crossed": runs, "crossed-tuning": tuning_runs}
+STUDY = routed.RoutedStudy(
+    name="crossed",
+    settings=SETTINGS,
+    counts=SEED_COUNTS,
+    # three factors of the SNNL, at the rate of the AC study
+    grid=lambda own: [("snnl", own.train.learning_rate, replace(own, factor=factor)) for factor in FACTORS],
+)
+STUDIES = STUDY.plans

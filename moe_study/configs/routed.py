@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moe_lib.models.transformer import TransformerConfig
 from moe_lib.models.vision import VisionConfig
 from moe_lib.moe import ACConfig
-from moe_study.configs.arms import SEEDS, TUNING_SEEDS, RoutedArm, RoutedSettings
-from moe_study.configs.run import Run
+from moe_study.configs.arms import SEEDS, TUNING_SEEDS, RoutedArm, RoutedSettings, routed_arms
+from moe_study.configs.run import Plan, Run
 from moe_study.train import TrainConfig
 
 # profile -> data set
 Settings = dict[str, dict[str, RoutedSettings]]
 # profile -> data set -> groups of arms and how many seeds each gets
 SeedCounts = Mapping[str, Mapping[str, list[tuple[Sequence[str], int]]]]
-Arms = Callable[[RoutedSettings], dict[str, RoutedArm]]
+# arms, learning rates and settings to try
+Grid = Callable[[RoutedSettings], list[tuple[str, float, RoutedSettings]]]
 
 SWIN_FORM = ACConfig(normalize="global", max_ratio=1.5)
 SMALL = TransformerConfig(
@@ -52,53 +53,55 @@ PAPER_VISION = RoutedSettings(
 )
 
 
-def planned(
-    study: str,
-    version: int,
-    settings: Settings,
-    counts: SeedCounts,
-    make_arms: Arms,
-    profile: str,
-    seeds: Sequence[int] = SEEDS,
-) -> Iterator[Run]:
-    """A study's main arms seed by seed, then the controls."""
-    for dataset, groups in counts.get(profile, {}).items():
-        own = settings[profile][dataset]
-        arms = make_arms(own)
-        for names, count in groups:
-            for seed in seeds[:count]:
-                for arm in names:
-                    model, objective = arms[arm]
-                    yield Run(
-                        profile, study, dataset, arm, seed, version, model, objective,
-                        own.train, **own.run_options(),
-                    )  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class RoutedStudy:
+    """A study of routers, and the tuning behind its settings."""
+
+    name: str
+    settings: Settings
+    counts: SeedCounts
+    grid: Grid  # what tuning tries
+    seeds: Sequence[int] = SEEDS
+    tuned_in_full: bool = False  # tuning takes all of the epochs, not a third
+    version: int = 1
+
+    def arms(self, own: RoutedSettings) -> dict[str, RoutedArm]:
+        return routed_arms(self.name.removesuffix("-confirm"), own)
+
+    def runs(self, profile: str) -> Iterator[Run]:
+        """The main arms seed by seed, then the controls."""
+        for dataset, groups in self.counts.get(profile, {}).items():
+            own = self.settings[profile][dataset]
+            arms = self.arms(own)
+            for names, count in groups:
+                for seed in self.seeds[:count]:
+                    for arm in names:
+                        model, objective = arms[arm]
+                        yield Run(
+                            profile, self.name, dataset, arm, seed, self.version, model, objective,
+                            own.train, **own.run_options(),
+                        )  # fmt: skip
+
+    def tuning_runs(self, profile: str) -> Iterator[Run]:
+        """The grid on the first data set, two seeds outside the study, validation data alone."""
+        if profile != "core":
+            return
+        dataset, own = next(iter(self.settings[profile].items()))
+        epochs = own.train.epochs if self.tuned_in_full else max(own.train.epochs // 3, 1)
+        for seed in TUNING_SEEDS:
+            for arm, rate, tried in self.grid(own):
+                model, objective = self.arms(tried)[arm]
+                yield Run(
+                    profile, f"{self.name}-tuning", dataset, arm, seed, self.version, model, objective,
+                    replace(own.train, epochs=epochs, learning_rate=rate),
+                    train_images=own.train_images, epoch_tokens=own.epoch_tokens,
+                )  # fmt: skip
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        return {self.name: self.runs, f"{self.name}-tuning": self.tuning_runs}
 
 
-def tuning(
-    study: str,
-    version: int,
-    settings: Settings,
-    make_arms: Arms,
-    grid: Callable[[RoutedSettings], list[tuple[str, float, RoutedSettings]]],
-    profile: str,
-    full: bool = False,
-) -> Iterator[Run]:
-    """A third of the epochs, the first data set, two seeds outside the study, validation data alone.
-
-    Args:
-        grid: arms, learning rates and settings to try.
-        full: all of the epochs.
-    """
-    if profile != "core":
-        return
-    dataset, own = next(iter(settings[profile].items()))
-    train = own.train if full else replace(own.train, epochs=max(own.train.epochs // 3, 1))
-    for seed in TUNING_SEEDS:
-        for arm, rate, tried in grid(own):
-            model, objective = make_arms(tried)[arm]
-            yield Run(
-                profile, f"{study}-tuning", dataset, arm, seed, version, model, objective,
-                replace(train, learning_rate=rate),
-                train_images=own.train_images, epoch_tokens=own.epoch_tokens,
-            )  # fmt: skip
+def rates(tried: Sequence[float], arms: Sequence[str]) -> Grid:
+    """The same learning rates for each of these arms."""
+    return lambda own: [(arm, rate, own) for rate in tried for arm in arms]

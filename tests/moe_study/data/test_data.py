@@ -106,10 +106,7 @@ def test_the_data_folder_is_the_argument_or_the_variable_or_the_projects(monkeyp
 
 @pytest.mark.parametrize("name", ["imagenet", "", "MNIST"])
 def test_an_unknown_name_is_answered_with_the_known_ones(name):
-    with pytest.raises(
-        DataError,
-        match=f"{name!r}.*digits, digit_domains, domains, shifted_domains, mnist, fashion_mnist, cifar10, cifar100",
-    ):
+    with pytest.raises(DataError, match=f"{name!r}.*{', '.join(datasets.DATASETS)}"):
         load(name)
 
 
@@ -326,7 +323,7 @@ def test_three_sets_under_one_label_space(monkeypatch, tmp_path):
 
 
 def test_shifted_images_are_those_of_the_domains_turned_around_their_edges(monkeypatch, tmp_path):
-    """By np.roll; the shifts are the same in each call, others for each image, and even over all positions."""
+    """By np.roll; the shifts are the same in each call, others for each image, and spread evenly."""
     images_NCHW = torch.arange(600 * 12).reshape(600, 1, 3, 4)
     split = datasets.Split(images_NCHW, torch.arange(600), torch.arange(600) % 3)
     monkeypatch.setattr(datasets, "_domains_splits", lambda root: (split, split.take(slice(4))))
