@@ -52,10 +52,13 @@ def runs(
 
 def evidence(profile: str, study: str, dataset: str | None = None) -> list[Run]:
     """What speaks for a study: on each data set the runs of its confirmation, "<study>-confirm", where all of
-    them are finished, else its own. Raises as `runs` does."""
-    own = runs(profile, study, dataset)
+    them are finished, else its own; a data set of the confirmation alone, asked for by name, as planned.
+    Raises as `runs` does."""
     confirming = STUDIES.get(f"{study}-confirm", lambda profile: iter(()))(profile)
     confirmed = [run for run in confirming if dataset in (None, run.dataset)]
+    if dataset and confirmed and not any(run.dataset == dataset for run in runs(profile, study)):
+        return confirmed
+    own = runs(profile, study, dataset)
     whole = {run.dataset for run in confirmed} - {run.dataset for run in confirmed if not run.path.exists()}
     return [
         *(run for run in own if run.dataset not in whole),

@@ -250,3 +250,13 @@ def test_a_confirmation_speaks_for_its_study_once_it_is_whole(folders):
     others = [run for run in study.runs("core", "snnl") if run.dataset != "fashion_mnist"]
     assert study.evidence("core", "snnl") == [*others, *planned]
     assert study.evidence("core", "crossed") == study.runs("core", "crossed")
+
+
+def test_evidence_on_a_data_set_of_the_confirmation_alone(monkeypatch, tmp_path):
+    """As planned for the notebook that asks for it; in a report only when it is whole."""
+    monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path))
+    planned = study.runs("core", "ac-vision-confirm")
+    assert study.evidence("core", "ac-vision", "shifted_domains") == planned
+    assert study.evidence("core", "ac-vision") == study.runs("core", "ac-vision")
+    with pytest.raises(study.StudyError, match="unknown dataset 'shifted'"):
+        study.evidence("core", "ac-vision", "shifted")
