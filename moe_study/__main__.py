@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -191,6 +191,8 @@ def _where(arguments: argparse.Namespace) -> int:
 
 
 def _data(arguments: argparse.Namespace) -> int:
+    if arguments.profile is not None and arguments.names:
+        raise ValueError(f"give names of data sets or --profile, not both; got {arguments.names[0]!r}")
     if arguments.profile is not None:
         return _data_of(arguments.profile)
     for name in arguments.names or [*data.DATASETS, *text.CORPORA]:
@@ -224,26 +226,19 @@ def _readme(arguments: argparse.Namespace) -> int:
     return page.update_readme(data.ROOT / "README.md", check=arguments.check)
 
 
-def _trust(arguments: argparse.Namespace) -> int:
-    from moe_study import trust  # needs pandas, which a bare machine lacks
+def _simulated(arguments: argparse.Namespace) -> int:
+    from moe_study import rates, trust  # need pandas, which a bare machine lacks
 
     torch.set_num_threads(1)
-    trust.write()
-    print(trust.path())
-    return 0
-
-
-def _rates(arguments: argparse.Namespace) -> int:
-    from moe_study import rates  # needs pandas, which a bare machine lacks
-
-    rates.write()
-    print(rates.path())
+    module: Any = {"trust": trust, "rates": rates}[arguments.command]
+    module.write()
+    print(module.path())
     return 0
 
 
 COMMANDS = {
-    "run": _run, "plan": _plan, "where": _where, "data": _data, "readme": _readme, "trust": _trust,
-    "rates": _rates,
+    "run": _run, "plan": _plan, "where": _where, "data": _data, "readme": _readme, "trust": _simulated,
+    "rates": _simulated,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ asks all of them, and a condition whose 90 % interval lies wholly below its marg
 A verdict that is another at another endpoint is said to depend on the checkpoint rule.
 
 Does learned routing pay? That is a claim of our own, decided by the same rule, on each data set of each
-study: the learned router against one that learns nothing (`base - uniform-gate`, `linear - hash`). A
-claim about better routing (all of the AC router's; "routing more flexible") is decided only where it is
-supported.
+study: the learned router against one that learns nothing (`base - uniform-gate`, `linear - hash`). It is
+decided first, in one family with all that hangs on it. A claim about better routing (all of the AC router's;
+"routing more flexible") is decided only where it is supported.
 
 Against the published baseline and against the fair control there are two verdicts, side by side. For SNNL
 both are `base`, the same mixture without the loss. AC's published baseline is `linear`; its fair control

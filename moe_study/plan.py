@@ -52,8 +52,9 @@ class Times:
         seconds = result["wall_seconds"]
         self.seconds[_group(run)].append(seconds)
         self.seconds[(*_group(run)[:3], "an epoch")].append(seconds / run.train.epochs)
-        self.memory[run.study] = max(self.memory.get(run.study, 0.0), result["peak_memory_mb"])
         device = result.get("device", "cpu")
+        if device == "cpu":  # on a GPU it is that of all runs of a process
+            self.memory[run.study] = max(self.memory.get(run.study, 0.0), result["peak_memory_mb"])
         self.machines.add(result.get("machine", "an unknown processor") if device == "cpu" else device)
         if (size := _size(run)) is not None:
             training = min(result.get("history", {}).get("seconds", seconds), seconds)
@@ -292,8 +293,9 @@ def duration(seconds: float) -> str:
 def _download(todo: list[Run]) -> str:
     datasets = {run.dataset for run in todo}
     missing = sorted(name for name in datasets if not (text if text.is_corpus(name) else data).present(name))
-    known = data.DATASETS | text.CORPORA
-    infos = [known[name] for name in missing if name in known]
+    images = {part for name in missing if name in data.DATASETS for part in data.DATASETS[name].published}
+    infos: list[Any] = [data.PUBLISHED[part] for part in images if not data.present(part)]
+    infos += [text.CORPORA[name] for name in missing if name in text.CORPORA]
     return (
         f"download: {sum(info.download_mb for info in infos)} MB ({', '.join(missing) or 'nothing'}), "
         f"{sum(info.unpacked_mb for info in infos)} MB unpacked under {data.data_dir()}"

@@ -214,7 +214,7 @@ def _above(values: Sequence[float], nulls: Sequence[float]) -> bool:
 
 
 def _obstacle(
-    claim: Claim, control: str, results: Sequence[Result], gates: Sequence[Verdict]
+    claim: Claim, control: str, results: Sequence[Result], gates: Sequence[Verdict] | None
 ) -> Obstacle | None:
     """The first of: models are not trained, routing does not pay, nothing to resolve, a measure at its floor,
     no disturbance."""
@@ -226,7 +226,7 @@ def _obstacle(
             return Obstacle(
                 "not trained", f"not trained: {len(late)} of {len(ends)} runs end above {bound:g} nats a byte"
             )
-    if claim.gate is not None:
+    if claim.gate is not None and gates is not None:
         closed = [gate for gate in gates if gate.word != "supported"]
         if closed or not gates:
             said = "; ".join(_gate_text(gate) for gate in closed) or "no control that learns nothing was run"
@@ -358,7 +358,7 @@ def scope(results: Sequence[Result]) -> str:
 
 
 def _judge(
-    claim: Claim, control: str, results: Sequence[Result], gates: Sequence[Verdict], endpoint: str
+    claim: Claim, control: str, results: Sequence[Result], gates: Sequence[Verdict] | None, endpoint: str
 ) -> Verdict:
     """One unit before Holm: its p alone counts."""
     parts = _parts(claim, control, results, endpoint)
@@ -408,7 +408,11 @@ def _family(units: Sequence[Verdict], by_endpoint: Mapping[str, Sequence[Verdict
         others = {
             name: own[i]
             for name, (own, _) in elsewhere.items()
-            if all(len(part.signed_S) for part in own[i].parts)  # conditions may be measured at one alone
+            # Conditions may be measured at the last epoch alone, which is the best one of some seeds.
+            if all(
+                0 < len(there.signed_S) == len(part.signed_S)
+                for there, part in zip(own[i].parts, unit.parts, strict=True)
+            )
         }
         contradicted = any(against(o) for name, o in others.items() if name != unit.endpoint)
         words = {
@@ -437,7 +441,7 @@ def _family(units: Sequence[Verdict], by_endpoint: Mapping[str, Sequence[Verdict
 
 
 def verdicts(results: Sequence[Result], study: str) -> list[Verdict]:
-    """Every claim on every data set of one study: our own first, then the papers', which they gate.
+    """Every claim on every data set of one study: our own first, then the paper's, which they gate.
 
     Args:
         results: finished ones of one study and profile.
@@ -454,14 +458,19 @@ def verdicts(results: Sequence[Result], study: str) -> list[Verdict]:
             by_dataset.setdefault(result["run"]["dataset"], []).append(result)
     for own in by_dataset.values():
         _check(own)
-    ours = _decide([claim for claim in claims if claim.source == "this study"], by_dataset, [])
-    return ours + _decide([claim for claim in claims if claim.source != "this study"], by_dataset, ours)
+    ours = [v for v in _decide(claims, by_dataset, None) if v.claim.source == "this study"]
+    return ours + [v for v in _decide(claims, by_dataset, ours) if v.claim.source != "this study"]
 
 
 def _decide(
-    claims: Sequence[Claim], by_dataset: Mapping[str, Sequence[Result]], gates: Sequence[Verdict]
+    claims: Sequence[Claim], by_dataset: Mapping[str, Sequence[Result]], gates: Sequence[Verdict] | None
 ) -> list[Verdict]:
-    """One family: every claim, data set and control that has both arms."""
+    """The family of a study: every claim, data set and control that has both arms.
+
+    Args:
+        gates: our own claims, decided. None: while those are decided their gates count as open, so that the
+            family is never smaller than the one that the gated units join.
+    """
     found = [
         (claim, control, own)
         for claim in claims
@@ -469,13 +478,18 @@ def _decide(
         for control in claim.controls
         if {claim.treatment, control} <= {result["run"]["arm"] for result in own}
     ]
+    present = {(claim.key, own[0]["run"]["dataset"]) for claim, _, own in found}
 
     def units(endpoint: str | None) -> list[Verdict]:
         judged = []
         for claim, control, own in found:
             dataset = own[0]["run"]["dataset"]
-            opening = [gate for gate in gates if gate.claim.key == claim.gate and gate.dataset == dataset]
-            judged.append(_judge(claim, control, own, opening, endpoint or endpoint_of(claim, own)))
+            gate = claim.gate, dataset
+            opening = [one for one in gates or () if (one.claim.key, one.dataset) == gate]
+            not_yet = gates is None and gate in present
+            judged.append(
+                _judge(claim, control, own, None if not_yet else opening, endpoint or endpoint_of(claim, own))
+            )
         return judged
 
     return _family(units(None), {name: units(name) for name in store.ENDPOINTS})

@@ -2,6 +2,7 @@
 
 from moe_study.data.datasets import (
     DATASETS,
+    PUBLISHED,
     ROOT,
     DataError,
     Dataset,
@@ -16,6 +17,7 @@ from moe_study.data.datasets import (
 
 __all__ = [
     "DATASETS",
+    "PUBLISHED",
     "ROOT",
     "DataError",
     "Dataset",

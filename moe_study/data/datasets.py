@@ -54,8 +54,6 @@ class DatasetInfo:
     splits: Callable[[Path], tuple[Split, Split]]  # data folder -> all training images, test images
     classes: tuple[str, ...] = ()  # names of the labels, in their order
     published: tuple[str, ...] = ()  # the entries of `PUBLISHED` whose files it reads
-    download_mb: int = 0
-    unpacked_mb: int = 0
 
 
 @dataclass(frozen=True)
@@ -214,6 +212,8 @@ class Files:
     train: dict[str, str]  # file name -> SHA-256, in the order in which they are read
     test: dict[str, str]
     download: str  # class in torchvision.datasets
+    download_mb: int
+    unpacked_mb: int
 
 
 @functools.lru_cache(maxsize=64)
@@ -325,6 +325,8 @@ PUBLISHED: dict[str, Files] = {
             "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
         },
         "MNIST",
+        download_mb=12,
+        unpacked_mb=66,
     ),
     "fashion_mnist": Files(
         "FashionMNIST/raw",
@@ -337,6 +339,8 @@ PUBLISHED: dict[str, Files] = {
             "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
         },
         "FashionMNIST",
+        download_mb=31,
+        unpacked_mb=85,
     ),
     "cifar10": Files(
         "cifar-10-batches-py",
@@ -349,33 +353,33 @@ PUBLISHED: dict[str, Files] = {
         },
         {"test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831"},
         "CIFAR10",
+        download_mb=170,
+        unpacked_mb=350,
     ),
     "cifar100": Files(
         "cifar-100-python",
         {"train": "735e79b04f092ca3d2e6d07f368c0a7d70d48c48d28865950cc24454cf45129b"},
         {"test": "4b67687d9933c4db8f0831104447f15b93774f4f464bd0516f0f0f2ac83b7864"},
         "CIFAR100",
+        download_mb=169,
+        unpacked_mb=340,
     ),
 }  # fmt: skip
 DATASETS: dict[str, DatasetInfo] = {
     "digits": DatasetInfo(title="Digits (8×8)", splits=_digits_splits),
     "digit_domains": DatasetInfo(title="Digits, three forms", splits=_digit_domains_splits),
     "domains": DatasetInfo(
-        title="Three domains", splits=_domains_splits, published=DOMAINS, download_mb=213, unpacked_mb=501
+        title="Three domains", splits=_domains_splits, published=DOMAINS,
     ),
     "shifted_domains": DatasetInfo(
         title="Three domains, shifted",
         splits=_shifted_domains_splits,
         published=DOMAINS,
-        download_mb=213,
-        unpacked_mb=501,
     ),
     "mnist": DatasetInfo(
         title="MNIST",
         splits=partial(_published_splits, "mnist"),
         published=("mnist",),
-        download_mb=12,
-        unpacked_mb=66,
     ),
     "fashion_mnist": DatasetInfo(
         title="FashionMNIST",
@@ -385,8 +389,6 @@ DATASETS: dict[str, DatasetInfo] = {
             "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
         ),
         published=("fashion_mnist",),
-        download_mb=31,
-        unpacked_mb=85,
     ),
     "cifar10": DatasetInfo(
         title="CIFAR-10",
@@ -395,14 +397,10 @@ DATASETS: dict[str, DatasetInfo] = {
             "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
         ),
         published=("cifar10",),
-        download_mb=170,
-        unpacked_mb=350,
     ),
     "cifar100": DatasetInfo(
         title="CIFAR-100",
         splits=partial(_published_splits, "cifar100"),
         published=("cifar100",),
-        download_mb=169,
-        unpacked_mb=340,
     ),
 }  # fmt: skip

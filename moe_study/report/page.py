@@ -267,6 +267,7 @@ def provenance_table(profile: str) -> pd.DataFrame:
     by_study = {name: finished_results(profile, name) for name in study.STUDIES}
     results = [result for own in by_study.values() for result in own]
     planned = len(study.runs(profile))
+    memory = [r["peak_memory_mb"] for r in results if r["device"] == "cpu"]
 
     def distinct(values: Sequence[Any]) -> str:
         return ", ".join(sorted({str(v) for v in values})) or "-"
@@ -284,7 +285,7 @@ def provenance_table(profile: str) -> pd.DataFrame:
         "time": f"{core_minutes(results):.0f} core-minutes{on_gpus(results)}",
         "... by study": ", ".join(f"{name} {core_minutes(own):.0f}" for name, own in by_study.items() if own),
         "longest run": f"{max((r['wall_seconds'] for r in results), default=0):.0f} s",
-        "highest memory of a run": f"{max((r['peak_memory_mb'] for r in results), default=0):.0f} MB",
+        "highest memory of a run on a CPU": f"{max(memory, default=0):.0f} MB",
     }
     return pd.DataFrame({"value": rows}).rename_axis("what")
 
@@ -357,9 +358,8 @@ def budget_table(profile: str) -> pd.DataFrame:
 
             def each(path: str, results: Sequence[dict[str, Any]] = results) -> str:
                 found = {tables.look_up(result, path) for result in results}
-                return (
-                    ", ".join(f"{value:.10g}" for value in sorted(v for v in found if v is not None)) or "all"
-                )
+                values = [f"{value:.10g}" for value in sorted(v for v in found if v is not None)]
+                return ", ".join(values + ["all"] * (None in found))
 
             text = isinstance(runs[0].model, LanguageConfig)
             sizes = sorted(r["num_parameters"] / 1e6 for r in results if "num_parameters" in r)

@@ -193,13 +193,14 @@ def seeds_and_mean(
 
 
 def accuracy_by_arm(results: Sequence[Result]) -> Figure:
-    """Test accuracy: every seed a dot, the mean and its 95 % interval beside them."""
+    """Test accuracy at the last epoch: every seed a dot, the mean and its 95 % interval beside them."""
     grouped = arms_of(results)
     figure, axes = new_figure(7.5, 0.33 * len(grouped) + 1.0)
     axis = axes[0, 0]
     for row, (arm, group) in enumerate(grouped.items()):
         colour, marker = arm_style(arm)
-        values = np.array([r["task"]["accuracy"] for r in group]) * 100
+        ends = [store.at_endpoint(dict(r), store.PRIMARY_ENDPOINT)["task"]["accuracy"] for r in group]
+        values = np.array(ends) * 100
         seeds_and_mean(axis, row, values, colour, marker, size=5, below=0.22)
     axis.set_yticks(range(len(grouped)), [f"{arm} ({len(group)})" for arm, group in grouped.items()])
     axis.set(
@@ -209,8 +210,8 @@ def accuracy_by_arm(results: Sequence[Result]) -> Figure:
     axis.grid(axis="x", alpha=0.3)
     return captioned(
         figure,
-        "Test accuracy of every arm: each seed a dot, below them the mean and its 95 % t interval. Arms "
-        "whose dots lie apart differ; in brackets the number of seeds.",
+        "Test accuracy of every arm at the last epoch: each seed a dot, below them the mean and its 95 % t "
+        "interval. Arms whose dots lie apart differ; in brackets the number of seeds.",
     )
 
 

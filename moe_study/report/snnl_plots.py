@@ -217,9 +217,7 @@ def collapse_panel(results: Sequence[Result], arms: Sequence[str] = ("base", "sn
         axis.set(title=f"{kind}, validation", xlabel="epoch", ylabel="degree of collapse", ylim=(-0.03, 1.03))
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 2].set_yticks(range(3), kinds)
-    axes[0, 2].set(
-        title="end of training, test", xlabel="degree of collapse", xlim=(-0.03, 1.03), ylim=(2.6, -0.6)
-    )
+    axes[0, 2].set(title="test", xlabel="degree of collapse", xlim=(-0.03, 1.03), ylim=(2.6, -0.6))
     axes[0, 2].grid(axis="x", alpha=0.3)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     handles.append(Line2D([], [], color="#333333", marker="|", ls="none"))
@@ -229,6 +227,6 @@ def collapse_panel(results: Sequence[Result], arms: Sequence[str] = ("base", "sn
     return captioned(
         figure,
         "How collapsed? 0: specialists; 1: one expert would do. Left and middle: over training, mean and "
-        "range over seeds. Right: each seed a dot at the end, beside the tick of its null; a dot no further "
+        "range over seeds. Right: each seed a dot, beside the tick of its null; a dot no further "
         f"right than its tick shows no collapse. {seeds_in_words([r for g in grouped.values() for r in g])}.",
     )

@@ -214,9 +214,7 @@ def test_supported_with_its_numbers():
     assert not found.smaller
     assert found.by_endpoint == dict.fromkeys((LAST, *OTHERS), "supported")
     assert words.difference(found).startswith("+1.00 [")
-    assert "Holm p 0.0059, and no endpoint contradicts it" in words.reason(
-        found
-    )  # three claims, one data set
+    assert "Holm p 0.0078, and no endpoint contradicts it" in words.reason(found)  # of four units
 
 
 def test_contradicted():
@@ -535,9 +533,11 @@ def test_holm_over_the_applicable_units():
     results = snnl_results(gain=0.002, sd=0.003, dataset="fashion_mnist")
     results += snnl_results(gain=0.003, sd=0.004)
     results += snnl_results(gain=0.001, dataset="cifar100", similarity=0.1, alone=0.2, arms=("base", "snnl"))
-    found = [v for v in verdicts.verdicts(results, "snnl") if v.claim.source == "SNNL-MoE"]
-    applicable = [v for v in found if v.obstacle is None]
-    assert (len(found), len(applicable)) == (9, 7)
+    found = verdicts.verdicts(results, "snnl")
+    papers = [v for v in found if v.claim.source == "SNNL-MoE"]
+    ours = [v for v in found if v.claim.source == "this study"]
+    applicable = [v for v in papers if v.obstacle is None]
+    assert (len(papers), len(applicable), len(ours)) == (9, 7, 2)
     p = []
     for v in applicable:
         test = []
@@ -548,15 +548,20 @@ def test_holm_over_the_applicable_units():
             )
             test.append(shifted.pvalue if signed_S.mean() > 0 else 1.0)
         p.append(max(test))
-    assert [v.p_holm for v in applicable] == pytest.approx(by_hand(p))
-    assert all(math.isnan(v.p_holm) for v in found if v.obstacle is not None)
+    family = by_hand(p + [v.p for v in ours])
+    assert [v.p_holm for v in applicable + ours] == pytest.approx(family)
+    assert all(math.isnan(v.p_holm) for v in papers if v.obstacle is not None)
 
 
-def test_our_own_claims_are_a_family_of_their_own():
-    results = snnl_results(others={"dense": -0.02})
-    ours = [v for v in verdicts.verdicts(results, "snnl") if v.claim.source == "this study"]
-    assert [v.claim.key for v in ours] == ["snnl-pays", "snnl-mixture"]
-    assert [v.p_holm for v in ours] == pytest.approx([2 * 2 / 2**10] * 2)
+def test_our_own_claims_count_what_they_gate():
+    """Whether routing pays is decided among all that hangs on it, and what hangs on it then joins if it does:
+    two claims of our own, and three of the paper's, of which one is gated."""
+    for gain, gated in ((0.01, "supported"), (-0.01, "not testable here")):
+        results = snnl_results(others={"dense": -0.02, "uniform-gate": -gain})
+        found = {v.claim.key: v for v in verdicts.verdicts(results, "snnl")}
+        assert len(found) == 5
+        assert found["snnl-flexible"].word == gated
+        assert found["snnl-mixture"].p_holm == pytest.approx(5 * 2 / 2**10)
 
 
 def test_a_family_can_undo_a_unit_and_pilots_count_in_it():

@@ -9,15 +9,13 @@ from scipy import stats as scipy_stats
 from moe_study import stats
 
 
-def test_interval_and_effect_are_those_of_the_paired_t_test():
+def test_difference_and_interval_are_those_of_the_paired_t_test():
     draw = np.random.default_rng(0)
     treatment, control = draw.normal(1, 1, 10), draw.normal(0, 1, 10)
     found = stats.paired_comparison(treatment, control)
     expected = scipy_stats.ttest_rel(treatment, control).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert found.difference == pytest.approx((treatment - control).mean())
-    assert found.effect == pytest.approx((treatment - control).mean() / (treatment - control).std(ddof=1))
-    assert found.bca_low < found.difference < found.bca_high
     assert found.seeds == 10
 
 
@@ -84,7 +82,6 @@ def test_t_interval_covers():
 def test_equal_arms_are_no_difference():
     found = stats.paired_comparison([0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
     assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
-    assert np.isnan(found.effect)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +110,6 @@ def test_bootstrap_interval_undercovers_at_ten_seeds_where_t_does_not():
     covers_bca, covers_t = (bca.low <= 0) & (bca.high >= 0), abs(draws_RS.mean(1)) <= half_R
     assert 0.86 <= covers_bca.mean() <= 0.92
     assert 0.935 <= covers_t.mean() <= 0.965
-    for row, low, high in zip(draws_RS[:20], bca.low, bca.high, strict=False):  # the interval of this project
-        found = stats.paired_comparison(row, np.zeros(10))
-        assert (found.bca_low, found.bca_high) == pytest.approx((low, high), abs=0.15)
 
 
 def test_ninety_percent_interval_is_inside_and_covers():
