@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.measure import Contestant, Machine, Row, Step, Work, ratio
+from benchmarks.measure import Contestant, Row, Step, Work
 from moe_lib.moe import AdaptiveClusteringRouter, LinearRouter, MoE, Routing, route
 
 BATCHES = 8
@@ -233,45 +233,6 @@ def _build(size: Size, dtype: torch.dtype, kind: type[nn.Module], device: str) -
     for _ in batches:
         step()
     return step
-
-
-def new_shapes(machine: Machine, num_batches: int = 24) -> list[dict[str, Any]]:
-    """How much longer a step takes where no expert had that many rows before; oneDNN compiles new shapes.
-
-    The gate is skewed at random, batch by batch, as that of a model in training is. Each batch is met twice.
-    Contestants differ a little in width, or one would find what another's shapes had compiled.
-    """
-    found = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for number, (name, kind) in enumerate(contestants(2).items()):
-            size = Size(1024, 256, 512 + 16 * number, 256 + 16 * number, 8, 2)
-            if name == "einsum":  # its shapes hang on the fullest expert alone, and it is far behind
-                continue
-            layer = build_layer(size, dtype, machine.device)
-            draw = torch.Generator().manual_seed(2)
-            assert isinstance(layer.router, LinearRouter)
-            module = kind(layer)
-            gate = layer.router.gate if name == "ours" else module.gate
-            assert isinstance(gate, nn.Linear)
-            x_ND = torch.randn(size.N, size.D, generator=draw).to(machine.device, dtype).requires_grad_()
-            biases_BE = torch.randn(num_batches, size.E, generator=draw).to(machine.device, dtype)
-            seconds: dict[str, list[float]] = {"new": [], "known": []}
-            for bias_E in biases_BE:
-                with torch.no_grad():
-                    gate.bias.copy_(bias_E)
-                for kept in seconds.values():
-                    start = machine.now()
-                    torch.autograd.grad(module(x_ND).sum(), [x_ND, *module.parameters()])
-                    kept.append(machine.now() - start)
-            found.append(
-                {
-                    "contestant": name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "milliseconds": 1e3 * sum(seconds["new"][1:]) / (num_batches - 1),
-                    "times_longer": ratio(seconds["new"][1:], seconds["known"][1:]),
-                }
-            )
-    return found
 
 
 # ------------------------------------------------------------------------------------------- router

@@ -12,7 +12,6 @@ Shapes: N rows, D width, H expert hidden width, E experts.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import multiprocessing
 import os
 import threading
@@ -127,7 +126,7 @@ def vision_step(batch: int, patch: int, trunk: TransformerConfig, **options: Any
             dataset, config, RoutedObjective(), seed=0, batch_size=batch, augment=True, bf16=bf16
         )
         update = training.replayed(task, training.adam(task, fused=True))
-        batches = itertools.chain.from_iterable(map(task.batches, itertools.count()))
+        batches = training.our_batches(task)
 
         def step() -> None:
             update(*next(batches))

@@ -40,15 +40,14 @@ class Bench:
 
 
 def benches() -> dict[str, Bench]:
-    checks = {"correctness": bench_snnl.correctness, "denormals": bench_snnl.denormals}
     return {
-        "snnl": Bench(bench_snnl.rows, checks, scaling_figure),
-        "moe": Bench(bench_moe.rows, {"new_shapes": bench_moe.new_shapes}, rows_figure),
+        "snnl": Bench(bench_snnl.rows, {"correctness": bench_snnl.correctness}, scaling_figure),
+        "moe": Bench(bench_moe.rows, {}, rows_figure),
         "router": Bench(bench_moe.router_rows, {}, rows_figure),
         "attacks": Bench(bench_attacks.rows, {}, rows_figure),
         "gpu": Bench(bench_gpu.rows, {}, rows_figure),
         "workers": Bench(lambda quick: [], {"workers": bench_gpu.workers}, bench_gpu.figure),
-        "train": Bench(bench_train.rows, {"bfloat16": bench_train.bfloat16}, rows_figure),
+        "train": Bench(bench_train.rows, {}, rows_figure),
         "scaling": Bench(
             bench_scaling.rows,
             {"throughput": bench_scaling.throughput},

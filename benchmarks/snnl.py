@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import Contestant, Machine, Row, Step, Work, compare, ratio
+from benchmarks.measure import Contestant, Machine, Row, Step, Work
 from moe_lib.snnl import LayerwiseSNNL, SNNLConfig, soft_nearest_neighbor_loss
 from moe_lib.snnl.autograd import DENSE_UP_TO
 from moe_lib.snnl.dense import Distance, Route
@@ -221,30 +221,6 @@ def correctness(machine: Machine) -> list[dict[str, Any]]:
                     "gradient_is_finite": gradient_is_finite,
                 }
             )
-    return found
-
-
-def denormals(machine: Machine, num_samples: int = 1024, rounds: int = 7) -> list[dict[str, Any]]:
-    """How much slower a step is where most masses are denormal numbers (T = 1/95 of the mean distance)."""
-    found = []
-    draw = torch.Generator().manual_seed(0)
-    features_ND = torch.randn(num_samples, 128, generator=draw)
-    labels_N = torch.randint(CLASSES, (num_samples,), generator=draw).to(machine.device)
-
-    def build(loss: Loss, temperature: float, device: str) -> Step:
-        x_ND = features_ND.to(device).requires_grad_()
-        return lambda: torch.autograd.grad(loss([x_ND], labels_N, temperature), x_ND)
-
-    for name, loss, cosine, _ in _contestants():
-        usual = COSINE_TEMPERATURE if cosine else 256.0
-        cold = (1.0 if cosine else 256.0) / 95
-        pair = [
-            Contestant("usual", partial(build, loss, usual)),
-            Contestant("denormal", partial(build, loss, cold)),
-        ]
-        seconds = compare(machine, pair, rounds)
-        slower = ratio(seconds["denormal"], seconds["usual"])
-        found.append({"contestant": name, "temperature": cold, "times_slower": slower})
     return found
 
 

@@ -1,4 +1,4 @@
-"""Training against the usual script: what is compared, and whether bfloat16 changes what is learned.
+"""Training against the usual script.
 
     authors         the CNN classifier as in Agarap and Azcarraga's public code: the extractor runs once for
                     the classes and once more for the activations of every layer, whose losses are formed
@@ -11,26 +11,25 @@ Shapes: S seeds, N samples, P pixels of an image, D width, H hidden width, E exp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from PIL import Image  # a dependency of torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.measure import Contestant, Machine, Row, Step, Work
+from benchmarks.measure import Contestant, Row, Step, Work
 from benchmarks.snnl import authors as authors_snnl
 from moe_lib.models.classifier import ClassifierConfig
 from moe_lib.snnl import SNNLConfig
 from moe_study import data, train
 from moe_study.data import Dataset, Split
-from moe_study.evaluate import validation_measures
 from moe_study.replay import Replayed
-from moe_study.tasks import ClassifierTask, ImageBatch, Objective
-from moe_study.train import Task, TrainConfig, fit
+from moe_study.tasks import ClassifierTask, Objective
+from moe_study.train import Task, TrainConfig
 
 CIFAR, MNIST = (3, 32, 32), (1, 28, 28)
 CNN = ClassifierConfig(extractor="cnn", code_dim=128, num_experts=4, expert_hidden=512)
@@ -262,17 +261,18 @@ def _pipeline(batch: int, **options: Any) -> Row:
     )
 
 
-def _our_batches(task: ClassifierTask) -> Iterator[ImageBatch]:
-    epoch = 0
-    while True:
-        yield from task.batches(epoch)
-        epoch += 1
+def our_batches(task: Task) -> Iterator[Any]:
+    """Epoch after epoch, for ever."""
+    return itertools.chain.from_iterable(map(task.batches, itertools.count()))
+
+
+def _our_steps(task: ClassifierTask) -> Step:
+    optimizer, batches = adam(task, fused=True), our_batches(task)
+    return lambda: descend(optimizer, task.losses(next(batches), 0)["total"])
 
 
 def _our_pipeline(batch: int, compute: Compute, device: str) -> Step:
-    task = task_of(random_dataset(CIFAR, 8 * batch, device), CNN, Objective(), batch, compute)
-    optimizer, batches = adam(task, fused=True), _our_batches(task)
-    return lambda: descend(optimizer, task.losses(next(batches), 0)["total"])
+    return _our_steps(task_of(random_dataset(CIFAR, 8 * batch, device), CNN, Objective(), batch, compute))
 
 
 def _usual_pipeline(batch: int, device: str) -> Step:
@@ -289,7 +289,7 @@ def _usual_pipeline(batch: int, device: str) -> Step:
 
 def _data_path(batch: int, **options: Any) -> Row:
     def ours(device: str) -> Step:
-        batches = _our_batches(
+        batches = our_batches(
             task_of(random_dataset(MNIST, 600 * batch, device), MLP, Objective(), batch, "float32")
         )
         return lambda: next(batches)
@@ -314,7 +314,7 @@ def _seeds(seeds: int, batch: int, **options: Any) -> Row:
         own = tasks(device)
         model, batches = (
             StackedClassifiers([task.model for task in own]),
-            [_our_batches(task) for task in own],
+            [our_batches(task) for task in own],
         )
         optimizer = adam(model, fused=True)
 
@@ -325,9 +325,7 @@ def _seeds(seeds: int, batch: int, **options: Any) -> Row:
         return step
 
     def one_by_one(device: str) -> Step:
-        steps = []
-        for task in tasks(device):
-            steps.append(partial(_seed_step, task, adam(task, fused=True), _our_batches(task)))
+        steps = [_our_steps(task) for task in tasks(device)]
         return lambda: [step() for step in steps]
 
     hidden, code, gate = MLP.extractor_hidden, MLP.code_dim or 0, MLP.gate_hidden
@@ -346,38 +344,3 @@ def _seeds(seeds: int, batch: int, **options: Any) -> Row:
         contestants,
         **options,
     )
-
-
-def _seed_step(task: ClassifierTask, optimizer: torch.optim.Optimizer, batches: Iterator[ImageBatch]) -> None:
-    descend(optimizer, task.losses(next(batches), 0)["total"])
-
-
-# ---------------------------------------------------------------------------------- correctness
-
-
-def bfloat16(
-    machine: Machine, dataset: Dataset | None = None, seeds: Sequence[int] = (1, 2, 3), epochs: int = 4
-) -> list[dict[str, Any]]:
-    """What the extractor's bfloat16 changes on validation data: arm `base`, FashionMNIST, 10,000 images."""
-    if dataset is None:
-        if not data.present("fashion_mnist"):
-            print("FashionMNIST is not there (make data): bfloat16 is not compared with float32")
-            return []
-        dataset = data.load("fashion_mnist", device=machine.device)
-        dataset = replace(dataset, train=dataset.train.take(slice(10_000)))
-    found: list[dict[str, Any]] = []
-    for seed in seeds:
-        own: dict[str, dict[str, float]] = {}
-        for compute in get_args(Compute):
-            start = machine.now()
-            task = task_of(dataset, CNN, Objective(), 256, compute, seed)
-            evaluate: Callable[[], dict[str, float]] = partial(validation_measures, task)
-            history, _ = fit(task, TrainConfig(epochs=epochs), evaluate, label=f"{compute}, seed {seed}")
-            best = history.best_epoch
-            own[compute] = {
-                "accuracy": history.validation["accuracy"][best] or 0.0,
-                "cross_entropy": history.best_cross_entropy,
-                "seconds": machine.now() - start,
-            }
-        found.append({"seed": seed, "epochs": epochs, **own})
-    return found

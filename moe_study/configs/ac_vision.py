@@ -75,8 +75,7 @@ CONFIRM_SETTINGS: routed.Settings = {
     }
 }
 CONFIRM_ARMS = (*ROUTED_MAIN_ARMS, "hash", "dense")
-CONFIRM_CONTROLS = ("ac-shuffled", "ac-pooled")
-CONFIRM_COUNTS: routed.SeedCounts = {"core": {"shifted_domains": [(CONFIRM_ARMS, 10), (CONFIRM_CONTROLS, 8)]}}
+CONFIRM_COUNTS: routed.SeedCounts = {"core": {"shifted_domains": [(CONFIRM_ARMS, 10), (("ac-shuffled",), 8)]}}
 CONFIRMING = routed.RoutedStudy(
     name="ac-vision-confirm",
     settings=CONFIRM_SETTINGS,

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import run as bench
 from benchmarks import training as bench_train
-from benchmarks.measure import Machine, Rates
+from benchmarks.measure import Rates
 from benchmarks.training import CIFAR, CNN, MLP, MNIST, SNNL, PublicClassifier, StackedClassifiers
 from moe_study.data import pixels
 from moe_study.tasks import Objective
@@ -75,19 +75,9 @@ def test_stacked_seeds_are_the_separate_ones():
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_bfloat16_is_compared_seed_by_seed():
-    dataset = bench_train.random_dataset(MNIST, 40)
-    found = bench_train.bfloat16(Machine(), dataset, seeds=(1, 2), epochs=1)
-    assert [row["seed"] for row in found] == [1, 2]
-    for row in found:
-        assert row["bfloat16"]["cross_entropy"] == pytest.approx(row["float32"]["cross_entropy"], rel=0.05)
-        assert row["bfloat16"]["cross_entropy"] != row["float32"]["cross_entropy"]
-
-
 def test_a_quick_look_writes_every_row(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "_memory_in_fresh_processes", lambda *_: 3.5)
     monkeypatch.setattr(bench, "probe", lambda machine: Rates(1e11, 1e11, 1e11, 1e10, 1e9))
-    monkeypatch.setattr(bench_train, "bfloat16", lambda machine: [])
     assert bench.main(["train", "--quick", "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "train.json").read_text())
     assert len(content["rows"]) == 4
