@@ -5,6 +5,7 @@ Shapes: N samples, D code width, E experts, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -87,10 +88,16 @@ def routing_measures(task: ClassifierTask, probs_NE: Tensor, labels_N: Tensor) -
     }
 
 
-def code_measures(train: Split, train_codes_MD: Tensor, test: Split, codes_ND: Tensor) -> dict[str, float]:
-    """kNN accuracy, silhouette, trustworthiness, and SNNL at T = 1, of test codes."""
+def code_measures(dataset: Dataset, codes: Callable[[Split], Tensor]) -> dict[str, float]:
+    """kNN accuracy, silhouette, trustworthiness, and SNNL at T = 1, of some test codes.
+
+    Args:
+        codes: of images [N, D].
+    """
+    test, train = dataset.test.take(slice(EMBEDDING_SAMPLES)), dataset.train.take(slice(KNN_SAMPLES))
+    codes_ND = codes(test)
     quality = metrics.embedding_quality(
-        train_codes_MD,
+        codes(train),
         train.labels_N,
         codes_ND,
         test.labels_N,
@@ -101,9 +108,7 @@ def code_measures(train: Split, train_codes_MD: Tensor, test: Split, codes_ND: T
 
 
 def embedding_measures(task: ClassifierTask) -> dict[str, float]:
-    test = task.dataset.test.take(slice(EMBEDDING_SAMPLES))
-    train = task.dataset.train.take(slice(KNN_SAMPLES))
-    return code_measures(train, task.predict(train)[1], test, task.predict(test)[1])
+    return code_measures(task.dataset, lambda split: task.predict(split)[1])
 
 
 def tsne_points(task: ClassifierTask) -> tuple[list[list[int]], list[int]]:

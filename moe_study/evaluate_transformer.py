@@ -26,7 +26,7 @@ from moe_study import store
 from moe_study.configs.run import Run
 from moe_study.data import Split, pixels, text
 from moe_study.data.text import SWAP_SHARES, Text, head, swap_words
-from moe_study.evaluate import EMBEDDING_SAMPLES, KNN_SAMPLES, code_measures, dataset_of
+from moe_study.evaluate import code_measures, dataset_of
 from moe_study.tasks import LanguageTask, RoutedObjective, VisionTask
 
 # What is measured on how much of the test set: a whole pass for the task, less for the rest.
@@ -291,13 +291,12 @@ class VisionExperiment:
 
     def _company(self) -> Company:
         split = self._part(1).take(slice(ALONE_SAMPLES))
-        together = self.task.predict(self._part(1))
-        alone = [self.task.predict(split.take(slice(i, i + 1))) for i in range(len(split))]
-        log_probs_NC = torch.cat([output.log_probs_NC for output in alone])
-        choice = joined([output.routings[-1] for output in alone])
-        tokens = len(choice.probs_NE)
-        changed_N = different_choice(choice, Routing(*(field[:tokens] for field in together.routings[-1])))
-        return company(log_probs_NC, together.log_probs_NC[: len(split)], split.labels_N, changed_N)
+        output = self.task.predict(self._part(1))
+        single = [self.task.predict(split.take(slice(i, i + 1))) for i in range(len(split))]
+        alone = [(one.log_probs_NC, one.routings[-1]) for one in single]
+        tokens = sum(len(routing.probs_NE) for _, routing in alone)
+        routing = Routing(*(field[:tokens] for field in output.routings[-1]))
+        return company(alone, (output.log_probs_NC[: len(split)], routing), split.labels_N)
 
     def _ablation(self) -> dict[str, Any]:
         split = self._part(ABLATION_BATCHES)
@@ -394,14 +393,19 @@ class VisionExperiment:
 
     def _embedding(self) -> dict[str, float]:
         """Of the mean token in front of the first MoE layer."""
-        test = self.task.dataset.test.take(slice(EMBEDDING_SAMPLES))
-        train = self.task.dataset.train.take(slice(KNN_SAMPLES))
-        codes = [self.task.predict(split).activations["stem"] for split in (train, test)]
-        return code_measures(train, codes[0], test, codes[1])
+        return code_measures(self.task.dataset, lambda split: self.task.predict(split).activations["stem"])
 
 
-def company(alone_NC: Tensor, together_NC: Tensor, labels_N: Tensor, changed_N: Tensor) -> Company:
-    """Compare the log-probabilities of the same samples in two kinds of company."""
+def company(
+    alone: Sequence[tuple[Tensor, Routing]], together: tuple[Tensor, Routing], labels_N: Tensor
+) -> Company:
+    """Compare log-probabilities and decisions on the same samples in two kinds of company.
+
+    Args:
+        alone: part by part.
+    """
+    alone_NC, together_NC = torch.cat([log_probs for log_probs, _ in alone]), together[0]
+    changed_N = different_choice(joined([routing for _, routing in alone]), together[1])
 
     def cross_entropy(log_probs_NC: Tensor) -> float:
         return -log_probs_NC.double().gather(1, labels_N[:, None]).mean().item()
@@ -509,13 +513,6 @@ class LanguageExperiment:
         labels = [part.flatten() for part in parts]
         return routing_measures(seen, len(moe_layers(self.task.model)), labels, self.task.corpus.num_tokens)
 
-    def _compare(
-        self, alone: Sequence[tuple[Tensor, Routing]], together: tuple[Tensor, Routing], targets_N: Tensor
-    ) -> Company:
-        log_probs_NV = torch.cat([log_probs for log_probs, _ in alone])
-        choice = joined([own for _, own in alone])
-        return company(log_probs_NV, together[0], targets_N, different_choice(choice, together[1]))
-
     @torch.no_grad()
     def _alone(self) -> Company:
         """Sequences one by one against the same ones in a batch of the training size."""
@@ -530,7 +527,7 @@ class LanguageExperiment:
         for sequence in batch[:few]:
             own = self.task.model(sequence[None, :-1])
             alone.append((own.log_probs_BTV[0], own.routings[-1]))
-        return self._compare(alone, together, batch[:few, 1:].flatten())
+        return company(alone, together, batch[:few, 1:].flatten())
 
     @torch.no_grad()
     def _later(self) -> Company:
@@ -550,7 +547,7 @@ class LanguageExperiment:
             return output.log_probs_BTV[:, :half].flatten(0, 1), Routing(*kept)
 
         targets_N = batch[:, 1 : half + 1].flatten()
-        return self._compare([first_half(exchanged)], first_half(batch), targets_N)
+        return company([first_half(exchanged)], first_half(batch), targets_N)
 
     def _ablation(self) -> dict[str, Any]:
         parts = self._sequences(self.test.tokens_N, ABLATION_BATCHES * self.task.batch_size).split(

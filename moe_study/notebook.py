@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import html
 import io
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_study import study
+from moe_study.engine import watched
 from moe_study.report import plots, provenance
 
 # Every parameter of a notebook: its type, its least value, and both in words. Names of profiles and data sets
@@ -145,7 +145,7 @@ def play(draw: Callable[[Any], Figure], name: str, values: Sequence[Any], at: An
         path: as for `show`.
     """
     show(draw(at), path)
-    if "JPY_SESSION_NAME" in os.environ:  # a server's kernel; papermill and nbconvert have none
+    if watched():
         from ipywidgets import SelectionSlider, interact  # type: ignore[import-untyped]
 
         interact(draw, **{name: SelectionSlider(options=values, value=at)})

@@ -189,8 +189,6 @@ def check_writable(folder: Path) -> None:
             os.fsync(probe.fileno())
     except OSError as error:
         raise explain(error, folder) from error
-    for probe_of_old in folder.glob(".writable-*"):  # earlier versions left one when they were killed
-        probe_of_old.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any]:

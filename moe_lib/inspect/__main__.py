@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moe_lib.inspect import inspect_moe
+from moe_lib.inspect import Panel, inspect_moe
 
 
 def windows(ids: torch.Tensor, length: int, size: int) -> Iterator[dict[str, Any]]:
@@ -58,8 +58,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     panel.to_json(options.out.with_suffix(".json"))
     if options.before is not None:
-        from moe_lib.inspect import Panel
-
         panel.compare(Panel.from_json(options.before)).to_html(options.out)
     else:
         panel.to_html(options.out)

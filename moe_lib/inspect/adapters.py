@@ -1,4 +1,4 @@
-"""What a mixture-of-experts block dispatched: the interface, and one adapter per family of blocks.
+"""What a mixture-of-experts block dispatched: the interface; `families` has an adapter per family of blocks.
 
 An adapter reads what a block really used: the chosen experts and their weights, after bias, groups,
 capacity and normalisation. Nothing is computed again from the router's weights.
@@ -103,10 +103,10 @@ class Adapter:
             row, slot = torch.where(indices_MK == e)
             if len(row):
                 read_RD, weight_R1 = tokens_MD[row], weights_MK[row, slot, None].to(tokens_MD.dtype)
-                scales = self.scales_inputs
-                part_RO = self.answer(e, read_RD * weight_R1 if scales else read_RD) * (
-                    1 if scales else weight_R1
-                )
+                if self.scales_inputs:
+                    part_RO = self.answer(e, read_RD * weight_R1)
+                else:
+                    part_RO = self.answer(e, read_RD) * weight_R1
                 if mixed_MO is None:
                     mixed_MO = part_RO.new_zeros(len(tokens_MD), part_RO.shape[1])
                 mixed_MO.index_add_(0, row, part_RO)
@@ -177,7 +177,7 @@ def from_dense(weights_NE: Tensor) -> tuple[Tensor, Tensor]:
 def router_scores(output: Any, num_experts: int) -> tuple[int, Tensor | None]:
     """Which of a router's outputs are its scores [N, E], not masks or what selection left; -1: none."""
     for at, value in enumerate(output if isinstance(output, tuple | list) else (output,)):
-        if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1] == num_experts:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1:] == (num_experts,):
             scores_NE = value.detach().reshape(-1, num_experts)
             first_NE = scores_NE[:64]
             if not bool(((first_NE == 0) | first_NE.isinf()).any(1).all()):

@@ -51,7 +51,8 @@ KINDS = {
         "the experts in use compute nearly the same: mean cosine of their answers {value:.2f}",
     ),
     "blind": Kind(
-        "I(x;E)", 0.1, True, lambda value, _, num_experts: value / math.log(max(num_experts, 2)),
+        "I(x;E)", 0.1, True,
+        lambda value, _, num_experts: value / math.log(num_experts) if num_experts > 1 else math.nan,
         "the choice hardly depends on the token: I(x;E) = {value:.3f} nats",
     ),
     "arbitrary": Kind(  # as a share of the variance that chance leaves

@@ -20,7 +20,7 @@ from moe_lib.inspect.adapters import (
     rows,
     stacked_weights,
 )  # fmt: skip
-from moe_lib.inspect.lists import ListAdapter
+from moe_lib.inspect.lists import ListAdapter, expert_list
 
 
 class MoELibAdapter(Adapter):
@@ -36,10 +36,13 @@ class MoELibAdapter(Adapter):
 
     def dispatch(self, call: Call) -> Dispatch:
         output_NO, routing = call.output
-        scaled = getattr(getattr(self.block.router, "config", None), "scale_experts", False)
-        output_NO = None if scaled else output_NO  # there the experts read scaled tokens, not returned
         decision = routing.indices_NK, routing.weights_NK
-        return Dispatch(rows(call.tokens), *decision, output_NO, routing.logits_NE)
+        return Dispatch(rows(call.tokens), *decision, output_NO if self.mixes else None, routing.logits_NE)
+
+    @property
+    def mixes(self) -> bool:  # type: ignore[override]
+        """Not where the experts read scaled tokens, which are not returned."""
+        return not getattr(getattr(self.block.router, "config", None), "scale_experts", False)
 
     def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
         return self.block.experts.expert(e, tokens_MD)  # type: ignore[union-attr, operator]
@@ -272,12 +275,15 @@ class SoftMoEAdapter(ListAdapter):
     classes = ("SoftMoE",)
     mixes = False
 
-    def __init__(self, block: nn.Module, holder: nn.Module | None = None) -> None:
-        super().__init__(block, block.experts if holder is None else holder)  # type: ignore[arg-type]
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block, block.experts)  # type: ignore[arg-type]
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
-        return super(ListAdapter, cls).matches(block)
+        holder = getattr(block, "experts", None)
+        return (
+            super(ListAdapter, cls).matches(block) and holder is not None and expert_list(holder) is not None
+        )
 
     def dispatch(self, call: Call) -> Dispatch:
         return super().dispatch(call)._replace(tokens_ND=rows(call.tokens), output_NO=None)

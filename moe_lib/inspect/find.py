@@ -24,7 +24,7 @@ def find_blocks(model: nn.Module, adapters: Sequence[type[Adapter]] = ()) -> tup
     found: dict[str, Block] = {}
     candidates: dict[str, Block] = {}
     for name, module in modules.items():
-        if any(name.startswith(f"{other}.") for other in found if other):
+        if any(_inside(name, other) for other in found):
             continue
         parent = modules.get(_outside(name)) if name else None
         for kind in (*adapters, *FAMILIES):

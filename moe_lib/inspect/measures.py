@@ -161,7 +161,7 @@ def routing_measures(state: BlockState, seed: int = 0) -> dict[str, Value]:
 
 def input_separation(state: BlockState) -> Value:
     count, groups = float(state.read_E.sum()), int((state.read_E > 0).sum())
-    if state.inputs_ED is None or count < 3 or groups < 1:
+    if state.inputs_ED is None or count < 3 or groups < 1 or state.num_experts < 2:
         return NOTHING
     sums_ED = state.inputs_ED[:-1].double()
     middle = float(sums_ED.sum(0).square().sum()) / count

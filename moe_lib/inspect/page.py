@@ -78,7 +78,7 @@ def _remarks(panel: Any) -> str:
     if len(alarms) > LISTED:
         alarms[LISTED:] = [f"and {len(alarms) - LISTED} more; see panel.alarms"]
     others = [] if alarms else ["no alarm"]
-    if not math.isnan(panel.loss):
+    if not math.isnan(panel.loss_permuted):
         permuted = panel.loss + panel.loss_permuted
         others.append(f"loss {panel.loss:.4f}; with routing permuted in all blocks {permuted:.4f}")
     others += [f"not read: {entry}" for entry in panel.unread]
@@ -107,4 +107,4 @@ def _table(panel: Any) -> str:
 def _cell(value: float) -> str:
     if math.isnan(value):
         return "<td></td>"
-    return f"<td>{value:.0f}</td>" if value == int(value) and abs(value) >= 1 else f"<td>{value:.3f}</td>"
+    return f"<td>{value:.0f}</td>" if value.is_integer() and abs(value) >= 1 else f"<td>{value:.3f}</td>"

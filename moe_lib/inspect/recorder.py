@@ -57,10 +57,9 @@ class Recorder:
             for e, member in enumerate(adapter.members):
                 hooks.append(member.register_forward_hook(partial(self._member, block, e)))
             holder = module if any(hasattr(module, name) for name in ROUTER_NAMES) else parent
-            named = [
-                (name, getattr(holder, name, None)) for name in ROUTER_NAMES if name not in adapter.watch
-            ]
-            for router in [router for _, router in named if isinstance(router, nn.Module)][:1]:
+            named = [getattr(holder, name, None) for name in ROUTER_NAMES if name not in adapter.watch]
+            router = next((one for one in named if isinstance(one, nn.Module)), None)
+            if router is not None:
                 hooks.append(router.register_forward_hook(partial(self._router, block)))
             if parent is not None:
                 hooks.append(parent.register_forward_pre_hook(partial(self._parent, block)))

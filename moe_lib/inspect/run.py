@@ -58,7 +58,7 @@ def inspect_moe(
         batches: of inputs, or of pairs (inputs, labels).
         labels: what I(c;E) is about. None: the labels of the pairs, if there are any; "tokens": the input
             ids; another string: that entry of the batches, which the model does not get unless it takes it;
-            or a function of the batch. Integers [B, T], [B] or [N]: classes, domains, sequence ids.
+            or a function of the inputs. Integers [B, T], [B] or [N]: classes, domains, sequence ids.
         adapters: your own, tried first; see `Adapter`.
         names: of the classes.
         ignore_index: labels with this value, and negative ones, are not counted by class.

@@ -203,11 +203,11 @@ class BlockState(Tables):
             found |= _scores(scores_NE, self.shares, incidence_NE, valid_N, indices_NK, used_NK)
         if call.read_MD is not None:
             expert_M = first_N.where(used_N, num_experts)[call.reads_N]
-            read_ED = call.read_MD.new_zeros(num_experts + 1, call.read_MD.shape[1])
-            read_ED.index_add_(0, expert_M, call.read_MD)
+            read_MD = call.read_MD.double()
+            read_ED = read_MD.new_zeros(num_experts + 1, read_MD.shape[1]).index_add_(0, expert_M, read_MD)
             self.inputs_ED = read_ED if self.inputs_ED is None else self.inputs_ED + read_ED
             found["read_E"] = expert_M.bincount(minlength=num_experts + 1)[:num_experts]
-            found["squares"] = (call.read_MD.square().sum(1) * (expert_M < num_experts)).sum()
+            found["squares"] = (read_MD.square().sum(1) * (expert_M < num_experts)).sum()
         everyone = bool(used_N.all())  # the usual case needs no copies
         if not everyone:
             indices_NK, size_NK, chosen_NK = indices_NK[used_N], size_NK[used_N], chosen_NK[used_N]

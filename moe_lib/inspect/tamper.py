@@ -5,6 +5,7 @@ Shapes: N tokens, K slots per token, O output width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,7 @@ def costs(recorder: Recorder, run: Callable[[Any], Any], loss: Loss | None, batc
         return sum(losses) / len(losses)
 
     clean = loss_with({})
-    found = Costs(clean, 0.0, {}, {})
+    found = Costs(clean, math.nan, {}, {})
     for block in recorder.blocks:
         if not block.calls or not block.adapter.mixes or block.adapter.num_experts < 2:
             continue
@@ -125,5 +126,6 @@ def costs(recorder: Recorder, run: Callable[[Any], Any], loss: Loss | None, batc
         if every_expert:
             each = [loss_with({block.name: drop(e)}) - clean for e in range(block.adapter.num_experts)]
             found.dropped[block.name] = each
-    found.permuted = loss_with({name: permute(seed) for name in found.by_block}) - clean
+    if found.by_block:
+        found.permuted = loss_with({name: permute(seed) for name in found.by_block}) - clean
     return found

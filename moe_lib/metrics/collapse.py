@@ -65,7 +65,7 @@ def functional_collapse(cost: float, accuracy: float, num_classes: int, share: f
     """1 - cost / (share * (accuracy - 1 / C)): how much of what specialists would lose is kept.
 
     Args:
-        cost: accuracy lost by an intervention (`robustness.Ablations`); a gain counts as no loss.
+        cost: accuracy lost by an intervention (`metrics.interventions.Ablations`); a gain counts as no loss.
         accuracy: of the model as it is. NaN at or below chance, 1 / C: then nothing can be lost.
         share: of samples that the intervention gives to another expert, were all used alike:
             1 - 1 / E (permuted), 2 / E (swapped, merged), 1 (dropped, summed over experts).
@@ -79,7 +79,7 @@ def functional_collapse(cost: float, accuracy: float, num_classes: int, share: f
 
 
 def redundancy(ablation: dict[str, Any], accuracy: float, num_experts: int, num_classes: int) -> Redundancy:
-    """From the fields of `robustness.Ablations`; NaN for one expert."""
+    """From the fields of `metrics.interventions.Ablations`; NaN for one expert."""
     if num_experts < 2:
         return Redundancy(math.nan, math.nan, math.nan, math.nan)
 

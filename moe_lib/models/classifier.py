@@ -104,6 +104,11 @@ class Classifier(nn.Module):
         check_option(config.mixture, "mixture", get_args(Mixture))
         check_option(config.gate, "gate", ("mlp", "uniform", "hash"))
         check_count(num_classes, "num_classes", 2)
+        if config.gate == "mlp" and config.top_k == 1 and config.mixture == "likelihood":
+            raise ValueError(
+                "mixture 'likelihood' needs top_k of 2 or more, or None, got 1: the weight of one expert is "
+                "always 1, so the gate would not be trained"
+            )
         self.mixture, self.hashed, self.image_shape = config.mixture, config.gate == "hash", image_shape
         self.extractor, self.code_dim = build_extractor(config, image_shape)
         if config.gate == "uniform":

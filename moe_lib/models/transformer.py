@@ -216,12 +216,12 @@ def watching(model: nn.Module) -> Iterator[list[Seen]]:
     """Inside this context every forward pass appends what each MoE layer saw and decided."""
     seen: list[Seen] = []
 
-    def note(layer: nn.Module, inputs: tuple, output: tuple[Tensor, Routing]) -> None:
+    def note(layer: nn.Module, inputs: tuple, named: dict, output: tuple[Tensor, Routing]) -> None:
         assert isinstance(layer, MoE)
-        previous = inputs[1] if len(inputs) > 1 else None
+        previous = inputs[1] if len(inputs) > 1 else named.get("previous")
         seen.append(Seen(layer, inputs[0].detach(), previous, output[1]))
 
-    handles = [layer.register_forward_hook(note) for layer in moe_layers(model)]
+    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in moe_layers(model)]
     try:
         yield seen
     finally:

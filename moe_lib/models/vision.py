@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from moe_lib.checks import check_count
+from moe_lib.checks import check_count, check_option
 from moe_lib.models.classifier import check_images
 from moe_lib.models.transformer import (
     Block,
@@ -30,8 +30,7 @@ class VisionConfig:
     stem: Literal["patch", "conv"] = "patch"  # what makes a token of a patch: one linear map, or `ConvStem`
 
     def __post_init__(self) -> None:
-        if self.stem not in ("patch", "conv"):
-            raise ValueError(f"unknown stem {self.stem!r}; use 'patch' or 'conv'")
+        check_option(self.stem, "stem", ("patch", "conv"))
         if self.stem == "conv" and (self.patch < 2 or self.patch & (self.patch - 1)):
             raise ValueError(f"stem 'conv' halves the image: patch must be 2, 4, 8, ..., got {self.patch}")
         if self.trunk.router == "hash-token":

@@ -95,7 +95,7 @@ class AdaptiveClusteringRouter(CosineRouter):
     Args:
         dim: D.
         num_experts: E.
-        top_k, renormalize: as in `route`.
+        top_k: as in `route`.
         config: `ACConfig()` if None.
     """
 
@@ -106,14 +106,9 @@ class AdaptiveClusteringRouter(CosineRouter):
     frozen_ED: Tensor | None = None
 
     def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        top_k: int | None = None,
-        config: ACConfig | None = None,
-        renormalize: bool | None = None,
+        self, dim: int, num_experts: int, top_k: int | None = None, config: ACConfig | None = None
     ) -> None:
-        super().__init__(dim, num_experts, top_k, renormalize)
+        super().__init__(dim, num_experts, top_k)
         self.config = config = ACConfig() if config is None else config
         if config.shuffled:
             if num_experts == 1:
@@ -140,7 +135,7 @@ class AdaptiveClusteringRouter(CosineRouter):
             assignment_N, rows_ED = self._assign(tokens_ND, previous)
             directions_ED = self._directions(tokens_ND.dtype)
             scores_NE = scaled_scores(tokens_ND, assignment_N, rows_ED, directions_ED)
-        return route(scores_NE, self.top_k, self.renormalize)
+        return route(scores_NE, self.top_k)
 
     def experts_see(self, tokens_ND: Tensor, previous: Routing | None = None) -> tuple[Routing, Tensor]:
         """The decision, and the tokens: with `scale_experts`, as they are scaled for the decision."""

@@ -124,10 +124,10 @@ def _sorted_choices(routing: Routing, num_experts: int) -> _Choices:
 
 
 def _combined(out_MO: Tensor, routing: Routing, choices: _Choices) -> Tensor:
-    """Each row's outputs, weighted: [N, O], summed in the weights' type."""
-    gate_M1 = routing.weights_NK.flatten().index_select(0, choices.order_M)[:, None]
-    sum_NO = gate_M1.new_zeros(len(routing.indices_NK), out_MO.shape[1])
-    return sum_NO.index_add(0, choices.row_M, gate_M1 * out_MO)
+    """Each row's outputs, weighted: [N, O], summed in the wider of both types."""
+    weighed_MO = routing.weights_NK.flatten().index_select(0, choices.order_M)[:, None] * out_MO
+    sum_NO = weighed_MO.new_zeros(len(routing.indices_NK), out_MO.shape[1])
+    return sum_NO.index_add(0, choices.row_M, weighed_MO)
 
 
 def _has_grouped_products(experts: Stacked, choices: int) -> bool:

@@ -145,17 +145,15 @@ def _precise_linear(layer: nn.Linear, x_ND: Tensor) -> Tensor:
 class LinearRouter(nn.Module):
     """Scores are a linear map of the token, with bias."""
 
-    def __init__(
-        self, dim: int, num_experts: int, top_k: int | None = None, renormalize: bool | None = None
-    ) -> None:
+    def __init__(self, dim: int, num_experts: int, top_k: int | None = None) -> None:
         super().__init__()
-        check_choice(num_experts, top_k, renormalize)
-        self.top_k, self.renormalize = top_k, renormalize
+        check_choice(num_experts, top_k)
+        self.top_k = top_k
         self.gate = nn.Linear(check_count(dim, "dim"), num_experts)
 
     def forward(self, tokens_ND: Tensor, previous: Routing | None = None) -> Routing:
         tokens_ND = check_tokens(tokens_ND, self.gate.in_features)
-        return route(_precise_linear(self.gate, tokens_ND), self.top_k, self.renormalize)
+        return route(_precise_linear(self.gate, tokens_ND), self.top_k)
 
 
 class MLPRouter(nn.Module):
@@ -243,13 +241,11 @@ class CosineRouter(nn.Module):
     Tokens are not normalised and there is no bias.
     """
 
-    def __init__(
-        self, dim: int, num_experts: int, top_k: int | None = None, renormalize: bool | None = None
-    ) -> None:
+    def __init__(self, dim: int, num_experts: int, top_k: int | None = None) -> None:
         super().__init__()
-        check_choice(num_experts, top_k, renormalize)
+        check_choice(num_experts, top_k)
         check_count(dim, "dim")
-        self.top_k, self.renormalize = top_k, renormalize
+        self.top_k = top_k
         self.embeddings_ED = nn.Parameter(nn.init.orthogonal_(torch.empty(num_experts, dim)))
 
     def reset_parameters(self) -> None:
@@ -259,7 +255,7 @@ class CosineRouter(nn.Module):
         tokens_ND = self._tokens(tokens_ND)
         with torch.autocast(tokens_ND.device.type, enabled=False):
             scores_NE = tokens_ND @ self._directions(tokens_ND.dtype).T
-        return route(scores_NE, self.top_k, self.renormalize)
+        return route(scores_NE, self.top_k)
 
     def _directions(self, dtype: torch.dtype) -> Tensor:
         """[E, D]: the embeddings at unit length."""

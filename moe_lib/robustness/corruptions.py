@@ -52,7 +52,7 @@ def corrupt(images_NCHW: Tensor, name: str, severity: int, generator: torch.Gene
     if severity not in SEVERITIES:
         raise ValueError(f"severity must be 1, 2, 3, 4 or 5, got {severity}")
     check_tensor(images_NCHW, "images", "N, C, H, W")
-    if images_NCHW.dtype != torch.uint8 or images_NCHW.ndim != 4 or images_NCHW.shape[1] not in (1, 3):
+    if images_NCHW.dtype != torch.uint8 or images_NCHW.shape[1] not in (1, 3):
         raise ValueError(
             f"images must be uint8 [N, 1 or 3, H, W], got {images_NCHW.dtype} {tuple(images_NCHW.shape)}"
         )

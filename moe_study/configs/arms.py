@@ -44,10 +44,6 @@ class Settings:
         rate = dict(self.learning_rates).get(arm, self.train.learning_rate)
         return replace(self.train, learning_rate=rate)
 
-    def run_options(self) -> dict[str, Any]:
-        """What a run takes from the settings beside model, objective and training."""
-        return {}
-
 
 def snnl_arms(settings: Settings) -> dict[str, tuple[ClassifierConfig, Objective]]:
     """Every arm of the SNNL study, each one thing away from another."""

@@ -232,10 +232,9 @@ def dose_runs(study: str, profile: str) -> Iterator[Run]:
     settings = planned.settings
     for seed in SEEDS[: planned.num_seeds]:
         for dose in planned.doses():
-            options = settings.run_options() | {"train_images": planned.train_images}
             yield Run(
                 profile, study, planned.dataset, dose.name, seed, VERSIONS[study], *dose.arm(settings),
-                **options,
+                train_images=planned.train_images,
             )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from moe_study.configs.dose import Panel
 from moe_study.report import tables
 from moe_study.report.plots import captioned, hide_from, new_figure, note
 
-BETTER = {"accuracy": 1, "cross-entropy": -1, "validation area": -1}  # of the others neither way is
+BETTER = {"accuracy": 1, "cross-entropy": -1}  # of the others neither way is
 # Pale enough for black text: orange better, purple worse; where neither way is better, more or less.
 DOSE_COLOURS = ListedColormap(mpl.colormaps["PuOr_r"](np.linspace(0.19, 0.81, 255)))
 
@@ -24,7 +24,6 @@ def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Fig
     """Each measure's difference from the control over a grid of doses, with its 95 % t interval below it;
     framed where that excludes 0. Colour is the difference itself. Rows and columns without any number are
     left out."""
-    columns_of = tables.COLUMNS | tables.LANGUAGE_COLUMNS
     (down, rows), (across, heads) = panel.labels
     effects = {name: tables.dose_effects(runs, panel, name) for name in names}
     filled = [at for found in effects.values() for at, one in found.items() if one is not None]
@@ -37,7 +36,7 @@ def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Fig
     size = (wide * (max(1.15 * len(columns), 1.9) + 0.6) + 0.5, tall * (0.46 * len(lines) + 0.65) + 0.3)
     figure, axes = new_figure(*size, tall, wide, sharex=True, sharey=True)
     for axis, name in zip(axes.flat, names, strict=False):
-        column = columns_of[name]
+        column = tables.COLUMNS[name]
         decimals = column.decimals if column.unit == "points" else 3
         sign = BETTER.get(name, 1)
         colours = np.full((len(lines), len(columns)), np.nan)

@@ -71,11 +71,6 @@ def whole_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
     return {dataset: runs for dataset, runs in found.items() if len(runs) == planned[dataset]}
 
 
-def finished_results(profile: str, study_name: str) -> list[dict[str, Any]]:
-    """Of every data set of a study."""
-    return study.results(study.runs(profile, study_name))
-
-
 def each_dataset(
     profile: str, study_name: str, columns: tables.Columns, table: Callable[[pd.DataFrame], pd.DataFrame]
 ) -> pd.DataFrame:
@@ -264,7 +259,7 @@ def tuning_table(profile: str) -> pd.DataFrame:
 
 def provenance_table(profile: str) -> pd.DataFrame:
     """Where the numbers come from: commits, versions, machines, time and memory, over all runs used."""
-    by_study = {name: finished_results(profile, name) for name in study.STUDIES}
+    by_study = {name: study.results(study.runs(profile, name)) for name in study.STUDIES}
     results = [result for own in by_study.values() for result in own]
     planned = len(study.runs(profile))
     memory = [r["peak_memory_mb"] for r in results if r["device"] == "cpu"]
@@ -446,6 +441,7 @@ BENCH_TITLES = {
     "snnl": "SNNL",
     "moe": "Mixtures of experts",
     "router": "The AC router (statistics and decision)",
+    "attacks": "Attacks",
     "train": "Training steps (our CNN in bfloat16, which may pass the limit; peers in float32)",
     "gpu": "On a GPU",
 }
@@ -545,7 +541,7 @@ def readme_pictures() -> dict[str, Figure]:
 def results_page() -> str:
     """RESULTS.md: every verdict, accuracy and cost, from results/core and results/bench."""
     profile = "core"
-    results = [result for name in study.STUDIES for result in finished_results(profile, name)]
+    results = [result for name in study.STUDIES for result in study.results(study.runs(profile, name))]
     machines = ", ".join(sorted({r["machine"] for r in results if r["device"] == "cpu"}))
     found = current(find_verdicts(profile))
     sections = [
@@ -568,9 +564,7 @@ def results_page() -> str:
         "## SNNL",
         "Published accuracies (second-hand) beside ours, in %, at the last epoch:",
         markdown(published_table(profile)),
-        *_scores(
-            profile, "Test accuracy in %, last epoch, mean ± standard deviation (seeds)", accuracy_table
-        ),
+        *_accuracies(profile),
         "Is there collapse? Of four experts, mean ± standard deviation over seeds; older files measured "
         "it at the epoch of the lowest validation cross-entropy:",
         markdown(collapse_table(profile)),
@@ -587,9 +581,10 @@ def results_page() -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _scores(profile: str, title: str, table: Callable[[str, str], pd.DataFrame]) -> list[str]:
+def _accuracies(profile: str) -> list[str]:
     """A table of each study of the SNNL family that has results."""
-    found = {name: table(profile, name) for name in ("snnl-confirm", "snnl", "collapse")}
+    title = "Test accuracy in %, last epoch, mean ± standard deviation (seeds)"
+    found = {name: accuracy_table(profile, name) for name in ("snnl-confirm", "snnl", "collapse")}
     return [
         text
         for name, own in found.items()

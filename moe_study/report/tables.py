@@ -608,6 +608,10 @@ def claim_rows(
     return pd.DataFrame(rows, columns=[*keys, *CONTRAST_COLUMNS[2:], "reading"]).set_index(keys)
 
 
+def shown_p(p: float) -> str:
+    return f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
+
+
 PLAIN = Column("", 4)
 
 
@@ -620,7 +624,7 @@ def show(value: stats.PairedComparison, column: Column = PLAIN) -> dict[str, str
     return {
         "difference": difference,
         "95 % interval": f"[{low}, {high}]",
-        "p": f"{value.p:.4f}" if value.p >= 0.0001 else "< 0.0001",
+        "p": shown_p(value.p),
         "seeds": f"{value.seeds}" + (" (pilot)" if value.seeds < PILOT_BELOW else ""),
     }
 
@@ -636,11 +640,7 @@ def reading(value: stats.PairedComparison, claimed: str) -> str:
     return "interval includes 0"
 
 
-# What a dose-response study shows of each dose: measures, columns they are found in
-DOSE_MEASURES: dict[str, tuple[tuple[str, ...], Columns]] = {
-    "snnl-dose": (("accuracy", "cross-entropy", "H(E|c)", "I(x;E)"), COLUMNS),
-    "snnl-batches": (("accuracy", "cross-entropy", "H(E|c)", "I(x;E)"), COLUMNS),
-}
+DOSE_MEASURES = ("accuracy", "cross-entropy", "H(E|c)", "I(x;E)")  # shown of each dose
 
 
 def dose_effects(
@@ -650,13 +650,13 @@ def dose_effects(
     return {(row, column): contrast(runs, dose.name, dose.control.name, name) for row, column, dose in panel}
 
 
-def dose_table(runs: pd.DataFrame, panel: Panel, name: str, columns: Columns) -> pd.DataFrame:
+def dose_table(runs: pd.DataFrame, panel: Panel, name: str) -> pd.DataFrame:
     """The panel as text: difference from the control, 95 % t interval, number of seeds."""
     (down, rows), (across, heads) = panel.labels
     cells = [["-"] * len(heads) for _ in rows]
     for (row, column), found in dose_effects(runs, panel, name).items():
         if found is not None:
-            shown = show(found, columns[name])
+            shown = show(found, COLUMNS[name])
             cells[row][column] = f"{shown['difference']} {shown['95 % interval']} ({found.seeds})"
     return pd.DataFrame(cells, pd.Index(rows, name=down), pd.Index(heads, name=across))
 

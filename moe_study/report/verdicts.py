@@ -56,7 +56,7 @@ def table(found: Sequence[Verdict]) -> pd.DataFrame:
             "against": f"{verdict.control}: {claim.controls[verdict.control]}",
             "verdict": word(verdict),
             "counts from": claim.measure.shown(claim.measure.sign * verdict.margin),
-            "p (Holm)": "-" if math.isnan(verdict.p_holm) else _p(verdict.p_holm),
+            "p (Holm)": "-" if math.isnan(verdict.p_holm) else tables.shown_p(verdict.p_holm),
         }
         if comparison is not None:
             row["difference"] = claim.measure.shown(comparison.difference)
@@ -111,7 +111,7 @@ def reason(verdict: Verdict) -> str:
         return _sentence(verdict.obstacle.text)
     margin = verdict.claim.measure.shown(verdict.claim.measure.sign * verdict.margin)
     said: Mapping[Word, str] = {
-        "supported": f"Holm p {_p(verdict.p_holm)}, and no endpoint contradicts it",
+        "supported": f"Holm p {tables.shown_p(verdict.p_holm)}, and no endpoint contradicts it",
         "contradicted": "the 90 % interval lies wholly on the other side of zero",
         "smaller than claimed": f"the 90 % interval lies wholly below {margin}",
         "undecided": f"about {verdict.seeds_needed} paired seeds would find {margin} with 80 % power",
@@ -123,7 +123,8 @@ def reason(verdict: Verdict) -> str:
         return f"{contrast(verdict)} {difference(verdict)}. Not met: {'; '.join(broken)}."
     conditions = "".join(
         f" {_capital(part.condition.wording)}: "
-        f"{part.measure.shown(float((part.treatment_S - part.control_S).mean()))}, p {_p(part.p)}."
+        f"{part.measure.shown(float((part.treatment_S - part.control_S).mean()))}, "
+        f"p {tables.shown_p(part.p)}."
         for part in verdict.parts
         if part.condition is not None and len(part.treatment_S)
     )
@@ -340,7 +341,7 @@ def differences(
         found = tables.contrast(runs, treatment, control, name)
         if both is None or found is None:
             continue
-        column = columns[name]
+        column = tables.COLUMNS[name]
         unit = "%" if column.unit == "points" else column.unit
         a, b = (
             f"{column.scale * both[arm].mean():.{column.decimals}f} {unit}".strip()
@@ -369,10 +370,10 @@ def conclusion(
     return "\n".join(f"- {text}" for text in said) or "No two seeds have both arms yet."
 
 
-def dose_conclusion(runs: pd.DataFrame, panels: Sequence[Panel], name: str, columns: tables.Columns) -> str:
+def dose_conclusion(runs: pd.DataFrame, panels: Sequence[Panel], name: str) -> str:
     """For each panel the cell furthest from its control, as a Markdown list."""
     lines = []
-    column = columns[name]
+    column = tables.COLUMNS[name]
     for panel in panels:
         found = {at: one for at, one in tables.dose_effects(runs, panel, name).items() if one is not None}
         if not found:
@@ -396,7 +397,3 @@ def _capital(text: str) -> str:
 
 def _sentence(text: str) -> str:
     return f"{_capital(text)}." if text else ""
-
-
-def _p(value: float) -> str:
-    return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"

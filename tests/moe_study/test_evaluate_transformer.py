@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from moe_lib.models.language import LanguageOutput
 from moe_lib.models.transformer import Seen, moe_layers, watching
-from moe_lib.moe import ACConfig, AdaptiveClusteringRouter, MoE, adaptive_routers, route
+from moe_lib.moe import ACConfig, AdaptiveClusteringRouter, MoE, Routing, adaptive_routers, route
 from moe_lib.rng import generator
 from moe_study import evaluate_transformer, store
 from moe_study.data.text import Corpus, head, load, swap_words
@@ -308,17 +308,27 @@ def test_ablations_are_differences_from_the_whole(top_k):
 # ----------------------------------------------------------------------------------------- company
 
 
+def one_choice(experts):
+    """The decision of a router that sends each token to one of three experts."""
+    probs_NE = torch.nn.functional.one_hot(torch.tensor(experts), 3).double()
+    return Routing(
+        probs_NE.log(), probs_NE, torch.tensor(experts)[:, None], torch.ones(len(experts), 1).double()
+    )
+
+
 def test_company_by_hand():
     alone_NC, together_NC = random(6, 3).log_softmax(1), random(6, 3, seed=1).log_softmax(1)
-    labels_N, changed_N = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([True, False, False, True])
-    found = company(alone_NC, together_NC, labels_N, changed_N)
+    labels_N = torch.tensor([0, 1, 2, 0, 1, 2])
+    chosen, other = (one_choice([0, 1, 2, 0]), one_choice([1, 1, 2, 2]))  # of four tokens, two by another
+    alone = [(alone_NC[:2], one_choice([0])), (alone_NC[2:], one_choice([1, 2, 0]))]
+    found = company(alone, (together_NC, other), labels_N)
     assert found.cross_entropy_alone == pytest.approx(-sum(alone_NC[n, n % 3].item() for n in range(6)) / 6)
     assert found.cross_entropy_together == pytest.approx(
         -sum(together_NC[n, n % 3].item() for n in range(6)) / 6
     )
     assert found.changed_choice == 0.5
     assert found.largest_change == pytest.approx(np.abs(alone_NC.numpy() - together_NC.numpy()).max())
-    assert company(alone_NC, alone_NC, labels_N, changed_N & False)[2:] == (0, 0)
+    assert company(alone, (alone_NC, chosen), labels_N)[2:] == (0, 0)
 
 
 def with_averages(task):

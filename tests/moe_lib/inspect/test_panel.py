@@ -14,9 +14,10 @@ import tiny_moes
 import torch
 from torch import nn
 
-from moe_lib import MoE, route
+from moe_lib import ACConfig, AdaptiveClusteringRouter, MoE, route
 from moe_lib.inspect import ABOUT, THRESHOLDS, Panel, inspect_moe
 from moe_lib.inspect.__main__ import main
+from moe_lib.inspect.page import _cell
 
 D = 12
 
@@ -213,3 +214,89 @@ def test_command_line_writes_a_page(tmp_path, capsys):
     out.with_suffix(".json").rename(tmp_path / "before.json")
     assert main([*arguments, "--before", str(tmp_path / "before.json")]) == 0
     assert "<h3>before</h3>" in out.read_text()
+
+
+# --------------------------------------------------------------------------------- unusual blocks
+
+
+class Routed(nn.Module):
+    """Experts in a list; the gate returns indices, weights and, as many do, a loss without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = Scores()
+        self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x_ND):
+        index_NK, weight_NK, _ = self.gate(x_ND)
+        out_ND = torch.zeros_like(x_ND)
+        for e, expert in enumerate(self.experts):
+            row, slot = torch.where(index_NK == e)
+            out_ND = out_ND.index_add(0, row, expert(x_ND[row]) * weight_NK[row, slot, None])
+        return out_ND
+
+
+class Scores(nn.Linear):
+    def __init__(self):
+        super().__init__(D, 4)
+
+    def forward(self, x_ND):
+        probs_NE = super().forward(x_ND).softmax(1)
+        weight_NK, index_NK = probs_NE.topk(2, 1)
+        return index_NK, weight_NK, probs_NE.mean(0).square().sum()
+
+
+def test_a_router_may_return_a_number_beside_its_choice():
+    model = Routed()
+    index_NK = model.gate(tokens())[0]
+    found = inspect_moe(nn.Sequential(model), [tokens()])[0]
+    assert found.load_E == pytest.approx([(index_NK == e).double().mean().item() for e in range(4)])
+
+
+def test_one_expert_raises_no_alarm_and_has_nothing_to_permute():
+    found = inspect_moe(nn.Sequential(Layers(1, 1, 1)), [(tokens(), tokens())], causal=True, loss=squares)
+    assert [alarm.kind for alarm in found.alarms if alarm.kind in ("blind", "arbitrary")] == []
+    assert math.isnan(found.loss_permuted)
+    assert "routing permuted" not in found._repr_html_()
+
+
+def squares(output, inputs, labels):
+    return (output - labels).square().mean()
+
+
+def test_experts_that_read_scaled_tokens_are_not_tampered_with():
+    """What the AC router makes of the tokens is not returned, so the mixture cannot be computed again."""
+    model = AdaptivePair()
+    found = inspect_moe(model, [(tokens(), tokens())], causal=True, loss=squares)
+    costs = {layer.name: layer["cost of permuting"] for layer in found.layers}
+    assert math.isfinite(costs["first"])
+    assert math.isnan(costs["second"])
+
+
+class AdaptivePair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        scaled = AdaptiveClusteringRouter(D, 4, 2, ACConfig(scale_experts=True))
+        self.first, self.second = MoE(D, 4, 8, top_k=2), MoE(D, 4, 8, top_k=2, router=scaled)
+
+    def forward(self, x_ND):
+        out_ND, routing = self.first(x_ND)
+        return self.second(out_ND, previous=routing)[0]
+
+
+def test_inputs_far_from_zero_are_separated_as_those_around_it():
+    """A constant added to all tokens, and taken back by the gate's bias, moves no token to another expert."""
+    model, found = Routed().double(), []
+    for shift in (0.0, 5000.0):
+        with torch.no_grad():
+            model.gate.bias -= shift * model.gate.weight.sum(1)
+            for expert in model.experts:
+                expert.bias -= shift * expert.weight.sum(1)
+        found.append(inspect_moe(nn.Sequential(model), [tokens().double() + shift])[0]["input separation"])
+    assert found[1] == pytest.approx(found[0], abs=0.01)
+
+
+def test_a_number_without_end_is_shown():
+    assert _cell(math.inf) == "<td>inf</td>"

@@ -274,3 +274,10 @@ def test_unusable_configurations_are_named(options, message):
 def test_a_classifier_needs_two_classes():
     with pytest.raises(ValueError, match="num_classes must be an integer, at least 2"):
         Classifier(SMALL, (1, 4, 4), 1)
+
+
+def test_one_expert_of_a_mixture_of_probabilities_would_not_train_the_gate():
+    with pytest.raises(ValueError, match="'likelihood' needs top_k of 2 or more, or None, got 1"):
+        make_task(config=replace(SMALL, mixture="likelihood", top_k=1))
+    make_task(config=replace(SMALL, mixture="likelihood", top_k=2))
+    make_task(config=replace(SMALL, mixture="likelihood", top_k=1, gate="hash"))

@@ -25,7 +25,7 @@ from moe_lib.models.transformer import (
     watching,
 )
 from moe_lib.models.vision import VisionConfig
-from moe_lib.moe import ACConfig, AdaptiveClusteringRouter, CosineRouter, LinearRouter
+from moe_lib.moe import ACConfig, AdaptiveClusteringRouter, CosineRouter, LinearRouter, MoE
 from moe_lib.rng import initialise
 from moe_lib.snnl import SNNLConfig
 from moe_study.configs import ac_language, ac_vision, crossed
@@ -217,6 +217,15 @@ def test_watching_shows_what_each_layer_saw_and_decided():
     for one in seen:
         assert not one.tokens_ND.requires_grad
         torch.testing.assert_close(one.layer.route(one.tokens_ND, one.previous), one.routing)
+
+
+def test_watching_sees_a_previous_decision_that_is_named():
+    """As in the README."""
+    layer, tokens_ND = MoE(6, 4, 8, top_k=2), torch.randn(5, 6)
+    with watching(layer) as seen:
+        _, first = layer(tokens_ND)
+        layer(tokens_ND, previous=first)
+    assert [one.previous for one in seen] == [None, first]
 
 
 def test_nobody_watches_afterwards():

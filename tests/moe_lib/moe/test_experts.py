@@ -125,6 +125,20 @@ def test_a_router_that_chooses_itself_is_obeyed(top_k):
     np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("narrow", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)]
+)
+def test_weights_of_a_narrower_type_are_widened(narrow, wide):
+    """By a router of somebody's own; the sum has the experts' type."""
+    routing = fixed_routing(top_k=2)
+    given = routing._replace(weights_NK=routing.weights_NK.to(narrow))
+    layer, x_ND = moe_layer(router=FixedRouter(given), dtype=wide), tokens(dtype=wide)
+    out_NO, _ = layer(x_ND)
+    assert out_NO.dtype == wide
+    expected_NO = reference.moe(x_ND, given.indices_NK, given.weights_NK.double(), *stacked(layer.experts))
+    np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-5, atol=1e-5)
+
+
 def test_the_router_sees_the_tokens_and_the_previous_decision():
     router, previous, x_ND = FixedRouter(fixed_routing()), fixed_routing(seed=8), tokens()
     moe_layer(router=router)(x_ND, previous)

@@ -515,6 +515,14 @@ def test_layers_are_combined(combine):
     assert snnl(activations, labels_N, 0).item() == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("number", [5, 700])  # dense, streamed
+def test_layers_of_several_lengths_are_refused(number):
+    snnl = LayerwiseSNNL(SNNLConfig(schedule="fixed", layers=("conv", "code"), combine="sum"))
+    activations = {"conv": torch.randn(number, 4), "code": torch.randn(number + 1, 4)}
+    with pytest.raises(ValueError, match=rf"{number + 1}"):
+        snnl(activations, torch.zeros(number, dtype=torch.long), 0)
+
+
 def test_distance_and_reduction_are_passed_on():
     snnl = LayerwiseSNNL(SNNLConfig(schedule="fixed", distance="sqeuclidean", reduction="sum"))
     activations, labels_N = layers_of_activations()

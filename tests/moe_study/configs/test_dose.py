@@ -93,7 +93,7 @@ def test_effects_are_paired_by_seed_and_in_their_cell():
         expected = (0.01, -0.03)[column] * (row - 1) + np.mean(wobble)
         assert found.difference == pytest.approx(expected)
         assert found.high - found.low < 0.004  # the seeds' common noise is gone
-    table = tables.dose_table(planted((0.01, -0.03)), PANEL, "accuracy", tables.COLUMNS)
+    table = tables.dose_table(planted((0.01, -0.03)), PANEL, "accuracy")
     assert table.loc["10", "4"].startswith("+1.05 [+0.9")
     assert table.loc["10", "4"].endswith("(4)")
     assert table.index.name == "factor"
@@ -159,18 +159,17 @@ def test_heatmap_without_a_number_says_so():
 @EVERY_PLAN
 def test_every_panel_can_be_drawn(name, profile):
     """Of made-up results, one seed short in some cells."""
-    measures, columns = tables.DOSE_MEASURES[name]
     generator = np.random.default_rng(0)
     rows = []
     for run in study.runs(profile, name):
         if run.seed in arms.SEEDS[:2] and not (run.seed == arms.SEEDS[1] and run.arm.endswith("factor=10")):
             keys = {key: asdict(run)[key] for key in ("profile", "study", "dataset", "arm", "seed")}
-            rows.append(keys | {column: generator.normal() for column in columns})
+            rows.append(keys | {column: generator.normal() for column in tables.COLUMNS})
     frame = tables.pd.DataFrame(rows)
     for panel in PLANS[name][profile].panels:
-        figure = dose_plots.dose_heatmaps(frame, panel, measures)
+        figure = dose_plots.dose_heatmaps(frame, panel, tables.DOSE_MEASURES)
         titles = [axis.get_title() for axis in figure.axes if axis.get_visible()]
-        assert [title.split(" (")[0].split(",")[0] for title in titles] == list(measures)
+        assert [title.split(" (")[0].split(",")[0] for title in titles] == list(tables.DOSE_MEASURES)
 
 
 def test_names():
