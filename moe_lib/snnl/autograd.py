@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -154,7 +155,9 @@ def _compute(
     dtype = layers[0].dtype
     with _without_autocast(labels_N.device.type):
         if options.route == "fused":
-            kernel = _fused_kernel(layers)
+            if reason := _not_fused(layers):
+                raise ValueError(f"route='fused' {reason}: choose route='auto'")
+            kernel = _fused
         else:
             # The derivative by the temperature is a small difference of large sums: it needs the digits.
             middle = _middle(options, layers)
@@ -169,10 +172,7 @@ def _compute(
             elif options.route == "dense":
                 return _in_type(dtype, dense(options, middle, labels_N, temperature, weight_LN))
             else:
-                kernel = by_tiles
-                if options.route == "auto":
-                    with suppress(ValueError):
-                        kernel = _fused_kernel(layers)
+                kernel = _fused if options.route == "auto" and not _not_fused(layers) else by_tiles
             del middle
             temperature = float(temperature)
         weights = [None] * len(layers) if weight_LN is None else list(weight_LN)
@@ -189,21 +189,23 @@ def _compute(
     return _in_type(dtype, joined)
 
 
-def _fused_kernel(layers: Sequence[Tensor]) -> Callable[..., Parts]:
-    """It alone needs Triton, which comes with torch for CUDA; Triton's interpreter runs it on a CPU."""
+def _not_fused(layers: Sequence[Tensor]) -> str:
+    """Why route "fused" cannot take these layers; "" where it can. It alone needs Triton, which comes with
+    torch for CUDA; Triton's interpreter runs it on a CPU."""
     device, dtype, width = layers[0].device.type, layers[0].dtype, max(x_ND.shape[1] for x_ND in layers)
-    remedy = "choose route='auto'"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"route='fused' is for features on a GPU, these are on {device!r}: {remedy}")
+        return f"is for features on a GPU, these are on {device!r}"
     if dtype != torch.float32:
-        raise ValueError(f"route='fused' computes in float32, the features are {dtype}: {remedy}")
+        return f"computes in float32, the features are {dtype}"
     if width > FUSED_UP_TO:
-        raise ValueError(f"route='fused' takes up to {FUSED_UP_TO} columns, features have {width}: {remedy}")
-    try:
-        from moe_lib.snnl.fused import fused
-    except ModuleNotFoundError as error:
-        raise ValueError(f"route='fused' needs the package triton: install it, or {remedy}") from error
-    return fused
+        return f"takes up to {FUSED_UP_TO} columns, features have {width}"
+    return "" if find_spec("triton") else "needs the package triton, which is not installed"
+
+
+def _fused(*arguments: Any) -> Parts:
+    from moe_lib.snnl.fused import fused  # imports triton
+
+    return fused(*arguments)
 
 
 def _middle(options: Options, layers: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -75,7 +75,7 @@ CONFIRM_SETTINGS: routed.Settings = {
     }
 }
 CONFIRM_ARMS = (*ROUTED_MAIN_ARMS, "hash", "dense")
-CONFIRM_COUNTS: routed.SeedCounts = {"core": {"shifted_domains": [(CONFIRM_ARMS, 10), (("ac-shuffled",), 8)]}}
+CONFIRM_COUNTS: routed.SeedCounts = {"core": {"shifted_domains": [(CONFIRM_ARMS, 10)]}}
 CONFIRMING = routed.RoutedStudy(
     name="ac-vision-confirm",
     settings=CONFIRM_SETTINGS,

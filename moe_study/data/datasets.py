@@ -372,7 +372,7 @@ DATASETS: dict[str, DatasetInfo] = {
         title="Three domains", splits=_domains_splits, published=DOMAINS,
     ),
     "shifted_domains": DatasetInfo(
-        title="Three domains, shifted",
+        title="Three shifted domains",
         splits=_shifted_domains_splits,
         published=DOMAINS,
     ),
