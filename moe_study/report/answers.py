@@ -57,6 +57,10 @@ def _ac(found: Sequence[Verdict]) -> str:
     if gated := [v for v in rest if v.obstacle is not None and v.obstacle.kind == "gate"]:
         where = "here" if len(gated) == len(own) else f"on {_names(gated)}"
         said.append(f"Learned routing is not shown to pay {where}, so a better router has nothing to prove.")
+    if judged := [v for v in rest if v.obstacle is None]:
+        small = all(v.word in ("smaller than claimed", "contradicted") for v in judged)
+        gain = "any gain is smaller than would matter" if small else "a gain is neither shown nor excluded"
+        said.append(f"Where it pays ({_names(judged)}), {gain}.")
     return " ".join(said)
 
 

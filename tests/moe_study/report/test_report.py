@@ -16,7 +16,7 @@ from bs4 import BeautifulSoup
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from moe_study import store, study, trust
+from moe_study import store, study, trust, verdicts
 from moe_study.configs import arms, crossed, snnl
 from moe_study.data import ROOT
 from moe_study.report import page as report
@@ -633,6 +633,23 @@ def test_answers_name_what_is_decided_and_leave_pilots_out(folders):
     assert "CNN, 4 experts of width 512, 8 epochs" in words.scope(report.find_verdicts("core"))
     assert "FashionMNIST" not in text
     assert answers([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("spread", "said"),
+    [(0.001, "any gain is smaller than would matter"), (0.03, "a gain is neither shown nor excluded")],
+)
+def test_answers_say_what_ac_gains_where_routing_pays(spread, said):
+    draw = np.random.default_rng(0)
+    results = [
+        routed(run, mean + spread * draw.normal())
+        for arm, mean in (("hash", 0.6), ("linear", 0.8), ("cosine", 0.8), ("ac", 0.8))
+        for run in study.runs("core", "ac-vision-confirm", arm=arm)
+    ]
+    text = answers(verdicts.verdicts(results, "ac-vision-confirm"))
+    assert "**Should I use the AC router?** We see no reason to. No difference" in text
+    assert f"Where it pays (Three shifted domains), {said}." in text
+    assert "not shown to pay" not in text
 
 
 def test_readme_check_sees_a_stale_table_and_changes_nothing(core, capsys):
