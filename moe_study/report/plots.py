@@ -28,7 +28,7 @@ PALETTE = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#5
 ARM_STYLE = {  # colour, marker
     "base": (PALETTE[2], "o"),
     "snnl": (PALETTE[1], "s"),
-    "dense": ("#7f7f7f", "o"),
+    "dense": ("#a6761d", "o"),
     "dense-snnl": (PALETTE[3], "s"),
     "base-balance": (PALETTE[4], "^"),
     "snnl-shuffled": (PALETTE[5], "v"),

@@ -1380,7 +1380,7 @@ def test_provenance_table(core):
     assert rows["machines"] == "Some CPU (cpu)"
     assert rows["time"] == "18 core-minutes"
     assert rows["longest run"] == "90 s"
-    assert rows["highest memory of a run"] == f"{500 + max(arms.SEEDS[:3])} MB"
+    assert rows["highest memory of a run on a CPU"] == f"{500 + max(arms.SEEDS[:3])} MB"
 
 
 def test_html_table(core):
