@@ -204,14 +204,14 @@ def accuracy_by_arm(results: Sequence[Result]) -> Figure:
         seeds_and_mean(axis, row, values, colour, marker, size=5, below=0.22)
     axis.set_yticks(range(len(grouped)), [f"{arm} ({len(group)})" for arm, group in grouped.items()])
     axis.set(
-        xlabel="test accuracy (%)",
+        xlabel="test accuracy at the last epoch (%)",
         ylim=(len(grouped) - 0.4, -0.6),
     )
     axis.grid(axis="x", alpha=0.3)
     return captioned(
         figure,
-        "Test accuracy of every arm at the last epoch: each seed a dot, below them the mean and its 95 % t "
-        "interval. Arms whose dots lie apart differ; in brackets the number of seeds.",
+        "Test accuracy of every arm: each seed a dot, below them the mean and its 95 % t interval. Arms "
+        "whose dots lie apart differ; in brackets the number of seeds.",
     )
 
 

@@ -341,7 +341,7 @@ def differences(
         found = tables.contrast(runs, treatment, control, name)
         if both is None or found is None:
             continue
-        column = tables.COLUMNS[name]
+        column = columns[name]
         unit = "%" if column.unit == "points" else column.unit
         a, b = (
             f"{column.scale * both[arm].mean():.{column.decimals}f} {unit}".strip()
