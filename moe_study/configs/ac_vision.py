@@ -9,7 +9,8 @@ are so different by position that two fixed experts per position beat every rout
 edges at random, so that a router has to look at the patch. In pilots (validation data, one tuning seed) a
 linear router was ahead of fixed experts by three to six points. About three core-minutes a run. All arms have
 one learning rate, which has the lowest validation cross-entropy at the last epoch, as the mean over the five
-arms and two seeds of "ac-vision-confirm-tuning".
+arms and two seeds of "ac-vision-confirm-tuning". What came out: learned routing and the mixture pay there;
+the AC router is no better than a linear one and a little worse than a cosine one.
 """
 
 from __future__ import annotations
