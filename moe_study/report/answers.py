@@ -49,7 +49,8 @@ def _ac(found: Sequence[Verdict]) -> str:
     for better, word in ((True, "Better"), (False, "Worse")):
         if apart := [v for v in rest if _apart(v) and (_gain(v) > 0) is better]:
             said.append(f"{word} on {_list(apart, _where, _against)}.")
-    if same := [v for v in rest if not _apart(v)]:
+    differ = {_where(v) for v in rest if _apart(v)}
+    if same := [v for v in rest if _where(v) not in differ]:
         controls = _and(list(dict.fromkeys(f"the {in_words(v.control)}" for v in same)))
         said.append(f"No difference from {controls} is seen on {_names(same)}.")
     if late:
