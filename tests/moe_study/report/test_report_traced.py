@@ -297,7 +297,8 @@ def check_contrasts(groups, header, rows):
         now = set()
         for key in candidates(groups, header, row):
             paths = explained(groups[key], terms_of(contrast), difference, interval, seeds, row.get("p"))
-            now |= {(key[0], "" if "data set" in row else key[1], path) for path in paths}
+            name = key[0].removesuffix("-confirm")  # which may be the one that has a row's data set
+            now |= {(name, "" if "data set" in row else key[1], path) for path in paths}
         if "paper" in row:  # the table of all papers: a measure may be of several studies
             measure = f"{row['paper']}: {measure}, {row['data set']}"
         fits[measure] = fits.get(measure, now) & now
@@ -464,13 +465,18 @@ def column_fits(group, cells):
 
 def confirmed(groups):
     """(both studies, title) -> the group of the confirmation where that is whole, else the study's."""
+
+    def whole(group):
+        run = group.results[0]["run"]
+        return len(group.results) == len(study.runs(run["profile"], run["study"], run["dataset"]))
+
     found = {}
-    for (name, title), group in groups.items():
-        if (other := groups.get((f"{name}-confirm", title))) is not None:
-            run = other.results[0]["run"]
-            if len(other.results) < len(study.runs(run["profile"], run["study"], run["dataset"])):
-                other = None
-        found[f"{name}, {name}-confirm", title] = other or group
+    for name, title in groups:
+        first = name.removesuffix("-confirm")
+        both = [groups.get((f"{first}-confirm", title)), groups.get((first, title))]
+        own = [group for place, group in enumerate(both) if group and (place or whole(group))]
+        if own:
+            found[f"{first}, {first}-confirm", title] = own[0]
     return found
 
 
@@ -632,9 +638,9 @@ def check_budgets(groups, header, rows):
         assert shows(ends[0], sizes.min())[0]
         assert shows(ends[-1], sizes.max())[0]
         for column, name in (("training images", "train_images"), ("tokens an epoch", "epoch_tokens")):
-            known = {r["run"].get(name) for r in results} - {None}
-            if row[column] not in ("-", "all"):
-                assert {int(v) for v in row[column].split(", ")} == known, row
+            if row[column] != "-":
+                known = {str(r["run"].get(name) or "all") for r in results}
+                assert set(row[column].split(", ")) == known, row
 
 
 TERM = r"(?:\([\w-]+ - [\w-]+\)|[\w-]+)"
