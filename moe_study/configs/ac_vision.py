@@ -21,7 +21,6 @@ from moe_lib.models.transformer import TransformerConfig
 from moe_lib.models.vision import VisionConfig
 from moe_study.configs import routed
 from moe_study.configs.arms import (
-    CONFIRMATORY_SEEDS,
     ROUTED_CONTROLS,
     ROUTED_MAIN_ARMS,
     RoutedSettings,
@@ -77,12 +76,5 @@ CONFIRM_SETTINGS: routed.Settings = {
 }
 CONFIRM_ARMS = (*ROUTED_MAIN_ARMS, "hash", "dense")
 CONFIRM_COUNTS: routed.SeedCounts = {"core": {"shifted_domains": [(CONFIRM_ARMS, 10)]}}
-CONFIRMING = routed.RoutedStudy(
-    name="ac-vision-confirm",
-    settings=CONFIRM_SETTINGS,
-    counts=CONFIRM_COUNTS,
-    grid=routed.rates((3e-3, 1e-2, 3e-2), CONFIRM_ARMS),
-    seeds=CONFIRMATORY_SEEDS,
-    tuned_in_full=True,
-)
+CONFIRMING = routed.confirming("ac-vision-confirm", CONFIRM_SETTINGS, CONFIRM_COUNTS, CONFIRM_ARMS)
 STUDIES = STUDY.plans | CONFIRMING.plans

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from moe_lib.models.transformer import TransformerConfig
 from moe_lib.models.vision import VisionConfig
 from moe_lib.moe import ACConfig
-from moe_study.configs.arms import SEEDS, TUNING_SEEDS, RoutedArm, RoutedSettings, routed_arms
+from moe_study.configs.arms import (
+    CONFIRMATORY_SEEDS,
+    SEEDS,
+    TUNING_SEEDS,
+    RoutedArm,
+    RoutedSettings,
+    routed_arms,
+)
 from moe_study.configs.run import Plan, Run
 from moe_study.train import TrainConfig
 
@@ -100,6 +107,15 @@ class RoutedStudy:
     @property
     def plans(self) -> dict[str, Plan]:
         return {self.name: self.runs, f"{self.name}-tuning": self.tuning_runs}
+
+
+def confirming(name: str, settings: Settings, counts: SeedCounts, arms: Sequence[str]) -> RoutedStudy:
+    """A confirmation on seeds that nobody has seen: three learning rates for each of `arms` at the full
+    budget, of which all arms get the one of the lowest validation cross-entropy at the last epoch."""
+    grid = rates((3e-3, 1e-2, 3e-2), arms)
+    return RoutedStudy(
+        name=name, settings=settings, counts=counts, grid=grid, seeds=CONFIRMATORY_SEEDS, tuned_in_full=True
+    )
 
 
 def rates(tried: Sequence[float], arms: Sequence[str]) -> Grid:

@@ -211,11 +211,8 @@ def crossed_table(profile: str) -> pd.DataFrame:
     return each_dataset(profile, "crossed", tables.VISION_COLUMNS, tables.crossed_effects)
 
 
-LAST_EPOCH = (
-    "collapse",
-    "ac-language-confirm",
-    "ac-vision-confirm",
-)  # studies whose settings were chosen there
+# Studies whose settings were chosen there.
+LAST_EPOCH = ("collapse", "ac-language-confirm", "ac-vision-confirm")
 
 
 def tuning_table(profile: str) -> pd.DataFrame:
@@ -541,7 +538,7 @@ def readme_pictures() -> dict[str, Figure]:
 def results_page() -> str:
     """RESULTS.md: every verdict, accuracy and cost, from results/core and results/bench."""
     profile = "core"
-    results = [result for name in study.STUDIES for result in study.results(study.runs(profile, name))]
+    results = study.results(study.runs(profile))
     machines = ", ".join(sorted({r["machine"] for r in results if r["device"] == "cpu"}))
     found = current(find_verdicts(profile))
     sections = [

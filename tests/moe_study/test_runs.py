@@ -54,7 +54,11 @@ def test_committed_results_belong_to_the_plan(monkeypatch):
             result = study.read(planned[path])  # its id and configuration are checked there
             assert result["commit"]
             assert not result["dirty"] or result["commit"] == COPIED
-            assert path.stat().st_size <= (80_000 if "tsne" in result else 30_000)
+            # t-SNE of 2,000 codes; which of 30,000 test images are right, and of 10,000 under corruption
+            limit = (
+                80_000 if "tsne" in result else 30_000 if path.parent.name == "shifted_domains" else 20_000
+            )
+            assert path.stat().st_size <= limit
 
 
 def test_arms_differ_from_base_in_one_thing():

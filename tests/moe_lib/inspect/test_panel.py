@@ -300,3 +300,65 @@ def test_inputs_far_from_zero_are_separated_as_those_around_it():
 
 def test_a_number_without_end_is_shown():
     assert _cell(math.inf) == "<td>inf</td>"
+
+
+class Grouped(nn.Module):
+    """As in GShard: the gate gives masks, and the experts sit in a module of their own behind einsums."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.experts = Top2Gating(), Side()
+
+    def forward(self, x_BTD):
+        mask_BTEC, weight_BTEC = self.gate(x_BTD)
+        read_EBCD = torch.einsum("btd,btec->ebcd", x_BTD, mask_BTEC)
+        answer_EBCD = self.experts(read_EBCD.flatten(1, 2)).view(read_EBCD.shape)
+        return torch.einsum("ebcd,btec->btd", answer_EBCD, weight_BTEC)
+
+
+class Top2Gating(nn.Linear):
+    def __init__(self):
+        super().__init__(D, 4)
+
+    def forward(self, x_BTD):
+        best = super().forward(x_BTD).softmax(-1).topk(2, -1)
+        gate_BTE = torch.zeros(*x_BTD.shape[:2], 4).scatter(-1, best.indices, best.values)
+        weight_BTEC = torch.einsum("bte,tc->btec", gate_BTE, torch.eye(x_BTD.shape[1]))
+        return weight_BTEC.bool().float(), weight_BTEC
+
+
+class Side(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, read_EMD):
+        return torch.stack([expert(read_MD) for expert, read_MD in zip(self.experts, read_EMD, strict=True)])
+
+
+def test_a_model_that_is_a_block_itself_is_read_once():
+    batch = tokens(64).view(2, 32, D)
+    alone, wrapped = (inspect_moe(model, [batch]) for model in (Grouped(), nn.Sequential(Grouped())))
+    assert len(alone.layers) == len(wrapped.layers) == 1
+    assert alone[0].load_E == wrapped[0].load_E
+
+
+class SoftMoE(nn.Module):
+    """Its name is that of a package's class, but its experts are a plain list."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(D, 4)
+        self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x_ND):
+        answer_END = torch.stack([expert(x_ND) for expert in self.experts])
+        return torch.einsum("end,ne->nd", answer_END, self.gate(x_ND).softmax(1))
+
+
+def test_a_class_named_as_a_packages_is_read_as_what_it_is():
+    found = inspect_moe(nn.Sequential(SoftMoE()), [tokens()])[0]
+    expected_E = SoftMoE().gate(tokens()).softmax(1).mean(0)
+    assert found.weight_E == pytest.approx(expected_E.tolist(), rel=1e-5)

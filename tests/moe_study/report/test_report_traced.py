@@ -297,7 +297,8 @@ def check_contrasts(groups, header, rows):
         now = set()
         for key in candidates(groups, header, row):
             paths = explained(groups[key], terms_of(contrast), difference, interval, seeds, row.get("p"))
-            name = key[0].removesuffix("-confirm")  # which may be the one that has a row's data set
+            first = key[0].removesuffix("-confirm")
+            name = key[0] if (first, key[1]) in groups else first  # the confirmation alone has that data set
             now |= {(name, "" if "data set" in row else key[1], path) for path in paths}
         if "paper" in row:  # the table of all papers: a measure may be of several studies
             measure = f"{row['paper']}: {measure}, {row['data set']}"
