@@ -190,7 +190,7 @@ def early_study() -> dict[str, Any]:
         stored = json.loads(path.read_text())
         marginal = stored.get("history", {}).get("validation", {}).get("marginal")
         model = stored.get("run", {}).get("model", {})
-        if marginal and model.get("num_experts", 0) >= 4 and model.get("gate") != "uniform":
+        if marginal and model.get("num_experts", 0) >= 4 and model.get("gate") == "mlp":
             histories.append((model["num_experts"], [math.exp(v) for v in marginal]))
     return early_score(histories)
 

@@ -221,9 +221,9 @@ def _data_of(profile: str) -> int:
 
 
 def _readme(arguments: argparse.Namespace) -> int:
-    from moe_study.report import page  # needs pandas, which a bare machine lacks
+    from moe_study.report import readme  # needs pandas, which a bare machine lacks
 
-    return page.update_readme(data.ROOT / "README.md", check=arguments.check)
+    return readme.update_readme(data.ROOT / "README.md", check=arguments.check)
 
 
 def _simulated(arguments: argparse.Namespace) -> int:

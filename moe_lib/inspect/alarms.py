@@ -101,10 +101,9 @@ def alarms_of(layers: Sequence[Layer], thresholds: dict[str, float] | None = Non
 def early_warning(values: Sequence[float], num_experts: int, ahead: int = 1) -> float:
     """Effective experts expected `ahead` measurements from now: a line through the last five.
 
-    Below half the experts, collapse is under way although it has not been reached. Look often: of 744 runs
-    of the study, looked at once an epoch, 256 were below half at their first look. Five fell below it later:
-    two were announced, three epochs before (the median). Of the 483 that ended above half, 45 were announced
-    too (`ahead` 3; `python -m benchmarks.inspect calibrate`).
+    Below half the experts, collapse is under way although it has not been reached. Look often: looked at once
+    an epoch, most runs of the study that collapse are below half at their first look. How many of the others
+    were announced, and how many false alarms there were: results/planted/inspect.json.
     """
     last = [v for v in values if not math.isnan(v)][-5:]
     if len(last) < 2:

@@ -34,7 +34,7 @@ snnl.SEED_COUNTS["digits"]["stripes"] = [(("base", "snnl"), 2)]
 
 if __name__ == "__main__":
     from moe_study import plan, study
-    from moe_study.report import collapse_plots, page, plots, snnl_plots, tables
+    from moe_study.report import collapse_plots, overview, plots, snnl_plots, tables
 
     torch.set_num_threads(1)
     runs = study.runs("digits", "snnl", "stripes")
@@ -52,7 +52,7 @@ if __name__ == "__main__":
     found = {
         "plan": planned,
         "accuracy": [result["task"]["accuracy"] for result in results],
-        "page": page.accuracy_table("digits").columns.tolist(),
+        "page": overview.accuracy_table("digits").columns.tolist(),
         "summary": tables.summary(frame, tables.SCORE).index.tolist(),
         "contrast": tables.contrasts(frame, [("mine", "base")], ["accuracy"]).reset_index().to_string(),
         "rows": [label.get_text() for label in by_arm.axes[0].get_yticklabels()],

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from moe_study.data import ROOT
-from moe_study.report import page as report
+from moe_study.report.page import render
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
@@ -73,7 +73,7 @@ def page(request, tmp_path_factory):
         pytest.skip(f"{source.relative_to(ROOT)} is not there: `make render PROFILE=core` makes it")
     if source.suffix == ".ipynb":
         target = tmp_path_factory.mktemp("page") / "report.html"
-        report.render(source, target)
+        render(source, target)
         return target
     if "<nav" not in source.read_text():
         pytest.skip("rendered by an earlier version: `make render PROFILE=core`")

@@ -19,10 +19,21 @@ from matplotlib.figure import Figure
 from moe_study import store, study, trust, verdicts
 from moe_study.configs import arms, crossed, snnl
 from moe_study.data import ROOT
-from moe_study.report import page as report
-from moe_study.report import plots, provenance, routed_plots, snnl_plots, tables, verdict_plots
+from moe_study.report import (
+    overview,
+    plots,
+    provenance,
+    readme,
+    routed_plots,
+    selection,
+    snnl_plots,
+    speed,
+    tables,
+    verdict_plots,
+)
 from moe_study.report import verdicts as words
 from moe_study.report.answers import answers
+from moe_study.report.page import as_html, markdown, render
 from moe_study.stats import PairedComparison
 
 # ------------------------------------------------------------------------------------ made-up results
@@ -496,16 +507,16 @@ def test_what_rounds_to_zero_has_no_sign():
 
 def test_only_result_files_of_the_plan_are_read(core):
     """A file of an earlier setting beside the planned ones is not."""
-    before = report.accuracy_table("core")
+    before = overview.accuracy_table("core")
     run = planned("base", 42)
     stray = run.path.with_name(f"base-s{arms.SEEDS[3]}-0000000000.json")
     store.write_run(stray, made_up(run, accuracy=0.0))
-    assert report.accuracy_table("core").equals(before)
+    assert overview.accuracy_table("core").equals(before)
 
 
 def test_verdicts_as_tables(core):
     """Three seeds are pilots; each unit against its control, by hand."""
-    found = report.find_verdicts("core")
+    found = selection.find_verdicts("core")
     table = words.table(found).reset_index().set_index(["claim", "against"])
     row = table.loc[("more accurate", "base: published baseline and fair control")]
     assert row[["of", "data set", "verdict", "counts from"]].tolist() == [
@@ -530,7 +541,7 @@ def test_provenance_does_not_hide_a_dirty_or_unknown_tree(core):
     for seed, dirty in zip(arms.SEEDS, (True, None), strict=False):
         run = planned("base", seed)
         store.write_run(run.path, store.read(run.path) | {"dirty": dirty, "commit": None})
-    rows = report.provenance_table("core")["value"]
+    rows = overview.provenance_table("core")["value"]
     assert rows["code changed since the commit"] == "?, no, yes"
     assert rows["commits"] == "0123456789, unknown"
 
@@ -540,14 +551,16 @@ def test_a_confirmatory_set_is_shown_when_it_is_whole(folders):
     runs = study.runs("core", "snnl-confirm", "fashion_mnist")
     for run in runs[:-1]:
         store.write_run(run.path, made_up(run, 0.92 + 0.001 * (run.seed % 2) if run.arm == "snnl" else 0.9))
-    assert report.find_verdicts("core") == []
-    assert report.accuracy_table("core", "snnl-confirm").empty
-    assert f"snnl-confirm on FashionMNIST ({len(runs) - 1} of {len(runs)} runs)" in report.unfinished("core")
+    assert selection.find_verdicts("core") == []
+    assert overview.accuracy_table("core", "snnl-confirm").empty
+    assert f"snnl-confirm on FashionMNIST ({len(runs) - 1} of {len(runs)} runs)" in selection.unfinished(
+        "core"
+    )
     store.write_run(runs[-1].path, made_up(runs[-1]))
-    found = report.find_verdicts("core")
+    found = selection.find_verdicts("core")
     [accuracy] = [v for v in found if v.claim.key == "snnl-accuracy"]
     assert (accuracy.study, accuracy.comparison.seeds) == ("snnl-confirm", 20)
-    assert "snnl-confirm on FashionMNIST" not in report.unfinished("core")
+    assert "snnl-confirm on FashionMNIST" not in selection.unfinished("core")
 
 
 def test_confirmation_takes_the_place_of_exploration(folders):
@@ -556,26 +569,26 @@ def test_confirmation_takes_the_place_of_exploration(folders):
             if run.arm in arms.MAIN_ARMS:
                 gain = 0.001 * (run.seed % 3) * (run.arm == "snnl")
                 store.write_run(run.path, made_up(run, 0.9 + gain))
-    found = report.find_verdicts("core")
+    found = selection.find_verdicts("core")
     assert [v.study for v in found if v.claim.key == "snnl-accuracy"] == ["snnl-confirm", "snnl"]
-    assert [v.study for v in report.current(found) if v.claim.key == "snnl-accuracy"] == ["snnl-confirm"]
+    assert [v.study for v in selection.current(found) if v.claim.key == "snnl-accuracy"] == ["snnl-confirm"]
 
 
 def test_tables_of_a_profile_without_runs(folders):
-    assert report.finished_runs("core", "snnl") == {}
+    assert selection.finished_runs("core", "snnl") == {}
     for table in (
-        report.accuracy_table("core"),
-        report.published_table("core"),
-        report.collapse_table("core"),
-        report.tuning_table("core"),
-        report.routed_claims_table("core", "ac-vision"),
-        report.routed_claims_table("core", "ac-language"),
-        report.accuracy_table("core", "ac-vision"),
-        report.crossed_table("core"),
+        overview.accuracy_table("core"),
+        overview.published_table("core"),
+        overview.collapse_table("core"),
+        overview.tuning_table("core"),
+        overview.routed_claims_table("core", "ac-vision"),
+        overview.routed_claims_table("core", "ac-language"),
+        overview.accuracy_table("core", "ac-vision"),
+        overview.crossed_table("core"),
     ):
-        assert report.as_html(table).data == "<p>None in this profile.</p>"
-    assert report.provenance_table("core").loc["commits", "value"] == "-"
-    assert report.find_verdicts("core") == []
+        assert as_html(table).data == "<p>None in this profile.</p>"
+    assert overview.provenance_table("core").loc["commits", "value"] == "-"
+    assert selection.find_verdicts("core") == []
 
 
 # -------------------------------------------------------------------------------------------- README
@@ -583,26 +596,26 @@ def test_tables_of_a_profile_without_runs(folders):
 
 def test_markdown():
     table = pd.DataFrame({"|cos| weights": ["0.1", "a | b"], "seeds": ["3", "4"]}, index=["x", "y"])
-    lines = report.markdown(table.rename_axis("arm")).split("\n")
+    lines = markdown(table.rename_axis("arm")).split("\n")
     assert lines[:2] == ["| arm | \\|cos\\| weights | seeds |", "| --- | --- | --- |"]
     cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
     assert [cell.strip() for cell in cells[3]] == ["y", "a \\| b", "4"]
 
 
-README = f"# Title\n\nBefore.\n\n{report.BEGIN}\nold\n{report.END}\n\nAfter.\n"
+README = f"# Title\n\nBefore.\n\n{readme.BEGIN}\nold\n{readme.END}\n\nAfter.\n"
 
 
 def test_readme_is_rewritten_between_its_markers(core):
     path, page = core / "README.md", core / "RESULTS.md"
     path.write_text(README)
-    assert report.update_readme(path) == 0
+    assert readme.update_readme(path) == 0
     first, results = path.read_text(), page.read_text()
-    assert first.startswith(f"# Title\n\nBefore.\n\n{report.BEGIN}\n")
-    assert first.endswith(f"{report.END}\n\nAfter.\n")
+    assert first.startswith(f"# Title\n\nBefore.\n\n{readme.BEGIN}\n")
+    assert first.endswith(f"{readme.END}\n\nAfter.\n")
     assert "\nold\n" not in first
     assert "Of 4 verdicts: 4 pilot." in results
     assert "![Every claim on every data set" in first
-    for name in report.README_PICTURES.values():
+    for name in readme.README_PICTURES.values():
         assert (core / name).exists() == ("verdicts" in name)  # no collapse study here
     total = len(study.runs("core"))
     assert f"12 of {total} planned runs finished, tuning included, 18 core-minutes on Some CPU." in results
@@ -613,9 +626,9 @@ def test_readme_is_rewritten_between_its_markers(core):
     assert "| snnl | 92.67 ± 1.15 (3) |" in results
     assert "| snnl | FashionMNIST | 91.33 | 91.00 | 91.61 | 92.67 | +0.28 | +1.67 |" in results
 
-    assert report.update_readme(path) == 0
+    assert readme.update_readme(path) == 0
     assert (path.read_text(), page.read_text()) == (first, results)
-    assert report.update_readme(path, check=True) == 0
+    assert readme.update_readme(path, check=True) == 0
 
 
 def test_answers_name_what_is_decided_and_leave_pilots_out(folders):
@@ -627,10 +640,10 @@ def test_answers_name_what_is_decided_and_leave_pilots_out(folders):
     for arm in ("base", "snnl"):
         for run in study.runs("core", "snnl", "fashion_mnist", arm)[:3]:
             store.write_run(run.path, made_up(run))
-    text = answers(report.find_verdicts("core"))
+    text = answers(selection.find_verdicts("core"))
     assert "**Did SNNL help?** Yes: more accurate on CIFAR-100 (by 2.0 points; " in text
     assert "; exploratory)." in text
-    assert "CNN, 4 experts of width 512, 8 epochs" in words.scope(report.find_verdicts("core"))
+    assert "CNN, 4 experts of width 512, 8 epochs" in words.scope(selection.find_verdicts("core"))
     assert "FashionMNIST" not in text
     assert answers([]) == ""
 
@@ -655,30 +668,30 @@ def test_answers_say_what_ac_gains_where_routing_pays(spread, said):
 def test_readme_check_sees_a_stale_table_and_changes_nothing(core, capsys):
     path = core / "README.md"
     path.write_text(README)
-    report.update_readme(path)
+    readme.update_readme(path)
     current = path.read_text()
     run = planned("snnl", 42)
     store.write_run(run.path, made_up(run, accuracy=0.95))
-    assert report.update_readme(path, check=True) == 1
+    assert readme.update_readme(path, check=True) == 1
     assert "out of date: run `make readme`" in capsys.readouterr().err
     assert path.read_text() == current
-    report.update_readme(path)
-    assert report.update_readme(path, check=True) == 0
+    readme.update_readme(path)
+    assert readme.update_readme(path, check=True) == 0
 
 
 def test_readme_before_any_run(folders):
     path = folders / "README.md"
     path.write_text(README)
-    report.update_readme(path)
-    assert f"{report.BEGIN}\nNo finished runs yet.\n{report.END}" in path.read_text()
+    readme.update_readme(path)
+    assert f"{readme.BEGIN}\nNo finished runs yet.\n{readme.END}" in path.read_text()
 
 
-@pytest.mark.parametrize("text", ["# No markers\n", README + README, README.replace(report.END, "")])
+@pytest.mark.parametrize("text", ["# No markers\n", README + README, README.replace(readme.END, "")])
 def test_readme_without_its_markers_is_refused(text, core):
     path = core / "README.md"
     path.write_text(text)
     with pytest.raises(store.StoreError, match="results: begin"):
-        report.update_readme(path)
+        readme.update_readme(path)
     assert path.read_text() == text
 
 
@@ -686,7 +699,7 @@ def test_readme_of_the_project_shows_the_committed_results(monkeypatch):
     monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
     if not (ROOT / "README.md").exists():
         pytest.skip("no README.md yet")
-    assert report.update_readme(ROOT / "README.md", check=True) == 0
+    assert readme.update_readme(ROOT / "README.md", check=True) == 0
 
 
 # ---------------------------------------------------------------------------------------------- HTML
@@ -721,7 +734,7 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path, core):
                 outputs=[
                     new.new_output(
                         "execute_result",
-                        {"text/html": report.as_html(report.accuracy_table("core")).data, "text/plain": "x"},
+                        {"text/html": as_html(overview.accuracy_table("core")).data, "text/plain": "x"},
                         execution_count=3,
                     )
                 ],
@@ -730,7 +743,7 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path, core):
     )
     source, target = tmp_path / "in.ipynb", tmp_path / "pages" / "report.html"
     nbformat.write(notebook, source)
-    report.render(source, target)
+    render(source, target)
 
     page = target.read_text()
     assert [p.name for p in target.parent.iterdir()] == ["report.html"]
@@ -814,7 +827,7 @@ def test_contents_list_every_heading_once(tmp_path):
     ]
     source, target = tmp_path / "in.ipynb", tmp_path / "out.html"
     nbformat.write(new.new_notebook(cells=cells), source)
-    report.render(source, target)
+    render(source, target)
     page = target.read_text()
     names = re.findall(r'<h[234] id="([^"]+)"', page)
     assert names == ["same", "same--2", "same--3", "same--4", "a-b", "last-one"]
@@ -825,7 +838,7 @@ def test_contents_list_every_heading_once(tmp_path):
 
 
 def test_long_cells_may_be_broken_and_tables_scroll(tmp_path):
-    table = report.as_html(pd.DataFrame({"x": ["short", "long " * 8, "word " * 20]}, index=[1, 2, 3])).data
+    table = as_html(pd.DataFrame({"x": ["short", "long " * 8, "word " * 20]}, index=[1, 2, 3])).data
     shown = nbformat.v4.new_output("display_data", {"text/html": table, "text/plain": ""})
     cells = [
         nbformat.v4.new_markdown_cell("# T\n\n| a | b |\n| --- | --- |\n| 1 | `code` |"),
@@ -833,7 +846,7 @@ def test_long_cells_may_be_broken_and_tables_scroll(tmp_path):
     ]
     source, target = tmp_path / "in.ipynb", tmp_path / "out.html"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), source)
-    report.render(source, target)
+    render(source, target)
     page = target.read_text()
     assert page.count('<div class="scroll" tabindex="0"><table') == page.count("</table></div>") == 2
     assert page.count('<td class="wrap">long') == page.count('<td class="long">word') == 1
@@ -851,7 +864,7 @@ def test_a_section_tagged_fold_is_folded_to_its_end(tmp_path):
     ]
     source, target = tmp_path / "in.ipynb", tmp_path / "out.html"
     nbformat.write(new.new_notebook(cells=cells), source)
-    report.render(source, target)
+    render(source, target)
     soup = BeautifulSoup(target.read_text(), "html.parser")
     (section,) = soup.find_all("details", class_="section")
     assert section.summary.h2["id"] == "aside"
@@ -861,7 +874,7 @@ def test_a_section_tagged_fold_is_folded_to_its_end(tmp_path):
 
 
 def test_names_are_escaped_on_the_first_screen(core):
-    found = [replace(verdict, scope="<b>bold</b> & small") for verdict in report.find_verdicts("core")]
+    found = [replace(verdict, scope="<b>bold</b> & small") for verdict in selection.find_verdicts("core")]
     pilots = words.first_screen(found)
     assert "<b>" not in pilots
     drawn = words._template("first.html.j2").render(
@@ -875,7 +888,7 @@ def test_what_happened_is_told_in_words(folders):
     for arm, accuracy in (("base", 0.90), ("snnl", 0.92)):
         for place, run in enumerate(study.runs("digits", "snnl", "digits", arm)[:3]):
             store.write_run(run.path, made_up(run, accuracy + 0.01 * place))
-    text = report.happened("digits")
+    text = overview.happened("digits")
     assert (
         "accuracy: SNNL-MoE 93.00 %, plain MoE 91.00 %. The difference is +2.00 [+2.00, +2.00] points" in text
     )
@@ -896,7 +909,7 @@ def test_title_is_escaped(tmp_path):
     source, page = tmp_path / "in.ipynb", tmp_path / "out.html"
     cell = nbformat.v4.new_markdown_cell("# Experts & <gates>")
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), source)
-    report.render(source, page)
+    render(source, page)
     assert "<title>Experts &amp; &lt;gates&gt;</title>" in page.read_text()
 
 
@@ -977,7 +990,7 @@ def test_collapse_panel_shows_values_beside_their_nulls():
 
 def test_verdict_forest_is_in_margins(core):
     """A hollow dot a pilot, where the difference is in units of the published one; 90 % inside 95 %."""
-    found = report.find_verdicts("core")
+    found = selection.find_verdicts("core")
     axis = verdict_plots.verdict_forest(found).axes[0]
     names = dict(zip([label.get_text() for label in axis.get_yticklabels()], axis.get_yticks(), strict=True))
     row = names["more accurate, FashionMNIST: snnl - base"]
@@ -1266,7 +1279,7 @@ def test_company_table():
 
 
 def test_collapse_table_puts_the_null_beside(core):
-    table = report.collapse_table("core")
+    table = overview.collapse_table("core")
     assert [arm for _, arm in table.index] == ["base", "snnl"] * (len(table) // 2)
     for _, row in table.iterrows():
         assert row["seeds"] == "3"
@@ -1278,7 +1291,7 @@ def test_collapse_table_puts_the_null_beside(core):
 def test_accuracy_table(core):
     run = planned("base", 42, "mnist")
     store.write_run(run.path, made_up(run, accuracy=0.99))
-    table = report.accuracy_table("core")
+    table = overview.accuracy_table("core")
     assert table.columns.tolist() == ["FashionMNIST", "MNIST"]
     assert table["FashionMNIST"].to_dict() == {
         "base": "91.00 ± 1.00 (3)",
@@ -1290,7 +1303,7 @@ def test_accuracy_table(core):
 
 
 def test_published_table(core):
-    table = report.published_table("core")
+    table = overview.published_table("core")
     assert table.index.tolist() == [("snnl", "FashionMNIST")]
     shown = "91.33|91.00|91.61|92.67|+0.28|+1.67|[+0.23, +3.10]|3"
     assert table.iloc[0].tolist() == shown.split("|")
@@ -1305,7 +1318,7 @@ def test_tuning_table(folders):
         value = run.objective.snnl.factor + run.seed
         curve = {"cross_entropy": [value, value + 1]}
         study.write(run, {"history": {"best_cross_entropy": value, "validation": curve}})
-    table = report.tuning_table("core").reset_index()
+    table = overview.tuning_table("core").reset_index()
     assert table["learning rate"].tolist() == [1e-3, 1e-3]
     assert table["weight of the extra loss"].tolist() == [1.0, 10.0]
     assert table["validation cross-entropy"].tolist() == [2.5, 11.5]
@@ -1336,7 +1349,7 @@ def test_tuning_budgets_are_not_mixed(folders):
     for run in runs:
         history = tuned(float(run.train.epochs))
         study.write(run, {"history": history})
-    assert sorted(report.tuning_table("core")["validation cross-entropy"]) == sorted(
+    assert sorted(overview.tuning_table("core")["validation cross-entropy"]) == sorted(
         float(run.train.epochs) for run in runs
     )
 
@@ -1347,7 +1360,7 @@ def test_tuning_table_has_every_study(folders):
     for name in names:
         run = study.runs("core", name)[0]
         study.write(run, {"history": tuned(2.0)})
-    table = report.tuning_table("core").reset_index()
+    table = overview.tuning_table("core").reset_index()
     assert sorted(table["study"]) == sorted(name.removesuffix("-tuning") for name in names)
     weights = dict(zip(table["study"], table["weight of the extra loss"], strict=True))
     assert weights["ac-vision"] == weights["ac-language"] == 0
@@ -1357,22 +1370,22 @@ def test_tuning_table_has_every_study(folders):
 def test_routed_tables(folders):
     for name in COLUMN_SETS:
         store_routed(name)
-    vision = report.routed_claims_table("core", "ac-vision")
+    vision = overview.routed_claims_table("core", "ac-vision")
     assert set(vision.index.get_level_values("data set")) == {"CIFAR-10"}
     row = vision.loc[("CIFAR-10", "better", "accuracy (points), higher is better", "ac - cosine")]
     assert (row["difference"], row["reading"]) == ("+3.33", "interval on the claimed side")
-    language = report.routed_claims_table("core", "ac-language")
+    language = overview.routed_claims_table("core", "ac-language")
     assert ("better", "cross-entropy (nats), lower is better", "ac-row - ac-pooled") in language.droplevel(
         0
     ).index
-    accuracy = report.accuracy_table("core", "ac-vision")["CIFAR-10"]
+    accuracy = overview.accuracy_table("core", "ac-vision")["CIFAR-10"]
     assert accuracy["ac"] == "83.33 ± 1.15 (3)"
     assert accuracy.index.tolist()[:3] == ["linear", "cosine", "ac"]
-    assert len(report.crossed_table("core")) == 3 * len(tables.CROSSED_MEASURES)
+    assert len(overview.crossed_table("core")) == 3 * len(tables.CROSSED_MEASURES)
 
 
 def test_provenance_table(core):
-    rows = report.provenance_table("core")["value"]
+    rows = overview.provenance_table("core")["value"]
     assert rows["runs finished / planned"] == f"12 / {len(study.runs('core'))}"
     assert rows["commits"] == "0123456789"
     assert rows["code changed since the commit"] == "no"
@@ -1384,7 +1397,7 @@ def test_provenance_table(core):
 
 
 def test_html_table(core):
-    html = report.as_html(report.accuracy_table("core")).data
+    html = as_html(overview.accuracy_table("core")).data
     assert html.count("<tr") == 5
     assert "<th>arm</th>" in html
     assert "<td>92.67 ± 1.15 (3)</td>" in html
@@ -1393,12 +1406,12 @@ def test_html_table(core):
 def test_readme_shows_the_benchmark(core):
     row = {"row": "N=1024", "faster_than_fastest_peer": 3.06, "memory_saving": 7.0, "share_of_limit": 0.397}
     store.write(store.results_dir() / "bench" / "snnl.json", {"rows": [row]})
-    assert "| N=1024 | 3.1 | 7.0 | 0.40 |" in report.results_page()
+    assert "| N=1024 | 3.1 | 7.0 | 0.40 |" in readme.results_page()
     contestants = {who: {"peer": who != "ours", "milliseconds": 1.0} for who in ("ours", "cleverhans")}
     on_gpu = row | {"processor": "Big GPU", "contestants": contestants, "goals": {"faster": 1 / 1.15}}
     store.write(store.results_dir() / "bench" / "gpu.json", {"rows": [on_gpu, on_gpu | {
         "row": "no peer here", "faster_than_fastest_peer": None}]})  # fmt: skip
-    page = report.results_page()
+    page = readme.results_page()
     assert "On a GPU (Big GPU; below 1 a peer is faster):" in page
     assert "| SNNL, N=1024 | 3.1 | 0.87 | 7.0 |\n" in page
     assert "no peer here" not in page
@@ -1407,8 +1420,8 @@ def test_readme_shows_the_benchmark(core):
 def test_a_gpus_runs_are_counted_and_their_times_are_no_core_minutes(core):
     run = planned("base", 42)
     store.write_run(run.path, store.read(run.path) | {"device": "Big GPU", "wall_seconds": 9e9})
-    assert report.provenance_table("core")["value"]["time"].endswith(" core-minutes; 1 run on Big GPU")
-    assert float(report.provenance_table("core")["value"]["time"].split()[0]) < 18
+    assert overview.provenance_table("core")["value"]["time"].endswith(" core-minutes; 1 run on Big GPU")
+    assert float(overview.provenance_table("core")["value"]["time"].split()[0]) < 18
 
 
 def test_results_show_the_inspector_beside_its_peers(folders):
@@ -1417,7 +1430,7 @@ def test_results_show_the_inspector_beside_its_peers(folders):
     passes = {"D 512": 8.2}
     content = {"tools": {"ours": ours, "peer": peer}, "missing": {"x": "gone"}, "pass_added_percent": passes}
     store.write(store.results_dir() / "bench" / "inspect.json", content)
-    section = "\n".join(report.inspector_sections())
+    section = "\n".join(speed.inspector_sections())
     assert "| planted | ours | peer |" in section
     assert "| noise | arbitrary | nothing |" in section
     assert "| ours | +12 % | - | - | 0.3 |" in section
@@ -1434,7 +1447,7 @@ def test_readme_shows_how_steps_grow(core):
     rows = [{"processes": 1, "times_one": dict.fromkeys(times, 1.0)}, {"processes": 2, "times_one": times}]
     content = {"exponents": [entry, other], "throughput": rows}
     store.write(store.results_dir() / "bench" / "scaling.json", content)
-    section = report.results_page()
+    section = readme.results_page()
     assert "| step of | grows | N | K |" in section
     assert "| SNNL | time | 1.93 [1.87, 1.99] | - |" in section
     assert "| SNNL | memory | - | - |" in section
@@ -1447,7 +1460,7 @@ def test_readme_with_no_data_set_that_was_published(folders):
         for seed in arms.SEEDS[:2]:
             run = planned(arm, seed, "mnist")
             store.write_run(run.path, made_up(run, accuracy=0.99))
-    section = report.results_page()
+    section = readme.results_page()
     assert "| of | data set | claim | against | verdict |" in section  # no row: MNIST is outside
     assert "| MNIST | base | 2 |" in section
     assert "| index |" not in section
@@ -1455,7 +1468,7 @@ def test_readme_with_no_data_set_that_was_published(folders):
 
 def test_first_screen_holds_every_verdict(core):
     """One cell of the grid a verdict, with its word, difference and interval; in words what minus what."""
-    found = report.find_verdicts("core")
+    found = selection.find_verdicts("core")
     soup = BeautifulSoup(words.first_screen(found), "html.parser")
     units = soup.find("table").find_all("span", class_="unit")
     assert len(units) == len(found) == 4
@@ -1467,12 +1480,12 @@ def test_first_screen_holds_every_verdict(core):
 
 
 def test_budget_table(core):
-    table = report.budget_table("core")
+    table = overview.budget_table("core")
     row = table.loc[("snnl", "FashionMNIST")]
     assert (row["arms"], row["runs"], row["training images"]) == ("4", "12", "all")
     assert row["epochs"] == f"{planned('base', 42).train.epochs}"
     assert row["tokens an epoch"] == "-"
-    assert report.as_html(report.budget_table("digits")).data == "<p>None in this profile.</p>"
+    assert as_html(overview.budget_table("digits")).data == "<p>None in this profile.</p>"
 
 
 def test_report_is_the_same_whenever_it_is_rendered(tmp_path):
@@ -1481,12 +1494,12 @@ def test_report_is_the_same_whenever_it_is_rendered(tmp_path):
     nbformat.write(new.new_notebook(cells=[new.new_markdown_cell("# T\n\n## Part")]), source)
     pages = [tmp_path / "1.html", tmp_path / "2.html"]
     for page in pages:
-        report.render(source, page)
+        render(source, page)
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
 def test_verdict_grid_draws_every_verdict(core):
-    found = report.find_verdicts("core")
+    found = selection.find_verdicts("core")
     figure = verdict_plots.verdict_grid(words.grid(found))
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert sum("[+" in text or "[-" in text for text in texts) == len(found)

@@ -32,8 +32,8 @@ from moe_study import study
 from moe_study.claims import CLAIMS
 from moe_study.configs import dose
 from moe_study.data import ROOT
-from moe_study.report.page import BENCH_TITLES
 from moe_study.report.plots import DATASET_TITLES
+from moe_study.report.speed import BENCH_TITLES
 
 pytestmark = pytest.mark.slow
 
