@@ -192,17 +192,13 @@ def _parts(claim: Claim, control: str, results: Sequence[Result], endpoint: str)
 def endpoint_of(claim: Claim, results: Sequence[Result]) -> str:
     """The last epoch where every file measures the claim there; otherwise the files' own primary endpoint."""
     measures = [claim.measure, *(c.measure for c in claim.conditions)]
-    arms = {claim.treatment, *claim.controls}
-    own = {r.get("primary_endpoint", "best_cross_entropy") for r in results}
-    if len(own) > 1:
-        raise ValueError(f"results of different primary endpoints do not belong together: {sorted(own)}")
-    there = all(
-        m.of(dict(r), store.PRIMARY_ENDPOINT) is not None
-        for r in results
-        if r["run"]["arm"] in arms
-        for m in measures
-    )
-    return store.PRIMARY_ENDPOINT if there else own.pop()
+    own = [dict(r) for r in results if r["run"]["arm"] in {claim.treatment, *claim.controls}]
+    if all(m.of(r, store.PRIMARY_ENDPOINT) is not None for r in own for m in measures):
+        return store.PRIMARY_ENDPOINT
+    primary = {r.get("primary_endpoint", "best_cross_entropy") for r in own}
+    if len(primary) > 1:
+        raise ValueError(f"results of different primary endpoints do not belong together: {sorted(primary)}")
+    return primary.pop()
 
 
 # ------------------------------------------------------------------------------------- obstacles

@@ -41,9 +41,9 @@ SETTINGS: routed.Settings = {
 SEED_COUNTS: routed.SeedCounts = {
     "digits": {"digits": [((*ROUTED_MAIN_ARMS, "ac-shuffled"), 2)]},
     "core": {
-        "cifar10": [(ROUTED_MAIN_ARMS, 10), (ROUTED_CONTROLS, 5)],
-        "fashion_mnist": [(ROUTED_MAIN_ARMS, 10)],
-        "cifar100": [(ROUTED_MAIN_ARMS, 10)],
+        "cifar10": [(ROUTED_MAIN_ARMS, 10), (ROUTED_CONTROLS, 5), (("hash",), 10)],
+        "fashion_mnist": [(ROUTED_MAIN_ARMS, 10), (("hash",), 10)],
+        "cifar100": [(ROUTED_MAIN_ARMS, 10), (("hash",), 10)],
     },
     "paper": {
         name: [((*ROUTED_MAIN_ARMS, "hash"), 10), (ROUTED_CONTROLS, 5)] for name in ("cifar10", "cifar100")
