@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import importlib.metadata
 import io
 import json
 import logging
@@ -35,8 +36,8 @@ from torch import Tensor, nn
 from moe_lib import MoE, load_balancing_loss
 from moe_lib.inspect import THRESHOLDS, early_warning, inspect_moe, watch
 from moe_lib.inspect.alarms import KINDS, reading
+from moe_study import store
 
-ROOT = Path(__file__).parents[1]
 D = 32
 FAULTS = ("dead", "collapsed", "dropping", "alike", "blind", "arbitrary", "overridden", "unexplained")
 LEVELS = (0.25, 0.5, 0.75, 1.0)
@@ -186,7 +187,7 @@ def early_score(histories: list[tuple[int, list[float]]], ahead: int = 3) -> dic
 def early_study() -> dict[str, Any]:
     """On the study's own runs at four experts or more with a gate that learns; one look an epoch."""
     histories = []
-    for path in sorted((ROOT / "results" / "core").glob("*/*/*.json")):
+    for path in sorted((store.results_dir() / "core").glob("*/*/*.json")):
         stored = json.loads(path.read_text())
         marginal = stored.get("history", {}).get("validation", {}).get("marginal")
         model = stored.get("run", {}).get("model", {})
@@ -350,8 +351,8 @@ def forward(model: nn.Module, data: list[Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _ours(model: nn.Module, say: list[str]) -> Iterator[Callable[[int], Any]]:
-    with watch(model, every=1) as w:
+def _ours(model: nn.Module, say: list[str], every: int = 1) -> Iterator[Callable[[int], Any]]:
+    with watch(model, every=every) as w:
         yield lambda step: None
     say += sorted({alarm.kind for alarm in w.panel().alarms})
 
@@ -461,16 +462,6 @@ def added(name: str, what: str, steps: int = 10, **options: Any) -> float:
     return 100 * (ratio(run, tool) - 1)
 
 
-def ours_added(every: int, steps: int = 20) -> float:
-    model = tiny_mixtral()
-
-    def tool() -> None:
-        with watch(model, every=every):
-            train(model, steps)
-
-    return 100 * (ratio(lambda: train(model, steps), tool) - 1)
-
-
 def pass_added(width: int, num_experts: int, num: int, size: int) -> float:
     """Percent that `inspect_moe` adds to a pass over `num` batches, everything included."""
     model = tiny_mixtral("", width, num_experts).eval()
@@ -509,18 +500,19 @@ def peers() -> dict[str, Any]:
             result["missing"][name] = str(error)
             continue
         entry: dict[str, Any] = {"sees": sees(name)}
-        if name != "innards":
+        if name != "ours":
+            entry["version"] = importlib.metadata.version(name)
+        if len(set(entry["sees"].values())) == 1:
+            pass  # it reads nothing of this model: what that costs is nobody's question
+        elif name == "innards":
+            entry["added_percent_generation"] = added(name, "generate")
+        else:
             entry["added_percent_training"] = added(name, "train")
             entry["mib_per_50_steps"] = grows(name)
-        if name in ("plumb-moe", "innards"):
-            entry["added_percent_generation"] = added(name, "generate")
+        if name in ("ours", "moewatch"):
+            entry["added_percent_training_every_10"] = added(name, "train", 20, every=10)
         result["tools"][name] = entry
         print(name, json.dumps(entry), file=sys.stderr, flush=True)
-    if "moewatch" in result["tools"]:
-        entry = result["tools"]["moewatch"]
-        entry["added_percent_training_every_10"] = added("moewatch", "train", 20, every=10)
-    entry = result["tools"]["ours"]
-    entry["added_percent_training_every_10"] = ours_added(10)
     result["pass_added_percent"] = {
         "D 64, E 8, 16 batches of 512 tokens": pass_added(64, 8, 16, 8),
         "D 512, E 64, 4 batches of 1024 tokens": pass_added(512, 64, 4, 16),
@@ -535,8 +527,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     result = calibrate() if options.what == "calibrate" else peers()
     folder = {"calibrate": "planted", "peers": "bench"}[options.what]
-    out = options.out or ROOT / "results" / folder / "inspect.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"provenance": store.provenance(), **result}
+    store.write(options.out or store.results_dir() / folder / "inspect.json", result)
     print(json.dumps(result, indent=1))
     return 0
 

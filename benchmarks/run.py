@@ -265,7 +265,9 @@ def rows_figure(content: dict[str, Any]) -> Any:
                 axis.plot(*zip(*points, strict=True), ls="", ms=6, alpha=0.8, **style)
         axis.set(xscale="log", title=title, ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), [row["row"] for row in rows] if key == "milliseconds" else [])
-        axis.xaxis.set_minor_formatter("")
+        low, high = axis.get_xlim()
+        if high / low > 30:  # decades are labelled enough
+            axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
     limits = [row["limit_milliseconds"] for row in rows]
     axes[0, 0].plot(limits, range(len(rows)), "k|", ms=12, label="physical limit")

@@ -45,7 +45,7 @@ Such a set is never extended after a look. What is confirmed there, with the mar
   factor 10 makes more experts effective (exp H(E) higher by 0.5), makes their functions more different
   (cosine of outputs weighted by use lower by 0.05, and unbiased CKA not higher by 0.02), and is more accurate
   (0.28 points); routing pays without it (`base - uniform-gate`), a mixture beats a dense network
-  (`base - dense`), and routing pays beside SNNL (`snnl - uniform-snnl`), 0.28 points each.
+  (`base - dense`), and routing pays with SNNL (`snnl - uniform-snnl`), 0.28 points each.
 - ours, with one expert per image (the same images, `collapse.TOP1_SEEDS`): routing pays against a fixed
   random expert per image, without SNNL (`base - hash-gate`) and beside it (`snnl - hash-snnl`), and SNNL is
   more accurate (`snnl - base`), 0.28 points each; more experts are in use (exp H of the shares of images) by
@@ -128,12 +128,10 @@ class Measure:
 
     def shown(self, *values: float, unit: bool = True) -> str:
         """One value, or "value [low, high]", or "[low, high]", with sign and unit."""
-        texts = [
-            f"{tables.rounded(value * self.scale, self.decimals):+.{self.decimals}f}" for value in values
-        ]
-        text = texts[0] if len(texts) % 2 else ""
-        if len(texts) > 1:
-            text = f"{text} [{texts[-2]}, {texts[-1]}]".strip()
+        scaled = [value * self.scale for value in values]
+        text = f"{tables.rounded(scaled[0], self.decimals):+.{self.decimals}f}" if len(values) % 2 else ""
+        if len(values) > 1:
+            text = f"{text} {tables.shown_interval(scaled[-2], scaled[-1], self.decimals)}".strip()
         return f"{text} {self.unit}".strip() if unit else text
 
 
@@ -204,7 +202,7 @@ _NAT_REASON = "one per cent of perplexity; no number of the paper is known"
 _POINT_REASON = "half a point; no number of the paper is known"
 _FLEXIBLE_MARGIN = 0.07  # nats
 PAYS, MIXTURE = "learned routing pays", "a mixture beats a dense network of its size"
-_BESIDE, _TOP1, _WIDE = "learned routing pays beside SNNL", ", top-1", ", 16 experts"
+_BESIDE, _TOP1, _WIDE = "learned routing pays with SNNL", ", top-1", ", 16 experts"
 BLIND = "learns no routing"
 _BASE = {"base": "published baseline and fair control"}
 _ROUTERS = {"linear": "published baseline", "cosine": "fair control"}

@@ -70,40 +70,30 @@ def execute(
     Args:
         train: `fit`, or what trains in its place.
     """
-    with deterministic(run.train.precision == "float64"):
-        return _execute(run, device, deadline, on_epoch, train)
-
-
-def _execute(
-    run: Run,
-    device: str,
-    deadline: float,
-    on_epoch: Callable[[int, History], None] | None,
-    train: Callable[..., tuple[History, Selected]],
-) -> dict[str, Any]:
     started = time.perf_counter()
     store.reset_peak_memory()
-    experiment = EXPERIMENTS[type(run.model)](run, device)
     full = not run.study.endswith("-tuning")  # tuning never looks at the test set
-    initial = experiment.initial() if full else {}
-    try:
-        run.workspace.mkdir(parents=True, exist_ok=True)
-        history, selected = train(
-            experiment.task,
-            run.train,
-            experiment.validation,
-            label=run.label,
-            checkpoint=run.workspace / "checkpoint.pt",
-            run_id=run.id,
-            on_epoch=on_epoch,
-            deadline=deadline,
-        )
-    except OSError as error:
-        raise store.explain(error, run.workspace) from error
-    try:
-        result = _measured(run, experiment, history, selected)
-    except (ValueError, ArithmeticError) as error:  # a measure that was given what is not finite, say
-        raise TrainingError(f"{run.label}, after epoch {run.train.epochs - 1}: {error}") from error
+    with deterministic(run.train.precision == "float64"):
+        experiment = EXPERIMENTS[type(run.model)](run, device)
+        initial = experiment.initial() if full else {}
+        try:
+            run.workspace.mkdir(parents=True, exist_ok=True)
+            history, selected = train(
+                experiment.task,
+                run.train,
+                experiment.validation,
+                label=run.label,
+                checkpoint=run.workspace / "checkpoint.pt",
+                run_id=run.id,
+                on_epoch=on_epoch,
+                deadline=deadline,
+            )
+        except OSError as error:
+            raise store.explain(error, run.workspace) from error
+        try:
+            result = _measured(run, experiment, history, selected)
+        except (ValueError, ArithmeticError) as error:  # a measure that was given what is not finite, say
+            raise TrainingError(f"{run.label}, after epoch {run.train.epochs - 1}: {error}") from error
     if full:
         result["initial"] = initial
     # At least the training of all sessions, of a run that was resumed.

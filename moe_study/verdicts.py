@@ -97,7 +97,7 @@ class Part(NamedTuple):
 class Obstacle(NamedTuple):
     """Why a claim cannot be tested here."""
 
-    kind: Literal["not trained", "gate", "no collapse", "floor", "harmless"]
+    kind: Literal["not trained", "gate", "no control", "no collapse", "floor", "harmless"]
     text: str
 
 
@@ -224,9 +224,11 @@ def _obstacle(
             )
     if claim.gate is not None and gates is not None:
         closed = [gate for gate in gates if gate.word != "supported"]
-        if closed or not gates:
-            said = "; ".join(_gate_text(gate) for gate in closed) or "no control that learns nothing was run"
+        if closed:
+            said = "; ".join(_gate_text(gate) for gate in closed)
             return Obstacle("gate", f"learned routing is not shown to pay: {said}")
+        if not gates:
+            return Obstacle("no control", "no control that learns nothing was run")
     if claim.resolves is not None:
         degrees = [getattr(collapse(r), claim.resolves) for r in own[control]]
         value_S, null_S = [d.value for d in degrees], [d.null for d in degrees]
@@ -350,7 +352,8 @@ def scope(results: Sequence[Result]) -> str:
     else:
         kind = {"cnn": "CNN", "mlp": "MLP", "none": "no extractor"}[model["extractor"]]
         made = f"{kind}, {model['num_experts']} experts of width {model['expert_hidden']}"
-    return f"{made}, {run['train']['epochs']} epochs"
+    images = run.get("train_images")
+    return f"{made}, {run['train']['epochs']} epochs{f' of {images:,} images' if images else ''}"
 
 
 def _judge(

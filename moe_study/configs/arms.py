@@ -75,7 +75,7 @@ ARM_DESCRIPTIONS = {
     "snnl-shuffled": "shuffled-label control: SNNL of labels permuted in each batch, same gradient norm",
     "base-aux": "base + auxiliary cross-entropy at the code: is it SNNL, or any supervision?",
     "uniform-gate": "base with a constant gate: does routing matter?",
-    "uniform-snnl": "snnl with a constant gate: does routing matter beside SNNL?",
+    "uniform-snnl": "snnl with a constant gate: does routing matter with SNNL?",
     "snnl-weaker": "snnl at a tenth of its factor",
     "hash-gate": "a fixed random expert per image: learns no routing; as many weights at work as with top-1",
     "hash-snnl": "snnl with a fixed random expert per image",

@@ -15,7 +15,7 @@ core, and one of "collapse-wide" twenty.
 
 What came out (RESULTS.md, "Verdicts"): SNNL keeps experts at work and makes the narrow mixtures more
 accurate. A gate that learns nothing does better still in both soft mixtures; with one expert per image,
-learned routing pays beside SNNL. With sixteen experts on FashionMNIST SNNL gains less than was claimed.
+learned routing pays with SNNL. With sixteen experts on FashionMNIST SNNL gains less than was claimed.
 """
 
 from __future__ import annotations

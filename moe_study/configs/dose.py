@@ -1,4 +1,4 @@
-"""Dose-response: what the effect of SNNL hangs on, a few of its options crossed at a time.
+"""Dose-response: what the effect of SNNL depends on, a few of its options crossed at a time.
 
 `python -m moe_study run --profile core --study snnl-dose` takes 147 core-minutes, "snnl-batches" 66.
 What came out is drawn in the report, "Dose-response".

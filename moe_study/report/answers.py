@@ -14,7 +14,10 @@ def answers(found: Sequence[Verdict]) -> str:
     """A Markdown list of three questions, and what was found where. Pilots are left out."""
     decided = [v for v in found if v.word != "pilot"]
     own = {
-        "Did SNNL help?": _snnl([v for v in decided if v.claim.source == "SNNL-MoE"]),
+        "Did SNNL help?": _snnl(
+            [v for v in decided if v.claim.source == "SNNL-MoE"],
+            [v for v in decided if v.claim.key.endswith("-beside")],
+        ),
         "Should I use the AC router?": _ac([v for v in decided if v.claim.source == "AC router"]),
         "Does learned routing pay at all?": _pays(
             [v for v in decided if v.claim.key.endswith(("-pays", "-beside"))]
@@ -23,16 +26,33 @@ def answers(found: Sequence[Verdict]) -> str:
     return "\n".join(f"- **{question}** {answer}" for question, answer in own.items() if answer)
 
 
-def _snnl(found: Sequence[Verdict]) -> str:
-    own = [v for v in found if v.claim.measure == ACCURACY]
+def _snnl(found: Sequence[Verdict], beside: Sequence[Verdict]) -> str:
+    """`beside`: whether learned routing pays with SNNL."""
+    lost = {(v.claim.study, v.dataset) for v in beside if v.word == "contradicted"}
+
+    def still(v: Verdict) -> str:
+        return "with SNNL a gate that learns nothing is better still" * ((v.claim.study, v.dataset) in lost)
+
+    def of(word: str, key: str = "-accuracy") -> list[Verdict]:
+        return _of([v for v in found if v.claim.key.endswith(key)], word)
+
     said = []
-    if yes := _of(own, "supported"):
-        said.append(f"Yes: more accurate on {_list(yes, _where, _caveats, _mechanism)}.")
-    if no := _of(own, "contradicted"):
+    if yes := of("supported"):
+        said.append(f"Yes: more accurate on {_list(yes, _where, _caveats, _mechanism, still)}.")
+    if more := of("supported", "-effective"):
+        said.append(f"More experts are in use with it on {_names(more)}.")
+    if alike := of("contradicted", "-different"):
+        said.append(f"Experts become more alike on {_names(alike)}, not less.")
+    if no := of("contradicted"):
         said.append(f"It makes the model less accurate on {_list(no, _where)}.")
-    if small := _of(own, "smaller than claimed"):
-        said.append(f"The gain, if there is one, is smaller than claimed on {_names(small)}.")
-    if open_ := _of(own, "undecided"):
+    small = of("smaller than claimed")
+    for than, units in (
+        ("claimed", [v for v in small if v.dataset in v.claim.published]),
+        ("would matter", [v for v in small if v.dataset not in v.claim.published]),
+    ):
+        if units:
+            said.append(f"The gain, if there is one, is smaller than {than} on {_names(units)}.")
+    if open_ := of("undecided"):
         said.append(f"{_names(open_)} {'is' if len(open_) == 1 else 'are'} undecided.")
     return " ".join(said)
 
@@ -43,42 +63,64 @@ def _ac(found: Sequence[Verdict]) -> str:
         return ""
     places = [[v for v in own if _where(v) == place] for place in dict.fromkeys(map(_where, own))]
     wins = [v for units in places for v in units if all(one.word == "supported" for one in units)]
-    late = [v for v in own if v.obstacle is not None and v.obstacle.kind == "not trained"]
-    rest = [v for v in own if v not in wins and v not in late and v.comparison is not None]
+    rest = [v for v in own if v not in wins and v.comparison is not None]
+    kinds = {
+        kind: [v for v in rest if (v.obstacle.kind if v.obstacle else None) == kind]
+        for kind in ("not trained", "gate", "no control", None)
+    }
     said = [f"Yes on {_list(wins, _where, _against)}." if wins else "We see no reason to."]
+    tested = [v for v in rest if v not in kinds["not trained"]]
     for better, word in ((True, "Better"), (False, "Worse")):
-        if apart := [v for v in rest if _apart(v) and (_gain(v) > 0) is better]:
-            said.append(f"{word} on {_list(apart, _where, _against)}.")
-    differ = {_where(v) for v in rest if _apart(v)}
-    if same := [v for v in rest if _where(v) not in differ]:
-        controls = _and(list(dict.fromkeys(f"the {in_words(v.control)}" for v in same)))
-        said.append(f"No difference from {controls} is seen on {_names(same)}.")
-    if late:
-        said.append(f"On {_names(late)} models are not trained far enough to say.")
-    if gated := [v for v in rest if v.obstacle is not None and v.obstacle.kind == "gate"]:
-        where = "here" if len(gated) == len(own) else f"on {_names(gated)}"
-        said.append(f"Learned routing is not shown to pay {where}, so a better router has nothing to prove.")
-    if judged := [v for v in rest if v.obstacle is None]:
+        if apart := [v for v in tested if _apart(v) and (_gain(v) > 0) is better]:
+            said.append(f"{word} on {_list(apart, _where, _against, _little)}.")
+    if judged := kinds[None]:
         small = all(v.word in ("smaller than claimed", "contradicted") for v in judged)
         gain = "any gain is smaller than would matter" if small else "a gain is neither shown nor excluded"
-        said.append(f"Where it pays ({_names(judged)}), {gain}.")
+        said.append(f"Where learned routing pays ({_names(judged)}), {gain}{_undecided(found, judged)}.")
+    if late := kinds["not trained"]:
+        said.append(f"On {_names(late)} models are not trained far enough to say.")
+    if gated := kinds["gate"]:
+        said.append(
+            f"Not judged on {_names(gated)}, where learned routing is not shown to beat every router that "
+            "learns nothing."
+        )
+    if unchecked := kinds["no control"]:
+        said.append(f"Not judged on {_names(unchecked)}, where no router that learns nothing was run.")
+    if aside := [*gated, *unchecked]:
+        differ = {_where(v) for v in aside if _apart(v)}
+        if same := [v for v in aside if _where(v) not in differ]:
+            controls = _and(list(dict.fromkeys(f"the {in_words(v.control)}" for v in same)))
+            said.append(
+                f"No difference from {controls} is seen {f'on {_names(same)}' if differ else 'there'}."
+            )
     return " ".join(said)
+
+
+def _undecided(found: Sequence[Verdict], judged: Sequence[Verdict]) -> str:
+    """The other claims that are undecided in the same places: "; undecided there: more robust to attack"."""
+    places = {_where(v) for v in judged}
+    others = [v for v in found if v.word == "undecided" and _where(v) in places and v not in judged]
+    return "".join(f"; undecided there: {v.claim.wording} ({_against(v)})" for v in others[:1]) + "".join(
+        f", {v.claim.wording} ({_against(v)})" for v in others[1:]
+    )
 
 
 def _pays(found: Sequence[Verdict]) -> str:
     def place(v: Verdict) -> str:
-        several = len({one.control for one in found if (one.claim, one.dataset) == (v.claim, v.dataset)}) > 1
-        beside = " beside SNNL" * v.claim.key.endswith("-beside")
-        return f"{_where(v)}{beside}{f' against {in_words(v.control)}' if several else ''}"
+        beside = " with SNNL" * v.claim.key.endswith("-beside")
+        return f"{_where(v)}{beside} against {in_words(v.control.replace('-snnl', '-gate'))}"
+
+    def chosen(v: Verdict) -> str:
+        return "pilots chose this set, because routing won there" * (v.dataset == "shifted_domains")
 
     said = []
     for word, phrase in (
         ("supported", "Yes on {}."),
-        ("contradicted", "No: a gate that learns nothing does better on {}."),
+        ("contradicted", "No, the control that learns nothing does better, on {}."),
         ("smaller than claimed", "It gains less than would matter on {}."),
     ):
         if units := _of(found, word):
-            said.append(phrase.format(_list(units, place)))
+            said.append(phrase.format(_list(units, place, chosen)))
     if open_ := _of(found, "undecided"):
         said.append(f"{_and(list(map(place, open_)))} {'is' if len(open_) == 1 else 'are'} undecided.")
     return " ".join(said)
@@ -118,11 +160,15 @@ def _where(verdict: Verdict) -> str:
 
 
 def _names(units: Sequence[Verdict]) -> str:
-    return _and(list(dict.fromkeys(map(_where, units))))
+    return _and(list(dict.fromkeys(_where(v) + " (exploratory)" * (not v.confirmatory) for v in units)))
 
 
 def _against(verdict: Verdict) -> str:
     return f"against the {in_words(verdict.control)}"
+
+
+def _little(verdict: Verdict) -> str:
+    return "less than would matter" * (abs(_gain(verdict)) < verdict.margin)
 
 
 def _caveats(verdict: Verdict) -> str:

@@ -46,19 +46,18 @@ def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Fig
                 axis.text(x, y, "-", ha="center", va="center")
                 continue
             colours[y, x] = sign * found.difference
-            difference, low, high = (
-                f"{tables.rounded(column.scale * value, decimals):+.{decimals}f}"
-                for value in (found.difference, found.low, found.high)
-            )
-            axis.text(x, y - 0.16, difference, ha="center", va="center")
-            axis.text(x, y + 0.24, f"[{low}, {high}]", ha="center", va="center", fontsize=8)
+            difference = tables.rounded(column.scale * found.difference, decimals)
+            interval = tables.shown_interval(column.scale * found.low, column.scale * found.high, decimals)
+            axis.text(x, y - 0.16, f"{difference:+.{decimals}f}", ha="center", va="center")
+            axis.text(x, y + 0.24, interval, ha="center", va="center", fontsize=8)
             if found.low > 0 or found.high < 0:
                 axis.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, fill=False, ec="black", lw=1.5))
         known = np.abs(colours[np.isfinite(colours)])
         reach = max(known.max(initial=0.0), np.finfo(float).tiny)
         axis.imshow(colours, cmap=DOSE_COLOURS, vmin=-reach, vmax=reach, aspect="auto")
         better = "orange: better" if name in BETTER else "orange: more"
-        axis.set_title(f"{column.title(name)}, {better}", fontsize=10)
+        apart = ",\n" if len(columns) < 3 else ", "  # the panels are narrow
+        axis.set_title(f"{column.title(name)}{apart}{better}", fontsize=10)
         axis.set_xticks(range(len(columns)), [heads[at] for at in columns])
         axis.set_yticks(range(len(lines)), [rows[at] for at in lines])
         axis.spines[:].set_visible(False)

@@ -56,12 +56,12 @@ COSTS: dict[str, Quantity] = {
 GAINS: dict[str, Quantity] = {
     "snnl − base": partial(gain, "snnl", "base"),
     "snnl at a tenth of the factor − base": partial(gain, "snnl-weaker", "base"),
-    "snnl − uniform-snnl: does routing pay beside SNNL?": partial(gain, "snnl", "uniform-snnl"),
+    "snnl − uniform-snnl: does routing pay with SNNL?": partial(gain, "snnl", "uniform-snnl"),
 }
 
 
 def collapse_map(results: Sequence[Result]) -> Figure:
-    """Share of the experts that `base` uses, mean over seeds: dark where it has collapsed."""
+    """Share of the experts that `base` uses, median over seeds: dark where it has collapsed."""
     return _map(results, {"share of experts in effect, base": effective_share}, "viridis", (0.0, 1.0))
 
 
@@ -71,26 +71,27 @@ def cost_map(results: Sequence[Result]) -> Figure:
 
 
 def gain_map(results: Sequence[Result]) -> Figure:
-    """Accuracy in points: what SNNL adds to `base`, and learned against constant routing beside SNNL."""
+    """Accuracy in points: what SNNL adds to `base`, and learned against constant routing with SNNL."""
     return _map(results, GAINS, "RdBu_r", None)
 
 
 def map_table(results: Sequence[Result]) -> pd.DataFrame:
-    """Each difference over the map: in how many cells all seeds agree on its sign, mean and range."""
+    """Each difference over the map: in how many cells all seeds agree on its sign, and of its median over
+    seeds the mean and the range."""
     cells = _cells(results)
     rows = {}
     for title, quantity in (COSTS | GAINS).items():
         per_cell = [values_S for cell in cells.values() if (values_S := quantity(cell)).size]
         if per_cell:
-            means = [values_S.mean() for values_S in per_cell]
+            medians = [np.median(values_S) for values_S in per_cell]
             rows[title] = {
                 "cells": len(per_cell),
                 "seeds": max(map(len, per_cell)),
                 "higher in all seeds": sum((values_S > 0).all() for values_S in per_cell),
                 "lower in all seeds": sum((values_S < 0).all() for values_S in per_cell),
-                "mean, points": f"{np.mean(means):+.2f}",
-                "lowest": f"{min(means):+.2f}",
-                "highest": f"{max(means):+.2f}",
+                "mean of medians, points": f"{np.mean(medians):+.2f}",
+                "lowest": f"{min(medians):+.2f}",
+                "highest": f"{max(medians):+.2f}",
             }
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index.name = "difference in accuracy"
@@ -103,7 +104,7 @@ def _map(
     colours: str,
     limits: tuple[float, float] | None,
 ) -> Figure:
-    """A row of panels for each quantity. Means over seeds in the cells, bold where all seeds agree on the
+    """A row of panels for each quantity. Medians over seeds in the cells, bold where all seeds agree on the
     sign; without limits the colours are even around 0."""
     cells = _cells(results)
     codes, experts, widths = (sorted({size[i] for size in cells}) for i in range(3))
@@ -113,12 +114,12 @@ def _map(
             figure.subfigures(len(quantities), 1, squeeze=False)[:, 0], quantities.items(), strict=True
         ):
             values = {size: quantity(cell) for size, cell in cells.items()}
-            means = {size: values_S.mean() for size, values_S in values.items() if values_S.size}
-            bound = max(map(abs, means.values()), default=1.0)
+            medians = {size: np.median(values_S) for size, values_S in values.items() if values_S.size}
+            bound = max(map(abs, medians.values()), default=1.0)
             low, high = (-bound, bound) if limits is None else limits
             axes = part.subplots(1, len(codes), squeeze=False)[0]
             for axis, code in zip(axes, codes, strict=True):
-                shown_HE = np.array([[means.get((code, e, h), np.nan) for e in experts] for h in widths])
+                shown_HE = np.array([[medians.get((code, e, h), np.nan) for e in experts] for h in widths])
                 image = axis.imshow(shown_HE, cmap=colours, vmin=low, vmax=high, aspect="auto")
                 for (y, x), value in np.ndenumerate(shown_HE):
                     if np.isfinite(value):
@@ -141,5 +142,5 @@ def _map(
                 axis.set_title(f"code of {code}", fontsize=9)
             axes[0].set_ylabel("expert width")
             part.suptitle(title, fontsize=10, weight="bold", x=0.01, ha="left")
-            part.colorbar(image, ax=axes.tolist(), shrink=0.9)
+            part.colorbar(image, ax=axes.tolist(), shrink=0.9, label="share" if limits else "points")
     return figure

@@ -110,12 +110,12 @@ def published_table(profile: str) -> pd.DataFrame:
                         "study": name,
                         "data set": DATASET_TITLES[dataset],
                         "published MoE": f"{100 * published.control:.2f}",
-                        "our base": f"{tables.rounded(arms_S['base'].mean() * 100, 2):.2f}",
+                        "our base": f"{(arms_S['base'] * 100).mean():.2f}",
                         "published MoE + SNNL": f"{100 * published.treatment:.2f}",
-                        "our snnl": f"{tables.rounded(arms_S['snnl'].mean() * 100, 2):.2f}",
+                        "our snnl": f"{(arms_S['snnl'] * 100).mean():.2f}",
                         "published gain": f"{100 * published.difference:+.2f}",
                         "our gain": f"{found.difference * 100:+.2f}",
-                        "95 % interval": f"[{found.low * 100:+.2f}, {found.high * 100:+.2f}]",
+                        "95 % interval": tables.shown_interval(found.low * 100, found.high * 100, 2),
                         "seeds": str(found.seeds),
                     }
                 )

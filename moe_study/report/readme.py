@@ -28,14 +28,14 @@ def readme_section() -> str:
     )
     if selection.whole_runs("core", "collapse"):
         parts.append(
-            "Who serves which domain, without and with SNNL: rows are domains, columns experts. Rows that "
-            "differ "
-            "show a gate that tells domains apart.\n\n"
+            "Mean gate weight of each expert (columns) on each domain (rows), without and with SNNL. With "
+            "SNNL the load is more even, but the gate tells the domains less apart.\n\n"
             f"![Mean gate of each domain without and with SNNL]({README_PICTURES['routing']})"
         )
     return "\n\n".join(parts) + f"\n\n{END}"
 
 
+ACCURACY_OF = ("snnl-confirm", "snnl", "collapse", "collapse-top1", "collapse-wide")
 README_PICTURES = {"verdicts": "figures/readme/verdicts.png", "routing": "figures/readme/routing.png"}
 
 
@@ -69,10 +69,12 @@ def results_page() -> str:
         answers(found),
         words.scope(found),
         "One row a claim, data set and control, at the last epoch, paired by seed: mean difference, 95 % t "
-        "interval, exact sign-flip p (Holm over the units of a study). *Counts from*: the published "
-        "difference, or a declared margin. Fewer than eight seeds are a pilot: shown, never decided.",
+        "interval, exact sign-flip p of the claim (Holm over the units of a study; 1 where the mean lies "
+        "on the other side). *Counts from*: the published difference, or a declared margin. Fewer than eight "
+        "seeds are a pilot: shown, never decided. †: an older unit, measured at the epoch of the lowest "
+        "validation cross-entropy.",
         markdown(words.table(found)),
-        "What each verdict hangs on: the margin, the checkpoint, the test images, the number of seeds.",
+        "What each verdict depends on: the margin, the checkpoint, the test images, the number of seeds.",
         markdown(words.firmness(found)),
         "## SNNL",
         "Published accuracies (second-hand) beside ours, in %, at the last epoch:",
@@ -97,7 +99,7 @@ def results_page() -> str:
 def _accuracies(profile: str) -> list[str]:
     """A table of each study of the SNNL family that has results."""
     title = "Test accuracy in %, last epoch, mean ± standard deviation (seeds)"
-    found = {name: overview.accuracy_table(profile, name) for name in ("snnl-confirm", "snnl", "collapse")}
+    found = {name: overview.accuracy_table(profile, name) for name in ACCURACY_OF}
     return [
         text
         for name, own in found.items()

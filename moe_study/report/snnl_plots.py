@@ -18,7 +18,6 @@ from moe_lib import metrics
 from moe_study.collapse import collapse, trajectory
 from moe_study.data import DATASETS
 from moe_study.report.plots import (
-    PALETTE,
     STYLE,
     arm_style,
     arms_of,
@@ -61,8 +60,11 @@ def tsne_panels(results: Sequence[Result]) -> Figure:
         xy_N2 = np.array(coordinates)
         _points(axes[row * each, column], title, xy_N2, np.array(labels), by_class, names)
         if experts is not None:
-            by_expert = {e: PALETTE[e % len(PALETTE)] for e in np.unique(experts)}
-            _points(axes[row * each + 1, column], "the same, by expert", xy_N2, np.array(experts), by_expert)
+            axis = axes[row * each + 1, column]
+            by_expert = {e: mpl.colormaps["Dark2"](e % 8) for e in np.unique(experts)}
+            numbers = [f"expert {e + 1}" for e in range(max(by_expert) + 1)]
+            _points(axis, "the same, by expert", xy_N2, np.array(experts), by_expert, numbers)
+            axis.legend(fontsize=7, markerscale=2, handletextpad=0.1, borderpad=0.2, framealpha=0.7)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.set_aspect("equal", adjustable="datalim")
@@ -227,6 +229,7 @@ def collapse_panel(results: Sequence[Result], arms: Sequence[str] = ("base", "sn
     return captioned(
         figure,
         "How collapsed? 0: specialists; 1: one expert would do. Left and middle: over training, mean and "
-        "range over seeds. Right: each seed a dot, beside the tick of its null; a dot no further "
-        f"right than its tick shows no collapse. {seeds_in_words([r for g in grouped.values() for r in g])}.",
+        "range over seeds. Right: each seed a dot, beside the tick of its null; a dot no further right than "
+        "its tick shows no collapse. Of functional collapse the tick, at 1, is a gate that does not matter. "
+        f"{seeds_in_words([r for g in grouped.values() for r in g])}.",
     )

@@ -121,6 +121,7 @@ def inspector_sections() -> list[str]:
     def percent(entry: dict[str, Any], key: str) -> str:
         return f"{entry[key]:+.0f} %" if key in entry else "-"
 
+    blind = [name for name, entry in tools.items() if len(set(entry["sees"].values())) == 1]
     seen = pd.DataFrame({name: entry["sees"] for name, entry in tools.items()}).rename_axis("planted")
     cost = pd.DataFrame(
         {
@@ -133,15 +134,18 @@ def inspector_sections() -> list[str]:
                 else "-",
             }
             for name, entry in tools.items()
+            if name not in blind
         }
     ).T.rename_axis("tool")
     sections = [
         "## Watching a model",
         "Faults planted in every block of a small Mixtral (two blocks, 8 experts, K = 2), and what each tool "
         "says of them (`python -m benchmarks.inspect peers`). *Second choice only*: an expert that is busy, "
-        "though never a token's first choice; nothing is wrong with it.",
+        "though never a token's first choice; nothing is wrong with it. The gates of this model are sure of "
+        "each token, which moewatch's alarm on entropy is about.",
         markdown(seen),
-        "Processor time that watching adds, medians of ratios in one process, and what the process gains:",
+        "Processor time that watching adds, medians of ratios in one process, and what the process gains"
+        + (f" (without {', '.join(blind)}, which read nothing of this model):" if blind else ":"),
         markdown(cost),
     ]
     if found.get("load_average", 0) > found.get("cores", 1):

@@ -346,6 +346,13 @@ def rounded(value: float, decimals: int) -> float:
     return round(value, decimals) + 0.0
 
 
+def shown_interval(low: float, high: float, decimals: int) -> str:
+    """ "[low, high]", with up to two more decimals where an end would lose its side of 0 to rounding."""
+    more = next((k for k in (0, 1) if all(round(end, decimals + k) for end in (low, high) if end)), 2)
+    low_text, high_text = (f"{rounded(end, decimals + more):+.{decimals + more}f}" for end in (low, high))
+    return f"[{low_text}, {high_text}]"
+
+
 def spread(values: pd.Series, decimals: int) -> str:
     """ "mean ± sd" (sd of the sample), the mean alone for one seed, "-" for none."""
     values = values.dropna()
@@ -617,13 +624,10 @@ PLAIN = Column("", 4)
 
 def show(value: stats.PairedComparison, column: Column = PLAIN) -> dict[str, str]:
     """A comparison as text: difference, t interval, sign-flip p, and "pilot" below eight seeds."""
-    difference, low, high = (
-        f"{rounded(number * column.scale, column.decimals):+.{column.decimals}f}"
-        for number in (value.difference, value.low, value.high)
-    )
+    low, high = value.low * column.scale, value.high * column.scale
     return {
-        "difference": difference,
-        "95 % interval": f"[{low}, {high}]",
+        "difference": f"{rounded(value.difference * column.scale, column.decimals):+.{column.decimals}f}",
+        "95 % interval": shown_interval(low, high, column.decimals),
         "p": shown_p(value.p),
         "seeds": f"{value.seeds}" + (" (pilot)" if value.seeds < PILOT_BELOW else ""),
     }

@@ -93,33 +93,33 @@ def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
             continue
         claim = row.claim
         names.append(f"{claim.wording}, {DATASET_TITLES[row.dataset]}: {claim.treatment} - {row.control}")
-        same = [v for v in verdicts if (v.claim.key, v.dataset) == (claim.key, row.dataset)]
-        reach = max(reach, _forest_row(axis, at, row, row is min(same, key=_in_favour)))
+        reach = max(reach, _forest_row(axis, at, row))
     axis.set_yticks(range(len(rows)), names)
     for row, label in zip(rows, axis.get_yticklabels(), strict=True):
         label.set_fontsize(9)
         label.set_fontweight("bold" if isinstance(row, str) else "normal")
     axis.set_xscale("symlog", linthresh=2, linscale=0.9)
-    shown = [x for x in (-100, -30, -10, -5, -2, -1, 0, 1, 2, 5, 10, 30, 100) if abs(x) <= 1.3 * reach]
+    shown = [x for x in (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100) if abs(x) <= 1.3 * reach]
     axis.set_xticks(shown, [f"{x:g}" for x in shown])
     axis.minorticks_off()
-    axis.set(xlim=(-1.4 * reach, 1.9 * reach), ylim=(len(rows) - 0.4, -0.6))
+    axis.set(xlim=(-1.4 * reach, 3.0 * reach), ylim=(len(rows) - 0.4, -0.6))
     axis.grid(axis="x", alpha=0.3)
-    axis.set_xlabel("← against the claim     in units of the difference that counts     as claimed →")
+    axis.set_xlabel(
+        "← against the claim  |  in units of the difference that counts  |  as claimed →", fontsize=9
+    )
     return captioned(
         figure,
         "Each verdict as a difference in units of the one that counts (dashed line at 1: the published "
         "difference, or the declared margin). Right of 0 is the claimed direction. Thick bars are 90 %, thin "
-        "ones 95 % intervals, at their right end the paired seeds; hollow dots are pilots. Only the deciding "
-        "contrast carries the word. The axis is linear up to 2 and logarithmic beyond.",
+        "ones 95 % intervals, at their right end the paired seeds; hollow dots are pilots. The axis is "
+        "linear up to 2 and logarithmic beyond.",
     )
 
 
-def _forest_row(axis: Any, at: int, verdict: Verdict, decides: bool) -> float:
-    """One verdict's intervals, mean and seeds, and its word if it decides; the largest value drawn."""
+def _forest_row(axis: Any, at: int, verdict: Verdict) -> float:
+    """One verdict's intervals, mean, seeds and word; the largest value drawn."""
     colour, beside = WORD_COLOURS[verdict.word], axis.get_yaxis_transform()
-    if decides:
-        axis.text(1.02, at, verdict.word, color=colour, va="center", fontsize=9, transform=beside)
+    axis.text(1.02, at, verdict.word, color=colour, va="center", fontsize=9, transform=beside)
     if verdict.comparison is None:
         return 0.0
     signed_S = verdict.parts[0].signed_S / verdict.margin
@@ -130,12 +130,6 @@ def _forest_row(axis: Any, at: int, verdict: Verdict, decides: bool) -> float:
     count = {"ha": "right", "va": "center", "fontsize": 8, "color": "#555555", "transform": beside}
     axis.text(1.0, at, f"{len(signed_S)}", **count)
     return float(np.abs(stats.t_interval(signed_S, 0.95)).max())
-
-
-def _in_favour(verdict: Verdict) -> float:
-    """How far the claimed direction is reached, in margins; without pairs not at all."""
-    signed_S = verdict.parts[0].signed_S
-    return float(signed_S.mean() / verdict.margin) if len(signed_S) else -np.inf
 
 
 FAULT_TITLES = {  # of the ladders of `trust`

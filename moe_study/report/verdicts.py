@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +18,7 @@ from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
 from moe_study.verdicts import Cause, Verdict, Word
 
+EARLIER = " †"  # beside a verdict that is not measured at the last epoch
 COLUMNS = ("claim", "against", "verdict", "difference", "95 % interval", "counts from", "p (Holm)", "seeds")
 
 
@@ -54,7 +54,7 @@ def table(found: Sequence[Verdict]) -> pd.DataFrame:
             "data set": DATASET_TITLES[verdict.dataset],
             "claim": claim.wording,
             "against": f"{verdict.control}: {claim.controls[verdict.control]}",
-            "verdict": word(verdict),
+            "verdict": word(verdict) + EARLIER * (verdict.endpoint != store.PRIMARY_ENDPOINT),
             "counts from": claim.measure.shown(claim.measure.sign * verdict.margin),
             "p (Holm)": "-" if math.isnan(verdict.p_holm) else tables.shown_p(verdict.p_holm),
         }
@@ -68,7 +68,7 @@ def table(found: Sequence[Verdict]) -> pd.DataFrame:
 
 
 def firmness(found: Sequence[Verdict]) -> pd.DataFrame:
-    """What each verdict hangs on: the margin, the checkpoint, the test images, the number of seeds."""
+    """What each verdict depends on: the margin, the checkpoint, the test images, the number of seeds."""
     rows = []
     for verdict in found:
         claim = verdict.claim
@@ -215,7 +215,7 @@ MARKS: Mapping[Word, tuple[str, str]] = {  # sign and style of each word
 }
 SOURCES = {  # of claims, in the order of the grid
     "SNNL-MoE": "SNNL makes a mixture of experts",
-    "this study": "Is it worth having?",
+    "this study": "Does routing, or a mixture, help at all?",
     "AC router": "The AC router",
 }
 
@@ -276,15 +276,14 @@ def _grid_row(units: Sequence[Verdict], datasets: Sequence[str], named: bool) ->
 
 def _cell(verdict: Verdict) -> dict[str, str]:
     measure, found = verdict.claim.measure, verdict.comparison
-    short = replace(measure, decimals=min(measure.decimals, 3))  # as fits into a cell
     mark, style = MARKS[verdict.word]
     return {
         "mark": mark,
         "style": style,
         "word": verdict.word,
         "title": f"{contrast_in_words(verdict)}: {word(verdict)}. {reason(verdict)}",
-        "difference": "no pairs" if found is None else short.shown(found.difference, unit=False),
-        "interval": "" if found is None else short.shown(found.low, found.high, unit=False),
+        "difference": "no pairs" if found is None else measure.shown(found.difference, unit=False),
+        "interval": "" if found is None else measure.shown(found.low, found.high, unit=False),
     }
 
 
@@ -296,9 +295,9 @@ def _template(name: str) -> Template:
 
 
 GLOSSARY = {
-    "mixture of experts (MoE)": "a gate shares inputs out among small networks, the experts",
+    "mixture of experts (MoE)": "small networks (experts), and a gate that decides how much each answers",
     "collapse": "experts idle, or all do the same",
-    "SNNL": "soft nearest neighbor loss: draws features of one class together",
+    "SNNL": "soft nearest neighbor loss: pulls features of one class together",
     "AC router": "routes in a space scaled by each expert's cluster",
     "+a [b, c]": "mean difference over paired seeds [95 % interval], in points of accuracy or as said",
     "supported": "claimed sign, corrected p at most 0.05, no checkpoint against it",
@@ -321,14 +320,21 @@ def _said(found: Sequence[Verdict], term: str) -> bool:
 
 
 def scope(found: Sequence[Verdict]) -> str:
-    """Models, budgets and seeds behind the answers, in a sentence."""
+    """Models, budgets and data behind the answers, in a sentence or two."""
     decided = [v for v in found if v.word != "pilot"]
-    scopes = list(dict.fromkeys(v.scope for v in decided))
-    return (
-        f"Scope: small models, trained briefly ({'; '.join(scopes)}), judged at the last epoch."
-        if scopes
-        else ""
-    )
+    if not decided:
+        return ""
+    places: dict[str, list[str]] = {}
+    for verdict in decided:
+        places.setdefault(verdict.scope, []).append(DATASET_TITLES[verdict.dataset])
+    listed = "; ".join(f"{', '.join(dict.fromkeys(titles))}: {model}" for model, titles in places.items())
+    text = f"Scope: small models, trained briefly, judged at the last epoch. {listed}."
+    if earlier := sum(v.endpoint != store.PRIMARY_ENDPOINT for v in decided):
+        text += (
+            f" {earlier} exploratory verdicts (†) are measured at the epoch of the lowest validation "
+            "cross-entropy."
+        )
+    return text
 
 
 def differences(
@@ -349,7 +355,7 @@ def differences(
         )
         shown = tables.show(found, column)
         if found.low <= 0 <= found.high:
-            reading = "these seeds show no difference"
+            reading = "the interval includes 0, so these seeds cannot tell"
         else:
             reading = f"{in_words(treatment)} is {'higher' if found.difference > 0 else 'lower'}"
         pilot = ", too few to decide" if found.seeds < tables.PILOT_BELOW else ""

@@ -365,7 +365,7 @@ def test_a_claim_about_routing_is_judged_where_routing_pays(pays, word, said):
 def test_a_gate_that_was_not_run_or_is_a_pilot_is_closed():
     found = judged(snnl_results(arms=("base", "snnl")), "snnl-flexible")
     assert found.word == "not testable here"
-    assert "no control that learns nothing was run" in words.reason(found)
+    assert "No control that learns nothing was run" in words.reason(found)
     assert math.isnan(found.p_holm)
     few = [r for r in snnl_results() if r["run"]["arm"] != "uniform-gate" or r["run"]["seed"] < 5]
     found = judged(few, "snnl-flexible")

@@ -17,6 +17,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from moe_study import store, study, trust, verdicts
+from moe_study.claims import ACCURACY
 from moe_study.configs import arms, crossed, snnl
 from moe_study.data import ROOT
 from moe_study.report import (
@@ -498,8 +499,15 @@ def test_crossed_effects_by_hand():
 
 def test_what_rounds_to_zero_has_no_sign():
     assert tables.show(comparison(-2e-6, 1e-6))["difference"] == "+0.0000"
-    assert tables.show(comparison(-2e-6, 1e-6))["95 % interval"] == "[+0.0000, +0.0000]"
+    assert tables.show(comparison(-2e-9, 1e-9))["95 % interval"] == "[+0.000000, +0.000000]"
     assert tables.spread(pd.Series([-1e-6, -1e-6]), 4) == "0.0000 ± 0.0000"
+
+
+def test_an_end_of_an_interval_keeps_its_side_of_zero():
+    assert tables.shown_interval(-0.677, -0.001, 2) == "[-0.677, -0.001]"
+    assert tables.shown_interval(-0.0025, 0.173, 2) == "[-0.003, +0.173]"
+    assert tables.shown_interval(-0.68, 0.0, 2) == "[-0.68, +0.00]"
+    assert ACCURACY.shown(-0.00339, -0.00677, -0.00001) == "-0.34 [-0.677, -0.001] points"
 
 
 # -------------------------------------------------------------------------------------------- report
@@ -660,9 +668,34 @@ def test_answers_say_what_ac_gains_where_routing_pays(spread, said):
         for run in study.runs("core", "ac-vision-confirm", arm=arm)
     ]
     text = answers(verdicts.verdicts(results, "ac-vision-confirm"))
-    assert "**Should I use the AC router?** We see no reason to. No difference" in text
-    assert f"Where it pays (Three shifted domains), {said}." in text
-    assert "not shown to pay" not in text
+    assert "**Should I use the AC router?** We see no reason to. Where learned routing pays (Three" in text
+    assert f"(Three shifted domains), {said}" in text
+    assert "Not judged" not in text
+
+
+def test_answers_name_where_ac_is_not_judged_and_why():
+    """No control that learns nothing was run, or one was and is not beaten."""
+    arms_of = {"linear": 0.8, "cosine": 0.8, "ac": 0.8}
+    for blind, why in (
+        ({}, "no router that learns nothing was run"),
+        ({"hash": 0.9}, "is not shown to beat"),
+    ):
+        results = [
+            routed(run, mean + 0.001 * (run.seed % 7))
+            for arm, mean in (arms_of | blind).items()
+            for run in study.runs("core", "ac-vision", "cifar10", arm)
+        ]
+        text = answers(verdicts.verdicts(results, "ac-vision"))
+        assert f"Not judged on CIFAR-10 (exploratory), where {'learned routing ' * bool(blind)}{why}" in text
+        assert "Where learned routing pays" not in text
+
+
+def test_answers_say_whether_a_gain_of_snnl_needs_the_routing(folders):
+    for arm, accuracy in (("base", 0.60), ("snnl", 0.65), ("uniform-snnl", 0.66)):
+        for place, run in enumerate(study.runs("core", "collapse", arm=arm)):
+            store.write_run(run.path, made_up(run, accuracy + 0.001 * (place % 3)))
+    text = answers(verdicts.verdicts(study.results(study.runs("core", "collapse")), "collapse"))
+    assert "with SNNL a gate that learns nothing is better still" in text
 
 
 def test_readme_check_sees_a_stale_table_and_changes_nothing(core, capsys):
@@ -1425,14 +1458,22 @@ def test_a_gpus_runs_are_counted_and_their_times_are_no_core_minutes(core):
 
 
 def test_results_show_the_inspector_beside_its_peers(folders):
-    ours = {"sees": {"noise": "arbitrary"}, "added_percent_training": 12.4, "mib_per_50_steps": 0.26}
-    peer = {"sees": {"noise": "nothing"}, "added_percent_generation": 5.6}
+    saw = {"healthy": "nothing", "noise": "arbitrary"}
+    ours = {"sees": saw, "added_percent_training": 12.4, "mib_per_50_steps": 0.26}
+    peer = {"sees": {"healthy": "all is well", "noise": "nothing"}, "added_percent_generation": 5.6}
+    blind = {"sees": {"healthy": "2 blocks", "noise": "2 blocks"}}
     passes = {"D 512": 8.2}
-    content = {"tools": {"ours": ours, "peer": peer}, "missing": {"x": "gone"}, "pass_added_percent": passes}
+    content = {
+        "tools": {"ours": ours, "peer": peer, "blind": blind},
+        "missing": {"x": "gone"},
+        "pass_added_percent": passes,
+    }
     store.write(store.results_dir() / "bench" / "inspect.json", content)
     section = "\n".join(speed.inspector_sections())
-    assert "| planted | ours | peer |" in section
-    assert "| noise | arbitrary | nothing |" in section
+    assert "| planted | ours | peer | blind |" in section
+    assert "| noise | arbitrary | nothing | 2 blocks |" in section
+    assert "(without blind, which read nothing of this model)" in section
+    assert "| blind | -" not in section
     assert "| ours | +12 % | - | - | 0.3 |" in section
     assert "| peer | - | - | +6 % | - |" in section
     assert "+8 % at D 512" in section
