@@ -370,8 +370,7 @@ def _judge(
         claim=claim, profile=run["profile"], study=run["study"], dataset=run["dataset"], control=control,
         word="pilot" if seeds < tables.PILOT_BELOW else "undecided", parts=parts, endpoint=endpoint,
         obstacle=obstacle, p=p, p_holm=math.nan, at_half="undecided", at_twice="undecided", by_endpoint={},
-        seeds_needed=None, causes=_causes(claim, results, endpoint),
-        images=image_interval(results, claim, control, endpoint), scope=scope(own),
+        seeds_needed=None, causes=(), images=None, scope=scope(own),
     )  # fmt: skip
 
 
@@ -458,7 +457,16 @@ def verdicts(results: Sequence[Result], study: str) -> list[Verdict]:
     for own in by_dataset.values():
         _check(own)
     ours = [v for v in _decide(claims, by_dataset, None) if v.claim.source == "this study"]
-    return ours + [v for v in _decide(claims, by_dataset, ours) if v.claim.source != "this study"]
+    papers = [v for v in _decide(claims, by_dataset, ours) if v.claim.source != "this study"]
+    return [
+        replace(
+            v,
+            causes=_causes(v.claim, own, v.endpoint),
+            images=image_interval(own, v.claim, v.control, v.endpoint),
+        )
+        for v in ours + papers
+        for own in [by_dataset[v.dataset]]
+    ]
 
 
 def _decide(

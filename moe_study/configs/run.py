@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from moe_lib.models.classifier import ClassifierConfig
@@ -46,7 +47,7 @@ class Run:
     test_tokens: int = 2**18  # of a test text are scored; half of them with words swapped
     text_digest: str = ""  # of a text that was given by its path: another text, another run
 
-    @property
+    @cached_property
     def id(self) -> str:
         return store.digest(self)
 
