@@ -194,24 +194,37 @@ def test_the_checked_words_of_this_file_see_something():
 # ------------------------------------------------------------------------------------- when executed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "parameters", "error", "named"),
+    ("name", "given", "said"),
     [
-        ("00_tour", ["sede", "1"], "unknown parameter", "'sede'; this notebook has seed"),
-        ("10_snnl_moe", ["dataset", "svhn"], "unknown dataset", "'svhn'"),
-        ("20_ac_vision", ["dataset", "docs"], "unknown dataset", "'docs'"),
-        ("21_ac_language", ["dataset", "digits"], "unknown dataset", "'digits'"),
-        ("30_snnl_x_ac", ["worker", "1"], "unknown parameter", "'worker'; this notebook has dataset"),
-        ("40_your_model", ["expert", "1"], "unknown parameter", "'expert'; this notebook has epochs"),
-        ("50_dose_response", ["dataset", "svhn"], "unknown dataset", "'svhn'"),
-        ("90_report", ["profile", "x"], "unknown profile", "'x'"),
+        ("00_tour", {"sede": 1}, "unknown parameter 'sede'; this notebook has seed"),
+        ("10_snnl_moe", {"dataset": "svhn"}, "unknown dataset 'svhn'"),
+        ("20_ac_vision", {"dataset": "docs"}, "unknown dataset 'docs'"),
+        ("21_ac_language", {"dataset": "digits"}, "unknown dataset 'digits'"),
+        ("30_snnl_x_ac", {"worker": 1}, "unknown parameter 'worker'; this notebook has dataset"),
+        ("40_your_model", {"expert": 1}, "unknown parameter 'expert'; this notebook has epochs"),
+        ("50_dose_response", {"dataset": "svhn"}, "unknown dataset 'svhn'"),
+        ("90_report", {"profile": "x"}, "unknown profile 'x'"),
     ],
 )
-def test_a_wrong_parameter_stops_the_notebook(name, parameters, error, named, folders):
-    source, made = str(ROOT / "notebooks" / f"{name}.ipynb"), str(folders / "out.ipynb")
+def test_a_wrong_parameter_stops_the_notebook(name, given, said, folders):
+    """Its cells one after the other, as papermill writes them, in a shell of this process."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    stored = papermill.iorw.load_notebook_node(str(ROOT / "notebooks" / f"{name}.ipynb"))
+    made, shell = papermill.parameterize.parameterize_notebook(stored, given), InteractiveShell()
+    code = (cell.source for cell in made.cells if cell.cell_type == "code")
+    errors = (shell.run_cell(source, store_history=True).error_in_exec for source in code)
+    with pytest.raises(study.StudyError, match=said):
+        raise next(filter(None, errors))
+    assert not any(path.is_file() for path in folders.rglob("*"))
+
+
+@pytest.mark.slow
+def test_papermill_ends_with_a_wrong_parameter(folders):
+    source, made = str(ROOT / "notebooks" / "90_report.ipynb"), str(folders / "out.ipynb")
     process = subprocess.run(
-        [sys.executable, "-m", "papermill", "--no-progress-bar", source, made, "-p", *parameters],
+        [sys.executable, "-m", "papermill", "--no-progress-bar", source, made, "-p", "profile", "x"],
         cwd=folders,
         env=os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"},
         capture_output=True,
@@ -221,7 +234,7 @@ def test_a_wrong_parameter_stops_the_notebook(name, parameters, error, named, fo
     )
     assert process.returncode != 0
     plain = re.sub(r"\x1b\[[0-9;]*m", "", process.stderr)
-    assert f"StudyError: {error} {named}" in plain
+    assert "StudyError: unknown profile 'x'" in plain
     assert sorted(path.name for path in folders.rglob("*") if path.is_file()) == ["out.ipynb"]
 
 
