@@ -147,8 +147,9 @@ class Pictures(torch.utils.data.Dataset):
 
 def usual_batches(split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """For ever; in this process, since a benchmark on one core gives its peers no more."""
+    loader = torch.utils.data.DataLoader(Pictures(split), batch, shuffle=True)
     while True:
-        yield from torch.utils.data.DataLoader(Pictures(split), batch, shuffle=True)
+        yield from loader
 
 
 # ---------------------------------------------------------------------------------- stacked seeds
