@@ -18,7 +18,10 @@ docs=--nbval
 installed=$("$bin/python" -c 'import sklearn; print(sklearn.__version__)')
 grep -q "^scikit-learn==$installed\b" requirements.lock || docs=--nbval-lax
 run --nbval notebooks/00_tour.ipynb notebooks/10_snnl_moe.ipynb notebooks/11_collapse.ipynb \
-  notebooks/20_ac_vision.ipynb notebooks/30_snnl_x_ac.ipynb notebooks/50_dose_response.ipynb
+  notebooks/20_ac_vision.ipynb notebooks/50_dose_response.ipynb
+# Initial weights are drawn in float32, whose last bit may differ between kinds of processors; one run of 30
+# grows that into the fourth digit. So it is run, and not compared.
+run --nbval-lax notebooks/30_snnl_x_ac.ipynb
 run $docs notebooks/21_ac_language.ipynb
 # 90 is stored on the committed results of profile core.
 unset MOE_RESULTS_DIR
