@@ -1,9 +1,9 @@
 """The AC study on images: does Adaptive Clustering help the router of a vision transformer?
 
 `python -m moe_study run --profile core --study ac-vision` takes 239 core-minutes, "ac-vision-tuning" another
-9. What came out (RESULTS.md, "Verdicts"): nothing can be tested there, for learned routing is not shown to
-pay; the differences between `ac` and its controls are below a point. A pilot said why: an image's patches
-are so different by position that two fixed experts per position beat every router.
+9. What came out (RESULTS.md, "Verdicts"): the AC router cannot be judged there. An image's patches are so
+different by position that on CIFAR-10 two fixed experts per position (`hash`) beat every router by far; on
+the other sets that control is planned. The differences between `ac` and its controls are below a point.
 
 "ac-vision-confirm" takes position away: three domains under one label space, each image shifted around its
 edges at random, so that a router has to look at the patch. In pilots (validation data, one tuning seed) a

@@ -1,6 +1,8 @@
 """The stored notebooks: parameters that are refused if unknown, outputs that nbval can check, no traces."""
 
 import ast
+import importlib
+import inspect
 import json
 import os
 import re
@@ -16,7 +18,7 @@ from IPython.utils.capture import capture_output
 from matplotlib.figure import Figure
 from PIL import Image
 
-from moe_study import notebook, study
+from moe_study import notebook, store, study
 from moe_study.data import ROOT
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -125,6 +127,29 @@ def test_parameters_are_what_the_notebook_checks(path):
 
 
 @every_notebook
+def test_names_of_our_modules_exist(path):
+    """In branches too that the embedded data never reach."""
+    tree = ast.parse("\n".join(cell.source for cell in code_cells(path)))
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in store.PACKAGES:
+            for alias in node.names:
+                holder = importlib.import_module(node.module)
+                if not hasattr(holder, alias.name):
+                    importlib.import_module(
+                        f"{node.module}.{alias.name}"
+                    )  # not imported yet
+                if inspect.ismodule(found := getattr(holder, alias.name)):
+                    modules[alias.asname or alias.name] = found
+    used = {
+        (node.value.id, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in modules
+    }
+    assert [f"{name}.{own}" for name, own in sorted(used) if not hasattr(modules[name], own)] == []
+
+
+@every_notebook
 def test_parameters_are_checked_before_anything_is_done(path):
     cells = code_cells(path)
     assert "parameters" in tags(cells[0])
@@ -209,8 +234,6 @@ def test_the_checked_words_of_this_file_see_something():
 )
 def test_a_wrong_parameter_stops_the_notebook(name, given, said, folders):
     """Its cells one after the other, as papermill writes them, in a shell of this process."""
-    from IPython.core.interactiveshell import InteractiveShell
-
     stored = papermill.iorw.load_notebook_node(str(ROOT / "notebooks" / f"{name}.ipynb"))
     made, shell = papermill.parameterize.parameterize_notebook(stored, given), InteractiveShell()
     code = (cell.source for cell in made.cells if cell.cell_type == "code")
