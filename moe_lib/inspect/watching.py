@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from moe_lib.inspect.adapters import Adapter
 from moe_lib.inspect.alarms import early_warning
 from moe_lib.inspect.find import confirm, find_blocks
-from moe_lib.inspect.panel import Panel
+from moe_lib.inspect.lists import NoDropout, copied
+from moe_lib.inspect.panel import Panel, plain
 from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.run import eager, nothing_found, panel_of
 
@@ -36,69 +40,102 @@ class Watch:
         self.path = None if path is None else Path(path)
         self.history: list[dict[str, float]] = []  # "step", and the numbers of each look
         self.steps = 0
-        self.recorder: Recorder | None = None
         self.found: Recorder | None = None  # with the blocks that were confirmed, never attached
         self.last: Panel | None = None
-        self.handles: list[Any] = []
-        self.stance: Any = None
+        self.busy = False  # it is being looked at
+        self.open = ExitStack()  # closing it ends the look
+        self.end: Any = None  # takes back what `start` did
 
     def start(self) -> Watch:
-        target = getattr(self.model, "_orig_mod", self.model)
-        self.handles = [target.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)]
+        compiled = self.model._compiled_call_impl
+        if compiled is None:
+            hook = self.model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+            self.end = hook.remove
+            return self
+
+        def call(*args: Any, **kwargs: Any) -> Any:  # a hook on the model would be compiled with it
+            with self._look(args, kwargs):
+                return compiled(*args, **kwargs)
+
+        vars(self.model)["_compiled_call_impl"] = call
+        self.end = partial(vars(self.model).update, _compiled_call_impl=compiled)
         return self
 
     def stop(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-        self._close()
+        if self.end is not None:
+            self.end()
+            self.end = None
+        self.open.close()
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before the model's forward: is it time to look? Only training steps count."""
-        if not module.training or torch._C._current_graph_task_id() != -1 or self.recorder is not None:
+        """Before the model's forward: look until it ends, if it is time."""
+        if torch.compiler.is_compiling() or self.busy or module is not self.model:  # a replica
+            return
+        known = [*module._forward_pre_hooks]
+        self.open.enter_context(self._look(args, kwargs))
+        if self.busy:
+            after = module.register_forward_hook(lambda *_: self.open.close(), always_call=True)
+            self.open.callback(after.remove)
+            for key, hook in [*module._forward_pre_hooks.items()]:
+                if key not in known:  # added too late for this call
+                    hook(module, args, kwargs)
+
+    @contextmanager
+    def _look(self, args: tuple, kwargs: dict) -> Iterator[None]:
+        """Watch one call of the model, if it is time. Only training steps count."""
+        module = getattr(self.model, "_orig_mod", self.model)
+        if self.busy or not module.training or torch._C._current_graph_task_id() != -1:
+            yield
             return
         self.steps += 1
-        if (self.steps - 1) % self.every:
+        if (self.steps - 1) % self.every or (self.found is not None and not self.found.blocks):
+            yield
             return
-        if self.found is None:
-            self.found = Recorder(module, *find_blocks(module, self.adapters))
-            with torch.no_grad():
-                confirm(self.found, lambda: module.forward(*args, **kwargs))  # past our own hook
-            if not self.found.blocks:
-                raise ValueError(nothing_found(self.found.unread))
-        fresh = [block.fresh() for block in self.found.blocks]
-        self.recorder = Recorder(module, fresh, self.found.unread)
-        self.recorder.attach()
-        self.recorder.batch_starts(module, args, kwargs)
-        self.handles.append(module.register_forward_hook(self._after, always_call=True))
-        self.stance = eager()
-        self.stance.__enter__()
+        self.busy = True
+        try:
+            with eager():
+                if self.found is None:
+                    self.found = self._find(module, args, kwargs)
+                recorder = Recorder(module, [block.fresh() for block in self.found.blocks], self.found.unread)
+                recorder.quiet = True
+                recorder.attach()
+                try:
+                    yield
+                finally:
+                    recorder.detach()
+        finally:
+            self.busy = False
+        try:
+            self._keep(recorder)
+        except Exception as error:  # must not stop the training
+            warnings.warn(f"a look was lost: {error}", stacklevel=2)
 
-    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._close()
+    def _find(self, module: nn.Module, args: tuple, kwargs: dict) -> Recorder:
+        found = Recorder(module, *find_blocks(module, self.adapters))
+        with torch.no_grad(), NoDropout():
+            copies: Any = tree_map(copied, (args, kwargs))
+            confirm(found, lambda: self.model(*copies[0], **copies[1]))
+        if not found.blocks:
+            if not found.unread:
+                raise ValueError(nothing_found([]))
+            warnings.warn(f"watch records nothing: {nothing_found(found.unread)}", stacklevel=2)
+        return found
 
-    def _close(self) -> None:
-        if self.stance is not None:
-            self.stance.__exit__(None, None, None)
-            self.stance = None
-        if self.recorder is None:
-            return
-        recorder, self.recorder = self.recorder, None
-        recorder.detach()
-        for handle in self.handles[1:]:
-            handle.remove()
-        self.handles = self.handles[:1]
-        if any(block.calls for block in recorder.blocks):
+    def _keep(self, recorder: Recorder) -> None:
+        if any(block.calls or block.notes for block in recorder.blocks):
             self.last = panel_of(recorder, title=f"{type(recorder.model).__name__}, step {self.steps - 1}")
             self.history.append({"step": float(self.steps - 1), **self.last.numbers()})
             if self.path is not None:
                 with self.path.open("a") as file:
-                    file.write(json.dumps(self.history[-1]) + "\n")
+                    file.write(json.dumps(plain(self.history[-1])) + "\n")
 
     def panel(self) -> Panel:
         """The last look: one training batch."""
         if self.last is None:
-            raise ValueError("nothing was seen yet: train at least one step inside `with watch(...)`")
+            raise ValueError(
+                "nothing was seen yet: train at least one step inside `with watch(...)`; "
+                "if you call what torch.compile returned, pass that to watch"
+            )
         return self.last
 
     def log(self, step: int | None = None) -> dict[str, float]:
@@ -172,6 +209,7 @@ class CollapseCallback:
     ) -> None:
         if model is None:
             raise ValueError("the trainer gave no model")
+        self.seen = 0
         self.watch = Watch(model, self.every, self.adapters).start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
