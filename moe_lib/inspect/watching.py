@@ -9,7 +9,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Watch:
             return self
 
         def call(*args: Any, **kwargs: Any) -> Any:  # a hook on the model would be compiled with it
-            with self._look(args, kwargs):
+            with self._look(args, kwargs) if self._due() else nullcontext():
                 return compiled(*args, **kwargs)
 
         vars(self.model)["_compiled_call_impl"] = call
@@ -69,28 +69,28 @@ class Watch:
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the model's forward: look until it ends, if it is time."""
-        if torch.compiler.is_compiling() or self.busy or module is not self.model:  # a replica
+        if torch.compiler.is_compiling() or module is not self.model or not self._due():  # a replica
             return
         known = [*module._forward_pre_hooks]
         self.open.enter_context(self._look(args, kwargs))
-        if self.busy:
-            after = module.register_forward_hook(lambda *_: self.open.close(), always_call=True)
-            self.open.callback(after.remove)
-            for key, hook in [*module._forward_pre_hooks.items()]:
-                if key not in known:  # added too late for this call
-                    hook(module, args, kwargs)
+        after = module.register_forward_hook(lambda *_: self.open.close(), always_call=True)
+        self.open.callback(after.remove)
+        for key, hook in [*module._forward_pre_hooks.items()]:
+            if key not in known:  # added too late for this call
+                hook(module, args, kwargs)
+
+    def _due(self) -> bool:
+        """Is it time to look? Only training steps count."""
+        training = getattr(self.model, "_orig_mod", self.model).training
+        if self.busy or not training or torch._C._current_graph_task_id() != -1:
+            return False
+        self.steps += 1
+        return (self.steps - 1) % self.every == 0 and (self.found is None or bool(self.found.blocks))
 
     @contextmanager
     def _look(self, args: tuple, kwargs: dict) -> Iterator[None]:
-        """Watch one call of the model, if it is time. Only training steps count."""
+        """Watch one call of the model."""
         module = getattr(self.model, "_orig_mod", self.model)
-        if self.busy or not module.training or torch._C._current_graph_task_id() != -1:
-            yield
-            return
-        self.steps += 1
-        if (self.steps - 1) % self.every or (self.found is not None and not self.found.blocks):
-            yield
-            return
         self.busy = True
         try:
             with eager():
@@ -112,9 +112,13 @@ class Watch:
 
     def _find(self, module: nn.Module, args: tuple, kwargs: dict) -> Recorder:
         found = Recorder(module, *find_blocks(module, self.adapters))
-        with torch.no_grad(), NoDropout():
+
+        def run() -> None:
             copies: Any = tree_map(copied, (args, kwargs))
-            confirm(found, lambda: self.model(*copies[0], **copies[1]))
+            self.model(*copies[0], **copies[1])
+
+        with torch.no_grad(), NoDropout():
+            confirm(found, run)
         if not found.blocks:
             if not found.unread:
                 raise ValueError(nothing_found([]))
@@ -171,9 +175,13 @@ def watch(model: nn.Module, every: int = 100, adapters: Sequence[type[Adapter]] 
           path: str | Path | None = None) -> Iterator[Watch]:  # fmt: skip
     """Watch a model while it trains: hooks are there in every `every`-th training step only.
 
+    Training is as it would be without it. What cannot be read is listed or noted; only if nothing looks like
+    a mixture is a ValueError raised, at the first look.
+
     Args:
         model: in training mode it is looked at at its first forward pass and every `every`-th after it;
             passes in evaluation mode do not count. Recomputation under gradient checkpointing does not.
+            A compiled model runs eagerly while it is looked at: give what `torch.compile` returned.
         every: steps between two looks.
         adapters: your own, tried first; see `Adapter`.
         path: a file for JSON lines, one for each look.
