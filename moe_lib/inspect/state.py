@@ -187,7 +187,8 @@ class BlockState(Tables):
         chosen_NK = (indices_NK >= 0) & (indices_NK < num_experts)
         finite_N = size_NK.isfinite().all(1)
         if call.read_MD is not None:
-            finite_N[call.reads_N] &= call.read_MD.isfinite().all(1)
+            finite_N[call.reads_N] &= call.read_MD.sum(1).isfinite()
+        all_finite = bool(finite_N.all())  # the usual case needs no copies
         chosen_NK &= size_NK.any(1, keepdim=True)  # no weight at all: not served
         indices_NK = indices_NK.where(chosen_NK, num_experts)  # the last column: no expert
         size_NK = size_NK.where(chosen_NK, 0)
@@ -204,7 +205,9 @@ class BlockState(Tables):
         if call.follows_N is not None:
             found |= _pairs(incidence_NE, first_N, used_N, call.follows_N)
         if call.scores_NE is not None:
-            scores_NE = call.scores_NE.float().where(finite_N[:, None], 0)
+            scores_NE = call.scores_NE.float()
+            if not all_finite:
+                scores_NE = scores_NE.where(finite_N[:, None], 0)
             if self.shares is None:
                 some_NE = scores_NE[finite_N]
                 self.shares = bool((some_NE >= 0).all() & (some_NE.sum(1) - 1).abs().le(1e-2).all())
@@ -212,17 +215,19 @@ class BlockState(Tables):
             found |= _scores(scores_NE, self.shares, incidence_NE, valid_N, indices_NK, used_NK)
         if call.read_MD is not None:
             expert_M = first_N.where(used_N, num_experts)[call.reads_N]
-            read_MD = call.read_MD.double().where(finite_N[call.reads_N, None], 0)
+            read_MD = call.read_MD.double()
+            if not all_finite:
+                read_MD = read_MD.where(finite_N[call.reads_N, None], 0)
             read_ED = read_MD.new_zeros(num_experts + 1, read_MD.shape[1]).index_add_(0, expert_M, read_MD)
             self.inputs_ED = read_ED if self.inputs_ED is None else self.inputs_ED + read_ED
             found["read_E"] = expert_M.bincount(minlength=num_experts + 1)[:num_experts]
             found["squares"] = (read_MD.square().sum(1) * (expert_M < num_experts)).sum()
-            some_MD = call.read_MD[expert_M < num_experts][:READ]
+            some_MD = call.read_MD[:READ][expert_M[:READ] < num_experts]
             apart_LD = some_MD[: len(some_MD) // 2] - some_MD[len(some_MD) - len(some_MD) // 2 :]
             product_LL = apart_LD @ apart_LD.T
             found["crossed"] = product_LL.double().fill_diagonal_(0).square().sum()
             found["crosses"] = product_LL.new_tensor(len(product_LL) * (len(product_LL) - 1))
-        everyone = bool(used_N.all())  # the usual case needs no copies
+        everyone = bool(used_N.all())
         if not everyone:
             indices_NK, size_NK, chosen_NK = indices_NK[used_N], size_NK[used_N], chosen_NK[used_N]
             incidence_NE, first_N = incidence_NE[used_N], first_N[used_N]
