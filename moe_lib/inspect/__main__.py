@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from moe_lib.inspect import Panel, inspect_moe
+from moe_lib.inspect.adapters import reason_of
+from moe_lib.inspect.panel import Shown
 
 
 def windows(ids: torch.Tensor, length: int, size: int) -> Iterator[dict[str, Any]]:
@@ -18,6 +20,24 @@ def windows(ids: torch.Tensor, length: int, size: int) -> Iterator[dict[str, Any
     length = min(length, len(ids))
     for batch in ids[: len(ids) // length * length].view(-1, length).split(size):
         yield {"input_ids": batch, "attention_mask": torch.ones_like(batch)}
+
+
+def _checked(options: argparse.Namespace) -> tuple[str, Panel | None]:
+    """The text and the earlier panel; what is wrong with the options is said before a model is loaded."""
+    if options.out.suffix == ".json":
+        raise ValueError(f"--out {options.out} is the page, and a .json is written beside it: name an .html")
+    if not options.out.parent.is_dir():
+        raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
+    if options.length < 1 or options.batch_size < 1:
+        raise ValueError("--length and --batch-size must be at least 1")
+    try:
+        text = options.text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.text} is not UTF-8: {error}") from error
+    try:
+        return text, None if options.before is None else Panel.from_json(options.before)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--before {options.before} is no panel: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--before", type=Path, help="the .json of an earlier page, to compare with")
     options = parser.parse_args(argv)
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         print("this needs transformers: pip install moe-collapse[inspect,hf]", file=sys.stderr)
         return 2
@@ -40,27 +60,25 @@ def main(argv: list[str] | None = None) -> int:
         if not path.exists():
             print(f"{path} does not exist: give a local checkpoint and a text file", file=sys.stderr)
             return 2
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model)
-    ids = tokenizer(options.text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)[
-        "input_ids"
-    ][0]
-    if len(ids) < 2:
-        print(f"{options.text} holds {len(ids)} tokens: at least two are needed", file=sys.stderr)
-        return 2
     try:
+        text, before = _checked(options)
+        if AutoConfig.from_pretrained(options.model).is_encoder_decoder:
+            raise ValueError(f"{options.model} is an encoder-decoder: use inspect_moe on batches of your own")
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model)
+        ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+        if len(ids) < 2:
+            raise ValueError(f"{options.text} holds {len(ids)} tokens: at least two are needed")
         panel = inspect_moe(
             model, windows(ids, options.length, options.batch_size), "tokens",
             causal=options.causal, max_batches=options.max_batches, title=Path(options.model).name,
         )  # fmt: skip
-    except ValueError as error:
-        print(error, file=sys.stderr)
+        shown: Shown = panel if before is None else panel.compare(before)
+    except (ValueError, OSError, KeyError) as error:
+        print(reason_of(error), file=sys.stderr)
         return 2
     panel.to_json(options.out.with_suffix(".json"))
-    if options.before is not None:
-        panel.compare(Panel.from_json(options.before)).to_html(options.out)
-    else:
-        panel.to_html(options.out)
+    shown.to_html(options.out)
     print(panel)
     print(f"written: {options.out} and {options.out.with_suffix('.json')}")
     return 0

@@ -8,18 +8,28 @@ Shapes: N tokens, M some of them, D width, O output width, E experts, K chosen p
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
 class NotAMixture(ValueError):
     """What was taken for a mixture of experts is none, or not one that can be read."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Its first line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class Dispatch(NamedTuple):
@@ -30,6 +40,7 @@ class Dispatch(NamedTuple):
     weights_NK: Tensor  # what the experts' answers were multiplied by
     output_NO: Tensor | None = None  # the block's answer, to check the mixture against
     scores_NE: Tensor | None = None  # the router's scores before selection, if it returned any
+    in_order: bool = True  # False: the tokens are some that experts read, and whose rows they are is unknown
 
 
 class Call:
@@ -68,6 +79,7 @@ class Adapter:
     watch: ClassVar[tuple[str, ...]] = ()
     mixes: ClassVar[bool] = True  # the output is weights times answers, token by token
     scales_inputs: bool = False  # weights multiply what an expert reads, not what it answers
+    answer_dtype: torch.dtype | None = None  # of the answers that were observed, if they were
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -124,11 +136,14 @@ class Adapter:
     def begin(self, args: tuple, kwargs: dict) -> None:
         """Before the block."""
 
-    def note(self, e: int, args: tuple, output: Any) -> Any:
+    def note(self, e: int, args: Any, output: Any) -> Any:
         """After member e: what replaces its output; None: nothing."""
 
     def end(self, call: Call) -> None:
         """After the block, also if it failed: its output is None then."""
+
+    def forget(self) -> None:
+        """After the call was recorded: let go of its tensors."""
 
 
 @functools.cache
@@ -149,22 +164,18 @@ def rows(value: Any) -> Tensor:
 
 
 def first_tensor(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    parts = value.values() if isinstance(value, Mapping) else value
-    found = next((part for part in parts if isinstance(part, Tensor)), None)
-    if found is None:
+    """In any nesting: the first with rows, not a loss; or else the first."""
+    tensors = [part for part in tree_leaves(value) if isinstance(part, Tensor)]
+    if not tensors:
         raise NotAMixture("it returns no tensor")
-    return found
+    return next((tensor for tensor in tensors if tensor.ndim > 1), tensors[0])
 
 
 def replaced(value: Any, tensor: Tensor) -> Any:
     """A module's output with another first tensor."""
-    if isinstance(value, Tensor):
-        return tensor
-    items = [*value]
-    items[next(i for i, item in enumerate(items) if isinstance(item, Tensor))] = tensor
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    leaves, structure = tree_flatten(value)
+    first = first_tensor(value)
+    return tree_unflatten([tensor if leaf is first else leaf for leaf in leaves], structure)
 
 
 def from_dense(weights_NE: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,21 +196,49 @@ def router_scores(output: Any, num_experts: int) -> tuple[int, Tensor | None]:
     return -1, None
 
 
+def random_states() -> list[Tensor]:
+    """Of the CPU, and of the GPU in use."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+
+
+CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter)
+
+
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
-    """Buffers and random states are afterwards what they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    """Attributes, buffers, lists and random states are afterwards what they were.
+
+    Tensors are copies meanwhile: one that is written to could not be used in a backward pass any more.
+    """
+    held: dict[int, tuple[Any, Any]] = {}  # containers, and what they hold
+    waiting: list[Any] = [vars(each) for each in module.modules()]
+    while waiting:
+        container = waiting.pop()
+        if id(container) not in held:
+            held[id(container)] = container, copy.copy(container)
+            parts = container.values() if isinstance(container, dict) else container
+            waiting += [part for part in parts if type(part) in CONTAINERS]
+    copies: dict[int, Tensor] = {}
+    for container, _ in held.values():
+        for key, value in container.items() if isinstance(container, dict) else ():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                container[key] = copies.setdefault(id(value), value.detach().clone())
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        yield
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    others = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(others[0])
+        np.random.set_state(others[1])  # noqa: NPY002
+        for container, before in held.values():
+            container.clear()
+            (container.extend if isinstance(container, list | deque) else container.update)(before)
 
 
 def stacked_weights(experts: Any) -> list[Tensor]:
     """The parameters of a list of like modules, stacked [E, P]; a few thousand entries of each."""
-    same = zip(*([*expert.parameters()] for expert in experts), strict=True)
+    same = zip(*(ps for expert in experts if (ps := [*expert.parameters()])), strict=True)
     return [torch.cat([some_entries(p[None]) for p in each]) for each in same]
 
 

@@ -15,25 +15,46 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from moe_lib.inspect.layer import Layer
 
 
 class Kind(NamedTuple):
-    """`reading` makes of a measure's value, its null and E the number that the threshold is for."""
+    """`reading` makes of a measure's value, its null and the block the number that the threshold is for."""
 
     measure: str
     threshold: float
     low_is_worse: bool
-    reading: Callable[[float, float, int], float]  # NaN: cannot be said
+    reading: Callable[[float, float, Layer], float]  # NaN: cannot be said
     means: str
 
     def raised(self, reading: float, threshold: float) -> bool:
         return reading <= threshold if self.low_is_worse else reading > threshold
 
 
-def _value(value: float, null: float, num_experts: int) -> float:
+def _value(value: float, null: float, layer: Layer) -> float:
     return value
+
+
+def _dead(value: float, null: float, layer: Layer) -> float:
+    """None, if chance alone leaves as many out at least once in a thousand times (Poisson)."""
+    chance = torch.special.gammainc(*torch.tensor([max(value, 1e-9), null], dtype=torch.float64))
+    return value if chance < 1e-3 else 0.0
+
+
+def _blind(value: float, null: float, layer: Layer) -> float:
+    """As a share of the most that equal weights of K experts allow."""
+    num_experts, num_slots = layer.num_experts, layer.top_k
+    most = math.log(num_experts / num_slots if 0 < num_slots < num_experts else num_experts)
+    return value / most if most > 0 else math.nan
+
+
+def _arbitrary(value: float, null: float, layer: Layer) -> float:
+    """As a share of the variance that chance leaves; 4 standard deviations of chance count as 5 % of it."""
+    if not null < 0.5:
+        return math.nan
+    return max((value - null) / (1 - null), layer["separation beyond chance"] / 80)
 
 
 KINDS = {
@@ -41,9 +62,8 @@ KINDS = {
         "effective experts", 0.6, True, lambda value, null, _: value / null,
         "few experts do the work: {value:.1f} effective of {num_experts}",
     ),
-    "dead": Kind(  # with a null above a half there were too few tokens to say
-        "never chosen", 0.0, False, lambda value, null, _: value - null if null < 0.5 else math.nan,
-        "{value:.0f} of {num_experts} experts serve no token",
+    "dead": Kind(
+        "never chosen", 0.0, False, _dead, "{value:.0f} of {num_experts} experts serve no token",
     ),
     "dropping": Kind("dropped", 0.01, False, _value, "{value:.1%} of the tokens are served by no expert"),
     "alike": Kind(
@@ -51,13 +71,11 @@ KINDS = {
         "the experts in use compute nearly the same: mean cosine of their answers {value:.2f}",
     ),
     "blind": Kind(
-        "I(x;E)", 0.1, True,
-        lambda value, _, num_experts: value / math.log(num_experts) if num_experts > 1 else math.nan,
+        "I(x;E)", 0.1, True, _blind,
         "the choice hardly depends on the token: I(x;E) = {value:.3f} nats",
     ),
-    "arbitrary": Kind(  # as a share of the variance that chance leaves
-        "input separation", 0.05, True,
-        lambda value, null, _: (value - null) / (1 - null) if null < 0.5 else math.nan,
+    "arbitrary": Kind(
+        "input separation", 0.05, True, _arbitrary,
         "the choice is arbitrary: experts read inputs no more alike than chance, {value:.3f}",
     ),
     "overridden": Kind(
@@ -66,7 +84,7 @@ KINDS = {
     ),
     "unexplained": Kind(
         "mixture error", 0.02, False, _value,
-        "what was observed does not explain the block's output, off by {value:.0%}",
+        "what was observed does not explain the block's output, off by {value:.1%}",
     ),
 }  # fmt: skip
 THRESHOLDS: dict[str, float] = {name: kind.threshold for name, kind in KINDS.items()}
@@ -81,7 +99,7 @@ class Alarm(NamedTuple):
 
 def reading(layer: Layer, kind: str) -> float:
     """The number that the threshold of this kind is for. NaN: cannot be said."""
-    return KINDS[kind].reading(*layer.measures[KINDS[kind].measure], layer.num_experts)
+    return KINDS[kind].reading(*layer.measures[KINDS[kind].measure], layer)
 
 
 def alarms_of(layers: Sequence[Layer], thresholds: dict[str, float] | None = None) -> list[Alarm]:

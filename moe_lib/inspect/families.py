@@ -20,7 +20,7 @@ from moe_lib.inspect.adapters import (
     rows,
     stacked_weights,
 )  # fmt: skip
-from moe_lib.inspect.lists import ListAdapter, expert_list
+from moe_lib.inspect.lists import ListAdapter, expert_lists
 
 
 class MoELibAdapter(Adapter):
@@ -103,6 +103,9 @@ class StackedAdapter(Adapter):
             known_NK = (indices_NK >= 0) & (indices_NK < self.num_experts)
             weights_NK = weights_NK.gather(1, indices_NK.where(known_NK, 0)).where(known_NK, 0)
         return Dispatch(rows(tokens), indices_NK, weights_NK, rows(call.output))
+
+    def forget(self) -> None:
+        self.inputs = {}
 
     def _run(self, tokens_MD: Tensor, index_M: Tensor) -> Tensor:
         """The module's own answer where token m goes to expert index_M[m] alone."""
@@ -281,12 +284,11 @@ class SoftMoEAdapter(ListAdapter):
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
         holder = getattr(block, "experts", None)
-        return (
-            super(ListAdapter, cls).matches(block) and holder is not None and expert_list(holder) is not None
-        )
+        return super(ListAdapter, cls).matches(block) and holder is not None and bool(expert_lists(holder))
 
     def dispatch(self, call: Call) -> Dispatch:
-        return super().dispatch(call)._replace(tokens_ND=rows(call.tokens), output_NO=None)
+        seen = super().dispatch(call)
+        return seen._replace(tokens_ND=rows(call.tokens), output_NO=None, in_order=True)
 
 
 FAMILIES: tuple[type[Adapter], ...] = (

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_lib.inspect.adapters import Adapter, NotAMixture, unchanged
+from moe_lib.inspect.adapters import Adapter, reason_of, unchanged
 from moe_lib.inspect.block import Block
 from moe_lib.inspect.families import FAMILIES
 from moe_lib.inspect.lists import MOE_CLASS, ListAdapter
@@ -15,6 +15,7 @@ from moe_lib.inspect.measures import entropy
 from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.state import BlockState
 
+NOT_CALLED = "its forward was not called"
 REMEDY = "write an Adapter of about ten lines (see moe_lib.inspect.Adapter) and pass it as adapters=[...]"
 
 
@@ -34,19 +35,25 @@ def find_blocks(model: nn.Module, adapters: Sequence[type[Adapter]] = ()) -> tup
         else:
             if ListAdapter.matches(module):
                 candidates[name] = Block(name, ListAdapter(module), parent)
-    # A list of layers holds blocks; a list of experts holds none.
-    everything = {**candidates, **found}
+    # A list of layers holds blocks; so does a list of experts that are mixtures themselves.
+    known = [*found, *(name for name, block in candidates.items() if _lists(block).named_as_experts)]
     for name, block in candidates.items():
-        if not any(other != name and _inside(other, name) for other in everything):
+        holds_known = any(other != name and _inside(other, name) for other in known)
+        if _lists(block).list_of_experts or not holds_known:
             found[name] = block
     unread = [
         name for name, module in modules.items()
-        if name and (MOE_CLASS.search(type(module).__name__) or _stacked_behind_a_gate(module))
+        if ((name and MOE_CLASS.search(type(module).__name__)) or _stacked_behind_a_gate(module))
         and not any(_inside(name, other) or _inside(other, name) for other in found)
     ]  # fmt: skip
     outermost = [name for name in unread if not any(o != name and _inside(name, o) for o in unread)]
-    named = [f"{name} ({type(modules[name]).__name__})" for name in outermost]
+    named = [f"{name or 'the model'} ({type(modules[name]).__name__})" for name in outermost]
     return [found[name] for name in modules if name in found], named
+
+
+def _lists(block: Block) -> ListAdapter:
+    assert isinstance(block.adapter, ListAdapter)
+    return block.adapter
 
 
 def _stacked_behind_a_gate(module: nn.Module) -> bool:
@@ -69,48 +76,68 @@ def confirm(recorder: Recorder, run: Callable[[], Any]) -> None:
     lists = [block for block in recorder.blocks if isinstance(block.adapter, ListAdapter)]
     if not lists:
         return
+    kept = {block.name: block for block in recorder.blocks if block not in lists}
     with unchanged(recorder.model):
-        reasons = _try_lists(recorder, lists, run)
-        if reasons is None:  # some block cannot be tagged: find out which
-            reasons = {}
-            for block in lists:
-                reasons |= _try_lists(recorder, [block], run) or {block.name: block.failure}
-        for block in lists:
-            named = block.adapter.named_as_experts  # type: ignore[attr-defined]
-            reason = reasons.get(block.name, "" if block.calls else "its forward was not called")
-            if not reason and not named and not varies(block.state):
-                reason = "every token gets the same weights: an ensemble, or no mixture of experts"
-            outer = _outer(recorder, block, run) if reason and named else None
-            at = recorder.blocks.index(block)
-            recorder.blocks[at : at + 1] = [] if reason and outer is None else [(outer or block).fresh()]
-            if reason and named and outer is None:
-                recorder.unread.append(f"{block.name} ({block.family}): {reason}")
+        while lists:  # the innermost first, and alone: there the tags of outer ones would be seen
+            inner = [b for b in lists if not any(o is not b and _inside(o.name, b.name) for o in lists)]
+            lists = [block for block in lists if block not in inner]
+            reasons = _reasons(recorder, inner, run)
+            for first in inner:
+                block, reason = _best_list(recorder, first, reasons[first.name], run)
+                named = _lists(block).named_as_experts
+                if reason == NOT_CALLED and _lists(block).like is None and named:
+                    reason = ""  # nor was any of its experts: they may be later
+                if reason and named:
+                    block, reason = _outer(recorder, block, reason, run)
+                if not reason:
+                    kept[first.name] = block.fresh()
+                elif named:
+                    recorder.unread.append(f"{block.label}: {reason}")
+    recorder.blocks[:] = [kept[block.name] for block in recorder.blocks if block.name in kept]
 
 
-def _outer(recorder: Recorder, block: Block, run: Callable[[], Any]) -> Block | None:
+def _best_list(recorder: Recorder, first: Block, reason: str, run: Callable[[], Any]) -> tuple[Block, str]:
+    """Of a block's lists the one whose weights vary over tokens, or else over experts; and what is wrong."""
+    tried = [(first, reason)]
+    for which in range(1, _lists(first).num_lists if type(first.adapter) is ListAdapter else 1):
+        block = Block(first.name, ListAdapter(first.adapter.block, which=which), first.parent)
+        tried.append((block, _reasons(recorder, [block], run)[block.name]))
+
+    def rank(one: tuple[Block, str]) -> tuple[int, ...]:
+        state = one[0].state
+        good = 0 if one[1] else 3 if varies(state) else 2 if uneven(state) else 1
+        return good, _lists(one[0]).list_of_experts, one[0] is first
+
+    block, reason = max(tried, key=rank)
+    if not reason and block.state.tokens and not varies(block.state) and not _lists(block).named_as_experts:
+        reason = "every token gets the same weights: an ensemble, or no mixture of experts"
+    return block, reason
+
+
+def _outer(recorder: Recorder, block: Block, reason: str, run: Callable[[], Any]) -> tuple[Block, str]:
     """The module around one that only holds experts, if that is what mixes their answers."""
-    if block.parent is None or block.parent is recorder.model or block.adapter.holder is not None:  # type: ignore[attr-defined]
-        return None
+    if block.parent is None or block.parent is recorder.model or _lists(block).holder is not None:
+        return block, reason
     name = _outside(block.name)
     around = dict(recorder.model.named_modules())[_outside(name)]
     outer = Block(name, ListAdapter(block.parent, block.adapter.block), around)
-    return outer if _try_lists(recorder, [outer], run) == {} and outer.calls else None
+    return (block, reason) if _reasons(recorder, [outer], run)[name] else (outer, "")
 
 
-def _try_lists(recorder: Recorder, lists: list[Block], run: Callable[[], Any]) -> dict[str, str] | None:
-    """Reasons by block; None if the model failed under the tags."""
+def _reasons(recorder: Recorder, lists: list[Block], run: Callable[[], Any]) -> dict[str, str]:
+    """By block: why it is no mixture; "" if it is one."""
     single = Recorder(recorder.model, lists, [], recorder.stream.sequence_first)
     single.reasons = {}
     try:
         single.attach()
         run()
-    except (NotAMixture, NotImplementedError, RuntimeError) as error:
-        for block in lists:
-            block.failure = (str(error) or type(error).__name__).splitlines()[0]
-        return None
+    except (NotImplementedError, RuntimeError) as error:
+        if len(lists) == 1:
+            return {lists[0].name: reason_of(error)}
+        return {b.name: _reasons(recorder, [b], run)[b.name] for b in lists}  # which cannot be tagged?
     finally:
         single.detach()
-    return single.reasons
+    return {b.name: single.reasons.get(b.name, "" if b.calls else NOT_CALLED) for b in lists}
 
 
 def varies(state: BlockState) -> bool:
@@ -118,3 +145,8 @@ def varies(state: BlockState) -> bool:
     state.finish()
     per_token = float(state.entropy / (state.tokens - state.dropped).clamp(min=1))
     return entropy(state.weight_E / state.weight_E.sum()) - per_token > 1e-6
+
+
+def uneven(state: BlockState) -> bool:
+    """Do experts differ in their mean weights?"""
+    return bool(state.weight_E.max() - state.weight_E.min() > 1e-6 * state.weight_E.max())

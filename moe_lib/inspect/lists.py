@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from moe_lib.inspect.adapters import (
     Adapter,
@@ -27,6 +29,7 @@ from moe_lib.inspect.adapters import (
     NotAMixture,
     first_tensor,
     from_dense,
+    random_states,
     replaced,
     rows,
     stacked_weights,
@@ -36,16 +39,21 @@ from moe_lib.inspect.adapters import (
 MOE_CLASS = re.compile(r"(moe|moa|mixtureofexperts|experts)(block|layer|ffn)?$|sparsemlp$", re.I)
 
 
-def expert_list(block: nn.Module) -> tuple[str, list[nn.Module]] | None:
-    """At least two modules of one kind, and the name of the child that holds them; "" if the block does."""
+def expert_lists(block: nn.Module) -> list[tuple[str, list[nn.Module]]]:
+    """At least two modules of one kind, and the name of the child that holds them; "" if the block does.
+
+    Modules without parameters may stand in a plain list: experts that compute nothing.
+    """
     own = isinstance(block, nn.ModuleList | nn.ModuleDict) and _has_forward(block)
+    found = []
     for name, child in [("", block)] if own else list(block.named_children()):
         if isinstance(child, nn.ModuleList | nn.ModuleDict) and (own or not _has_forward(child)):
-            members = [m for m in child.children() if any(True for _ in m.parameters())]
-            shapes = {(type(m), tuple(p.shape for p in m.parameters())) for m in members}
-            if len(members) > 1 and len(shapes) == 1:
-                return name, members
-    return None
+            some = [m for m in child.children() if any(True for _ in m.parameters())]
+            members = some if own else list(child.children())
+            shapes = {(type(m), tuple(p.shape for p in m.parameters())) for m in some}
+            if len(some) > 1 and len(shapes) == 1:
+                found.append((name, members))
+    return found
 
 
 def _has_forward(module: nn.Module) -> bool:
@@ -55,6 +63,9 @@ def _has_forward(module: nn.Module) -> bool:
 @contextmanager
 def _tagging() -> Iterator[None]:
     """Tensors can carry tangents: inside of reentrant checkpointing too, where that is off."""
+    if forward_ad._current_level >= 0:  # inside of another block
+        yield
+        return
     with warnings.catch_warnings():  # the first dual tensor imports a module that warns about itself
         warnings.simplefilter("ignore", FutureWarning)
         from torch._decomp import decompositions_for_jvp  # noqa: F401
@@ -67,33 +78,51 @@ def _tagging() -> Iterator[None]:
         torch._C._set_fwd_grad_enabled(enabled)
 
 
+class NoDropout(TorchFunctionMode):
+    """Dropout lets tagged tensors pass: after the mixture it would hide the weights; before it, it acts."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        x = args[0] if args and "dropout" in getattr(func, "__name__", "") else None
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            return x
+        return func(*args, **(kwargs or {}))
+
+
 class ListAdapter(Adapter):
     """A block with a ModuleList or ModuleDict of like modules whose answers it mixes.
 
-    `holder` is the module that holds the list, if it is not the block itself.
+    `holder` is the module that holds the list, if it is not the block itself; `which` of its lists it is.
     """
 
-    def __init__(self, block: nn.Module, holder: nn.Module | None = None) -> None:
+    ran: dict[int, list[Tensor]]  # what each expert read
+    tangent: Tensor | None  # of the block's output
+    replay_with: Any  # arguments and random states
+
+    def __init__(self, block: nn.Module, holder: nn.Module | None = None, which: int = 0) -> None:
         super().__init__(block)
-        found = expert_list(block if holder is None else holder)
-        assert found is not None  # by `matches`
-        self.list_name, self.members = found
+        found = expert_lists(block if holder is None else holder)  # not empty, by `matches`
+        self.list_name, self.members = found[which]
         self.holder = holder
-        self.open: ExitStack | None = None  # closing it ends the tagging
-        self.ran: dict[int, list[Tensor]] = {}
-        self.like: Tensor | None = None  # an answer without rows
-        self.sequential = False
+        self.num_lists = len(found)
+        self.open: ExitStack | None = None  # leaving it ends the tagging
+        self.forget()
+        self.like: Any = None  # an answer without rows
+        self.confirmed = False  # it has been read once
         self.reads_input = False  # the experts read the block's input as it is
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
         called = _has_forward(block) or not isinstance(block, nn.ModuleList | nn.ModuleDict)
-        return called and expert_list(block) is not None
+        return called and bool(expert_lists(block))
+
+    @property
+    def list_of_experts(self) -> bool:
+        """By its name, or its members' class."""
+        return "expert" in f"{self.list_name} {type(self.members[0]).__name__}".lower()
 
     @property
     def named_as_experts(self) -> bool:
-        named = "expert" in f"{self.list_name} {type(self.members[0]).__name__}".lower()
-        return named or MOE_CLASS.search(type(self.block).__name__) is not None
+        return self.list_of_experts or MOE_CLASS.search(type(self.block).__name__) is not None
 
     @property
     def num_experts(self) -> int:
@@ -108,98 +137,119 @@ class ListAdapter(Adapter):
     # ------------------------------------------------------------------------------------ tagging
 
     def begin(self, args: tuple, kwargs: dict) -> None:
-        self.ran, self.sequential = {}, False
+        self.forget()
         if torch.is_grad_enabled():  # a tangent would change the graph: replayed afterwards, without one
-            cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-            copies = [_copied(value) for value in args], {k: _copied(v) for k, v in kwargs.items()}
-            self.replay_with = (*copies, torch.get_rng_state(), cuda_state)
+            self.replay_with = (*tree_map(copied, (args, kwargs)), random_states())
         else:
             self.open = ExitStack()
             self.open.enter_context(_tagging())
 
-    def note(self, e: int, args: tuple, output: Any) -> Any:
+    def note(self, e: int, args: Any, output: Any) -> Any:
         """Expert e's answer with the tag of e."""
         answer = first_tensor(output)
-        self.like = answer[:0].detach()
+        self.like = tree_map(_without_rows, output)
+        self.answer_dtype = answer.dtype
         if self.open is None:
             return None
-        if args and isinstance(args[0], Tensor):
-            read, tangent = forward_ad.unpack_dual(args[0])
-            self.sequential |= tangent is not None and bool(tangent.any())
-            self.ran.setdefault(e, []).append(read)
-            answer = forward_ad.unpack_dual(answer).primal
+        read, tangent = forward_ad.unpack_dual(first_tensor(args))
+        self.sequential |= tangent is not None and bool(tangent.any())
+        self.ran.setdefault(e, []).append(read)
+        answer = forward_ad.unpack_dual(answer).primal
         tag = torch.zeros_like(answer)
         flat = tag.view(-1, tag.shape[-1]) if tag.ndim <= 3 else tag.view(len(tag), -1)
-        if flat.shape[1] < self.num_experts:
-            raise NotAMixture(
-                f"{self.num_experts} experts answer with a width of {flat.shape[1]}: at least as many "
-                "are needed to tell them apart; pass an adapter"
-            )
+        self.width = flat.shape[1]
         flat[:, e :: self.num_experts] = 1  # in every period, to see what changes single features
         return replaced(output, forward_ad.make_dual(answer, tag))
 
     def end(self, call: Call) -> None:
         """Reads the tags of the block's output."""
-        self.tangent = None
         if self.open is None and call.output is not None and self.like is not None:
             self._replay()
         elif self.open is not None:
-            if call.output is not None:
-                self.tangent = forward_ad.unpack_dual(first_tensor(call.output)).tangent
-            self.open.close()
+            with self.open:
+                if call.output is not None:
+                    self.tangent = forward_ad.unpack_dual(first_tensor(call.output)).tangent
             self.open = None
 
     @torch.no_grad()
     def _replay(self) -> None:
         """The block once more from the same random state, its experts answering zero with their tags."""
-        args, kwargs, random_state, cuda_state = self.replay_with
+        args, kwargs, states = self.replay_with
         self.replaying = True
-        for member in self.members:
-            member.forward = self._zero_answer
         try:
-            with unchanged(self.block), _tagging(), ExitStack() as self.open:
-                torch.set_rng_state(random_state)
-                if cuda_state is not None:
-                    torch.cuda.set_rng_state(cuda_state)
+            with unchanged(self.block), _tagging(), NoDropout(), ExitStack() as self.open:
+                for member in self.members:
+                    member.forward = self._zero_answer
+                torch.set_rng_state(states[0])
+                if states[1:]:
+                    torch.cuda.set_rng_state(states[1])
                 output = self.block.forward(*args, **kwargs)
                 self.tangent = forward_ad.unpack_dual(first_tensor(output)).tangent
         finally:
             self.open, self.replaying = None, False
-            for member in self.members:
-                del member.forward
 
-    def _zero_answer(self, x: Tensor, *rest: object, **options: object) -> Tensor:
-        like = self.like
-        assert like is not None  # some expert has answered
-        return like.new_zeros(
-            (*x.shape[:-1], like.shape[-1]) if like.ndim <= 3 else (len(x), *like.shape[1:])
-        )
+    def _zero_answer(self, *args: Any, **kwargs: Any) -> Any:
+        """As experts answer, but zero."""
+        x = first_tensor((args, kwargs))
+
+        def zero(like: Any) -> Any:
+            if not isinstance(like, Tensor) or not like.ndim:
+                return like
+            if like.ndim == 1:
+                return like.new_zeros(len(x))
+            return like.new_zeros(
+                (*x.shape[:-1], like.shape[-1]) if like.ndim <= 3 else (len(x), *like.shape[1:])
+            )
+
+        return tree_map(zero, self.like)
+
+    def forget(self) -> None:
+        if self.open is not None:  # the block was interrupted
+            self.open.close()
+            self.open = None
+        self.ran, self.tangent, self.replay_with = {}, None, None
+        self.sequential, self.width = False, 0
 
     def dispatch(self, call: Call) -> Dispatch:
-        output_NO = rows(call.output)
+        output_NO, num_experts = rows(call.output), self.num_experts
         if self.sequential:
             raise NotAMixture("its modules are applied one after the other")
         if not self.ran or self.tangent is None:
-            raise NotAMixture("its modules' answers do not reach its output")
-        tags_NO, num_experts = rows(self.tangent), self.num_experts
+            if not self.confirmed and len(output_NO):
+                raise NotAMixture("its modules' answers do not reach its output")
+            none_N1 = torch.full((len(output_NO), 1), -1, device=output_NO.device)
+            return Dispatch(output_NO[:0], none_N1, torch.zeros(none_N1.shape, device=none_N1.device),
+                            output_NO, in_order=False)  # fmt: skip
+        if self.width < num_experts:
+            raise NotAMixture(
+                f"{num_experts} experts answer with a width of {self.width}: at least as many are needed "
+                "to tell them apart; pass an adapter"
+            )
+        tags_NO = rows(self.tangent)
         longest = max(len(rows(part)) for parts in self.ran.values() for part in parts)
         if len(rows(call.tokens)) > len(output_NO) and longest > len(output_NO):
             raise NotAMixture("the answers to several tokens are pooled")
+        if output_NO.shape[1] < num_experts:
+            raise NotAMixture("its output is narrower than its number of experts")
         periods = tags_NO.split(num_experts, 1)
         same = all(_close(period, periods[0][:, : period.shape[1]]) for period in periods[1:])
-        if len(tags_NO) != len(output_NO) or not same:
+        if len(tags_NO) != len(output_NO) or self.width != output_NO.shape[1] or not same:
             raise NotAMixture("the answers are not added up with weights, or are transformed after that")
-        indices_NK, weights_NK = from_dense(tags_NO[:, :num_experts])
-        return Dispatch(self._tokens(rows(call.tokens), indices_NK), indices_NK, weights_NK, output_NO)
+        self.confirmed = True
+        finite_N1 = tags_NO.isfinite().all(1, keepdim=True)
+        indices_NK, weights_NK = from_dense(tags_NO[:, :num_experts].where(finite_N1, 0))
+        tokens_ND, in_order = self._tokens(rows(call.tokens), indices_NK, weights_NK)
+        weights_NK = weights_NK.where(finite_N1, torch.nan)  # not counted
+        return Dispatch(tokens_ND, indices_NK, weights_NK, output_NO, in_order=in_order)
 
-    def _tokens(self, given_ND: Tensor, indices_NK: Tensor) -> Tensor:
-        """What the experts read, in the tokens' order.
+    def _tokens(self, given_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, bool]:
+        """What the experts read, in the tokens' order; if it cannot be known, their rows, and False.
 
         It is the block's input, unless the block changes it first. Then each expert's rows are put back:
-        token after token, or first choices before second ones, whichever makes the experts agree.
+        token after token, first choices before second ones, or by weight, whichever makes the experts agree.
         """
         if self.reads_input:  # judged once
-            return given_ND
+            return given_ND, True
         read = {e: torch.cat([rows(part) for part in parts]) for e, parts in self.ran.items()}
         shape = (len(indices_NK), next(iter(read.values())).shape[1])
         whole = [part for part in read.values() if len(part) == len(indices_NK)]
@@ -210,28 +260,39 @@ class ListAdapter(Adapter):
                     for e, part in read.items()]  # fmt: skip
             self.reads_input = True in same and False not in same
         if self.reads_input or whole:
-            return given_ND if self.reads_input else whole[0]
-        tried: list[tuple[float, int, Tensor]] = []
-        for order in (by_token, by_choice):
-            tokens_ND = given_ND.clone() if given_ND.shape == shape else given_ND.new_zeros(shape)
-            known = [e for e, part in read.items() if len(part) == len(order[e])]
-            for e in known:
-                tokens_ND[order[e]] = read[e].to(tokens_ND.dtype)
-            off = sum(float((read[e] - tokens_ND[order[e]]).abs().sum()) for e in known)
-            tried.append((off, len(tried), tokens_ND))
-        return min(tried)[2]
+            return given_ND if self.reads_input else whole[0], True
+        size_NK = weights_NK.abs().where(indices_NK >= 0, 0)
+        by_weight = {e: n[(size_NK * indices_NK.eq(e)).sum(1)[n].argsort(descending=True, stable=True)]
+                     for e, n in by_token.items()}  # fmt: skip
+        if all(len(part) == len(by_token[e]) for e, part in read.items()):
+            for order in (by_token, by_choice, by_weight):
+                tokens_ND = given_ND.clone() if given_ND.shape == shape else given_ND.new_zeros(shape)
+                for e, part in read.items():
+                    tokens_ND[order[e]] = part.to(tokens_ND.dtype)
+                if all(_close(part, tokens_ND[order[e]]) for e, part in read.items()):
+                    return tokens_ND, True
+        return torch.cat([*read.values()]), False
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _same_rows(one_RD: Tensor, other_RD: Tensor) -> bool | None:
-    """Equal up to the order of their rows, judged by their sum; None if they differ in number."""
-    if one_RD.shape != other_RD.shape:
+    """Equal up to order and rows of zeros, judged by their sum; None if they differ in number and sum."""
+    if one_RD.shape[1:] != other_RD.shape[1:]:
         return None
-    return torch.allclose(one_RD.float().sum(0), other_RD.float().sum(0), rtol=1e-3, atol=1e-3)
+    sums = one_RD.float().sum(0), other_RD.float().sum(0)
+    same = torch.allclose(*sums, rtol=1e-3, atol=1e-3, equal_nan=True)
+    return True if same else None if len(one_RD) != len(other_RD) else False
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one.float(), other.float(), rtol=2e-2, atol=1e-6)
+    return torch.allclose(one.float(), other.float(), rtol=2e-2, atol=1e-6, equal_nan=True)
+
+
+def _without_rows(value: Any) -> Any:
+    """An empty tensor of the same kind; a copy, which does not keep the original in memory."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach()[:0].clone() if value.ndim else value.detach().clone()

@@ -61,6 +61,11 @@ ABOUT: dict[str, About] = {
         "(G - 1) / (M - 1) for G experts used: a choice made at random", "near its null: arbitrary routing",
         0.1,
     ),
+    "separation beyond chance": About(
+        "(input separation - its null) / the standard deviation of chance, null sqrt(2 / ((G - 1) d)); "
+        "d = (tr S)^2 / tr S^2, S the covariance of the inputs",
+        "0", "below 4: arbitrary routing",
+    ),
     "switching": About(
         "1 - |S_t ∩ S_t+1| / K, mean over neighbouring tokens of a sequence",
         "independent neighbours: 1 - sum_e q_e^2 / K, q_e the share of tokens that expert e serves",
@@ -142,8 +147,8 @@ def routing_measures(state: BlockState, seed: int = 0) -> dict[str, Value]:
         "H(E|x)": Value(per_token, math.log(num_slots)),
         "I(x;E)": Value(max(marginal - per_token, 0.0), 0.0),
         "I(c;E)": class_information(state, seed),
-        "input separation": input_separation(state),
     }
+    found["input separation"], found["separation beyond chance"] = input_separation(state)
     if pairs := float(state.pairs):
         same, size = (state.first_same, 1) if soft else (state.overlap, num_slots)
         found["switching"] = Value(1 - float(same) / pairs, 1 - float(q_E.square().sum()) / size)
@@ -159,15 +164,22 @@ def routing_measures(state: BlockState, seed: int = 0) -> dict[str, Value]:
     return found
 
 
-def input_separation(state: BlockState) -> Value:
+def input_separation(state: BlockState) -> tuple[Value, Value]:
+    """Its share of the variance, and by how many standard deviations of chance it is above its null."""
     count, groups = float(state.read_E.sum()), int((state.read_E > 0).sum())
     if state.inputs_ED is None or count < 3 or groups < 1 or state.num_experts < 2:
-        return NOTHING
+        return NOTHING, NOTHING
     sums_ED = state.inputs_ED[:-1].double()
     middle = float(sums_ED.sum(0).square().sum()) / count
     between = float((sums_ED.square().sum(1) / state.read_E.clamp(min=1)).sum()) - middle
     total = float(state.squares) - middle
-    return Value(between / total if total > 0 else math.nan, (groups - 1) / (count - 1))
+    value, null = between / total if total > 0 else math.nan, (groups - 1) / (count - 1)
+    crossed = float(state.crossed / state.crosses) / 4 if state.crosses else 0.0  # unbiased for tr S^2
+    if groups < 2 or crossed <= 0:
+        return Value(value, null), NOTHING
+    directions = max((total / (count - 1)) ** 2 / crossed, 1.0)
+    deviation = null * math.sqrt(2 / ((groups - 1) * directions))
+    return Value(value, null), Value((value - null) / deviation, 0.0)
 
 
 def class_information(state: BlockState, seed: int = 0) -> Value:

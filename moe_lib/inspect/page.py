@@ -26,9 +26,10 @@ def panel_body(panel: Any) -> str:
     """The picture, the remarks and the table, without a page around them."""
     if not panel.layers:
         return f"<p>no block was read</p>{_remarks(panel)}"
+    mark = "" if len(panel.layers) == 1 else "; a white mark: the experts right of it are never chosen"
     caption = (
-        "Load of every expert (above; a black mark: the experts right of it are never chosen), and each "
-        "block's measures beside their nulls, the values they take when nothing was learned."
+        f"Load of every expert (above{mark}), and each block's measures beside their nulls, the values they "
+        "take when nothing was learned."
     )
     tokens = ", ".join(sorted({str(layer.num_tokens) for layer in panel.layers}))
     return (

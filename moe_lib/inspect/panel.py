@@ -16,7 +16,7 @@ import torch
 
 from moe_lib.inspect.alarms import Alarm, alarms_of
 from moe_lib.inspect.layer import Layer
-from moe_lib.inspect.measures import NOTHING, Value, balance_losses, explain_balance_loss
+from moe_lib.inspect.measures import ABOUT, NOTHING, Value, balance_losses, explain_balance_loss
 from moe_lib.inspect.state import BlockState
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def plain(value: Any) -> Any:
-    """Numbers, lists, dictionaries and strings alone; NaN as None."""
+    """Numbers, lists, dictionaries and strings alone; None for what is no finite number."""
     if isinstance(value, float):
-        return None if math.isnan(value) else value
+        return value if math.isfinite(value) else None
     if is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.name != "state"}
     if isinstance(value, Value | Alarm):
@@ -95,7 +95,7 @@ class Panel(Shown):
         return explain_balance_loss([la.state for la in self.layers if la.state is not None], value, rtol)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and strings; NaN as None."""
+        """Plain numbers, lists and strings; None for what is no finite number."""
         return plain(self) | {"alarms": plain(self.alarms)}
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -113,7 +113,7 @@ class Panel(Shown):
             measures = {
                 k: Value(_number(v["value"]), _number(v["null"])) for k, v in entry["measures"].items()
             }
-            layers.append(Layer(**{**entry, "measures": measures}))
+            layers.append(Layer(**{**entry, "measures": dict.fromkeys(ABOUT, NOTHING) | measures}))
         losses = _number(given["loss"]), _number(given["loss_permuted"])
         return cls(layers, given["unread"], given["title"], *losses, given["thresholds"])
 
@@ -163,7 +163,8 @@ class Comparison(Shown):
 
     def __post_init__(self) -> None:
         self.title = self.after.title
-        if [layer.name for layer in self.before.layers] != [layer.name for layer in self.after.layers]:
+        blocks = [[(la.name, la.num_experts) for la in panel.layers] for panel in (self.before, self.after)]
+        if blocks[0] != blocks[1]:
             raise ValueError("the two panels must be of the same blocks: inspect the same model twice")
 
     def saturation(self) -> list[Value]:

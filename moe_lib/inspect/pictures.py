@@ -111,12 +111,14 @@ def _draw_heat(figure: Figure, axis: Axes, layers: list[Layer]) -> None:
         grid_LE[row, : layer.num_experts] = np.sort(layer.load_E)[::-1] * layer.num_experts
         if dead := layer.load_E.count(0):
             left = layer.num_experts - dead - 0.5
-            axis.plot([left, left], [row - 0.5, row + 0.5], color="#000000", lw=1.6)
+            for colour, width in (("black", 3.2), ("white", 1.6)):  # seen on any load
+                axis.plot([left, left], [row - 0.5, row + 0.5], color=colour, lw=width)
+    top = min(max(2.0, float(np.nanmax(grid_LE))), 4.0)
     picture = axis.imshow(
         np.ma.masked_invalid(grid_LE), aspect="auto", interpolation="nearest", cmap="PuOr_r",
-        norm=TwoSlopeNorm(1.0, 0.0, min(max(2.0, float(np.nanmax(grid_LE))), 4.0)),
+        norm=TwoSlopeNorm(1.0, 0.0, top),
     )  # fmt: skip
-    figure.colorbar(picture, ax=axis, label="load x E, darkest at 4 or more", pad=0.01)
+    figure.colorbar(picture, ax=axis, label=f"load x E, darkest at {top:.2g} or more", pad=0.01)
     axis.set(
         xlabel="experts of a block, from the most used to the least", facecolor="#eeeeee",
         title="load of each expert; 1: balanced",

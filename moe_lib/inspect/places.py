@@ -71,6 +71,8 @@ class Stream:
             first = shape[0] != batch and shape[1] == batch
             if first:
                 notes.append("sequence-first: the block reads tokens as [T, B]")
+            elif shape == (batch, batch):
+                notes.append("T equals B: taken as batch-first; say sequence_first")
         size, length = (num_tokens, 1) if shape is None else (shape[1], shape[0]) if first else shape
         follows_N = None
         if length > 1 and not first:

@@ -17,9 +17,11 @@ from moe_lib.inspect.adapters import (
     Dispatch,
     NotAMixture,
     first_tensor,
+    reason_of,
     replaced,
     router_scores,
     rows,
+    unchanged,
 )  # fmt: skip
 from moe_lib.inspect.block import Block
 from moe_lib.inspect.places import Stream
@@ -36,7 +38,8 @@ class Recorder:
         self.blocks, self.unread = blocks, unread
         self.seed = seed
         self.on = True
-        self.busy = False  # our own calls of experts and blocks are not counted
+        self.busy: Block | None = None  # whose experts we call ourselves: such calls are not counted
+        self.quiet = False  # whatever goes wrong is noted; nothing is raised
         self.handles: list[Any] = []
         self.calls: dict[str, Call] = {}
         self.stream = Stream(sequence_first)
@@ -44,43 +47,62 @@ class Recorder:
         self.tamper: Callable[[Block, Dispatch, Tensor | None], Tensor | None] | None = None
 
     def attach(self) -> None:
-        hooks = [self.model.register_forward_pre_hook(self.batch_starts, with_kwargs=True)]
-        for block in self.blocks:
+        hooks = [self.model.register_forward_pre_hook(self._batch_starts, with_kwargs=True)]
+        for block in reversed(self.blocks):  # the inner ones end first
             module, adapter, parent = block.adapter.block, block.adapter, block.parent
-            hooks.append(module.register_forward_pre_hook(partial(self._starts, block), with_kwargs=True))
+            starts = partial(self._safely, self._starts, block)
+            ends = partial(self._safely, self._ends, block)
+            hooks.append(module.register_forward_pre_hook(starts, with_kwargs=True))
             # always_call: tagging that is left on would break whatever comes later.
-            ends = partial(self._ends, block)
             hooks.append(module.register_forward_hook(ends, with_kwargs=True, always_call=True))
             for name in adapter.watch:
                 child = partial(self._child, block, name)
                 hooks.append(module.get_submodule(name).register_forward_hook(child))
             for e, member in enumerate(adapter.members):
-                hooks.append(member.register_forward_hook(partial(self._member, block, e)))
+                note = partial(self._safely, self._member, block, e)
+                hooks.append(member.register_forward_hook(note, with_kwargs=True))
             holder = module if any(hasattr(module, name) for name in ROUTER_NAMES) else parent
             named = [getattr(holder, name, None) for name in ROUTER_NAMES if name not in adapter.watch]
             router = next((one for one in named if isinstance(one, nn.Module)), None)
             if router is not None:
-                hooks.append(router.register_forward_hook(partial(self._router, block)))
+                scores = partial(self._safely, self._router, block)
+                hooks.append(router.register_forward_hook(scores))
             if parent is not None:
-                hooks.append(parent.register_forward_pre_hook(partial(self._parent, block)))
+                hooks.append(parent.register_forward_pre_hook(partial(self._parent, block), with_kwargs=True))
         self.handles = hooks
 
     def detach(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles, self.calls = [], {}
+        for block in self.blocks:
+            block.adapter.forget()
 
     # ------------------------------------------------------------------------------------- hooks
 
+    def _safely(self, hook: Callable[..., Any], block: Block, *rest: Any) -> Any:
+        """What cannot be read must not stop the model: it is a reason or a note. Other errors are raised."""
+        try:
+            return hook(block, *rest)
+        except Exception as error:
+            reason = reason_of(error)
+            if self.reasons is not None:
+                self.reasons.setdefault(block.name, reason)
+            elif self.quiet or isinstance(error, NotAMixture):
+                block.notes[f"a call was not counted: {reason}"] = None
+            else:
+                raise
+            return None
+
     def _idle(self) -> bool:
         in_backward = torch._C._current_graph_task_id() != -1  # checkpointing recomputes: counted before
-        return not self.on or self.busy or in_backward
+        return not self.on or self.busy is not None or in_backward
 
-    def batch_starts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _batch_starts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._idle():
             self.stream.starts(module, args, kwargs)
 
-    def _parent(self, block: Block, module: nn.Module, args: tuple) -> None:
+    def _parent(self, block: Block, module: nn.Module, args: tuple, kwargs: dict) -> None:
         read = next((a for a in args if isinstance(a, Tensor)), None)
         block.width_BT = (read.shape[0], read.shape[1]) if read is not None and read.ndim == 3 else None
 
@@ -94,7 +116,7 @@ class Recorder:
             self.calls[block.name].seen[name] = output
 
     def _router(self, block: Block, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._idle() or block.adapter.replaying:
+        if self._idle():
             return
         if block.scores_at is None:
             block.scores_at, block.scores_NE = router_scores(output, block.adapter.num_experts)
@@ -102,37 +124,34 @@ class Recorder:
             value = output[block.scores_at] if isinstance(output, tuple | list) else output
             block.scores_NE = value.detach().reshape(-1, value.shape[-1])
 
-    def _member(self, block: Block, e: int, module: nn.Module, args: tuple, output: Any) -> Any:
-        return None if self._idle() else block.adapter.note(e, args, output)
+    def _member(self, block: Block, e: int, module: nn.Module, args: Any, kwargs: dict, output: Any) -> Any:
+        replayed = self.busy is block and block.adapter.replaying
+        return block.adapter.note(e, (args, kwargs), output) if replayed or not self._idle() else None
 
     def _ends(self, block: Block, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        call = self.calls.pop(block.name, None)
-        if call is None or self._idle():
+        if self._idle() or (call := self.calls.pop(block.name, None)) is None:
             return None
         call.output = output
-        block.adapter.end(call)
-        if output is None:  # the block failed
-            return None
-        self.busy = True
+        self.busy = block
         try:
+            block.adapter.end(call)
+            if output is None:  # the block failed
+                return None
             with torch.no_grad():
                 return self._record(block, call)
         finally:
-            self.busy = False
+            self.busy = None
+            block.adapter.forget()
 
     def _record(self, block: Block, call: Call) -> Any:
-        try:
-            seen = block.adapter.dispatch(call)
-        except NotAMixture as error:
-            if self.reasons is None:
-                raise ValueError(f"block {block.name!r} is no longer a mixture: {error}") from error
-            self.reasons[block.name] = str(error)
-            return None
+        seen = block.adapter.dispatch(call)
         if seen.scores_NE is None:
             seen = seen._replace(scores_NE=block.scores_NE)
             block.scores_NE = None
-        seen = Dispatch(*(None if value is None else value.detach() for value in seen))  # type: ignore[arg-type]
+        seen = Dispatch(*(v.detach() if isinstance(v, Tensor) else v for v in seen))  # type: ignore[arg-type]
         block.calls += 1
+        if not len(seen.indices_NK):
+            return None
         place = self.stream.place(block, call.tokens, len(seen.indices_NK))
         if self.tamper is not None:
             known_NK = (seen.indices_NK >= 0) & (seen.indices_NK < block.adapter.num_experts)
@@ -142,7 +161,14 @@ class Recorder:
             if change_NO is None:
                 return None
             return replaced(call.output, answer + change_NO.view(answer.shape).to(answer.dtype))
-        if not block.examined:
-            block.examine(seen, place.valid_N, rows(call.tokens), self.seed)
+        if not block.examined and not block.explanation:
+            try:
+                with unchanged(block.adapter.block):
+                    block.examine(seen, place.valid_N, rows(call.tokens), self.seed)
+            except Exception as error:
+                if self.reasons is not None and block.alike is None:  # its modules take more than tokens
+                    raise
+                block.computable = False
+                block.explanation = f"not checked: the experts cannot be called again: {reason_of(error)}"
         block.state.update(seen, place)
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -97,6 +98,8 @@ def inspect_moe(
                 stream.labels, stream.decoder_labels = _labels(labels, inputs, given, ignore_index)
                 call(inputs)
                 if causal and len(kept) < CAUSAL_BATCHES:
+                    if loss is None and isinstance(given, Tensor) and not given.is_floating_point():
+                        given = given.long().where(given != ignore_index, -100)
                     kept.append((inputs, given))
             stream.labels = stream.decoder_labels = None
             if causal:
@@ -110,12 +113,14 @@ def panel_of(recorder: Recorder, title: str, names: Mapping[int, str] | Sequence
              found: Costs | None = None, thresholds: dict[str, float] | None = None) -> Panel:  # fmt: skip
     """The panel of what a recorder has seen so far, summed over ranks."""
     named = names if names is None or isinstance(names, Mapping) else dict(enumerate(names))
-    blocks = [block for block in recorder.blocks if block.calls]
+    states = _over_ranks([block.state.finish() for block in recorder.blocks])
+    read = [(b, state) for b, state in zip(recorder.blocks, states, strict=True) if state.tokens]
     unread = [f"{entry}: {REMEDY}" for entry in recorder.unread]
-    unread += [f"{block.name} ({block.family}): did not run" for block in recorder.blocks if not block.calls]
-    states = _over_ranks([block.state.finish() for block in blocks])
-    layers = [_layer(block, state, named or {}, found, recorder.seed)
-              for block, state in zip(blocks, states, strict=True)]  # fmt: skip
+    for block, state in zip(recorder.blocks, states, strict=True):
+        if not state.tokens:
+            why = "no value is finite" if state.not_finite else "; ".join(block.notes) or "did not run"
+            unread.append(f"{block.label}: {why}")
+    layers = [_layer(block, state, named or {}, found, recorder.seed) for block, state in read]
     losses = (math.nan, math.nan) if found is None else (found.loss, found.permuted)
     return Panel(layers, unread, title, *losses, dict(thresholds or {}))
 
@@ -130,18 +135,23 @@ def _layer(
         measures |= {name: Value(cost, 0.0) for name, cost in costs.by_block[block.name].items()}
         dropped_E = costs.dropped.get(block.name, [])
     notes = list(block.notes)
+    if state.not_finite:
+        notes.append(f"{int(state.not_finite)} tokens with values that are not finite were not counted")
     if block.examined:
         notes.append(f"experts' answers and the mixture: from a sample of {block.examined} tokens")
     classes_C, table_CE = state.class_table()
     largest = table_CE.sum(1).argsort(descending=True)[:SHOWN].sort().values
     share_CE = table_CE[largest] / table_CE[largest].sum(1, keepdim=True)
-    shown = zip(classes_C[largest].tolist(), share_CE.tolist(), strict=True)
+    shown = dict(zip(classes_C[largest].tolist(), share_CE.tolist(), strict=True))
+    called = {c: names.get(c, str(c)) for c in shown}
+    often = Counter(called.values())
     served = (state.tokens - state.dropped).clamp(min=1)
     return Layer(
         block.name, block.family, state.num_experts, state.num_slots, int(state.tokens),
         load(state).tolist(), (state.weight_E / served).tolist(),
         {name: measures.get(name, NOTHING) for name in ABOUT}, block.explanation, notes,
-        {names.get(c, str(c)): share_E for c, share_E in shown}, dropped_E, state,
+        {f"{called[c]} ({c})" if often[called[c]] > 1 else called[c]: row_E for c, row_E in shown.items()},
+        dropped_E, state,
     )  # fmt: skip
 
 

@@ -105,6 +105,7 @@ class Tables:
 
     tokens: Tensor
     padding: Tensor
+    not_finite: Tensor  # not counted
     dropped: Tensor
     slots: Tensor  # filled
     entropy: Tensor  # of a token's weights
@@ -114,6 +115,8 @@ class Tables:
     scored: Tensor  # filled slots of tokens with scores
     followed: Tensor  # those among the K best scores
     squares: Tensor  # of the inputs sampled
+    crossed: Tensor  # squared products of differences of two inputs, and
+    crosses: Tensor  # how many: for the number of directions that inputs vary in
     first_E: Tensor  # tokens whose largest weight is this expert's
     weight_E: Tensor  # weights, normalised token by token
     score_E: Tensor  # softmax of the scores
@@ -162,7 +165,7 @@ class BlockState(Tables):
         size, tokens_ND, scores_NE = len(seen.indices_NK), seen.tokens_ND, seen.scores_NE
         scores_NE = scores_NE.clone() if scores_NE is not None and len(scores_NE) == size else None
         reads_N = read_MD = None
-        if size and tokens_ND.is_floating_point() and len(tokens_ND) == size:
+        if seen.in_order and tokens_ND.is_floating_point() and len(tokens_ND) == size:
             stride = -(-tokens_ND.shape[1] // MAX_WIDTH)
             reads_N = sampled(size, tokens_ND.device)
             read_MD = tokens_ND[:: -(-size // READ), ::stride].to(torch.float32, copy=True)
@@ -182,6 +185,10 @@ class BlockState(Tables):
         call = Waiting(*(None if p[0] is None else torch.cat(p) for p in zip(*waiting, strict=True)))  # type: ignore[arg-type]
         indices_NK, size_NK, num_experts = call.indices_NK, call.size_NK.float(), self.num_experts
         chosen_NK = (indices_NK >= 0) & (indices_NK < num_experts)
+        finite_N = size_NK.isfinite().all(1)
+        if call.read_MD is not None:
+            finite_N[call.reads_N] &= call.read_MD.sum(1).isfinite()
+        all_finite = bool(finite_N.all())  # the usual case needs no copies
         chosen_NK &= size_NK.any(1, keepdim=True)  # no weight at all: not served
         indices_NK = indices_NK.where(chosen_NK, num_experts)  # the last column: no expert
         size_NK = size_NK.where(chosen_NK, 0)
@@ -190,25 +197,37 @@ class BlockState(Tables):
         first_N = indices_NK.gather(1, size_NK.argmax(1, keepdim=True)).squeeze(1)
         served_N = chosen_NK.any(1)
         valid_N = torch.ones_like(served_N) if call.valid_N is None else call.valid_N
+        found = {"padding": (~valid_N).sum(), "not_finite": (valid_N & ~finite_N).sum()}
+        valid_N = valid_N & finite_N
         used_N, labels_N = valid_N & served_N, call.labels_N
         self.num_slots = max(self.num_slots, indices_NK.shape[1])
-        found = {"padding": (~valid_N).sum(), "tokens": valid_N.sum(), "dropped": (valid_N & ~served_N).sum()}
+        found |= {"tokens": valid_N.sum(), "dropped": (valid_N & ~served_N).sum()}
         if call.follows_N is not None:
             found |= _pairs(incidence_NE, first_N, used_N, call.follows_N)
         if call.scores_NE is not None:
             scores_NE = call.scores_NE.float()
+            if not all_finite:
+                scores_NE = scores_NE.where(finite_N[:, None], 0)
             if self.shares is None:
-                self.shares = bool((scores_NE >= 0).all() & (scores_NE.sum(1) - 1).abs().le(1e-2).all())
+                some_NE = scores_NE[finite_N]
+                self.shares = bool((some_NE >= 0).all() & (some_NE.sum(1) - 1).abs().le(1e-2).all())
             used_NK = chosen_NK & valid_N[:, None]
             found |= _scores(scores_NE, self.shares, incidence_NE, valid_N, indices_NK, used_NK)
         if call.read_MD is not None:
             expert_M = first_N.where(used_N, num_experts)[call.reads_N]
             read_MD = call.read_MD.double()
+            if not all_finite:
+                read_MD = read_MD.where(finite_N[call.reads_N, None], 0)
             read_ED = read_MD.new_zeros(num_experts + 1, read_MD.shape[1]).index_add_(0, expert_M, read_MD)
             self.inputs_ED = read_ED if self.inputs_ED is None else self.inputs_ED + read_ED
             found["read_E"] = expert_M.bincount(minlength=num_experts + 1)[:num_experts]
             found["squares"] = (read_MD.square().sum(1) * (expert_M < num_experts)).sum()
-        everyone = bool(used_N.all())  # the usual case needs no copies
+            some_MD = call.read_MD[:READ][expert_M[:READ] < num_experts]
+            apart_LD = some_MD[: len(some_MD) // 2] - some_MD[len(some_MD) - len(some_MD) // 2 :]
+            product_LL = apart_LD @ apart_LD.T
+            found["crossed"] = product_LL.double().fill_diagonal_(0).square().sum()
+            found["crosses"] = product_LL.new_tensor(len(product_LL) * (len(product_LL) - 1))
+        everyone = bool(used_N.all())
         if not everyone:
             indices_NK, size_NK, chosen_NK = indices_NK[used_N], size_NK[used_N], chosen_NK[used_N]
             incidence_NE, first_N = incidence_NE[used_N], first_N[used_N]

@@ -35,10 +35,15 @@ def default_loss(output: Any, inputs: Any, labels: Any) -> Tensor:
     mapping = isinstance(inputs, Mapping)
     ids, mask = (inputs.get("input_ids"), inputs.get("attention_mask")) if mapping else (inputs, None)
     shape = logits.shape[:-1] if isinstance(logits, Tensor) else None
-    if isinstance(labels, Tensor) and labels.shape == shape:
-        return cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100)
-    if isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape == shape:
-        target = ids[:, 1:].clone()
+    next_token = isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape == shape and ids.dtype == torch.long
+    if isinstance(labels, Tensor) and labels.shape == shape and not labels.is_floating_point():
+        labels = labels.long().where(labels >= 0, -100)
+        if not next_token or bool(((labels != ids) & (labels >= 0)).any()):
+            return cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+    else:
+        labels = ids
+    if next_token:
+        target = labels[:, 1:].clone()
         if isinstance(mask, Tensor):
             target[~mask[:, 1:].bool()] = -100
         return cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten())
@@ -98,7 +103,7 @@ def costs(recorder: Recorder, run: Callable[[Any], Any], loss: Loss | None, batc
         """Mean loss; `changes` by block."""
 
         def tampered(block: Block, seen: Dispatch, valid_N: Tensor | None) -> Tensor | None:
-            if (change := changes.get(block.name)) is None:
+            if (change := changes.get(block.name)) is None or not seen.in_order:
                 return None
             real = slice(None) if valid_N is None else valid_N  # padding stays as it is
             indices_NK, weights_NK = seen.indices_NK.clone(), seen.weights_NK.clone()
@@ -116,7 +121,8 @@ def costs(recorder: Recorder, run: Callable[[Any], Any], loss: Loss | None, batc
     clean = loss_with({})
     found = Costs(clean, math.nan, {}, {})
     for block in recorder.blocks:
-        if not block.calls or not block.adapter.mixes or block.adapter.num_experts < 2:
+        mixes = block.calls and block.adapter.mixes and block.computable
+        if not mixes or block.adapter.num_experts < 2:
             continue
         first, second, *_ = block.state.finish().weight_E.argsort(descending=True).tolist()
         changes = {"permuting": permute(seed), "swapping": swap(first, second), "dropping": drop(first)}

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from moe_lib.inspect.adapters import Adapter
 from moe_lib.inspect.alarms import early_warning
 from moe_lib.inspect.find import confirm, find_blocks
-from moe_lib.inspect.panel import Panel
+from moe_lib.inspect.lists import NoDropout, copied
+from moe_lib.inspect.panel import Panel, plain
 from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.run import eager, nothing_found, panel_of
 
@@ -36,69 +40,106 @@ class Watch:
         self.path = None if path is None else Path(path)
         self.history: list[dict[str, float]] = []  # "step", and the numbers of each look
         self.steps = 0
-        self.recorder: Recorder | None = None
         self.found: Recorder | None = None  # with the blocks that were confirmed, never attached
         self.last: Panel | None = None
-        self.handles: list[Any] = []
-        self.stance: Any = None
+        self.busy = False  # it is being looked at
+        self.open = ExitStack()  # closing it ends the look
+        self.end: Any = None  # takes back what `start` did
 
     def start(self) -> Watch:
-        target = getattr(self.model, "_orig_mod", self.model)
-        self.handles = [target.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)]
+        compiled = self.model._compiled_call_impl
+        if compiled is None:
+            hook = self.model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+            self.end = hook.remove
+            return self
+
+        def call(*args: Any, **kwargs: Any) -> Any:  # a hook on the model would be compiled with it
+            with self._look(args, kwargs) if self._due() else nullcontext():
+                return compiled(*args, **kwargs)
+
+        vars(self.model)["_compiled_call_impl"] = call
+        self.end = partial(vars(self.model).update, _compiled_call_impl=compiled)
         return self
 
     def stop(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-        self._close()
+        if self.end is not None:
+            self.end()
+            self.end = None
+        self.open.close()
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before the model's forward: is it time to look? Only training steps count."""
-        if not module.training or torch._C._current_graph_task_id() != -1 or self.recorder is not None:
+        """Before the model's forward: look until it ends, if it is time."""
+        if torch.compiler.is_compiling() or module is not self.model or not self._due():  # a replica
             return
+        known = [*module._forward_pre_hooks]
+        self.open.enter_context(self._look(args, kwargs))
+        after = module.register_forward_hook(lambda *_: self.open.close(), always_call=True)
+        self.open.callback(after.remove)
+        for key, hook in [*module._forward_pre_hooks.items()]:
+            if key not in known:  # added too late for this call
+                hook(module, args, kwargs)
+
+    def _due(self) -> bool:
+        """Is it time to look? Only training steps count."""
+        training = getattr(self.model, "_orig_mod", self.model).training
+        if self.busy or not training or torch._C._current_graph_task_id() != -1:
+            return False
         self.steps += 1
-        if (self.steps - 1) % self.every:
-            return
-        if self.found is None:
-            self.found = Recorder(module, *find_blocks(module, self.adapters))
-            with torch.no_grad():
-                confirm(self.found, lambda: module.forward(*args, **kwargs))  # past our own hook
-            if not self.found.blocks:
-                raise ValueError(nothing_found(self.found.unread))
-        fresh = [block.fresh() for block in self.found.blocks]
-        self.recorder = Recorder(module, fresh, self.found.unread)
-        self.recorder.attach()
-        self.recorder.batch_starts(module, args, kwargs)
-        self.handles.append(module.register_forward_hook(self._after, always_call=True))
-        self.stance = eager()
-        self.stance.__enter__()
+        return (self.steps - 1) % self.every == 0 and (self.found is None or bool(self.found.blocks))
 
-    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._close()
+    @contextmanager
+    def _look(self, args: tuple, kwargs: dict) -> Iterator[None]:
+        """Watch one call of the model."""
+        module = getattr(self.model, "_orig_mod", self.model)
+        self.busy = True
+        try:
+            with eager():
+                if self.found is None:
+                    self.found = self._find(module, args, kwargs)
+                recorder = Recorder(module, [block.fresh() for block in self.found.blocks], self.found.unread)
+                recorder.quiet = True
+                recorder.attach()
+                try:
+                    yield
+                finally:
+                    recorder.detach()
+        finally:
+            self.busy = False
+        try:
+            self._keep(recorder)
+        except Exception as error:  # must not stop the training
+            warnings.warn(f"a look was lost: {error}", stacklevel=2)
 
-    def _close(self) -> None:
-        if self.stance is not None:
-            self.stance.__exit__(None, None, None)
-            self.stance = None
-        if self.recorder is None:
-            return
-        recorder, self.recorder = self.recorder, None
-        recorder.detach()
-        for handle in self.handles[1:]:
-            handle.remove()
-        self.handles = self.handles[:1]
-        if any(block.calls for block in recorder.blocks):
+    def _find(self, module: nn.Module, args: tuple, kwargs: dict) -> Recorder:
+        found = Recorder(module, *find_blocks(module, self.adapters))
+
+        def run() -> None:
+            copies: Any = tree_map(copied, (args, kwargs))
+            self.model(*copies[0], **copies[1])
+
+        with torch.no_grad(), NoDropout():
+            confirm(found, run)
+        if not found.blocks:
+            if not found.unread:
+                raise ValueError(nothing_found([]))
+            warnings.warn(f"watch records nothing: {nothing_found(found.unread)}", stacklevel=2)
+        return found
+
+    def _keep(self, recorder: Recorder) -> None:
+        if any(block.calls or block.notes for block in recorder.blocks):
             self.last = panel_of(recorder, title=f"{type(recorder.model).__name__}, step {self.steps - 1}")
             self.history.append({"step": float(self.steps - 1), **self.last.numbers()})
             if self.path is not None:
                 with self.path.open("a") as file:
-                    file.write(json.dumps(self.history[-1]) + "\n")
+                    file.write(json.dumps(plain(self.history[-1])) + "\n")
 
     def panel(self) -> Panel:
         """The last look: one training batch."""
         if self.last is None:
-            raise ValueError("nothing was seen yet: train at least one step inside `with watch(...)`")
+            raise ValueError(
+                "nothing was seen yet: train at least one step inside `with watch(...)`; "
+                "if you call what torch.compile returned, pass that to watch"
+            )
         return self.last
 
     def log(self, step: int | None = None) -> dict[str, float]:
@@ -134,9 +175,13 @@ def watch(model: nn.Module, every: int = 100, adapters: Sequence[type[Adapter]] 
           path: str | Path | None = None) -> Iterator[Watch]:  # fmt: skip
     """Watch a model while it trains: hooks are there in every `every`-th training step only.
 
+    Training is as it would be without it. What cannot be read is listed or noted; only if nothing looks like
+    a mixture is a ValueError raised, at the first look.
+
     Args:
         model: in training mode it is looked at at its first forward pass and every `every`-th after it;
             passes in evaluation mode do not count. Recomputation under gradient checkpointing does not.
+            A compiled model runs eagerly while it is looked at: give what `torch.compile` returned.
         every: steps between two looks.
         adapters: your own, tried first; see `Adapter`.
         path: a file for JSON lines, one for each look.
@@ -172,6 +217,7 @@ class CollapseCallback:
     ) -> None:
         if model is None:
             raise ValueError("the trainer gave no model")
+        self.seen = 0
         self.watch = Watch(model, self.every, self.adapters).start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

