@@ -434,7 +434,7 @@ def sees(name: str) -> dict[str, str]:
     return found
 
 
-def ratio(plain: Callable[[], Any], tool: Callable[[], Any], rounds: int = 3) -> float:
+def ratio(plain: Callable[[], Any], tool: Callable[[], Any], rounds: int = 7) -> float:
     """Processor time of `tool` over that of `plain`, in turn: the median over rounds."""
     ratios = []
     for turn in range(rounds + 1):

@@ -38,7 +38,9 @@ def _snnl(found: Sequence[Verdict], beside: Sequence[Verdict]) -> str:
 
     said = []
     if yes := of("supported"):
-        said.append(f"Yes: more accurate on {_list(yes, _where, _caveats, _mechanism, still)}.")
+        places = sum(v.claim.key.endswith("-accuracy") for v in found)
+        where = _list(yes, _where, _caveats, _mechanism, still)
+        said.append(f"Yes, in {len(yes)} of {places} places: more accurate on {where}.")
     if more := of("supported", "-effective"):
         said.append(f"More experts are in use with it on {_names(more)}.")
     if alike := of("contradicted", "-different"):
@@ -107,22 +109,28 @@ def _undecided(found: Sequence[Verdict], judged: Sequence[Verdict]) -> str:
 
 def _pays(found: Sequence[Verdict]) -> str:
     def place(v: Verdict) -> str:
-        beside = " with SNNL" * v.claim.key.endswith("-beside")
-        return f"{_where(v)}{beside} against {in_words(v.control.replace('-snnl', '-gate'))}"
+        return _where(v) + " with SNNL" * v.claim.key.endswith("-beside")
 
     def chosen(v: Verdict) -> str:
         return "pilots chose this set, because routing won there" * (v.dataset == "shifted_domains")
 
-    said = []
+    def listed(units: Sequence[Verdict]) -> str:
+        """ "against a constant gate on A (by 3.6 points) and B (by 2.5 points)", control by control."""
+        by_control: dict[str, list[Verdict]] = {}
+        for v in units:
+            by_control.setdefault(in_words(v.control.replace("-snnl", "-gate")), []).append(v)
+        return "; ".join(f"against {c} on {_list(own, place, chosen)}" for c, own in by_control.items())
+
+    said: list[str] = []
     for word, phrase in (
-        ("supported", "Yes on {}."),
-        ("contradicted", "No, the control that learns nothing does better, on {}."),
-        ("smaller than claimed", "It gains less than would matter on {}."),
+        ("supported", "Yes, in {}: {}."),
+        ("contradicted", "No, what learns nothing does better, in {}: {}."),
+        ("smaller than claimed", "It gains less than would matter in {}: {}."),
+        ("undecided", "Undecided in {}: {}."),
     ):
         if units := _of(found, word):
-            said.append(phrase.format(_list(units, place, chosen)))
-    if open_ := _of(found, "undecided"):
-        said.append(f"{_and(list(map(place, open_)))} {'is' if len(open_) == 1 else 'are'} undecided.")
+            count = f"{len(units)}{f' of {len(found)} comparisons' * (not said)}"
+            said.append(phrase.format(count, listed(units)))
     return " ".join(said)
 
 

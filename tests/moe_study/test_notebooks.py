@@ -136,9 +136,7 @@ def test_names_of_our_modules_exist(path):
             for alias in node.names:
                 holder = importlib.import_module(node.module)
                 if not hasattr(holder, alias.name):
-                    importlib.import_module(
-                        f"{node.module}.{alias.name}"
-                    )  # not imported yet
+                    importlib.import_module(f"{node.module}.{alias.name}")  # not imported yet
                 if inspect.ismodule(found := getattr(holder, alias.name)):
                     modules[alias.asname or alias.name] = found
     used = {

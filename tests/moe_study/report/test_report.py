@@ -649,7 +649,7 @@ def test_answers_name_what_is_decided_and_leave_pilots_out(folders):
         for run in study.runs("core", "snnl", "fashion_mnist", arm)[:3]:
             store.write_run(run.path, made_up(run))
     text = answers(selection.find_verdicts("core"))
-    assert "**Did SNNL help?** Yes: more accurate on CIFAR-100 (by 2.0 points; " in text
+    assert "**Did SNNL help?** Yes, in 1 of 1 places: more accurate on CIFAR-100 (by 2.0 points; " in text
     assert "; exploratory)." in text
     assert "CNN, 4 experts of width 512, 8 epochs" in words.scope(selection.find_verdicts("core"))
     assert "FashionMNIST" not in text
