@@ -48,12 +48,13 @@ def _snnl(found: Sequence[Verdict], beside: Sequence[Verdict]) -> str:
     if no := of("contradicted"):
         said.append(f"It makes the model less accurate on {_list(no, _where)}.")
     small = of("smaller than claimed")
-    for than, units in (
-        ("claimed", [v for v in small if v.dataset in v.claim.published]),
-        ("would matter", [v for v in small if v.dataset not in v.claim.published]),
-    ):
-        if units:
-            said.append(f"The gain, if there is one, is smaller than {than} on {_names(units)}.")
+    less = [
+        f"smaller than {than} on {_names(units)}"
+        for than, published in (("claimed", True), ("would matter", False))
+        if (units := [v for v in small if (v.dataset in v.claim.published) is published])
+    ]
+    if less:
+        said.append(f"The gain, if there is one, is {_and(less)}.")
     if open_ := of("undecided"):
         said.append(f"{_names(open_)} {'is' if len(open_) == 1 else 'are'} undecided.")
     return " ".join(said)

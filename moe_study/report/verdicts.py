@@ -319,8 +319,8 @@ def _said(found: Sequence[Verdict], term: str) -> bool:
     return any(v.word == term for v in found)
 
 
-def scope(found: Sequence[Verdict]) -> str:
-    """Models, budgets and data behind the answers, in a sentence or two."""
+def scope(found: Sequence[Verdict], endpoints: bool = True) -> str:
+    """Models, budgets and data behind the answers; with `endpoints` also what another epoch decided."""
     decided = [v for v in found if v.word != "pilot"]
     if not decided:
         return ""
@@ -329,7 +329,7 @@ def scope(found: Sequence[Verdict]) -> str:
         places.setdefault(verdict.scope, []).append(DATASET_TITLES[verdict.dataset])
     listed = "; ".join(f"{', '.join(dict.fromkeys(titles))}: {model}" for model, titles in places.items())
     text = f"Scope: small models, trained briefly, judged at the last epoch. {listed}."
-    if earlier := sum(v.endpoint != store.PRIMARY_ENDPOINT for v in decided):
+    if endpoints and (earlier := sum(v.endpoint != store.PRIMARY_ENDPOINT for v in decided)):
         text += (
             f" {earlier} exploratory verdicts (†) are measured at the epoch of the lowest validation "
             "cross-entropy."

@@ -37,7 +37,8 @@ def test_the_notebook_runs(folders):
     panels = space["panels"]
     used = {name: panels[name].table()["effective experts"].mean() for name in ("healthy", "collapsed")}
     assert used["collapsed"] < used["healthy"]
-    assert {alarm.kind for alarm in panels["collapsed"].alarms} >= {"collapsed", "dead"}
+    assert "collapsed" in {alarm.kind for alarm in panels["collapsed"].alarms}
+    assert not panels["healthy"].alarms
     assert (folders / "figures" / "your_model" / "collapsed.png").exists()
 
 

@@ -1439,7 +1439,7 @@ def test_html_table(core):
 def test_readme_shows_the_benchmark(core):
     row = {"row": "N=1024", "faster_than_fastest_peer": 3.06, "memory_saving": 7.0, "share_of_limit": 0.397}
     store.write(store.results_dir() / "bench" / "snnl.json", {"rows": [row]})
-    assert "| N=1024 | 3.1 | 7.0 | 0.40 |" in readme.results_page()
+    assert "| N=1024 | 3.06 | 7.0 | 0.40 |" in readme.results_page()
     contestants = {who: {"peer": who != "ours", "milliseconds": 1.0} for who in ("ours", "cleverhans")}
     on_gpu = row | {"processor": "Big GPU", "contestants": contestants, "goals": {"faster": 1 / 1.15}}
     store.write(store.results_dir() / "bench" / "gpu.json", {"rows": [on_gpu, on_gpu | {
