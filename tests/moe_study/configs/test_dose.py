@@ -119,7 +119,7 @@ def test_heatmap_frames_what_excludes_zero():
     axis = dose_plots.dose_heatmaps(planted((0.01, 0.0)), PANEL, ["accuracy"]).axes[0]
     framed = [patch.get_xy() for patch in axis.patches]
     assert {round(x + 0.48) for x, _ in framed} == {0}  # the effect is in the first column alone
-    assert axis.get_title() == "accuracy (points), orange: better"
+    assert axis.get_title() == "accuracy (points),\norange: better"
     assert "+1.05" in [text.get_text() for text in axis.texts]
 
 
@@ -135,7 +135,7 @@ def test_heatmap_colours_are_differences_and_one_colour_is_better():
     np.testing.assert_allclose(colours(neither), expected, rtol=1e-6)
     for axis in (up, down, neither):
         assert axis.images[0].get_clim() == pytest.approx((-0.0305, 0.0305))
-    assert [axis.get_title().split(", ")[1] for axis in (up, down, neither)] == [
+    assert [axis.get_title().split(",\n")[1] for axis in (up, down, neither)] == [
         "orange: better", "orange: better", "orange: more",
     ]  # fmt: skip
 

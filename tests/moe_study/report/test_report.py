@@ -1446,7 +1446,7 @@ def test_readme_shows_the_benchmark(core):
         "row": "no peer here", "faster_than_fastest_peer": None}]})  # fmt: skip
     page = readme.results_page()
     assert "On a GPU (Big GPU; below 1 a peer is faster):" in page
-    assert "| SNNL, N=1024 | 3.1 | 0.87 | 7.0 |\n" in page
+    assert "| SNNL, N=1024 | 3.06 | 0.87 | 7.0 |\n" in page
     assert "no peer here" not in page
 
 

@@ -337,9 +337,10 @@ def check_verdicts(groups, header, rows):
     """The table of verdicts: word, difference, interval, p and seeds of some study's unit."""
     for row in rows:
         low, high = re.findall(NUMBER, row["95 % interval"]) if row["95 % interval"] != "-" else ("", "")
-        word = re.split("[,;] ", row["verdict"])[0]
+        word = re.split("[,;] | †", row["verdict"])[0]
         assert any(
             one["control"] == row["against"].split(":")[0]
+            and row["verdict"].endswith(" †") == (one["endpoint"] != "last_epoch")
             and one["word"] == word
             and ("depends on the checkpoint" in row["verdict"]) == (len(set(one["elsewhere"].values())) > 1)
             and row["seeds"].split(" ")[0] == str(one["seeds"])
