@@ -502,11 +502,10 @@ def peers() -> dict[str, Any]:
         entry: dict[str, Any] = {"sees": sees(name)}
         if name != "ours":
             entry["version"] = importlib.metadata.version(name)
-        if len(set(entry["sees"].values())) == 1:
-            pass  # it reads nothing of this model: what that costs is nobody's question
-        elif name == "innards":
+        reads = len(set(entry["sees"].values())) > 1  # if nothing of this model, its cost says nothing
+        if reads and name == "innards":
             entry["added_percent_generation"] = added(name, "generate")
-        else:
+        elif reads:
             entry["added_percent_training"] = added(name, "train")
             entry["mib_per_50_steps"] = grows(name)
         if name in ("ours", "moewatch"):

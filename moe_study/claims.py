@@ -129,7 +129,7 @@ class Measure:
     def shown(self, *values: float, unit: bool = True) -> str:
         """One value, or "value [low, high]", or "[low, high]", with sign and unit."""
         scaled = [value * self.scale for value in values]
-        text = f"{tables.rounded(scaled[0], self.decimals):+.{self.decimals}f}" if len(values) % 2 else ""
+        text = tables.signed(scaled[0], self.decimals) if len(values) % 2 else ""
         if len(values) > 1:
             text = f"{text} {tables.shown_interval(scaled[-2], scaled[-1], self.decimals)}".strip()
         return f"{text} {self.unit}".strip() if unit else text

@@ -103,9 +103,8 @@ def _undecided(found: Sequence[Verdict], judged: Sequence[Verdict]) -> str:
     """The other claims that are undecided in the same places: "; undecided there: more robust to attack"."""
     places = {_where(v) for v in judged}
     others = [v for v in found if v.word == "undecided" and _where(v) in places and v not in judged]
-    return "".join(f"; undecided there: {v.claim.wording} ({_against(v)})" for v in others[:1]) + "".join(
-        f", {v.claim.wording} ({_against(v)})" for v in others[1:]
-    )
+    listed = ", ".join(f"{v.claim.wording} ({_against(v)})" for v in others)
+    return f"; undecided there: {listed}" if listed else ""
 
 
 def _pays(found: Sequence[Verdict]) -> str:

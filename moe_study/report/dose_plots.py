@@ -46,9 +46,9 @@ def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Fig
                 axis.text(x, y, "-", ha="center", va="center")
                 continue
             colours[y, x] = sign * found.difference
-            difference = tables.rounded(column.scale * found.difference, decimals)
+            difference = tables.signed(column.scale * found.difference, decimals)
             interval = tables.shown_interval(column.scale * found.low, column.scale * found.high, decimals)
-            axis.text(x, y - 0.16, f"{difference:+.{decimals}f}", ha="center", va="center")
+            axis.text(x, y - 0.16, difference, ha="center", va="center")
             axis.text(x, y + 0.24, interval, ha="center", va="center", fontsize=8)
             if found.low > 0 or found.high < 0:
                 axis.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, fill=False, ec="black", lw=1.5))

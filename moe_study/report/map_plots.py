@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_study.report.plots import STYLE
-from moe_study.report.tables import Result, rounded
+from moe_study.report.tables import Result, signed
 
 Size = tuple[int, int, int]  # code width, E, H
 Cell = dict[tuple[str, int], Result]  # by arm and seed
@@ -129,7 +129,7 @@ def _map(
                         axis.text(
                             x,
                             y,
-                            f"{rounded(value, 1):+.1f}" if limits is None else f"{value:.2f}",
+                            signed(value, 1) if limits is None else f"{value:.2f}",
                             ha="center",
                             va="center",
                             fontsize=8,

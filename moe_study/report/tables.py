@@ -346,11 +346,14 @@ def rounded(value: float, decimals: int) -> float:
     return round(value, decimals) + 0.0
 
 
+def signed(value: float, decimals: int) -> str:
+    return f"{rounded(value, decimals):+.{decimals}f}"
+
+
 def shown_interval(low: float, high: float, decimals: int) -> str:
     """ "[low, high]", with up to two more decimals where an end would lose its side of 0 to rounding."""
     more = next((k for k in (0, 1) if all(round(end, decimals + k) for end in (low, high) if end)), 2)
-    low_text, high_text = (f"{rounded(end, decimals + more):+.{decimals + more}f}" for end in (low, high))
-    return f"[{low_text}, {high_text}]"
+    return f"[{signed(low, decimals + more)}, {signed(high, decimals + more)}]"
 
 
 def spread(values: pd.Series, decimals: int) -> str:
@@ -626,7 +629,7 @@ def show(value: stats.PairedComparison, column: Column = PLAIN) -> dict[str, str
     """A comparison as text: difference, t interval, sign-flip p, and "pilot" below eight seeds."""
     low, high = value.low * column.scale, value.high * column.scale
     return {
-        "difference": f"{rounded(value.difference * column.scale, column.decimals):+.{column.decimals}f}",
+        "difference": signed(value.difference * column.scale, column.decimals),
         "95 % interval": shown_interval(low, high, column.decimals),
         "p": shown_p(value.p),
         "seeds": f"{value.seeds}" + (" (pilot)" if value.seeds < PILOT_BELOW else ""),
