@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -276,6 +277,7 @@ def _grid_row(units: Sequence[Verdict], datasets: Sequence[str], named: bool) ->
 
 def _cell(verdict: Verdict) -> dict[str, str]:
     measure, found = verdict.claim.measure, verdict.comparison
+    measure = replace(measure, decimals=min(measure.decimals, 3))  # as fits into a cell
     mark, style = MARKS[verdict.word]
     return {
         "mark": mark,
