@@ -5,6 +5,7 @@ Shapes: S seeds.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from moe_study import stats
-from moe_study.report.plots import DATASET_TITLES, PALETTE, captioned, new_figure
+from moe_study.report.plots import PALETTE, captioned, new_figure
+from moe_study.report.verdicts import LOW_IS_GOOD, place
 from moe_study.trust import TRUTH
 from moe_study.verdicts import Verdict
 
@@ -29,48 +31,56 @@ WORD_COLOURS = {
 
 
 def verdict_grid(grid: dict[str, Any]) -> Figure:
-    """`report.verdicts.grid` as a picture: claim x data set, a colour per word, difference and interval."""
-    lines = [
-        (row, units)
-        for section in grid["sections"]
-        for row in (section["title"], *section["rows"])
-        for units in [1 if isinstance(row, str) else max(1 + bool(row["contrast"]), *map(len, row["cells"]))]
-    ]
-    datasets = grid["datasets"]
-    left, wide, unit = 4.2, 1.5, 0.2
-    width, height = left + wide * len(datasets), unit * (sum(n for _, n in lines) + 2.4)
-    figure = Figure(figsize=(width, height))
+    """`report.verdicts.grid` as a picture: data set x claim, a colour a word, difference and interval."""
+    left, wide, unit = 2.6, 1.72, 0.2  # inches
+    figure = Figure()
     axis = figure.add_axes((0, 0, 1, 1))
-    axis.set(xlim=(0, width), ylim=(height, 0))
     axis.set_axis_off()
-    for at, name in enumerate(datasets):
-        axis.text(left + wide * at, unit / 2, name, fontsize=8, fontweight="bold", va="center")
-    y = 1.1 * unit
-    for row, units in lines:
-        if isinstance(row, str):
-            axis.text(0.05, y + unit / 2, row, fontsize=8, fontweight="bold", va="center")
-        else:
-            label = f"{row['claim']} ({row['measure']})" if row["measure"] else row["claim"]
-            axis.text(0.05, y + unit / 2, label, fontsize=7, va="center")
-            if row["contrast"]:
-                axis.text(0.15, y + 1.4 * unit, row["contrast"], fontsize=5.5, va="center", color="#555555")
-            for at, cell in enumerate(row["cells"]):
-                for line, one in enumerate(cell):
-                    x, top = left + wide * at, y + line * unit
-                    colour = WORD_COLOURS[one["word"]]
+
+    def write(x: float, y: float, text: str, **style: Any) -> None:
+        axis.text(x, y + unit / 2, text, va="center", **({"fontsize": 7} | style))
+
+    y = 0.0
+    for section in grid["sections"]:
+        write(0.05, y, section["title"], fontsize=8, fontweight="bold")
+        heads = [
+            textwrap.wrap(f"{column['claim']} ({column['unit']})".removesuffix(" ()"), 30)
+            + [column["against"]] * bool(column["against"])
+            for column in section["columns"]
+        ]
+        depth = max(map(len, heads))
+        for at, lines in enumerate(heads):
+            for line, text in enumerate(lines, depth - len(lines)):
+                write(left + wide * at, y + unit * (1 + 0.8 * line), text, color="#555555")
+        y += unit * (1.1 + 0.8 * depth)
+        for row, cells in section["rows"].items():
+            write(0.05, y, row)
+            for at, cell in enumerate(cells):
+                top = y
+                for one in cell:
+                    x, colour = left + wide * at, WORD_COLOURS[one["word"]]
                     axis.add_patch(Rectangle((x, top + 0.01), wide - 0.05, unit - 0.02, fc=colour, alpha=0.3))
-                    text = f"{one['mark']} {one['difference']} {one['interval']}"
-                    axis.text(x + 0.04, top + unit / 2, text, fontsize=6.5, va="center")
-        y += unit * units
+                    write(x + 0.04, top, f"{one['mark']} {one['difference']} {one['interval']}", fontsize=6.5)
+                    top += unit
+                    if one["against"]:
+                        write(x + 0.04, top, one["against"], fontsize=5.5, color="#555555")
+                        top += 0.8 * unit
+            y += unit * max(sum(1 + 0.8 * bool(one["against"]) for one in cell) for cell in cells)
+        y += 0.8 * unit
     x = 0.05
     for word, mark, _ in grid["legend"]:
         axis.add_patch(Rectangle((x, y + 0.06), 0.12, 0.12, fc=WORD_COLOURS[word], alpha=0.3))
-        axis.text(x + 0.16, y + 0.13, f"{mark} {word}", fontsize=7, va="center")
+        write(x + 0.16, y + 0.03, f"{mark} {word}")
         x += 0.45 + 0.066 * len(word)
+    width = left + wide * max(len(section["columns"]) for section in grid["sections"])
+    height = y + 1.4 * unit
+    figure.set_size_inches(width, height)
+    axis.set(xlim=(0, width), ylim=(height, 0))
     return captioned(
         figure,
-        "Every claim (row) on every data set (column): a colour per verdict, mean difference and 95 % "
-        "interval. What is subtracted stands beside the claims.",
+        "Every data set (row) and every claim (column): a colour per verdict, mean difference and 95 % "
+        "interval. What is subtracted stands beside the title, or above or below the numbers. "
+        f"{LOW_IS_GOOD}: low is good.",
     )
 
 
@@ -92,7 +102,7 @@ def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
             names.append(row.upper())
             continue
         claim = row.claim
-        names.append(f"{claim.wording}, {DATASET_TITLES[row.dataset]}: {claim.treatment} - {row.control}")
+        names.append(f"{claim.wording}, {place(row)}: {claim.treatment} - {row.control}")
         reach = max(reach, _forest_row(axis, at, row))
     axis.set_yticks(range(len(rows)), names)
     for row, label in zip(rows, axis.get_yticklabels(), strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,14 +13,21 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, Template
 
 from moe_study import store
-from moe_study.claims import BY_KEY
+from moe_study.claims import BY_KEY, Measure
 from moe_study.configs.dose import Panel
 from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
 from moe_study.verdicts import Cause, Verdict, Word
 
+# Studies of one data set are told apart by what is special about the models of all but one of them.
+SPECIAL = {"collapse-top1": " with one expert per image", "collapse-wide": " with 16 experts"}
 EARLIER = " †"  # beside a verdict that is not measured at the last epoch
 COLUMNS = ("claim", "against", "verdict", "difference", "95 % interval", "counts from", "p (Holm)", "seeds")
+
+
+def place(verdict: Verdict) -> str:
+    """The data set, and what is special about the models."""
+    return DATASET_TITLES[verdict.dataset] + SPECIAL.get(verdict.claim.study, "")
 
 
 def contrast(verdict: Verdict) -> str:
@@ -52,7 +59,7 @@ def table(found: Sequence[Verdict]) -> pd.DataFrame:
         claim, comparison = verdict.claim, verdict.comparison
         row = {
             "of": claim.source,
-            "data set": DATASET_TITLES[verdict.dataset],
+            "data set": place(verdict),
             "claim": claim.wording,
             "against": f"{verdict.control}: {claim.controls[verdict.control]}",
             "verdict": word(verdict) + EARLIER * (verdict.endpoint != store.PRIMARY_ENDPOINT),
@@ -76,7 +83,7 @@ def firmness(found: Sequence[Verdict]) -> pd.DataFrame:
         images = verdict.images
         rows.append(
             {
-                "data set": DATASET_TITLES[verdict.dataset],
+                "data set": place(verdict),
                 "claim": claim.wording,
                 "contrast": contrast(verdict),
                 "verdict": verdict.word,
@@ -94,7 +101,7 @@ def reasons(found: Sequence[Verdict]) -> pd.DataFrame:
     """Why each verdict is what it is, what attributes the difference, and the scope."""
     rows = [
         {
-            "data set": DATASET_TITLES[verdict.dataset],
+            "data set": place(verdict),
             "claim": verdict.claim.wording,
             "verdict": verdict.word,
             "reason": reason(verdict),
@@ -155,7 +162,8 @@ def rates_table(found: Mapping[str, Any]) -> pd.DataFrame:
     for row in found["rates"]:
         claim = BY_KEY[row["claim"]]
         effect = "none" if row["effect"] == 0 else f"{row['effect']:g} x"
-        labels = {"claim": claim.wording, "seeds": str(row["seeds"]), "true effect": effect}
+        of = claim.wording + SPECIAL.get(claim.study, "")
+        labels = {"claim": of, "seeds": str(row["seeds"]), "true effect": effect}
         rows.append(labels | {word: 100 * row["words"][word] for word in _SIMULATED})
     keys = ["claim", "seeds", "true effect"]
     if not rows:
@@ -199,13 +207,14 @@ ARM_WORDS = {
     "uniform-gate": "a constant gate",
     "uniform-snnl": "SNNL with a constant gate",
     "hash-gate": "a random expert",
-    "hash-snnl": "SNNL, random expert",
+    "hash-snnl": "SNNL with a random expert",
     "linear": "linear router",
     "cosine": "cosine router",
     "ac": "AC router",
     "hash": "fixed random experts per position",
     "hash-token": "fixed random experts per byte",
 }
+LOW_IS_GOOD = "↓"  # beside a unit
 MARKS: Mapping[Word, tuple[str, str]] = {  # sign and style of each word
     "supported": ("✓", "supported"),
     "contradicted": ("✗", "contradicted"),
@@ -231,51 +240,58 @@ def contrast_in_words(verdict: Verdict) -> str:
 
 
 def grid(found: Sequence[Verdict]) -> dict[str, Any]:
-    """Claim x data set: sections of rows of cells, one entry a verdict, for the page and for a picture."""
-    datasets = [name for name in DATASET_TITLES if any(v.dataset == name for v in found)]
-    sections = []
-    for source, title in SOURCES.items():
-        rows: dict[tuple[str, ...], list[Verdict]] = {}
-        for v in (v for v in found if v.claim.source == source):
-            rows.setdefault((v.claim.wording, v.claim.treatment, v.claim.measure.name), []).append(v)
-        shared = {_contrasts(units) for units in rows.values()}
-        if rows:
-            sections.append(
-                {
-                    "title": f"{title} ({min(shared)})" if len(shared) == 1 else title,
-                    "rows": [_grid_row(units, datasets, len(shared) > 1) for units in rows.values()],
-                }
-            )
+    """Data set x claim, a section a source, for page and picture. A cell has one entry a verdict."""
     used = [word for word in MARKS if any(v.word == word for v in found)]
+    by_source = {source: [v for v in found if v.claim.source == source] for source in SOURCES}
     return {
-        "datasets": [DATASET_TITLES[name] for name in datasets],
-        "sections": sections,
+        "sections": [_section(SOURCES[source], units) for source, units in by_source.items() if units],
         "legend": [(word, *MARKS[word]) for word in used],
     }
 
 
-def _contrasts(units: Sequence[Verdict]) -> str:
-    """ "AC router minus linear router, then minus cosine router", in the order of a cell's lines."""
-    controls = dict.fromkeys(v.control for v in units)
-    return f"{in_words(units[0].claim.treatment)} " + ", then ".join(f"minus {in_words(c)}" for c in controls)
-
-
-def _grid_row(units: Sequence[Verdict], datasets: Sequence[str], named: bool) -> dict[str, Any]:
-    measure = units[0].claim.measure
-    controls = list(dict.fromkeys(v.control for v in units))
-    low_is_good = "low is good" if measure.direction == "lower" else ""
-    return {
-        "claim": units[0].claim.wording,
-        "measure": ", ".join(filter(None, [measure.unit, low_is_good])),
-        "contrast": _contrasts(units) if named else "",
-        "cells": [
-            [_cell(v) for c in controls for v in units if (v.dataset, v.control) == (name, c)]
-            for name in datasets
-        ],
+def _section(title: str, units: Sequence[Verdict]) -> dict[str, Any]:
+    """A table. What is subtracted is said once: in the title, above a column, or in each of its cells."""
+    compared = {(v.claim.treatment, *v.claim.controls) for v in units}
+    treatment, *controls = map(in_words, min(compared))
+    if whole := len(compared) == 1:
+        title += f" ({treatment} {', then '.join(f'minus {control}' for control in controls)})"
+    order = list(DATASET_TITLES)
+    rows = _by(sorted(units, key=lambda v: (order.index(v.dataset), v.claim.study in SPECIAL)), place)
+    columns, notes = [], {}
+    for wording, own in _by(units, lambda v: v.claim.wording).items():
+        against = {v.control for v in own}
+        notes[wording] = len(against) > 1 and not whole
+        columns.append(
+            {
+                "claim": wording,
+                "unit": " or ".join(filter(None, dict.fromkeys(_unit(v.claim.measure) for v in own))),
+                "against": _against(own[0]) if len(against) == 1 and not whole else "",
+            }
+        )
+    cells = {
+        row: [[_entry(v, notes[w]) for v in own if v.claim.wording == w] for w in notes]
+        for row, own in rows.items()
     }
+    return {"title": title, "columns": columns, "rows": cells}
 
 
-def _cell(verdict: Verdict) -> dict[str, str]:
+def _by(units: Sequence[Verdict], key: Callable[[Verdict], str]) -> dict[str, list[Verdict]]:
+    """In the order of their first."""
+    groups: dict[str, list[Verdict]] = {}
+    for v in units:
+        groups.setdefault(key(v), []).append(v)
+    return groups
+
+
+def _unit(measure: Measure) -> str:
+    return f"{measure.unit} {LOW_IS_GOOD * (measure.direction == 'lower')}".strip()
+
+
+def _against(verdict: Verdict) -> str:
+    return f"against {in_words(verdict.control)}"
+
+
+def _entry(verdict: Verdict, against: bool) -> dict[str, str]:
     measure, found = verdict.claim.measure, verdict.comparison
     measure = replace(measure, decimals=min(measure.decimals, 3))  # as fits into a cell
     mark, style = MARKS[verdict.word]
@@ -286,6 +302,7 @@ def _cell(verdict: Verdict) -> dict[str, str]:
         "title": f"{contrast_in_words(verdict)}: {word(verdict)}. {reason(verdict)}",
         "difference": "no pairs" if found is None else measure.shown(found.difference, unit=False),
         "interval": "" if found is None else measure.shown(found.low, found.high, unit=False),
+        "against": _against(verdict) if against else "",
     }
 
 
@@ -301,7 +318,7 @@ GLOSSARY = {
     "collapse": "experts idle, or all do the same",
     "SNNL": "soft nearest neighbor loss: pulls features of one class together",
     "AC router": "routes in a space scaled by each expert's cluster",
-    "+a [b, c]": "mean difference over paired seeds [95 % interval], in points of accuracy or as said",
+    "+a [b, c]": f"mean difference over paired seeds [95 % interval]; {LOW_IS_GOOD}: low is good",
     "supported": "claimed sign, corrected p at most 0.05, no checkpoint against it",
     "contradicted": "90 % interval on the wrong side of 0",
     "smaller than claimed": "90 % interval below the difference that counts",
@@ -312,7 +329,7 @@ GLOSSARY = {
 
 
 def first_screen(found: Sequence[Verdict]) -> str:
-    """Grid and glossary side by side, as HTML."""
+    """Tables of verdicts and a glossary, as HTML."""
     glossary = {term: text for term, text in GLOSSARY.items() if term not in MARKS or _said(found, term)}
     return _template("first.html.j2").render(grid(found) | {"glossary": glossary, "scope": scope(found)})
 
@@ -328,7 +345,7 @@ def scope(found: Sequence[Verdict], endpoints: bool = True) -> str:
         return ""
     places: dict[str, list[str]] = {}
     for verdict in decided:
-        places.setdefault(verdict.scope, []).append(DATASET_TITLES[verdict.dataset])
+        places.setdefault(verdict.scope, []).append(place(verdict))
     listed = "; ".join(f"{', '.join(dict.fromkeys(titles))}: {model}" for model, titles in places.items())
     text = f"Scope: small models, trained briefly, judged at the last epoch. {listed}."
     if endpoints and (earlier := sum(v.endpoint != store.PRIMARY_ENDPOINT for v in decided)):
