@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from moe_study import store, study
-from moe_study.report import collapse_plots, overview, plots, selection, verdict_plots
+from moe_study.report import collapse_plots, first_screen, overview, plots, selection, verdict_plots
 from moe_study.report import verdicts as words
 from moe_study.report.answers import answers
 from moe_study.report.page import markdown
@@ -22,7 +22,7 @@ def readme_section() -> str:
     found = selection.current(selection.find_verdicts("core"))
     if not found:
         return f"{BEGIN}\nNo finished runs yet.\n{END}"
-    parts = [BEGIN, answers(found), words.scope(found, endpoints=False)]
+    parts = [BEGIN, answers(found), first_screen.scope(found, endpoints=False)]
     parts.append(
         f"![Every claim on every data set: verdict, difference, 95 % interval]({README_PICTURES['verdicts']})"
     )
@@ -43,7 +43,7 @@ def readme_pictures() -> dict[str, Figure]:
     """The README's two pictures, from results/core."""
     pictures = {}
     if found := selection.current(selection.find_verdicts("core")):
-        pictures["verdicts"] = verdict_plots.verdict_grid(words.grid(found))
+        pictures["verdicts"] = verdict_plots.verdict_grid(first_screen.grid(found))
     for runs in selection.whole_runs("core", "collapse").values():
         shown = [run for run in runs if run.arm in ("base", "snnl")]
         pictures.setdefault("routing", collapse_plots.domain_routing(study.results(shown)))
@@ -67,7 +67,7 @@ def results_page() -> str:
         "## Verdicts",
         f"{words.tally(found)} {selection.unfinished(profile)}".strip(),
         answers(found),
-        words.scope(found),
+        first_screen.scope(found),
         "One row a claim, data set and control, at the last epoch, paired by seed: mean difference, 95 % t "
         "interval, exact sign-flip p of the claim (Holm over the units of a study; 1 where the mean lies "
         "on the other side). *Counts from*: the published difference, or a declared margin. Fewer than eight "

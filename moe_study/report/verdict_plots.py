@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from moe_study import stats
+from moe_study.report.first_screen import LOW_IS_GOOD
 from moe_study.report.plots import PALETTE, captioned, new_figure
-from moe_study.report.verdicts import LOW_IS_GOOD, place
+from moe_study.report.verdicts import place
 from moe_study.trust import TRUTH
 from moe_study.verdicts import Verdict
 
@@ -31,7 +32,7 @@ WORD_COLOURS = {
 
 
 def verdict_grid(grid: dict[str, Any]) -> Figure:
-    """`report.verdicts.grid` as a picture: data set x claim, a colour a word, difference and interval."""
+    """`first_screen.grid` as a picture: data set x claim, a colour a word, difference and interval."""
     left, wide, unit = 2.6, 1.72, 0.2  # inches
     figure = Figure()
     axis = figure.add_axes((0, 0, 1, 1))

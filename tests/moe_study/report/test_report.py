@@ -21,6 +21,7 @@ from moe_study.claims import ACCURACY
 from moe_study.configs import arms, crossed, snnl
 from moe_study.data import ROOT
 from moe_study.report import (
+    first_screen,
     overview,
     plots,
     provenance,
@@ -648,7 +649,7 @@ def test_answers_name_what_is_decided_and_leave_pilots_out(folders):
     text = answers(selection.find_verdicts("core"))
     assert "**Did SNNL help?** Yes, in 1 of 1 places: more accurate on CIFAR-100 (by 2.0 points; " in text
     assert "; exploratory)." in text
-    assert "CNN, 4 experts of width 512, 8 epochs" in words.scope(selection.find_verdicts("core"))
+    assert "CNN, 4 experts of width 512, 8 epochs" in first_screen.scope(selection.find_verdicts("core"))
     assert "FashionMNIST" not in text
     assert answers([]) == ""
 
@@ -903,14 +904,13 @@ def test_a_section_tagged_fold_is_folded_to_its_end(tmp_path):
     assert "shown words" not in section.get_text()
 
 
-def test_names_are_escaped_on_the_first_screen(core):
+def test_names_are_escaped_on_the_first_screen(core, monkeypatch):
     found = [replace(verdict, scope="<b>bold</b> & small") for verdict in selection.find_verdicts("core")]
-    pilots = words.first_screen(found)
-    assert "<b>" not in pilots
-    drawn = words._template("first.html.j2").render(
-        words.grid(found) | {"glossary": {"<i>": "<u>"}, "scope": "<s>"}
-    )
-    assert not {"<i>", "<u>", "<s>"} & set(re.findall("<[a-z]+>", drawn))
+    monkeypatch.setattr(first_screen, "GLOSSARY", {"<i>": "<u>"})
+    monkeypatch.setattr(first_screen, "scope", lambda found: found[0].scope)
+    drawn = first_screen.first_screen(found)
+    assert "&lt;b&gt;bold" in drawn
+    assert not {"<b>", "<i>", "<u>"} & set(re.findall("<[a-z]+>", drawn))
 
 
 def test_what_happened_is_told_in_words(folders):
@@ -1507,7 +1507,7 @@ def test_readme_with_no_data_set_that_was_published(folders):
 def test_first_screen_holds_every_verdict(core):
     """One cell of the tables a verdict, with its word, difference and interval; in words what minus what."""
     found = selection.find_verdicts("core")
-    soup = BeautifulSoup(words.first_screen(found), "html.parser")
+    soup = BeautifulSoup(first_screen.first_screen(found), "html.parser")
     units = [one for table in soup.find_all("table") for one in table.find_all("span", class_="unit")]
     assert len(units) == len(found) == 4
     assert all("pilot" in one["class"] for one in units)
@@ -1539,7 +1539,7 @@ def test_report_is_the_same_whenever_it_is_rendered(tmp_path):
 
 def test_verdict_grid_draws_every_verdict(core):
     found = selection.find_verdicts("core")
-    figure = verdict_plots.verdict_grid(words.grid(found))
+    figure = verdict_plots.verdict_grid(first_screen.grid(found))
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert sum("[+" in text or "[-" in text for text in texts) == len(found)
     check_drawn(figure, "verdict_grid")

@@ -1,0 +1,145 @@
+"""The report's first screen: every verdict in a few tables, a glossary, and the scope."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+
+from moe_study import store
+from moe_study.claims import Measure
+from moe_study.report import verdicts as words
+from moe_study.report.plots import DATASET_TITLES
+from moe_study.report.verdicts import SPECIAL, in_words, place
+from moe_study.verdicts import Verdict, Word
+
+LOW_IS_GOOD = "↓"  # beside a unit
+MARKS: Mapping[Word, tuple[str, str]] = {  # sign and style of each word
+    "supported": ("✓", "supported"),
+    "contradicted": ("✗", "contradicted"),
+    "smaller than claimed": ("<", "smaller"),
+    "undecided": ("?", "undecided"),
+    "not testable here": ("·", "untestable"),
+    "pilot": ("○", "pilot"),
+}
+SOURCES = {  # of claims, in the order of the grid
+    "SNNL-MoE": "SNNL makes a mixture of experts",
+    "this study": "Does routing, or a mixture, help at all?",
+    "AC router": "The AC router",
+}
+
+
+def grid(found: Sequence[Verdict]) -> dict[str, Any]:
+    """Data set x claim, a section a source, for page and picture. A cell has one entry a verdict."""
+    by_source = _by(found, lambda v: v.claim.source)
+    used = {v.word for v in found}
+    return {
+        "sections": [_section(SOURCES[s], by_source[s]) for s in SOURCES if s in by_source],
+        "legend": [(word, *mark) for word, mark in MARKS.items() if word in used],
+    }
+
+
+def _section(title: str, units: Sequence[Verdict]) -> dict[str, Any]:
+    """A table. What is subtracted is said once: in the title, above a column, or in each of its cells."""
+    compared = {(v.claim.treatment, *v.claim.controls) for v in units}
+    treatment, *controls = map(in_words, min(compared))
+    if whole := len(compared) == 1:
+        title += f" ({treatment} {', then '.join(f'minus {control}' for control in controls)})"
+    order = list(DATASET_TITLES)
+    rows = _by(sorted(units, key=lambda v: (order.index(v.dataset), v.claim.study in SPECIAL)), place)
+    columns, notes = [], {}
+    for wording, own in _by(units, lambda v: v.claim.wording).items():
+        against = {v.control for v in own}
+        notes[wording] = len(against) > 1 and not whole
+        columns.append(
+            {
+                "claim": wording,
+                "unit": " or ".join(filter(None, dict.fromkeys(_unit(v.claim.measure) for v in own))),
+                "against": _against(own[0]) if len(against) == 1 and not whole else "",
+            }
+        )
+    cells = {
+        row: [[_entry(v, notes[w]) for v in own if v.claim.wording == w] for w in notes]
+        for row, own in rows.items()
+    }
+    return {"title": title, "columns": columns, "rows": cells}
+
+
+def _by(units: Sequence[Verdict], key: Callable[[Verdict], str]) -> dict[str, list[Verdict]]:
+    """In the order of their first."""
+    groups: dict[str, list[Verdict]] = {}
+    for v in units:
+        groups.setdefault(key(v), []).append(v)
+    return groups
+
+
+def _unit(measure: Measure) -> str:
+    return f"{measure.unit} {LOW_IS_GOOD * (measure.direction == 'lower')}".strip()
+
+
+def _against(verdict: Verdict) -> str:
+    return f"against {in_words(verdict.control)}"
+
+
+def _entry(verdict: Verdict, against: bool) -> dict[str, str]:
+    measure, found = verdict.claim.measure, verdict.comparison
+    measure = replace(measure, decimals=min(measure.decimals, 3))  # as fits into a cell
+    mark, style = MARKS[verdict.word]
+    contrast = f"{in_words(verdict.claim.treatment)} minus {in_words(verdict.control)}"
+    return {
+        "mark": mark,
+        "style": style,
+        "word": verdict.word,
+        "title": f"{contrast}: {words.word(verdict)}. {words.reason(verdict)}",
+        "difference": "no pairs" if found is None else measure.shown(found.difference, unit=False),
+        "interval": "" if found is None else measure.shown(found.low, found.high, unit=False),
+        "against": _against(verdict) if against else "",
+    }
+
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "template"),
+    autoescape=True, trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+GLOSSARY = {
+    "mixture of experts (MoE)": "small networks (experts), and a gate that decides how much each answers",
+    "collapse": "experts idle, or all do the same",
+    "SNNL": "soft nearest neighbor loss: pulls features of one class together",
+    "AC router": "routes in a space scaled by each expert's cluster",
+    "+a [b, c]": f"mean difference over paired seeds [95 % interval]; {LOW_IS_GOOD}: low is good",
+    "supported": "claimed sign, corrected p at most 0.05, no checkpoint against it",
+    "contradicted": "90 % interval on the wrong side of 0",
+    "smaller than claimed": "90 % interval below the difference that counts",
+    "undecided": "too few seeds to say",
+    "not testable here": "nothing to resolve, models hardly trained, or learned routing not shown to pay",
+    "confirmatory": "seeds declared before their first run; else exploratory",
+}
+
+
+def first_screen(found: Sequence[Verdict]) -> str:
+    """Tables of verdicts and a glossary, as HTML."""
+    unused = set(MARKS) - {v.word for v in found}
+    glossary = {term: text for term, text in GLOSSARY.items() if term not in unused}
+    shown = grid(found) | {"glossary": glossary, "scope": scope(found)}
+    return _TEMPLATES.get_template("first.html.j2").render(shown)
+
+
+def scope(found: Sequence[Verdict], endpoints: bool = True) -> str:
+    """Models, budgets and data behind the answers; with `endpoints` also what another epoch decided."""
+    decided = [v for v in found if v.word != "pilot"]
+    if not decided:
+        return ""
+    places: dict[str, list[str]] = {}
+    for verdict in decided:
+        places.setdefault(verdict.scope, []).append(place(verdict))
+    listed = "; ".join(f"{', '.join(dict.fromkeys(titles))}: {model}" for model, titles in places.items())
+    text = f"Scope: small models, trained briefly, judged at the last epoch. {listed}."
+    if endpoints and (earlier := sum(v.endpoint != store.PRIMARY_ENDPOINT for v in decided)):
+        text += (
+            f" {earlier} exploratory verdicts (†) are measured at the epoch of the lowest validation "
+            "cross-entropy."
+        )
+    return text
