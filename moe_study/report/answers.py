@@ -112,8 +112,10 @@ def _undecided(found: Sequence[Verdict], judged: Sequence[Verdict]) -> list[str]
     """The other claims that are undecided in the same places."""
     places = {place(v) for v in judged}
     others = [v for v in found if v.word == "undecided" and place(v) in places and v not in judged]
-    listed = ", ".join(f"{v.claim.wording} ({_against(v)})" for v in others)
-    return [f"Undecided there: {listed}."] * bool(others)
+    by_control: dict[str, list[str]] = {}
+    for v in others:
+        by_control.setdefault(_against(v), []).append(v.claim.wording)
+    return [f"Undecided there, {against}: {_and(claims)}." for against, claims in by_control.items()]
 
 
 def _pays(found: Sequence[Verdict]) -> Answer:

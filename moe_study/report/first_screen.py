@@ -134,7 +134,7 @@ def scope(found: Sequence[Verdict], endpoints: bool = True) -> str:
         return ""
     places: dict[str, list[str]] = {}
     for verdict in decided:
-        places.setdefault(verdict.scope, []).append(place(verdict))
+        places.setdefault(verdict.scope, []).append(DATASET_TITLES[verdict.dataset])
     listed = "; ".join(f"{', '.join(dict.fromkeys(titles))}: {model}" for model, titles in places.items())
     text = f"Scope: small models, trained briefly, judged at the last epoch. {listed}."
     if endpoints and (earlier := sum(v.endpoint != store.PRIMARY_ENDPOINT for v in decided)):
