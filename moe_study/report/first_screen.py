@@ -87,6 +87,7 @@ def _against(verdict: Verdict) -> str:
 def _entry(verdict: Verdict, against: bool) -> dict[str, str]:
     measure, found = verdict.claim.measure, verdict.comparison
     measure = replace(measure, decimals=min(measure.decimals, 3))  # as fits into a cell
+    interval = "" if found is None else measure.shown(found.low, found.high, unit=False)
     mark, style = MARKS[verdict.word]
     contrast = f"{in_words(verdict.claim.treatment)} minus {in_words(verdict.control)}"
     return {
@@ -95,7 +96,7 @@ def _entry(verdict: Verdict, against: bool) -> dict[str, str]:
         "word": verdict.word,
         "title": f"{contrast}: {words.word(verdict)}. {words.reason(verdict)}",
         "difference": "no pairs" if found is None else measure.shown(found.difference, unit=False),
-        "interval": "" if found is None else measure.shown(found.low, found.high, unit=False),
+        "interval": interval + words.earlier(verdict),
         "against": _against(verdict) if against else "",
     }
 

@@ -18,7 +18,6 @@ from moe_study.verdicts import Cause, Verdict, Word
 
 # Studies of one data set are told apart by what is special about the models of all but one of them.
 SPECIAL = {"collapse-top1": " with one expert per image", "collapse-wide": " with 16 experts"}
-EARLIER = " †"  # beside a verdict that is not measured at the last epoch
 COLUMNS = ("claim", "against", "verdict", "difference", "95 % interval", "counts from", "p (Holm)", "seeds")
 
 
@@ -49,6 +48,11 @@ def word(verdict: Verdict) -> str:
     return said
 
 
+def earlier(verdict: Verdict) -> str:
+    """The mark of a verdict that is not measured at the last epoch."""
+    return " †" * (verdict.endpoint != store.PRIMARY_ENDPOINT)
+
+
 def table(found: Sequence[Verdict]) -> pd.DataFrame:
     """One row a unit: a claim on a data set against one control."""
     rows = []
@@ -59,7 +63,7 @@ def table(found: Sequence[Verdict]) -> pd.DataFrame:
             "data set": place(verdict),
             "claim": claim.wording,
             "against": f"{verdict.control}: {claim.controls[verdict.control]}",
-            "verdict": word(verdict) + EARLIER * (verdict.endpoint != store.PRIMARY_ENDPOINT),
+            "verdict": word(verdict) + earlier(verdict),
             "counts from": claim.measure.shown(claim.measure.sign * verdict.margin),
             "p (Holm)": "-" if math.isnan(verdict.p_holm) else tables.shown_p(verdict.p_holm),
         }
