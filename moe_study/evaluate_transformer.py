@@ -15,19 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from moe_lib import metrics
-from moe_lib.models.language import LanguageConfig
 from moe_lib.models.transformer import Seen, moe_layers, watching
-from moe_lib.models.vision import VisionConfig
 from moe_lib.moe import MoE, Routing, adaptive_routers, frozen_scales, gradient_through_scales, joined
 from moe_lib.rng import generator
 from moe_lib.robustness.attacks import fgsm, pgd, spsa
 from moe_lib.robustness.corruptions import CORRUPTIONS, corrupt
 from moe_study import store
-from moe_study.configs.run import Run
-from moe_study.data import Split, pixels, text
+from moe_study.data import Split, pixels
 from moe_study.data.text import SWAP_SHARES, Text, head, swap_words
-from moe_study.evaluate import code_measures, dataset_of
-from moe_study.tasks import LanguageTask, RoutedObjective, VisionTask
+from moe_study.evaluate import code_measures
+from moe_study.tasks import LanguageTask, VisionTask
 
 # What is measured on how much of the test set: a whole pass for the task, less for the rest.
 ROUTING_BATCHES = 8  # of training size
@@ -223,22 +220,6 @@ class VisionExperiment:
     def __init__(self, task: VisionTask, attack_images: int, corrupted_images: int) -> None:
         self.task, self.attack_images, self.corrupted_images = task, attack_images, corrupted_images
         self.spsa_images = min(attack_images // 4, 128)
-
-    @classmethod
-    def of(cls, run: Run, device: str) -> VisionExperiment:
-        assert isinstance(run.model, VisionConfig)
-        assert isinstance(run.objective, RoutedObjective)
-        task = VisionTask(
-            dataset_of(run, device),
-            run.model,
-            run.objective,
-            seed=run.seed,
-            batch_size=run.train.batch_size,
-            dtype=run.train.dtype,
-            augment=run.augment,
-            bf16=run.train.precision == "bfloat16",
-        )
-        return cls(task, run.attack_images, run.corrupted_images)
 
     def validation(self) -> dict[str, float]:
         split = self.task.dataset.validation
@@ -444,22 +425,6 @@ class LanguageExperiment:
                 f"a context of {task.config.context} needs four times that many tokens of test text, but "
                 f"corpus {corpus.name!r} has {len(self.test)}: use a longer text or a shorter context"
             )
-
-    @classmethod
-    def of(cls, run: Run, device: str) -> LanguageExperiment:
-        assert isinstance(run.model, LanguageConfig)
-        assert isinstance(run.objective, RoutedObjective)
-        task = LanguageTask(
-            text.load(run.dataset, device=device),
-            run.model,
-            run.objective,
-            seed=run.seed,
-            batch_size=run.train.batch_size,
-            epoch_tokens=run.epoch_tokens,
-            dtype=run.train.dtype,
-            bf16=run.train.precision == "bfloat16",
-        )
-        return cls(task, run.test_tokens)
 
     def validation(self) -> dict[str, float]:
         corpus = self.task.corpus
