@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from moe_study import stats, store
 from moe_study.data import DATASETS
 from moe_study.data.text import CORPORA
-from moe_study.report.tables import Result, look_up
+from moe_study.report.tables import Result, by_arm, look_up
 
 PALETTE = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999933")
 ARM_STYLE = {  # colour, marker
@@ -100,9 +100,9 @@ def captioned(figure: Figure, text: str) -> Figure:
     return figure
 
 
-def seeds_in_words(results: Sequence[Result]) -> str:
-    """ "10 seeds an arm", "3 to 10 seeds an arm"."""
-    counts = sorted({len(group) for group in arms_of(results).values()})
+def seeds_in_words(results: Sequence[Result], arms: Sequence[str] | None = None) -> str:
+    """Of these arms: "10 seeds an arm", "3 to 10 seeds an arm"."""
+    counts = sorted({len(group) for group in arms_of(results, arms).values()})
     many = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     return f"{many} seed{'s' if counts[-1] > 1 else ''} an arm"
 
@@ -123,10 +123,9 @@ def arm_style(arm: str) -> tuple[str, str]:
 
 def arms_of(results: Sequence[Result], wanted: Sequence[str] | None = None) -> dict[str, list[dict]]:
     """Results by arm, in the order of ARM_STYLE; arms of your own follow, in the order of the results."""
-    names = dict.fromkeys([*ARM_STYLE, *(r["run"]["arm"] for r in results)])
-    names_wanted = [name for name in names if wanted is None or name in wanted]
-    grouped = {name: [r for r in results if r["run"]["arm"] == name] for name in names_wanted}
-    return {arm: group for arm, group in grouped.items() if group}
+    grouped = by_arm(results)
+    names = dict.fromkeys(name for name in [*ARM_STYLE, *grouped] if name in grouped)
+    return {name: grouped[name] for name in names if wanted is None or name in wanted}
 
 
 def training_curves(results: Sequence[Result], arms: Sequence[str] | None = None) -> Figure:

@@ -70,7 +70,7 @@ def corruption_by_severity(
         figure,
         f"Robustness to corruption, as the difference from `{first}` at the same seed: above the line is "
         "better. Means "
-        f"and 95 % t intervals over seeds; {seeds_in_words([r for g in grouped.values() for r in g])}.",
+        f"and 95 % t intervals over seeds; {seeds_in_words(results, arms)}.",
     )
 
 

@@ -150,7 +150,7 @@ def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "s
         "Who serves which class: the mean gate of each class (row) over the experts (columns). Rows that "
         "differ: the gate tells classes apart; one bright column: routing collapse. Large, the seed of "
         "median effective experts; small, every seed with its effective experts "
-        f"({seeds_in_words([r for g in shown.values() for r in g])}). Experts are matched between pictures.",
+        f"({seeds_in_words(results, arms)}). Experts are matched between pictures.",
     )
 
 
@@ -231,5 +231,5 @@ def collapse_panel(results: Sequence[Result], arms: Sequence[str] = ("base", "sn
         "How collapsed? 0: specialists; 1: one expert would do. Left and middle: over training, mean and "
         "range over seeds. Right: each seed a dot, beside the tick of its null; a dot no further right than "
         "its tick shows no collapse. Of functional collapse the tick, at 1, is a gate that does not matter. "
-        f"{seeds_in_words([r for g in grouped.values() for r in g])}.",
+        f"{seeds_in_words(results, arms)}.",
     )
