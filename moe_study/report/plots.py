@@ -130,14 +130,14 @@ def arms_of(results: Sequence[Result], wanted: Sequence[str] | None = None) -> d
 
 def training_curves(results: Sequence[Result], arms: Sequence[str] | None = None) -> Figure:
     """Validation cross-entropy, accuracy and a measure of routing over epochs: mean, and range over seeds."""
-    routing = ("information", "I(x;E), validation (nats)", 1.0)
-    if "effective_experts" in results[0]["history"]["validation"]:
-        routing = ("effective_experts", "effective experts, validation", 1.0)
-    panels = (
+    panels = [
         ("cross_entropy", "validation cross-entropy (nats)", 1.0),
         ("accuracy", "validation accuracy (%)", 100.0),
-        routing,
-    )
+    ]
+    if "effective_experts" in results[0]["history"]["validation"]:
+        panels.append(("effective_experts", "effective experts, validation", 1.0))
+    else:
+        panels.append(("information", "I(x;E), validation (nats)", 1.0))
     figure, axes = new_figure(9.8, 3.2, 1, 3)
     for axis, (key, title, scale) in zip(axes[0], panels, strict=True):
         for arm, group in arms_of(results, arms).items():
@@ -202,10 +202,7 @@ def accuracy_by_arm(results: Sequence[Result]) -> Figure:
         values = np.array(ends) * 100
         seeds_and_mean(axis, row, values, colour, marker, size=5, below=0.22)
     axis.set_yticks(range(len(grouped)), [f"{arm} ({len(group)})" for arm, group in grouped.items()])
-    axis.set(
-        xlabel="test accuracy at the last epoch (%)",
-        ylim=(len(grouped) - 0.4, -0.6),
-    )
+    axis.set(xlabel="test accuracy at the last epoch (%)", ylim=(len(grouped) - 0.4, -0.6))
     axis.grid(axis="x", alpha=0.3)
     return captioned(
         figure,
