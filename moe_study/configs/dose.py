@@ -19,11 +19,9 @@ from moe_lib.snnl import Combine, SNNLConfig
 from moe_lib.snnl.dense import Distance, Reduction
 from moe_study.configs import snnl
 from moe_study.configs.arms import SEEDS, Settings
-from moe_study.configs.run import Plan, Run, StudyError
+from moe_study.configs.run import VERSIONS, Plan, Run, StudyError
 from moe_study.tasks import Objective
 from moe_study.train import TrainConfig
-
-VERSIONS = {"snnl-dose": 1, "snnl-batches": 1}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,5 +68,8 @@ class Run:
         """Checkpoint and lock; not committed."""
         return store.results_dir() / self.profile / ".work" / self.id
 
+
+# Raised by hand when a change is meant to move a study's results, from 1; the report never mixes versions.
+VERSIONS: defaultdict[str, int] = defaultdict(lambda: 1)
 
 Plan = Callable[[str], Iterator[Run]]  # the runs of a study in a profile, in the order of their priority
