@@ -53,6 +53,11 @@ class Run:
         return store.digest(self)
 
     @property
+    def tuning(self) -> bool:
+        """Then it never looks at the test set."""
+        return self.study.endswith("-tuning")
+
+    @property
     def label(self) -> str:
         return f"{self.study}/{self.dataset}/{self.arm} seed {self.seed}"
 

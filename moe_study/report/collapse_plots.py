@@ -6,6 +6,7 @@ Shapes: G domains, E experts, S seeds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -139,7 +140,7 @@ def idea(results: Sequence[Result]) -> Figure:
                 [2.75, 4.0], [1.6, y], color="#333333", lw=0.4 + 10 * share, alpha=0.75, solid_capstyle="butt"
             )
             shade = 0.12 + 0.88 * share / share_E.max()
-            box = {"boxstyle": "round,pad=0.04", "fc": (0, 0.45, 0.7, shade), "ec": "#555555"}
+            box: Any = {"boxstyle": "round,pad=0.04", "fc": (0, 0.45, 0.7, shade), "ec": "#555555"}
             axis.add_patch(FancyBboxPatch((4.05, y - 0.2), 0.85, 0.4, **box))
             ink = "white" if shade > 0.6 else "black"
             axis.text(4.47, y, f"expert {e}", ha="center", va="center", fontsize=9, color=ink)
