@@ -58,18 +58,6 @@ def benches() -> dict[str, Bench]:
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "names", nargs="+", choices=(*benches(), "all"), metavar="NAME", help="what to compare"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: results/bench")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: no evidence")
-    parser.add_argument("--rows", type=int, nargs="+", metavar="I", help="only these rows, counted from 0")
-    parser.add_argument("--memory-of", nargs=2, metavar=("ROW", "CONTESTANT"), help=argparse.SUPPRESS)
-
-
 def run(arguments: argparse.Namespace) -> int:
     if arguments.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
@@ -290,7 +278,15 @@ def save_figure(figure: Callable[[dict[str, Any]], Any], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    add_arguments(parser)
+    parser.add_argument(
+        "names", nargs="+", choices=(*benches(), "all"), metavar="NAME", help="what to compare"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: results/bench")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: no evidence")
+    parser.add_argument("--rows", type=int, nargs="+", metavar="I", help="only these rows, counted from 0")
+    parser.add_argument("--memory-of", nargs=2, metavar=("ROW", "CONTESTANT"), help=argparse.SUPPRESS)
     try:
         return run(parser.parse_args(argv))
     except (store.StoreError, ValueError) as error:
