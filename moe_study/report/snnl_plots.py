@@ -88,13 +88,13 @@ def _points(
     xy_N2: np.ndarray,
     kind_N: np.ndarray,
     colours: Mapping[int, Any],
-    names: Any = None,
+    names: Sequence[str],
 ) -> None:
     """Points of each kind in its colour."""
     axis.set(title=title)
     for kind, colour in colours.items():
         own = xy_N2[kind_N == kind].T
-        axis.plot(*own, "o", color=colour, ms=2.6, mew=0, alpha=0.8, label=names and names[kind])
+        axis.plot(*own, "o", color=colour, ms=2.6, mew=0, alpha=0.8, label=names[kind])
 
 
 def routing_heatmap(results: Sequence[Result]) -> Figure:
