@@ -236,7 +236,7 @@ class DigitsModel(nn.Module):
 # ------------------------------------------------------------------------------------------- peers
 
 
-def tiny_mixtral(fault: str = "", width: int = 64, num_experts: int = 8) -> nn.Module:
+def tiny_mixtral(fault: str = "healthy", width: int = 64, num_experts: int = 8) -> nn.Module:
     """Two layers, K = 2; `fault` planted in every block."""
     import transformers
 
@@ -252,54 +252,21 @@ def tiny_mixtral(fault: str = "", width: int = 64, num_experts: int = 8) -> nn.M
             block = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
             gate = block.gate.weight
             gate.mul_(50)
-            if fault == "dead experts":
-                _never(block, (0, 1))
-            elif fault == "look-alike experts":
+            if fault == "look-alike experts":
                 for p in block.experts.parameters():
                     if p.ndim > 2:
                         p.copy_(p[:1].expand_as(p))
             elif fault == "blind gate":
                 gate.zero_()
-            elif fault == "noise":
-                _noise(block)
-            elif fault == "dropped tokens":
-                _drops(block)
-            elif fault == "second choice only":
-                _second(block)
+            elif fault in GATES:
+                block.gate.register_forward_hook(lambda module, args, output: GATES[fault](*output))
     return model
 
 
-def _never(block: Any, experts: tuple[int, ...]) -> None:
-    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        logits_NE, _, _ = output
-        return _again(logits_NE.index_fill(1, torch.tensor(experts), -1e4))
-
-    block.gate.register_forward_hook(hook)
-
-
-def _noise(block: Any) -> None:
-    block.gate.register_forward_hook(lambda m, a, output: _again(5 * torch.randn_like(output[0])))
-
-
-def _drops(block: Any) -> None:
-    """A fifth of the tokens gets no weight from any expert."""
-
-    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        logits_NE, weight_NK, index_NK = output
-        return logits_NE, weight_NK * (torch.rand(len(weight_NK), 1) >= 0.2), index_NK
-
-    block.gate.register_forward_hook(hook)
-
-
-def _second(block: Any) -> None:
-    """Expert 0 is every token's second choice and nobody's first: busy, not dead."""
-
-    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        logits_NE = output[0].clone()
-        logits_NE[:, 0] = logits_NE[:, 1:].topk(2, 1).values.mean(1)
-        return _again(logits_NE)
-
-    block.gate.register_forward_hook(hook)
+def _second(logits_NE: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits_NE = logits_NE.clone()
+    logits_NE[:, 0] = logits_NE[:, 1:].topk(2, 1).values.mean(1)
+    return _again(logits_NE)
 
 
 def _again(logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -307,6 +274,17 @@ def _again(logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits_NE, weight_NK / weight_NK.sum(1, keepdim=True), index_NK
 
 
+Gate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # of scores, weights and choices
+GATES: dict[str, Gate] = {
+    "dead experts": lambda logits_NE, *_: _again(logits_NE.index_fill(1, torch.tensor((0, 1)), -1e4)),
+    "noise": lambda logits_NE, *_: _again(5 * torch.randn_like(logits_NE)),
+    # A fifth of the tokens gets no weight from any expert.
+    "dropped tokens": lambda logits_NE, weight_NK, index_NK: (
+        logits_NE, weight_NK * (torch.rand(len(weight_NK), 1) >= 0.2), index_NK,
+    ),
+    # Expert 0 is every token's second choice and nobody's first: busy, not dead.
+    "second choice only": _second,
+}  # fmt: skip
 PLANTED = (
     "healthy", "dead experts", "look-alike experts", "blind gate", "noise", "dropped tokens",
     "second choice only",
@@ -464,7 +442,7 @@ def added(name: str, what: str, steps: int = 10, **options: Any) -> float:
 
 def pass_added(width: int, num_experts: int, num: int, size: int) -> float:
     """Percent that `inspect_moe` adds to a pass over `num` batches, everything included."""
-    model = tiny_mixtral("", width, num_experts).eval()
+    model = tiny_mixtral("healthy", width, num_experts).eval()
     data = batches(num, size)
     inputs = [{"input_ids": ids} for ids in data]
     return 100 * (ratio(lambda: forward(model, data), lambda: inspect_moe(model, inputs, "tokens")) - 1)

@@ -118,37 +118,27 @@ def _best(machine: Machine, step: Step, repeats: int) -> float:
     return min(times)
 
 
-def _probed(device: str) -> int:
-    """Rows and columns of the matrices that are multiplied; smaller ones leave a GPU waiting for its host."""
-    return 1024 if device == "cpu" else 8192
-
-
-@torch.no_grad()
-def products_per_second(machine: Machine, repeats: int = 3) -> dict[str, float]:
-    """Float operations a second of products in float32: by torch.mm, and by the fastest library at hand."""
-    size = _probed(machine.device)
-    a_NN, b_NN = torch.rand(2, size, size, device=machine.device)
-    mm = 2 * size**3 / _best(machine, lambda: torch.mm(a_NN, b_NN), repeats)
-    other = 2 * size**3 / _best(machine, lambda: product(a_NN, b_NN), repeats)
-    return {"gemm_mm": mm, "gemm": max(mm, other)}
-
-
 @torch.no_grad()
 def probe(machine: Machine, repeats: int = 7) -> Rates:
     """Products of matrices of 1024 x 1024 (a GPU: 8192 x 8192), copies of 64 MiB (1 GiB), exponentials that
     stay in the cache; in float32 where the name of the rate says nothing else.
     """
-    size, more = _probed(machine.device), 1 if machine.device == "cpu" else 16
+    # Smaller matrices leave a GPU waiting for its host.
+    size, more = (1024, 1) if machine.device == "cpu" else (8192, 16)
     count = 2**18 * more
     long_N = torch.rand(2**24 * more, device=machine.device)
     short_N = torch.rand(count, device=machine.device)
     long_to_N, short_to_N = torch.empty_like(long_N), torch.empty_like(short_N)
+    a_NN, b_NN = torch.rand(2, size, size, device=machine.device)
     low_NN = torch.rand(size, size, device=machine.device).bfloat16()
+    by_mm = 2 * size**3 / _best(machine, lambda: torch.mm(a_NN, b_NN), repeats)
+    by_product = 2 * size**3 / _best(machine, lambda: product(a_NN, b_NN), repeats)
     copy = _best(machine, lambda: long_to_N.copy_(long_N), repeats)
     exp = _best(machine, lambda: torch.exp(short_N, out=short_to_N), repeats)
     exp2 = _best(machine, lambda: torch.exp2(short_N, out=short_to_N), repeats)
     return Rates(
-        **products_per_second(machine, repeats),
+        gemm=max(by_mm, by_product),
+        gemm_mm=by_mm,
         gemm_bf16=2 * size**3 / _best(machine, lambda: torch.mm(low_NN, low_NN), repeats),
         bandwidth=2 * long_N.nbytes / copy,
         exp=count / min(exp, exp2),

@@ -11,7 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,18 +56,6 @@ def benches() -> dict[str, Bench]:
         ),
         "profile": Bench(lambda quick: [], {"profiles": bench_profile.missed}, bench_profile.figure),
     }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "names", nargs="+", choices=(*benches(), "all"), metavar="NAME", help="what to compare"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: results/bench")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: no evidence")
-    parser.add_argument("--rows", type=int, nargs="+", metavar="I", help="only these rows, counted from 0")
-    parser.add_argument("--memory-of", nargs=2, metavar=("ROW", "CONTESTANT"), help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -213,31 +201,18 @@ def scaling_figure(content: dict[str, Any]) -> Any:
 
     rows = [row for row in content["rows"] if row["layers"] == 1 and " T=" not in row["row"]]
     figure, axes = plots.new_figure(10, 4, 1, 2)
-    for axis, key, title in zip(
-        axes[0],
-        ("milliseconds", "memory_mb"),
-        ("time of value and gradient (ms)", "memory of a step (MB)"),
-        strict=True,
-    ):
+    for axis, key in zip(axes[0], PANELS, strict=True):
         for name, (colour, marker) in CONTESTANT_STYLE.items():
-            points = [
-                (row["N"], row["contestants"][name][key])
-                for row in rows
-                if name in row["contestants"] and row["contestants"][name][key]
-            ]
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True), color=plots.PALETTE[colour], marker=marker, ms=4, label=name
-                )
-        axis.set(xscale="log", yscale="log", xlabel="N (samples)", title=title)
+            sizes, values = _measured_of(name, key, rows, [row["N"] for row in rows])
+            if sizes:
+                axis.plot(sizes, values, color=plots.PALETTE[colour], marker=marker, ms=4, label=name)
+        axis.set(xscale="log", yscale="log", xlabel="N (samples)")
         axis.set_xticks([row["N"] for row in rows], [str(row["N"]) for row in rows], fontsize=8)
         axis.minorticks_off()
-        axis.grid(alpha=0.3)
     axes[0, 0].plot(
         [row["N"] for row in rows], [row["limit_milliseconds"] for row in rows], "k:", label="physical limit"
     )
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
-    return figure
+    return _named(figure, axes[0])
 
 
 def rows_figure(content: dict[str, Any]) -> Any:
@@ -247,31 +222,41 @@ def rows_figure(content: dict[str, Any]) -> Any:
     rows = content["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["contestants"]))
     figure, axes = plots.new_figure(10, 1.5 + 0.4 * len(rows), 1, 2)
-    for axis, key, title in zip(
-        axes[0],
-        ("milliseconds", "memory_mb"),
-        ("time of value and gradient (ms)", "memory of a step (MB)"),
-        strict=True,
-    ):
+    for axis, key in zip(axes[0], PANELS, strict=True):
         for number, name in enumerate(names):
-            points = [
-                (row["contestants"][name][key], index)
-                for index, row in enumerate(rows)
-                if name in row["contestants"] and row["contestants"][name][key]
-            ]
-            if points:
+            places, values = _measured_of(name, key, rows, range(len(rows)))
+            if places:
                 color = plots.PALETTE[1 + number % (len(plots.PALETTE) - 1)]
                 style = {"color": color, "marker": "soDPv^X"[number % 7], "label": name}
-                axis.plot(*zip(*points, strict=True), ls="", ms=6, alpha=0.8, **style)
-        axis.set(xscale="log", title=title, ylim=(len(rows) - 0.5, -0.5))
+                axis.plot(values, places, ls="", ms=6, alpha=0.8, **style)
+        axis.set(xscale="log", ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), [row["row"] for row in rows] if key == "milliseconds" else [])
         low, high = axis.get_xlim()
         if high / low > 30:  # decades are labelled enough
             axis.xaxis.set_minor_formatter("")
-        axis.grid(alpha=0.3)
     limits = [row["limit_milliseconds"] for row in rows]
     axes[0, 0].plot(limits, range(len(rows)), "k|", ms=12, label="physical limit")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    return _named(figure, axes[0])
+
+
+PANELS = {"milliseconds": "time of value and gradient (ms)", "memory_mb": "memory of a step (MB)"}
+
+
+def _measured_of(
+    name: str, key: str, rows: Sequence[dict[str, Any]], places: Sequence[int]
+) -> tuple[list[int], list[float]]:
+    """Places and values of the rows in which a contestant has one."""
+    values = [row["contestants"].get(name, {}).get(key) for row in rows]
+    known = [(place, value) for place, value in zip(places, values, strict=True) if value]
+    return [place for place, _ in known], [value for _, value in known]
+
+
+def _named(figure: Any, axes: Sequence[Any]) -> Any:
+    """With the panels' titles, and the contestants' names below."""
+    for axis, title in zip(axes, PANELS.values(), strict=True):
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     return figure
 
 
@@ -293,7 +278,15 @@ def save_figure(figure: Callable[[dict[str, Any]], Any], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    add_arguments(parser)
+    parser.add_argument(
+        "names", nargs="+", choices=(*benches(), "all"), metavar="NAME", help="what to compare"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: results/bench")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: no evidence")
+    parser.add_argument("--rows", type=int, nargs="+", metavar="I", help="only these rows, counted from 0")
+    parser.add_argument("--memory-of", nargs=2, metavar=("ROW", "CONTESTANT"), help=argparse.SUPPRESS)
     try:
         return run(parser.parse_args(argv))
     except (store.StoreError, ValueError) as error:

@@ -114,9 +114,7 @@ class PublicClassifier(nn.Module):
         return found
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        code_ND = images_NCHW
-        for layer in self.layers:
-            code_ND = layer(code_ND)
+        code_ND = self.activations(images_NCHW)[-1]
         gate_NE = self.gate(code_ND).softmax(1)
         logits_NEC = torch.stack([expert(code_ND) for expert in self.experts], 1)
         return (gate_NE[..., None] * logits_NEC).sum(1)

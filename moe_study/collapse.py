@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from moe_lib.metrics.collapse import Redundancy, redundancy, representational_collapse, routing_collapse
+from moe_lib.metrics.collapse import functional_collapse, representational_collapse, routing_collapse
 
 
 class Degree(NamedTuple):
@@ -17,7 +17,6 @@ class Collapse(NamedTuple):
     routing: Degree
     representational: Degree
     functional: Degree
-    redundancy: Redundancy
 
 
 def collapse(result: dict[str, Any]) -> Collapse:
@@ -29,9 +28,9 @@ def collapse(result: dict[str, Any]) -> Collapse:
     num_experts, num_classes = entropy["num_experts"], entropy["num_classes"]
     if num_experts < 2:
         nothing = Degree(math.nan, math.nan)
-        return Collapse(nothing, nothing, nothing, redundancy({}, 0.0, num_experts, num_classes))
+        return Collapse(nothing, nothing, nothing)
     alone = (result.get("null") or {}).get("similarity", {}).get("outputs", math.nan)
-    parts = redundancy(result["ablation"], result["task"]["accuracy"], num_experts, num_classes)
+    cost, accuracy = result["ablation"]["permuted"], result["task"]["accuracy"]
     return Collapse(
         Degree(
             routing_collapse(entropy["marginal"], num_experts),
@@ -41,8 +40,7 @@ def collapse(result: dict[str, Any]) -> Collapse:
             representational_collapse(result["similarity"]["outputs"]),
             representational_collapse(alone),
         ),
-        Degree(parts.permuted, 1.0),
-        parts,
+        Degree(functional_collapse(cost, accuracy, num_classes, num_experts), 1.0),
     )
 
 

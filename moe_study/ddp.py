@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moe_lib.parallel import global_batch
-from moe_study import engine, locks, store
+from moe_study import engine, locks
 from moe_study.study import Run, StudyError
 from moe_study.tasks import Objective
 from moe_study.train import History, TrainConfig, fit
@@ -117,7 +117,7 @@ def ensure(wanted: Sequence[Run], device: str) -> None:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
         for run in wanted:
-            _ensure_one(run, "cpu" if run.train.precision == "float64" else device)
+            _ensure_one(run, engine.device_of(run, device))
     finally:
         dist.destroy_process_group()
 
@@ -138,9 +138,7 @@ def _ensure_one(run: Run, device: str) -> None:
         # Every process measures, all alike.
         result = engine.execute(run, device, on_epoch=report, train=partial(_fit, first))
         if first:
-            name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-            number = {"processes": dist.get_world_size()}
-            engine.write(run, {**store.provenance(), "device": name, "threads": 1, **number, **result})
+            engine.record(run, device, {"processes": dist.get_world_size(), **result})
             engine.sweep(run)
         dist.barrier()
 

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from filelock import Timeout
 
-from moe_lib.models.classifier import ClassifierConfig
 from moe_lib.models.language import LanguageConfig
 from moe_lib.models.vision import VisionConfig
 from moe_study import data, locks, store
@@ -33,18 +32,39 @@ from moe_study.data import text
 from moe_study.evaluate import ClassifierExperiment, Experiment
 from moe_study.evaluate_transformer import LanguageExperiment, VisionExperiment
 from moe_study.runs import STUDIES
+from moe_study.tasks import ClassifierTask, LanguageTask, Objective, RoutedObjective, VisionTask
 from moe_study.train import History, OutOfTime, TrainingError, fit
 
 GPU_THREADS = 8  # of a process: threads wait for each other's Python, processes for their turn on the GPU
 GPU_WORKERS = 24  # runs at a time on one GPU of 80 GB; fewer where that is smaller
 GPU_BYTES = 3 * 2**30  # for each of them
 Selected = dict[str, dict[str, torch.Tensor]]  # weights of the epochs that validation data select
-# The experiment of each kind of model: another kind is one more line.
-EXPERIMENTS: dict[type, Callable[[Run, str], Experiment]] = {
-    ClassifierConfig: ClassifierExperiment.of,
-    VisionConfig: VisionExperiment.of,
-    LanguageConfig: LanguageExperiment.of,
-}
+
+
+def experiment_of(run: Run, device: str) -> Experiment:
+    """The task of a run and its measures; another kind of model is one more branch."""
+    options: dict[str, Any] = {
+        "seed": run.seed,
+        "batch_size": run.train.batch_size,
+        "dtype": run.train.dtype,
+        "bf16": run.train.precision == "bfloat16",
+    }
+    if isinstance(run.model, LanguageConfig):
+        assert isinstance(run.objective, RoutedObjective)
+        corpus = text.load(run.dataset, device=device)
+        language = LanguageTask(corpus, run.model, run.objective, epoch_tokens=run.epoch_tokens, **options)
+        return LanguageExperiment(language, run.test_tokens)
+    dataset = data.load(run.dataset, device=device, seed=run.seed)
+    if run.train_images is not None:
+        dataset = replace(dataset, train=dataset.train.take(slice(run.train_images)))
+    if isinstance(run.model, VisionConfig):
+        assert isinstance(run.objective, RoutedObjective)
+        vision = VisionTask(dataset, run.model, run.objective, augment=run.augment, **options)
+        return VisionExperiment(vision, run.attack_images, run.corrupted_images)
+    assert isinstance(run.objective, Objective)
+    options["bf16"] &= run.model.extractor == "cnn"
+    classifier = ClassifierTask(dataset, run.model, run.objective, epochs=run.train.epochs, **options)
+    return ClassifierExperiment(classifier, run.train if run.independent_experts else None, run.tsne)
 
 
 @contextlib.contextmanager
@@ -72,10 +92,9 @@ def execute(
     """
     started = time.perf_counter()
     store.reset_peak_memory()
-    full = not run.study.endswith("-tuning")  # tuning never looks at the test set
     with deterministic(run.train.precision == "float64"):
-        experiment = EXPERIMENTS[type(run.model)](run, device)
-        initial = experiment.initial() if full else {}
+        experiment = experiment_of(run, device)
+        initial = {} if run.tuning else experiment.initial()
         try:
             run.workspace.mkdir(parents=True, exist_ok=True)
             history, selected = train(
@@ -94,7 +113,7 @@ def execute(
             result = _measured(run, experiment, history, selected)
         except (ValueError, ArithmeticError) as error:  # a measure that was given what is not finite, say
             raise TrainingError(f"{run.label}, after epoch {run.train.epochs - 1}: {error}") from error
-    if full:
+    if not run.tuning:
         result["initial"] = initial
     # At least the training of all sessions, of a run that was resumed.
     result["wall_seconds"] = max(time.perf_counter() - started, history.seconds)
@@ -106,7 +125,7 @@ def _measured(run: Run, experiment: Experiment, history: History, selected: Sele
     """What a result file says of a trained run."""
     task = experiment.task
     result: dict[str, Any] = {"history": vars(history), "best_epoch": history.best_epoch}
-    if not run.study.endswith("-tuning"):
+    if not run.tuning:
         result |= {"primary_endpoint": store.PRIMARY_ENDPOINT, **experiment.final()}
         epochs = {"best_accuracy": history.best_accuracy_epoch, "best_cross_entropy": history.best_epoch}
         result["endpoints"] = {}
@@ -154,6 +173,12 @@ def write(run: Run, content: dict[str, Any]) -> None:
     store.write_run(run.path, {**content, "id": run.id, "run": asdict(run)})
 
 
+def record(run: Run, device: str, found: dict[str, Any]) -> None:
+    """The same of what this process has just found, with where it comes from."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    write(run, {**store.provenance(), "device": name, "threads": torch.get_num_threads(), **found})
+
+
 def leftovers(run: Run) -> list[Path]:
     """What a killed process left of a run: temporary files, and the checkpoint of one that is finished."""
     found = store.leftovers(run.path)
@@ -195,7 +220,7 @@ def _work(run: Run, device: str, deadline: float) -> str:
 
 def _train(run: Run, device: str, deadline: float) -> str:
     """The same, with the run's lock held."""
-    if not run.study.endswith("-tuning") and (same := twin(run)) is not None:
+    if not run.tuning and (same := twin(run)) is not None:
         write(run, read(same) | {"same_as": same.label})
         return "done"
 
@@ -215,15 +240,7 @@ def _train(run: Run, device: str, deadline: float) -> str:
             result = execute(run, device, deadline, report)
     except OutOfTime:
         return "out of time"
-    write(
-        run,
-        {
-            **store.provenance(),
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            **result,
-        },
-    )
+    record(run, device, result)
     return "done"
 
 
@@ -239,13 +256,13 @@ def _work_on(runs: Sequence[Run], device: str, deadline: float) -> list[tuple[st
 
     def attempt(run: Run) -> tuple[str, str | None]:
         try:
-            return _work(run, _device_of(run, device), deadline), None
+            return _work(run, device_of(run, device), deadline), None
         except torch.OutOfMemoryError as error:  # of a GPU, which other runs may have filled
             return "out of memory", str(error)
         except Exception as error:
             return "failed", f"{type(error).__name__}: {error}"
 
-    if _device_of(runs[0], device) == "cpu":
+    if device_of(runs[0], device) == "cpu":
         return [attempt(run) for run in runs]
     with ThreadPoolExecutor(GPU_THREADS, initializer=start_thread) as pool:
         return list(pool.map(attempt, runs))
@@ -353,13 +370,13 @@ def missing_data(wanted: Sequence[Run], quiet: bool = False) -> dict[str, str]:
     return failed
 
 
-def _say(line: str) -> None:
+def _say(line: str, end: str = "\n") -> None:
     """Print a line; if nobody reads any more, the work goes on in silence."""
     with contextlib.suppress(BrokenPipeError):
-        print(line, flush=True)
+        print(line, end=end, flush=True)
 
 
-def _device_of(run: Run, device: str) -> str:
+def device_of(run: Run, device: str) -> str:
     return "cpu" if run.train.precision == "float64" else device
 
 
@@ -381,7 +398,7 @@ def _train_all(
     missing = missing_data(todo, quiet)
     failed = {run: missing[run.dataset] for run in todo if run.dataset in missing}
     can_run = [run for run in todo if run not in failed]
-    on_cpu = all(_device_of(run, device) == "cpu" for run in can_run)
+    on_cpu = all(device_of(run, device) == "cpu" for run in can_run)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the workers when they import torch
     workers = max(1, min(workers or default_workers("cpu" if on_cpu else device), len(can_run)))
     deadline = time.monotonic() + (float("inf") if time_limit is None else time_limit)
@@ -422,10 +439,10 @@ def _attempt(
     killed, which takes the whole pool with it. The reason of one that raised goes into `failed`."""
     unfinished: int = 0
     lost: list[Run] = []
-    on_gpu = [run for run in runs if _device_of(run, device) == "cuda"]
+    on_gpu = [run for run in runs if device_of(run, device) == "cuda"]
     processes = -(-workers // GPU_THREADS) if on_gpu else workers
     shares = [share for at in range(processes) if (share := on_gpu[at::processes])]
-    shares += [[run] for run in runs if _device_of(run, device) == "cpu"]
+    shares += [[run] for run in runs if device_of(run, device) == "cpu"]
     pool = ProcessPoolExecutor(processes, context, _start_worker, (queue,))
     try:
         jobs = {pool.submit(_work_on, share, device, deadline): share for share in shares}
@@ -503,12 +520,10 @@ class _Reporter:
         seconds = left * elapsed / trained if trained else math.nan
         wait = f"about {seconds:.0f} s" if seconds < 100 else f"about {seconds / 60:.0f} min"
         line = f"{done} runs done, {left} left, {wait if trained else 'time left not known yet'} | {now}"
-        with contextlib.suppress(BrokenPipeError):
-            print(
-                f"\r{line[:150]}\x1b[K" if self.rewrites else line,
-                end="" if self.rewrites else "\n",
-                flush=True,
-            )
+        if self.rewrites:
+            _say(f"\r{line[:150]}\x1b[K", end="")
+        else:
+            _say(line)
         self.last = time.monotonic()
 
     def finished(self) -> None:

@@ -6,7 +6,6 @@ Shapes: N samples, D code width, E experts, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -15,45 +14,19 @@ from torch.nn import functional as F
 
 from moe_lib import metrics
 from moe_lib.metrics.interventions import expert_ablations
-from moe_lib.models.classifier import ClassifierConfig, ClassifierOutput
+from moe_lib.models.classifier import ClassifierOutput
 from moe_lib.moe import Experts
 from moe_lib.rng import generator, initialise
 from moe_lib.snnl import soft_nearest_neighbor_loss
-from moe_study import data, store
-from moe_study.configs.run import Run
+from moe_study import store
 from moe_study.data import Dataset, Split, pixels
 from moe_study.replay import Replayed
-from moe_study.tasks import ClassifierTask, Objective
+from moe_study.tasks import ClassifierTask
 from moe_study.train import Task, TrainConfig, adam, set_learning_rate
 
 EMBEDDING_SAMPLES = 2000  # of the test set, for embedding measures, CKA and SNNL
 KNN_SAMPLES = 5000  # of the training set
 TSNE_SAMPLES = 2000
-
-
-def dataset_of(run: Run, device: str) -> Dataset:
-    """The images of a run."""
-    dataset = data.load(run.dataset, device=device, seed=run.seed)
-    if run.train_images is None:
-        return dataset
-    return replace(dataset, train=dataset.train.take(slice(run.train_images)))
-
-
-def validation_measures(task: ClassifierTask) -> dict[str, float]:
-    """What is followed over training: score, routing and expert similarity on the validation set."""
-    split = task.dataset.validation
-    output, _ = task.predict(split)
-    score = metrics.task_score(output.log_probs_NC, split.labels_N)
-    entropy = metrics.routing_entropy(output.routing.probs_NE, split.labels_N, task.dataset.num_classes)
-    return {
-        "cross_entropy": score.cross_entropy,
-        "accuracy": score.accuracy,
-        "marginal": entropy.marginal,
-        "per_sample": entropy.per_sample,
-        "class_conditional": entropy.class_conditional,
-        "weight_similarity": metrics.pairwise_similarity(task.model.moe.experts.flat_weights(), True),
-        "output_similarity": metrics.output_similarity(output.expert_logits_NEC),
-    }
 
 
 def similarity(
@@ -107,10 +80,6 @@ def code_measures(dataset: Dataset, codes: Callable[[Split], Tensor]) -> dict[st
     return quality._asdict() | {"snnl": snnl.item()}
 
 
-def embedding_measures(task: ClassifierTask) -> dict[str, float]:
-    return code_measures(task.dataset, lambda split: task.predict(split)[1])
-
-
 def tsne_points(task: ClassifierTask) -> tuple[list[list[int]], list[int]]:
     """t-SNE of some test codes, as integers 0..999, and the expert with most weight for each; for the eye."""
     from sklearn.manifold import TSNE
@@ -145,20 +114,6 @@ def domain_measures(output: ClassifierOutput, correct_N: Tensor, domains_N: Tens
         "information": metrics.routing_entropy(probs_NE, domains_N, count).information_class,
         "domain_expert": metrics.class_expert_matrix(probs_NE, domains_N, count).tolist(),
     }
-
-
-def final_measures(task: ClassifierTask) -> dict[str, Any]:
-    """Everything that is measured on the test set at the primary endpoint."""
-    test = task.dataset.test
-    output, _ = task.predict(test)
-    ablations = expert_ablations(
-        output.routing.dense_weights(),
-        output.expert_logits_NEC,
-        test.labels_N,
-        task.model.mixture,
-        generator(task.seed, "permuted routing"),
-    )
-    return endpoint_measures(task, output) | {"embedding": embedding_measures(task), "ablation": ablations}
 
 
 def independent_expert_null(task: ClassifierTask, config: TrainConfig) -> dict[str, float]:
@@ -218,35 +173,29 @@ class ClassifierExperiment:
     """What the engine asks of a run of the SNNL study.
 
     Args:
-        config: of the training.
-        independent_experts: train the null of expert similarity as well.
+        null: how to train the null of expert similarity; None: do without it.
         tsne: keep t-SNE coordinates of some test codes, for the eye.
     """
 
-    def __init__(
-        self, task: ClassifierTask, config: TrainConfig, independent_experts: bool, tsne: bool
-    ) -> None:
-        self.task, self.config, self.independent_experts = task, config, independent_experts
+    def __init__(self, task: ClassifierTask, null: TrainConfig | None = None, tsne: bool = False) -> None:
+        self.task, self.null = task, null
         self.tsne: dict[str, Any] | None = {} if tsne else None
 
-    @classmethod
-    def of(cls, run: Run, device: str) -> ClassifierExperiment:
-        assert isinstance(run.model, ClassifierConfig)
-        assert isinstance(run.objective, Objective)
-        task = ClassifierTask(
-            dataset_of(run, device),
-            run.model,
-            run.objective,
-            seed=run.seed,
-            epochs=run.train.epochs,
-            batch_size=run.train.batch_size,
-            dtype=run.train.dtype,
-            bf16=run.train.precision == "bfloat16" and run.model.extractor == "cnn",
-        )
-        return cls(task, run.train, run.independent_experts, run.tsne)
-
     def validation(self) -> dict[str, float]:
-        return validation_measures(self.task)
+        """Score, routing and expert similarity on the validation set."""
+        task, split = self.task, self.task.dataset.validation
+        output, _ = task.predict(split)
+        score = metrics.task_score(output.log_probs_NC, split.labels_N)
+        entropy = metrics.routing_entropy(output.routing.probs_NE, split.labels_N, task.dataset.num_classes)
+        return {
+            "cross_entropy": score.cross_entropy,
+            "accuracy": score.accuracy,
+            "marginal": entropy.marginal,
+            "per_sample": entropy.per_sample,
+            "class_conditional": entropy.class_conditional,
+            "weight_similarity": metrics.pairwise_similarity(task.model.moe.experts.flat_weights(), True),
+            "output_similarity": metrics.output_similarity(output.expert_logits_NEC),
+        }
 
     def initial(self) -> dict[str, Any]:
         test = self.task.dataset.test
@@ -267,12 +216,23 @@ class ClassifierExperiment:
         return measures
 
     def final(self) -> dict[str, Any]:
-        measures = final_measures(self.task)
-        if self.independent_experts:
-            measures["null"] = {"similarity": independent_expert_null(self.task, self.config)}
+        task, test = self.task, self.task.dataset.test
+        output, _ = task.predict(test)
+        ablations = expert_ablations(
+            output.routing.dense_weights(),
+            output.expert_logits_NEC,
+            test.labels_N,
+            task.model.mixture,
+            generator(task.seed, "permuted routing"),
+        )
+        measures = endpoint_measures(task, output)
+        measures["embedding"] = code_measures(task.dataset, lambda split: task.predict(split)[1])
+        measures["ablation"] = ablations
+        if self.null is not None:
+            measures["null"] = {"similarity": independent_expert_null(task, self.null)}
         if self.tsne is not None:
-            self.tsne["after"], self.tsne["experts"] = tsne_points(self.task)
-            self.tsne["labels"] = self.task.dataset.test.labels_N[:TSNE_SAMPLES].tolist()
+            self.tsne["after"], self.tsne["experts"] = tsne_points(task)
+            self.tsne["labels"] = test.labels_N[:TSNE_SAMPLES].tolist()
             measures["tsne"] = self.tsne
-        measures["expert_parameters"] = self.task.model.moe.experts.flat_weights().shape[1]
+        measures["expert_parameters"] = task.model.moe.experts.flat_weights().shape[1]
         return measures

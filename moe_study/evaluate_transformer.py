@@ -15,19 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from moe_lib import metrics
-from moe_lib.models.language import LanguageConfig
 from moe_lib.models.transformer import Seen, moe_layers, watching
-from moe_lib.models.vision import VisionConfig
 from moe_lib.moe import MoE, Routing, adaptive_routers, frozen_scales, gradient_through_scales, joined
 from moe_lib.rng import generator
 from moe_lib.robustness.attacks import fgsm, pgd, spsa
 from moe_lib.robustness.corruptions import CORRUPTIONS, corrupt
 from moe_study import store
-from moe_study.configs.run import Run
-from moe_study.data import Split, pixels, text
+from moe_study.data import Split, pixels
 from moe_study.data.text import SWAP_SHARES, Text, head, swap_words
-from moe_study.evaluate import code_measures, dataset_of
-from moe_study.tasks import LanguageTask, RoutedObjective, VisionTask
+from moe_study.evaluate import code_measures
+from moe_study.tasks import LanguageTask, VisionTask
 
 # What is measured on how much of the test set: a whole pass for the task, less for the rest.
 ROUTING_BATCHES = 8  # of training size
@@ -41,13 +38,7 @@ ATTACK_STRENGTHS = (1, 2)  # of 255
 
 
 def layer_measures(seen: Sequence[Seen], labels_N: Tensor, num_classes: int) -> dict[str, Any]:
-    """One MoE layer over several batches: entropies, load, and how often M changes the choice.
-
-    `changed` compares with M = I in the same model on the same tokens; None for a layer without M:
-        best, chosen: the share of tokens whose best expert, or whose set of chosen experts, is another.
-        follows, follows_plain: adjusted mutual information of a token's best expert with its cluster k (its
-            best expert in the previous layer), with M and with M = I. M is told k, so a router can copy it.
-    """
+    """One MoE layer over several batches: entropies, load, and how often M changes the choice."""
     probs_NE = torch.cat([one.routing.probs_NE for one in seen])
     entropy = metrics.routing_entropy(probs_NE, labels_N, num_classes)
     return {
@@ -60,7 +51,12 @@ def layer_measures(seen: Sequence[Seen], labels_N: Tensor, num_classes: int) -> 
 
 
 def changed_by_scales(seen: Sequence[Seen]) -> dict[str, float] | None:
-    """See `layer_measures`."""
+    """Against M = I in the same model on the same tokens; None in the first MoE layer, which has no M.
+
+    best, chosen: the share of tokens whose best expert, or whose set of chosen experts, is another.
+    follows, follows_plain: adjusted mutual information of a token's best expert with its cluster k (its
+        best expert in the previous layer), with M and with M = I. M is told k, so a router can copy it.
+    """
     previous = [one.previous for one in seen if one.previous is not None]
     if not previous:
         return None
@@ -109,15 +105,6 @@ def routing_measures(
         best.append(torch.cat([one.routing.first_choices() for one in passes]))
     stability = [agreement(a, b) if len(a) == len(b) else None for a, b in itertools.pairwise(best)]
     return {"layers": layers, "stability": stability}
-
-
-class Company(NamedTuple):
-    """Does a prediction change with the rest of the batch, or with later tokens?"""
-
-    cross_entropy_alone: float
-    cross_entropy_together: float
-    changed_choice: float  # share of tokens that are routed otherwise, last MoE layer
-    largest_change: float  # of a log-probability
 
 
 # ---------------------------------------------------------------------------------------- ablation
@@ -190,6 +177,40 @@ def ablation_measures(
     return {"dropped": dropped, "permuted": exchanged, "permuted_everywhere": together}
 
 
+# -------------------------------------------------------------------------------- batch dependence
+
+
+class Company(NamedTuple):
+    """Does a prediction change with the rest of the batch, or with later tokens?"""
+
+    cross_entropy_alone: float
+    cross_entropy_together: float
+    changed_choice: float  # share of tokens that are routed otherwise, last MoE layer
+    largest_change: float  # of a log-probability
+
+
+def company(
+    alone: Sequence[tuple[Tensor, Routing]], together: tuple[Tensor, Routing], labels_N: Tensor
+) -> Company:
+    """Compare log-probabilities and decisions on the same samples in two kinds of company.
+
+    Args:
+        alone: part by part.
+    """
+    alone_NC, together_NC = torch.cat([log_probs for log_probs, _ in alone]), together[0]
+    changed_N = different_choice(joined([routing for _, routing in alone]), together[1])
+
+    def cross_entropy(log_probs_NC: Tensor) -> float:
+        return -log_probs_NC.double().gather(1, labels_N[:, None]).mean().item()
+
+    return Company(
+        cross_entropy(alone_NC),
+        cross_entropy(together_NC),
+        changed_N.double().mean().item(),
+        (alone_NC - together_NC).abs().max().item(),
+    )
+
+
 # ------------------------------------------------------------------------------------------ vision
 
 
@@ -212,6 +233,15 @@ def mean_effective_experts(routings: Sequence[Routing]) -> float:
     return torch.special.entr(gates).sum(1).exp().mean().item()
 
 
+def followed(score: metrics.TaskScore | LanguageScore, routings: Sequence[Routing]) -> dict[str, float]:
+    """What is followed over training."""
+    return {
+        "cross_entropy": score.cross_entropy,
+        "accuracy": score.accuracy,
+        "effective_experts": mean_effective_experts(routings),
+    }
+
+
 class VisionExperiment:
     """What the engine asks of a vision run.
 
@@ -224,31 +254,10 @@ class VisionExperiment:
         self.task, self.attack_images, self.corrupted_images = task, attack_images, corrupted_images
         self.spsa_images = min(attack_images // 4, 128)
 
-    @classmethod
-    def of(cls, run: Run, device: str) -> VisionExperiment:
-        assert isinstance(run.model, VisionConfig)
-        assert isinstance(run.objective, RoutedObjective)
-        task = VisionTask(
-            dataset_of(run, device),
-            run.model,
-            run.objective,
-            seed=run.seed,
-            batch_size=run.train.batch_size,
-            dtype=run.train.dtype,
-            augment=run.augment,
-            bf16=run.train.precision == "bfloat16",
-        )
-        return cls(task, run.attack_images, run.corrupted_images)
-
     def validation(self) -> dict[str, float]:
         split = self.task.dataset.validation
         output = self.task.predict(split)
-        score = metrics.task_score(output.log_probs_NC, split.labels_N)
-        return {
-            "cross_entropy": score.cross_entropy,
-            "accuracy": score.accuracy,
-            "effective_experts": mean_effective_experts(output.routings),
-        }
+        return followed(metrics.task_score(output.log_probs_NC, split.labels_N), output.routings)
 
     def initial(self) -> dict[str, Any]:
         self.task.eval()  # a causal router would count the test set among its steps
@@ -396,28 +405,6 @@ class VisionExperiment:
         return code_measures(self.task.dataset, lambda split: self.task.predict(split).activations["stem"])
 
 
-def company(
-    alone: Sequence[tuple[Tensor, Routing]], together: tuple[Tensor, Routing], labels_N: Tensor
-) -> Company:
-    """Compare log-probabilities and decisions on the same samples in two kinds of company.
-
-    Args:
-        alone: part by part.
-    """
-    alone_NC, together_NC = torch.cat([log_probs for log_probs, _ in alone]), together[0]
-    changed_N = different_choice(joined([routing for _, routing in alone]), together[1])
-
-    def cross_entropy(log_probs_NC: Tensor) -> float:
-        return -log_probs_NC.double().gather(1, labels_N[:, None]).mean().item()
-
-    return Company(
-        cross_entropy(alone_NC),
-        cross_entropy(together_NC),
-        changed_N.double().mean().item(),
-        (alone_NC - together_NC).abs().max().item(),
-    )
-
-
 # ---------------------------------------------------------------------------------------- language
 
 
@@ -445,33 +432,13 @@ class LanguageExperiment:
                 f"corpus {corpus.name!r} has {len(self.test)}: use a longer text or a shorter context"
             )
 
-    @classmethod
-    def of(cls, run: Run, device: str) -> LanguageExperiment:
-        assert isinstance(run.model, LanguageConfig)
-        assert isinstance(run.objective, RoutedObjective)
-        task = LanguageTask(
-            text.load(run.dataset, device=device),
-            run.model,
-            run.objective,
-            seed=run.seed,
-            batch_size=run.train.batch_size,
-            epoch_tokens=run.epoch_tokens,
-            dtype=run.train.dtype,
-            bf16=run.train.precision == "bfloat16",
-        )
-        return cls(task, run.test_tokens)
-
     def validation(self) -> dict[str, float]:
         corpus = self.task.corpus
         score = self._score(head(corpus.validation, EVALUATION_TOKENS))
         with torch.no_grad():
             batch = self._sequences(corpus.validation.tokens_N, self.task.batch_size)
             routings = self.task.model(batch[:, :-1]).routings
-        return {
-            "cross_entropy": score.cross_entropy,
-            "accuracy": score.accuracy,
-            "effective_experts": mean_effective_experts(routings),
-        }
+        return followed(score, routings)
 
     def initial(self) -> dict[str, Any]:
         self.task.eval()  # a causal router would count the test set among its steps
@@ -501,16 +468,19 @@ class LanguageExperiment:
         index_BW = torch.arange(count)[:, None] * context + torch.arange(context + 1)
         return tokens_M[index_BW.to(tokens_M.device)]
 
+    def _batches(self, count: int) -> Sequence[Tensor]:
+        """So many batches of the test text, or all of it."""
+        size = self.task.batch_size
+        return self._sequences(self.test.tokens_N, count * size).split(size)
+
     @torch.no_grad()
     def _routing(self) -> dict[str, Any]:
         """Labels are the tokens that are read."""
-        parts = self._sequences(self.test.tokens_N, ROUTING_BATCHES * self.task.batch_size)[:, :-1].split(
-            self.task.batch_size
-        )
+        batches = [batch[:, :-1] for batch in self._batches(ROUTING_BATCHES)]
         with watching(self.task.model) as seen:
-            for part in parts:
-                self.task.model(part)
-        labels = [part.flatten() for part in parts]
+            for batch in batches:
+                self.task.model(batch)
+        labels = [batch.flatten() for batch in batches]
         return routing_measures(seen, len(moe_layers(self.task.model)), labels, self.task.corpus.num_tokens)
 
     @torch.no_grad()
@@ -550,9 +520,7 @@ class LanguageExperiment:
         return company([first_half(exchanged)], first_half(batch), targets_N)
 
     def _ablation(self) -> dict[str, Any]:
-        parts = self._sequences(self.test.tokens_N, ABLATION_BATCHES * self.task.batch_size).split(
-            self.task.batch_size
-        )
+        parts = self._batches(ABLATION_BATCHES)
 
         @torch.no_grad()
         def cross_entropy() -> float:

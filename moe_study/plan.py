@@ -38,12 +38,10 @@ class Times:
         self.seconds: dict[tuple[str, ...], list[float]] = defaultdict(list)
         self.rates: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
         self.memory: dict[str, float] = {}
-        self.finished: dict[tuple[str, ...], int] = defaultdict(int)
         self.machines: set[str] = set()
         for run in runs:
             if not run.path.exists():
                 continue
-            self.finished[_group(run)] += 1
             result = read(run)
             if "same_as" not in result:  # trained for another study
                 self._add(run, result)

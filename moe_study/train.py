@@ -60,7 +60,7 @@ class TrainConfig:
     batch_size: int = 256
     learning_rate: float = 1e-3  # falls along a cosine, to 0 at the last step
     precision: Literal["float64", "float32", "bfloat16"] = (
-        "float32"  # bfloat16: autocast of CNNs and transformers
+        "float32"  # bfloat16: autocast of CNNs, transformers
     )
     warmup: float = 0.0  # share of the training over which the rate rises from 0
 

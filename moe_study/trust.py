@@ -7,7 +7,6 @@ Shapes: N samples, E experts, C classes, L levels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,10 +52,7 @@ TRUTH = "ARI with the truth"  # of top-1 expert and true partition: unknown outs
 
 
 def routing_measures(routing: PlantedRouting, draw_seed: int = 0) -> dict[str, float]:
-    """Every measure of `CLAIMED`, as a share of its maximum, and `TRUTH`.
-
-    Functional collapse is that of gates exchanged between samples, as in `collapse.Redundancy`.
-    """
+    """Every measure of `CLAIMED`, as a share of its maximum, and `TRUTH`."""
     probs_NE, labels_N = routing.probs_NE, routing.labels_N
     num_classes = int(labels_N.max()) + 1
     raw = metrics.routing_entropy(probs_NE, labels_N, num_classes)
@@ -82,10 +78,8 @@ def routing_measures(routing: PlantedRouting, draw_seed: int = 0) -> dict[str, f
     }
 
 
-def _functional_collapse(routing: PlantedRouting, draw_seed: int, draws: int = 5) -> float:
-    """NaN for one expert."""
-    if routing.answers_NEC.shape[1] < 2:
-        return math.nan
+def _functional_collapse(routing: PlantedRouting, draw_seed: int) -> float:
+    """From five exchanges of the gates between samples."""
     probs_NE, labels_N = routing.probs_NE, routing.labels_N
     draw = generator(draw_seed, "permuted routing")
 
@@ -94,10 +88,9 @@ def _functional_collapse(routing: PlantedRouting, draw_seed: int, draws: int = 5
         return (answer_N == labels_N).double().mean().item()
 
     clean = accuracy(probs_NE)
-    permuted = [accuracy(probs_NE[torch.randperm(len(probs_NE), generator=draw)]) for _ in range(draws)]
+    permuted = [accuracy(probs_NE[torch.randperm(len(probs_NE), generator=draw)]) for _ in range(5)]
     num_experts, num_classes = routing.answers_NEC.shape[1:]
-    cost = clean - sum(permuted) / draws
-    return collapse.functional_collapse(cost, clean, num_classes, share=1 - 1 / num_experts)
+    return collapse.functional_collapse(clean - sum(permuted) / 5, clean, num_classes, num_experts)
 
 
 def climb(seeds: Sequence[int], levels: Sequence[float] = LEVELS) -> pd.DataFrame:

@@ -17,19 +17,8 @@ Shapes: E experts, C classes.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
 
 from moe_lib.checks import check_count, check_number
-
-
-class Redundancy(NamedTuple):
-    """Functional collapse by four interventions: 1 minus the accuracy lost, as a share of what E perfect
-    specialists (equal in load, each at chance on the others' samples) would lose; merged: could lose."""
-
-    permuted: float  # weights exchanged between samples: the headline, does routing matter?
-    swapped: float  # two experts exchange their weights: are they interchangeable?
-    merged: float  # two experts replaced by their mean: do two do what one could?
-    dropped: float  # one expert left out, summed over experts: is each needed?
 
 
 def routing_collapse(marginal_entropy: float, num_experts: int) -> float:
@@ -61,37 +50,21 @@ def representational_collapse(output_similarity: float) -> float:
     return _unit(output_similarity)
 
 
-def functional_collapse(cost: float, accuracy: float, num_classes: int, share: float) -> float:
-    """1 - cost / (share * (accuracy - 1 / C)): how much of what specialists would lose is kept.
+def functional_collapse(cost: float, accuracy: float, num_classes: int, num_experts: int) -> float:
+    """1 - cost / ((1 - 1 / E) * (accuracy - 1 / C)): what exchanging the weights between samples keeps of the
+    accuracy that E perfect specialists, equal in load and each at chance on the others' samples, would lose.
 
     Args:
-        cost: accuracy lost by an intervention (`metrics.interventions.Ablations`); a gain counts as no loss.
-        accuracy: of the model as it is. NaN at or below chance, 1 / C: then nothing can be lost.
-        share: of samples that the intervention gives to another expert, were all used alike:
-            1 - 1 / E (permuted), 2 / E (swapped, merged), 1 (dropped, summed over experts).
+        cost: accuracy lost to the exchange (`metrics.interventions.Ablations.permuted`); a gain counts as no
+            loss.
+        accuracy: of the model as it is. NaN at or below chance, 1 / C: then nothing can be lost. NaN for one
+            expert, too.
     """
     check_count(num_classes, "num_classes")
-    check_number(share, "share", least=0, above=True)
     advantage = accuracy - 1 / num_classes
-    if not advantage > 0:
+    if check_count(num_experts, "num_experts") < 2 or not advantage > 0:
         return math.nan
-    return _unit(1 - cost / (share * advantage))
-
-
-def redundancy(ablation: dict[str, Any], accuracy: float, num_experts: int, num_classes: int) -> Redundancy:
-    """From the fields of `metrics.interventions.Ablations`; NaN for one expert."""
-    if num_experts < 2:
-        return Redundancy(math.nan, math.nan, math.nan, math.nan)
-
-    def kept(cost: float, share: float) -> float:
-        return functional_collapse(cost, accuracy, num_classes, share)
-
-    return Redundancy(
-        kept(ablation["permuted"], 1 - 1 / num_experts),
-        kept(ablation["swapped"], 2 / num_experts),
-        kept(ablation["merged"], 2 / num_experts),
-        kept(sum(max(cost, 0.0) for cost in ablation["dropped"]), 1.0),
-    )
+    return _unit(1 - cost / ((1 - 1 / num_experts) * advantage))
 
 
 def _unit(value: float) -> float:

@@ -120,19 +120,16 @@ RoutedArm = tuple[VisionConfig | LanguageConfig, RoutedObjective]
 def routed_arms(study: str, settings: RoutedSettings) -> dict[str, RoutedArm]:
     """Every arm of "ac-vision", "ac-language" or "crossed", each one thing away from another."""
 
-    def with_router(router: Router, ac: ACConfig | None = None) -> RoutedArm:
-        trunk = replace(settings.model.trunk, router=router, ac=ACConfig() if ac is None else ac)
+    def with_router(router: Router, ac: ACConfig = ACConfig()) -> RoutedArm:
+        trunk = replace(settings.model.trunk, router=router, ac=ac)
         return replace(settings.model, trunk=trunk), settings.objective
 
     form = settings.form
     if study == "crossed":
         snnl = SNNLConfig(factor=settings.factor, layers=("stem",))
-        plain = {"base": with_router("cosine"), "ac": with_router("ac", form)}
+        base, ac = with_router("cosine"), with_router("ac", form)
         joint = replace(settings.objective, snnl=snnl)
-        return plain | {
-            "snnl": (plain["base"][0], joint),
-            "snnl-ac": (plain["ac"][0], joint),
-        }
+        return {"base": base, "ac": ac, "snnl": (base[0], joint), "snnl-ac": (ac[0], joint)}
     # Under "feature" a pooled row would divide itself away: it and a partner take "row".
     partner = replace(form, normalize="row") if form.normalize == "feature" else form
     linear, objective = with_router("linear")

@@ -19,11 +19,9 @@ from moe_lib.snnl import Combine, SNNLConfig
 from moe_lib.snnl.dense import Distance, Reduction
 from moe_study.configs import snnl
 from moe_study.configs.arms import SEEDS, Settings
-from moe_study.configs.run import Plan, Run, StudyError
+from moe_study.configs.run import VERSIONS, Plan, Run, StudyError
 from moe_study.tasks import Objective
 from moe_study.train import TrainConfig
-
-VERSIONS = {"snnl-dose": 1, "snnl-batches": 1}
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,11 @@ class Dose:
 
     @property
     def name(self) -> str:
-        return _name("snnl" if self.factor else "base", replace(self, factor=self.factor or 1.0))
+        """The options that are not at their default: "snnl-factor=10-layers=conv1+code"."""
+        shown = replace(self, factor=self.factor or 1.0)
+        changed = [f.name for f in fields(shown) if getattr(shown, f.name) != f.default]
+        options = [f"{name}={show(getattr(shown, name))}" for name in changed]
+        return "-".join(["snnl" if self.factor else "base", *options])
 
     def arm(self, settings: Settings) -> tuple[ClassifierConfig, Objective, TrainConfig]:
         model = replace(settings.model, num_experts=self.num_experts, mixture=self.mixture)
@@ -73,12 +75,6 @@ class Dose:
         elif self.temperature is not None:
             snnl = replace(snnl, schedule="fixed", temperature=self.temperature)
         return model, replace(objective, snnl=snnl), train
-
-
-def _name(kind: str, options: Any) -> str:
-    """`kind` and the options that are not at their default: "snnl-factor=10-layers=conv1+code"."""
-    changed = [f for f in fields(options) if getattr(options, f.name) != f.default]
-    return "-".join([kind, *(f"{f.name}={show(getattr(options, f.name))}" for f in changed)])
 
 
 def show(value: Any) -> str:
@@ -119,6 +115,11 @@ def _shown(values: Sequence[Any]) -> dict[str, Any]:
     return {show(value): value for value in values}
 
 
+def _one_thing(doses: dict[str, Dose]) -> Panel:
+    """Doses that differ from the default in one thing, one below the other."""
+    return _panel("one thing changed", ("", doses), ("factor", {"1": None}), lambda dose, _: dose)
+
+
 def snnl_panels(
     factors: Sequence[float],
     temperatures: Sequence[float],
@@ -138,9 +139,7 @@ def snnl_panels(
             lambda f, e: Dose(f, num_experts=e),
         ),
     ]
-    if others:
-        panels.append(_panel("one thing changed", ("", others), ("factor", {"1": None}), lambda o, _: o))
-    return tuple(panels)
+    return (*panels, _one_thing(others)) if others else tuple(panels)
 
 
 @dataclass(frozen=True)
@@ -159,12 +158,7 @@ class Doses:
         return list(dict.fromkeys([*(dose.control for dose in treated), *treated]))
 
 
-_LAYERS = (
-    ("code",),
-    ("conv2",),
-    ("conv1",),
-    ("conv1", "conv2", "code"),
-)  # several: the least of their losses
+_LAYERS = (("code",), ("conv2",), ("conv1",), ("conv1", "conv2", "code"))  # several: their least loss
 _SNNL = snnl_panels(
     (0.1, 0.3, 1.0, 10.0),
     (0.1, 1.0, 10.0),
@@ -188,18 +182,12 @@ _BATCHES = (
         ("images of one class in a row", _shown((1, 2, 4, 8))),
         lambda f, m: Dose(f, samples_per_class=m),
     ),
-    _panel(
-        "one thing changed",
-        (
-            "",
-            {
-                "mean over all images": Dose(reduction="mean_all"),
-                "batches of 64": Dose(batch_size=64),
-                "batches of 1024": Dose(batch_size=1024),
-            },
-        ),
-        ("factor", {"1": None}),
-        lambda one, _: one,
+    _one_thing(
+        {
+            "mean over all images": Dose(reduction="mean_all"),
+            "batches of 64": Dose(batch_size=64),
+            "batches of 1024": Dose(batch_size=1024),
+        }
     ),
 )
 

@@ -16,7 +16,7 @@ from moe_study.configs.arms import (
     RoutedSettings,
     routed_arms,
 )
-from moe_study.configs.run import Plan, Run
+from moe_study.configs.run import VERSIONS, Plan, Run
 from moe_study.train import TrainConfig
 
 # profile -> data set
@@ -70,7 +70,6 @@ class RoutedStudy:
     grid: Grid  # what tuning tries
     seeds: Sequence[int] = SEEDS
     tuned_in_full: bool = False  # tuning takes all of the epochs, not a third
-    version: int = 1
 
     def arms(self, own: RoutedSettings) -> dict[str, RoutedArm]:
         return routed_arms(self.name.removesuffix("-confirm"), own)
@@ -85,7 +84,7 @@ class RoutedStudy:
                     for arm in names:
                         model, objective = arms[arm]
                         yield Run(
-                            profile, self.name, dataset, arm, seed, self.version, model, objective,
+                            profile, self.name, dataset, arm, seed, VERSIONS[self.name], model, objective,
                             own.train, **own.run_options(),
                         )  # fmt: skip
 
@@ -94,12 +93,13 @@ class RoutedStudy:
         if profile != "core":
             return
         dataset, own = next(iter(self.settings[profile].items()))
+        study = f"{self.name}-tuning"
         epochs = own.train.epochs if self.tuned_in_full else max(own.train.epochs // 3, 1)
         for seed in TUNING_SEEDS:
             for arm, rate, tried in self.grid(own):
                 model, objective = self.arms(tried)[arm]
                 yield Run(
-                    profile, f"{self.name}-tuning", dataset, arm, seed, self.version, model, objective,
+                    profile, study, dataset, arm, seed, VERSIONS[study], model, objective,
                     replace(own.train, epochs=epochs, learning_rate=rate),
                     train_images=own.train_images, epoch_tokens=own.epoch_tokens,
                 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,6 +53,11 @@ class Run:
         return store.digest(self)
 
     @property
+    def tuning(self) -> bool:
+        """Then it never looks at the test set."""
+        return self.study.endswith("-tuning")
+
+    @property
     def label(self) -> str:
         return f"{self.study}/{self.dataset}/{self.arm} seed {self.seed}"
 
@@ -67,5 +73,8 @@ class Run:
         """Checkpoint and lock; not committed."""
         return store.results_dir() / self.profile / ".work" / self.id
 
+
+# Raised by hand when a change is meant to move a study's results, from 1; the report never mixes versions.
+VERSIONS: defaultdict[str, int] = defaultdict(lambda: 1)
 
 Plan = Callable[[str], Iterator[Run]]  # the runs of a study in a profile, in the order of their priority

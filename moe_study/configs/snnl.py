@@ -25,11 +25,8 @@ from moe_study.configs.arms import (
     Settings,
     snnl_arms,
 )
-from moe_study.configs.run import Plan, Run
+from moe_study.configs.run import VERSIONS, Plan, Run
 from moe_study.train import TrainConfig
-
-# Raised by hand when a change is meant to move a study's results; the report never mixes versions.
-VERSIONS = {"snnl": 1, "snnl-confirm": 1, "snnl-tuning": 1}
 
 _CNN = ClassifierConfig(extractor="cnn", code_dim=128, num_experts=4, expert_hidden=512)
 _CORE = TrainConfig(epochs=8, batch_size=256, learning_rate=1e-3, precision="bfloat16")
@@ -97,10 +94,11 @@ AUXILIARY_WEIGHTS = (0.1, 0.3, 1.0)
 
 def snnl_runs(study: str, profile: str) -> Iterator[Run]:
     """The SNNL study or its confirmation, seed by seed, so that an unfinished profile still has pairs."""
-    confirm = study == "snnl-confirm"
-    seeds = CONFIRMATORY_SEEDS if confirm else SEEDS
-    counts = CONFIRMATORY_SEED_COUNTS.get(profile, {}) if confirm else SEED_COUNTS.get(profile, {})
-    for dataset, groups in counts.items():
+    seeds, counts = {
+        "snnl": (SEEDS, SEED_COUNTS),
+        "snnl-confirm": (CONFIRMATORY_SEEDS, CONFIRMATORY_SEED_COUNTS),
+    }[study]
+    for dataset, groups in counts.get(profile, {}).items():
         settings = SETTINGS[profile][dataset]
         arms = snnl_arms(settings)
         for position, seed in enumerate(seeds):

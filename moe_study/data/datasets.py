@@ -12,7 +12,6 @@ import pickle
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from stat import S_ISREG
 
@@ -123,28 +122,15 @@ DOMAINS = ("mnist", "fashion_mnist", "cifar10")
 DOMAIN_IMAGES = 15_000  # of each, for training and validation
 
 
-def _published_splits(name: str, root: Path) -> tuple[Split, Split]:
-    return Split(*_published(name, root, train=True)), Split(*_published(name, root, train=False))
+def _both(part: Callable[[Path, bool], Split]) -> Callable[[Path], tuple[Split, Split]]:
+    """Training and test images, of a function that gives the first where its second argument is True."""
+    return lambda root: (part(root, True), part(root, False))
 
 
-def _digits_splits(root: Path) -> tuple[Split, Split]:
-    train, test = _digits()
-    return Split(*train), Split(*test)
-
-
-def _digit_domains_splits(root: Path) -> tuple[Split, Split]:
-    train, test = _digits()
-    return _digit_domains(*train), _digit_domains(*test)
-
-
-def _domains_splits(root: Path) -> tuple[Split, Split]:
-    return _domains(root, True, DOMAIN_IMAGES), _domains(root, False, None)
-
-
-def _domains(root: Path, train: bool, count: int | None) -> Split:
+def _domains(root: Path, train: bool) -> Split:
     """MNIST, FashionMNIST and CIFAR-10 (grey, its middle 28 x 28 pixels) under the same ten labels, so that
-    one label means three things. The first `count` images of each, all if None."""
-    parts = []
+    one label means three things."""
+    parts, count = [], DOMAIN_IMAGES if train else None
     for name in DOMAINS:
         images_NCHW, labels_N = _published(name, root, train)
         if images_NCHW.shape[1] == 3:  # luma of ITU-R BT.601, as in Pillow's mode "L"
@@ -153,11 +139,6 @@ def _domains(root: Path, train: bool, count: int | None) -> Split:
             images_NCHW = grey_NHW.round().to(torch.uint8)[:, None]
         parts.append((images_NCHW[:count], labels_N[:count]))
     return _interleaved(parts)
-
-
-def _shifted_domains_splits(root: Path) -> tuple[Split, Split]:
-    train, test = _domains_splits(root)
-    return _shifted(train), _shifted(test)
 
 
 def _shifted(split: Split) -> Split:
@@ -190,7 +171,7 @@ def _interleaved(parts: list[tuple[Tensor, Tensor]]) -> Split:
     return Split(images, labels, torch.arange(len(labels)) % len(parts))
 
 
-def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _digits(train: bool) -> tuple[Tensor, Tensor]:
     """The 1,797 8x8 digits, their 17 grey levels spread over 0..255; every fifth of a class is test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -201,7 +182,8 @@ def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     rest, test = train_test_split(
         np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0
     )
-    return (images[rest], labels[rest]), (images[test], labels[test])
+    chosen = rest if train else test
+    return images[chosen], labels[chosen]
 
 
 @dataclass(frozen=True)
@@ -365,42 +347,30 @@ PUBLISHED: dict[str, Files] = {
         unpacked_mb=340,
     ),
 }  # fmt: skip
+
+
+def _published_info(name: str, title: str, classes: tuple[str, ...] = ()) -> DatasetInfo:
+    splits = _both(lambda root, train: Split(*_published(name, root, train)))
+    return DatasetInfo(title=title, splits=splits, classes=classes, published=(name,))
+
+
+FASHION = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DATASETS: dict[str, DatasetInfo] = {
-    "digits": DatasetInfo(title="Digits (8×8)", splits=_digits_splits),
-    "digit_domains": DatasetInfo(title="Digits, three forms", splits=_digit_domains_splits),
-    "domains": DatasetInfo(
-        title="Three domains", splits=_domains_splits, published=DOMAINS,
+    "digits": DatasetInfo(title="Digits (8×8)", splits=_both(lambda root, train: Split(*_digits(train)))),
+    "digit_domains": DatasetInfo(
+        title="Digits, three forms", splits=_both(lambda root, train: _digit_domains(*_digits(train)))
     ),
+    "domains": DatasetInfo(title="Three domains", splits=_both(_domains), published=DOMAINS),
     "shifted_domains": DatasetInfo(
         title="Three shifted domains",
-        splits=_shifted_domains_splits,
+        splits=_both(lambda root, train: _shifted(_domains(root, train))),
         published=DOMAINS,
     ),
-    "mnist": DatasetInfo(
-        title="MNIST",
-        splits=partial(_published_splits, "mnist"),
-        published=("mnist",),
-    ),
-    "fashion_mnist": DatasetInfo(
-        title="FashionMNIST",
-        splits=partial(_published_splits, "fashion_mnist"),
-        classes=(
-            "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-            "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-        ),
-        published=("fashion_mnist",),
-    ),
-    "cifar10": DatasetInfo(
-        title="CIFAR-10",
-        splits=partial(_published_splits, "cifar10"),
-        classes=(
-            "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-        ),
-        published=("cifar10",),
-    ),
-    "cifar100": DatasetInfo(
-        title="CIFAR-100",
-        splits=partial(_published_splits, "cifar100"),
-        published=("cifar100",),
-    ),
-}  # fmt: skip
+    "mnist": _published_info("mnist", "MNIST"),
+    "fashion_mnist": _published_info("fashion_mnist", "FashionMNIST", FASHION),
+    "cifar10": _published_info("cifar10", "CIFAR-10", CIFAR10),
+    "cifar100": _published_info("cifar100", "CIFAR-100"),
+}

@@ -117,7 +117,6 @@ class PlantedRouting(NamedTuple):
     partition_N: Tensor  # the true sub-population of each token; their number is the right number of experts
     probs_NE: Tensor  # the router's gate; E = num_groups, or twice that under "split"
     answers_NEC: Tensor  # each expert's answer to each token, one-hot
-    quality: float  # 1 - level
 
 
 def planted_routing(
@@ -184,7 +183,7 @@ def planted_routing(
     known_NG[struck] |= fault == "alike"
     answers_NGC = _answers(labels_N, known_NG, num_classes, seed)
     answers_NEC = answers_NGC.repeat(1, probs_NE.shape[1] // num_groups, 1)
-    return PlantedRouting(tokens_ND, labels_N, partition_N, probs_NE, answers_NEC, 1 - level)
+    return PlantedRouting(tokens_ND, labels_N, partition_N, probs_NE, answers_NEC)
 
 
 def _answers(labels_N: Tensor, known_NG: Tensor, num_classes: int, seed: int) -> Tensor:

@@ -6,11 +6,13 @@ Shapes: G domains, E experts, S seeds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Polygon
 
+from moe_study.configs.arms import MAIN_ARMS
 from moe_study.data import Dataset
 from moe_study.report.plots import (
     DATASET_TITLES,
@@ -81,15 +83,14 @@ def collapse_and_accuracy(results: Sequence[Result]) -> Figure:
     )
 
 
-def domain_routing(results: Sequence[Result], arms: Sequence[str] | None = None) -> Figure:
+def domain_routing(results: Sequence[Result]) -> Figure:
     """Mean gate of each domain (row) over experts (columns), at each arm's seed of median accuracy; experts
-    are ordered so that they match those of the first arm (Hungarian method). Of all arms that learn a gate,
-    or of those named."""
+    are ordered so that they match those of the first arm (Hungarian method). Arms that learn no gate are left
+    out."""
     chosen = {
         arm: median_run(own, "task.accuracy")
-        for arm, own in arms_of(results, arms).items()
-        if own[0]["run"]["model"]["num_experts"] > 1
-        and (arms is not None or own[0]["run"]["model"]["gate"] == "mlp")
+        for arm, own in arms_of(results).items()
+        if own[0]["run"]["model"]["num_experts"] > 1 and own[0]["run"]["model"]["gate"] == "mlp"
     }
     wide = min(max(len(chosen), 1), 4)
     tall = max(-(-len(chosen) // wide), 1)
@@ -118,10 +119,10 @@ def domain_routing(results: Sequence[Result], arms: Sequence[str] | None = None)
     )
 
 
-def idea(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
+def idea(results: Sequence[Result]) -> Figure:
     """The study in one look: features, gate and experts, without and with SNNL. Features are drawn by hand;
     shares, effective experts and accuracy are those of each arm's seed of median effective experts."""
-    chosen = {arm: median_run(own) for arm, own in arms_of(results, arms).items()}
+    chosen = {arm: median_run(own) for arm, own in arms_of(results, MAIN_ARMS).items()}
     figure, axes = new_figure(4.8 * max(len(chosen), 1), 3.0, 1, max(len(chosen), 1))
     draw = np.random.default_rng(0)
     for axis, (arm, result) in zip(axes[0], chosen.items(), strict=True):
@@ -139,16 +140,8 @@ def idea(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> F
                 [2.75, 4.0], [1.6, y], color="#333333", lw=0.4 + 10 * share, alpha=0.75, solid_capstyle="butt"
             )
             shade = 0.12 + 0.88 * share / share_E.max()
-            axis.add_patch(
-                FancyBboxPatch(
-                    (4.05, y - 0.2),
-                    0.85,
-                    0.4,
-                    boxstyle="round,pad=0.04",
-                    fc=(0, 0.45, 0.7, shade),
-                    ec="#555555",
-                )
-            )
+            box: Any = {"boxstyle": "round,pad=0.04", "fc": (0, 0.45, 0.7, shade), "ec": "#555555"}
+            axis.add_patch(FancyBboxPatch((4.05, y - 0.2), 0.85, 0.4, **box))
             ink = "white" if shade > 0.6 else "black"
             axis.text(4.47, y, f"expert {e}", ha="center", va="center", fontsize=9, color=ink)
             axis.text(5.05, y, f"{100 * share:.0f} %", va="center", fontsize=9)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -62,17 +63,17 @@ GAINS: dict[str, Quantity] = {
 
 def collapse_map(results: Sequence[Result]) -> Figure:
     """Share of the experts that `base` uses, median over seeds: dark where it has collapsed."""
-    return _map(results, {"share of experts in effect, base": effective_share}, "viridis", (0.0, 1.0))
+    return _map(results, {"share of experts in effect, base": effective_share}, shares=True)
 
 
 def cost_map(results: Sequence[Result]) -> Figure:
     """Accuracy in points: learned routing against a constant gate, and what balancing the load changes."""
-    return _map(results, COSTS, "RdBu_r", None)
+    return _map(results, COSTS)
 
 
 def gain_map(results: Sequence[Result]) -> Figure:
     """Accuracy in points: what SNNL adds to `base`, and learned against constant routing with SNNL."""
-    return _map(results, GAINS, "RdBu_r", None)
+    return _map(results, GAINS)
 
 
 def map_table(results: Sequence[Result]) -> pd.DataFrame:
@@ -98,14 +99,9 @@ def map_table(results: Sequence[Result]) -> pd.DataFrame:
     return table
 
 
-def _map(
-    results: Sequence[Result],
-    quantities: dict[str, Quantity],
-    colours: str,
-    limits: tuple[float, float] | None,
-) -> Figure:
-    """A row of panels for each quantity. Medians over seeds in the cells, bold where all seeds agree on the
-    sign; without limits the colours are even around 0."""
+def _map(results: Sequence[Result], quantities: dict[str, Quantity], shares: bool = False) -> Figure:
+    """A row of panels for each quantity, with medians over seeds in the cells. Shares lie in [0, 1];
+    differences have colours that are even around 0."""
     cells = _cells(results)
     codes, experts, widths = (sorted({size[i] for size in cells}) for i in range(3))
     with mpl.rc_context(STYLE):
@@ -116,31 +112,27 @@ def _map(
             values = {size: quantity(cell) for size, cell in cells.items()}
             medians = {size: np.median(values_S) for size, values_S in values.items() if values_S.size}
             bound = max(map(abs, medians.values()), default=1.0)
-            low, high = (-bound, bound) if limits is None else limits
+            low, high, colours = (0, 1, "viridis") if shares else (-bound, bound, "RdBu_r")
             axes = part.subplots(1, len(codes), squeeze=False)[0]
             for axis, code in zip(axes, codes, strict=True):
                 shown_HE = np.array([[medians.get((code, e, h), np.nan) for e in experts] for h in widths])
                 image = axis.imshow(shown_HE, cmap=colours, vmin=low, vmax=high, aspect="auto")
-                for (y, x), value in np.ndenumerate(shown_HE):
-                    if np.isfinite(value):
-                        own_S = values[code, experts[x], widths[y]]
-                        agree = limits is None and own_S.size > 1 and abs(np.sign(own_S).sum()) == own_S.size
-                        red, green, blue, _ = image.cmap(image.norm(value))
-                        axis.text(
-                            x,
-                            y,
-                            signed(value, 1) if limits is None else f"{value:.2f}",
-                            ha="center",
-                            va="center",
-                            fontsize=8,
-                            weight="bold" if agree else "normal",
-                            color="white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black",
-                        )
+                for y, x in np.argwhere(np.isfinite(shown_HE)):
+                    _write(image, x, y, shown_HE[y, x], values[code, experts[x], widths[y]], shares)
                 axis.set(xticks=range(len(experts)), yticks=range(len(widths)), xlabel="experts")
                 axis.set_xticklabels(map(str, experts))
                 axis.set_yticklabels(map(str, widths))
                 axis.set_title(f"code of {code}", fontsize=9)
             axes[0].set_ylabel("expert width")
             part.suptitle(title, fontsize=10, weight="bold", x=0.01, ha="left")
-            part.colorbar(image, ax=axes.tolist(), shrink=0.9, label="share" if limits else "points")
+            part.colorbar(image, ax=axes.tolist(), shrink=0.9, label="share" if shares else "points")
     return figure
+
+
+def _write(image: Any, x: int, y: int, median: float, values_S: np.ndarray, share: bool) -> None:
+    """A median in its cell, in an ink that shows; of a difference bold where all seeds agree on the sign."""
+    red, green, blue, _ = image.cmap(image.norm(median))
+    ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
+    agree = not share and values_S.size > 1 and abs(np.sign(values_S).sum()) == values_S.size
+    text, weight = f"{median:.2f}" if share else signed(median, 1), "bold" if agree else "normal"
+    image.axes.text(x, y, text, ha="center", va="center", fontsize=8, weight=weight, color=ink)

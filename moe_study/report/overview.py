@@ -44,31 +44,21 @@ def each_dataset(
     return pd.concat(found, names=["data set"]) if found else pd.DataFrame()
 
 
+COLLAPSE_COLUMNS: tables.Columns = {
+    name: tables.COLUMNS[name]
+    for name in ("effective experts", "dead experts", "cost of permuted routing", "cos outputs")
+} | {"cos outputs, trained alone": tables.Column("null.similarity.outputs", 3)}
+
+
 def collapse_table(profile: str) -> pd.DataFrame:
     """Is there collapse at all, with and without SNNL: idle experts, idle routing, and alike experts beside
     their null (the same experts trained alone on the same frozen extractor)."""
-    rows = []
-    for dataset, runs in selection.evidence(profile, "snnl").items():
-        results = study.results(runs)
-        frame = tables.frame(results)
-        for arm in ("base", "snnl"):
-            group = frame[frame["arm"] == arm]
-            if not group.empty:
-                null = [
-                    tables.look_up(r, "null.similarity.outputs") for r in results if r["run"]["arm"] == arm
-                ]
-                columns = ("effective experts", "dead experts", "cost of permuted routing", "cos outputs")
-                rows.append(
-                    {"data set": DATASET_TITLES[dataset], "arm": arm, "seeds": str(len(group))}
-                    | {
-                        tables.COLUMNS[name].title(name, level=True): tables.shown_level(
-                            group[name], tables.COLUMNS[name]
-                        )
-                        for name in columns
-                    }
-                    | {"cos outputs, trained alone": tables.spread(pd.Series(null, dtype=float), 3)}
-                )
-    return pd.DataFrame(rows).set_index(["data set", "arm"]) if rows else pd.DataFrame()
+
+    def of_main_arms(frame: pd.DataFrame) -> pd.DataFrame:
+        main = frame[frame["arm"].isin(arms.MAIN_ARMS)]
+        return tables.summary(main, list(COLLAPSE_COLUMNS), COLLAPSE_COLUMNS)
+
+    return each_dataset(profile, "snnl", COLLAPSE_COLUMNS, of_main_arms)
 
 
 def accuracy_table(
@@ -119,9 +109,7 @@ def published_table(profile: str) -> pd.DataFrame:
                         "seeds": str(found.seeds),
                     }
                 )
-    columns = ["study", "data set", "published MoE", "our base", "published MoE + SNNL", "our snnl"]
-    columns += ["published gain", "our gain", "95 % interval", "seeds"]
-    return pd.DataFrame(rows, columns=columns).set_index(["study", "data set"])
+    return pd.DataFrame(rows).set_index(["study", "data set"]) if rows else pd.DataFrame()
 
 
 def routed_claims_table(profile: str, study_name: str) -> pd.DataFrame:

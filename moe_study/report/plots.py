@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from moe_study import stats, store
 from moe_study.data import DATASETS
 from moe_study.data.text import CORPORA
-from moe_study.report.tables import Result, look_up
+from moe_study.report.tables import Result, by_arm, look_up
 
 PALETTE = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999933")
 ARM_STYLE = {  # colour, marker
@@ -100,9 +100,9 @@ def captioned(figure: Figure, text: str) -> Figure:
     return figure
 
 
-def seeds_in_words(results: Sequence[Result]) -> str:
-    """ "10 seeds an arm", "3 to 10 seeds an arm"."""
-    counts = sorted({len(group) for group in arms_of(results).values()})
+def seeds_in_words(results: Sequence[Result], arms: Sequence[str] | None = None) -> str:
+    """Of these arms: "10 seeds an arm", "3 to 10 seeds an arm"."""
+    counts = sorted({len(group) for group in arms_of(results, arms).values()})
     many = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     return f"{many} seed{'s' if counts[-1] > 1 else ''} an arm"
 
@@ -123,22 +123,21 @@ def arm_style(arm: str) -> tuple[str, str]:
 
 def arms_of(results: Sequence[Result], wanted: Sequence[str] | None = None) -> dict[str, list[dict]]:
     """Results by arm, in the order of ARM_STYLE; arms of your own follow, in the order of the results."""
-    names = dict.fromkeys([*ARM_STYLE, *(r["run"]["arm"] for r in results)])
-    names_wanted = [name for name in names if wanted is None or name in wanted]
-    grouped = {name: [r for r in results if r["run"]["arm"] == name] for name in names_wanted}
-    return {arm: group for arm, group in grouped.items() if group}
+    grouped = by_arm(results)
+    names = dict.fromkeys(name for name in [*ARM_STYLE, *grouped] if name in grouped)
+    return {name: grouped[name] for name in names if wanted is None or name in wanted}
 
 
 def training_curves(results: Sequence[Result], arms: Sequence[str] | None = None) -> Figure:
     """Validation cross-entropy, accuracy and a measure of routing over epochs: mean, and range over seeds."""
-    routing = ("information", "I(x;E), validation (nats)", 1.0)
-    if "effective_experts" in results[0]["history"]["validation"]:
-        routing = ("effective_experts", "effective experts, validation", 1.0)
-    panels = (
+    panels = [
         ("cross_entropy", "validation cross-entropy (nats)", 1.0),
         ("accuracy", "validation accuracy (%)", 100.0),
-        routing,
-    )
+    ]
+    if "effective_experts" in results[0]["history"]["validation"]:
+        panels.append(("effective_experts", "effective experts, validation", 1.0))
+    else:
+        panels.append(("information", "I(x;E), validation (nats)", 1.0))
     figure, axes = new_figure(9.8, 3.2, 1, 3)
     for axis, (key, title, scale) in zip(axes[0], panels, strict=True):
         for arm, group in arms_of(results, arms).items():
@@ -203,10 +202,7 @@ def accuracy_by_arm(results: Sequence[Result]) -> Figure:
         values = np.array(ends) * 100
         seeds_and_mean(axis, row, values, colour, marker, size=5, below=0.22)
     axis.set_yticks(range(len(grouped)), [f"{arm} ({len(group)})" for arm, group in grouped.items()])
-    axis.set(
-        xlabel="test accuracy at the last epoch (%)",
-        ylim=(len(grouped) - 0.4, -0.6),
-    )
+    axis.set(xlabel="test accuracy at the last epoch (%)", ylim=(len(grouped) - 0.4, -0.6))
     axis.grid(axis="x", alpha=0.3)
     return captioned(
         figure,

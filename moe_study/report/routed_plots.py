@@ -70,7 +70,7 @@ def corruption_by_severity(
         figure,
         f"Robustness to corruption, as the difference from `{first}` at the same seed: above the line is "
         "better. Means "
-        f"and 95 % t intervals over seeds; {seeds_in_words([r for g in grouped.values() for r in g])}.",
+        f"and 95 % t intervals over seeds; {seeds_in_words(results, arms)}.",
     )
 
 
@@ -156,14 +156,8 @@ def expert_load(results: Sequence[Result]) -> Figure:
             loads = [r["routing"]["layers"][at]["load"]["share"] for r in group]
             sorted_SE = 100 * np.array([sorted(share, reverse=True) for share in loads])
             colour, marker = arm_style(arm)
-            axis.plot(
-                range(1, sorted_SE.shape[1] + 1),
-                sorted_SE.mean(0),
-                color=colour,
-                marker=marker,
-                ms=3.5,
-                label=arm,
-            )
+            experts = range(1, sorted_SE.shape[1] + 1)
+            axis.plot(experts, sorted_SE.mean(0), color=colour, marker=marker, ms=3.5, label=arm)
         axis.axhline(100 / sorted_SE.shape[1], color="#333333", ls="--", lw=1)
         axis.set(title=f"MoE layer {at + 1}", xlabel="expert, by load", ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -225,10 +219,10 @@ def paired_differences(
     )
 
 
-def crossed_lines(results: Sequence[Result], names: Sequence[str] = tables.CROSSED_MEASURES) -> Figure:
+def crossed_lines(results: Sequence[Result]) -> Figure:
     """Each measure without and with AC, one line without and one with SNNL: parallel lines, no interaction.
     Seeds as dots, means with their 95 % t intervals as lines."""
-    columns = tables.VISION_COLUMNS
+    columns, names = tables.VISION_COLUMNS, tables.CROSSED_MEASURES
     runs = tables.frame(results, columns)
     rows = -(-len(names) // 3)
     figure, axes = new_figure(9.5, 2.6 * rows + 0.5, rows, 3)

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 
 from moe_lib import metrics
 from moe_study.collapse import collapse, trajectory
+from moe_study.configs.arms import MAIN_ARMS
 from moe_study.data import DATASETS
 from moe_study.report.plots import (
     STYLE,
@@ -87,25 +88,25 @@ def _points(
     xy_N2: np.ndarray,
     kind_N: np.ndarray,
     colours: Mapping[int, Any],
-    names: Any = None,
+    names: Sequence[str],
 ) -> None:
     """Points of each kind in its colour."""
     axis.set(title=title)
     for kind, colour in colours.items():
         own = xy_N2[kind_N == kind].T
-        axis.plot(*own, "o", color=colour, ms=2.6, mew=0, alpha=0.8, label=names and names[kind])
+        axis.plot(*own, "o", color=colour, ms=2.6, mew=0, alpha=0.8, label=names[kind])
 
 
-def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
+def routing_heatmap(results: Sequence[Result]) -> Figure:
     """Mean gate of each class: the seed of median effective experts large, all seeds small below it. Experts
     are matched to those of the first arm (Hungarian method), and a row is the same class everywhere."""
-    shown = arms_of(results, arms)
+    shown = arms_of(results, MAIN_ARMS)
     first = next(iter(shown))
     gates_CE = _gates(median_run(shown[first]))
     gates_CE = gates_CE[:, np.argsort(-gates_CE.sum(0), kind="stable")]
     order = np.lexsort((-gates_CE.max(1), gates_CE.argmax(1)))
     few = len(order) <= 20
-    small = 5
+    small, heat = 5, {"cmap": "viridis", "vmin": 0, "vmax": 1, "aspect": "auto"}
     lines = max(-(-len(group) // small) for group in shown.values())
     figure = Figure(figsize=(4.6 * len(shown) + 0.6, 4.2 + 0.95 * lines), layout="constrained")
     with mpl.rc_context(STYLE | {"axes.titleweight": "normal", "axes.titlesize": 10}):
@@ -119,7 +120,7 @@ def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "s
             grid = axis.get_subplotspec().get_gridspec()
             middle = median_run(group)
             matched_CE = matched(_gates(middle), gates_CE)[order]
-            picture = axis.imshow(matched_CE, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+            picture = axis.imshow(matched_CE, **heat)
             effective = look_up(middle, "routing.load.effective_experts")
             axis.set(
                 title=f"{arm}, seed {middle['run']['seed']}: {effective:.2f} effective experts",
@@ -133,16 +134,10 @@ def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "s
             axis.set_yticks(range(len(labels)), labels if axis is large[0] else [""] * len(labels))
             for at, result in enumerate(group):
                 tile = part.add_subplot(grid[1 + at // small, at % small])
-                tile.imshow(
-                    matched(_gates(result), gates_CE)[order], cmap="viridis", vmin=0, vmax=1, aspect="auto"
-                )
+                tile.imshow(matched(_gates(result), gates_CE)[order], **heat)
                 tile.set(xticks=[], yticks=[])
-                tile.set_title(
-                    f"{look_up(result, 'routing.load.effective_experts'):.1f}",
-                    fontsize=8,
-                    fontweight="normal",
-                    pad=2,
-                )
+                effective = look_up(result, "routing.load.effective_experts")
+                tile.set_title(f"{effective:.1f}", fontsize=8, fontweight="normal", pad=2)
         large[0].set_ylabel(f"class, by {first}'s preferred expert" if few else f"{len(order)} classes")
         figure.colorbar(picture, ax=large[-1], label="mean gate probability", shrink=0.8)
     return captioned(
@@ -150,7 +145,7 @@ def routing_heatmap(results: Sequence[Result], arms: Sequence[str] = ("base", "s
         "Who serves which class: the mean gate of each class (row) over the experts (columns). Rows that "
         "differ: the gate tells classes apart; one bright column: routing collapse. Large, the seed of "
         "median effective experts; small, every seed with its effective experts "
-        f"({seeds_in_words([r for g in shown.values() for r in g])}). Experts are matched between pictures.",
+        f"({seeds_in_words(results, MAIN_ARMS)}). Experts are matched between pictures.",
     )
 
 
@@ -158,7 +153,7 @@ def _gates(result: Result) -> np.ndarray:
     return np.array(result["routing"]["class_expert"], dtype=float)
 
 
-def similarity_with_nulls(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
+def similarity_with_nulls(results: Sequence[Result]) -> Figure:
     """Each similarity of experts: trained together, before training, and trained alone (the null)."""
     panels = (
         ("weights", "mean |cosine| of weights"),
@@ -171,7 +166,7 @@ def similarity_with_nulls(results: Sequence[Result], arms: Sequence[str] = ("bas
         ("null.similarity", "null: trained alone", "D", False),
         ("initial.similarity", "before training", "|", False),
     )
-    grouped = arms_of(results, arms)
+    grouped = arms_of(results, MAIN_ARMS)
     figure, axes = new_figure(9.8, 3.0, 1, 4)
     for axis, (key, title) in zip(axes[0], panels, strict=True):
         for row, (arm, group) in enumerate(grouped.items()):
@@ -198,12 +193,12 @@ def similarity_with_nulls(results: Sequence[Result], arms: Sequence[str] = ("bas
     )
 
 
-def collapse_panel(results: Sequence[Result], arms: Sequence[str] = ("base", "snnl")) -> Figure:
+def collapse_panel(results: Sequence[Result]) -> Figure:
     """Routing and representational collapse over training (mean, and range over seeds), and all three kinds
     of the selected model beside their nulls, seed by seed. 0: specialists; 1: one expert would do."""
     kinds = ("routing", "representational", "functional")
     figure, axes = new_figure(9.8, 3.2, 1, 3)
-    grouped = arms_of(results, arms)
+    grouped = arms_of(results, MAIN_ARMS)
     for row, (arm, group) in enumerate(grouped.items()):
         colour, marker = arm_style(arm)
         for axis, kind in zip(axes[0], kinds[:2], strict=False):
@@ -231,5 +226,5 @@ def collapse_panel(results: Sequence[Result], arms: Sequence[str] = ("base", "sn
         "How collapsed? 0: specialists; 1: one expert would do. Left and middle: over training, mean and "
         "range over seeds. Right: each seed a dot, beside the tick of its null; a dot no further right than "
         "its tick shows no collapse. Of functional collapse the tick, at 1, is a gate that does not matter. "
-        f"{seeds_in_words([r for g in grouped.values() for r in g])}.",
+        f"{seeds_in_words(results, MAIN_ARMS)}.",
     )

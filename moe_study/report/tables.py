@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,10 +40,6 @@ class Column(NamedTuple):
 Columns = dict[str, Column]
 
 
-def _columns(entries: Mapping[str, tuple[Any, ...]]) -> Columns:
-    return {name: Column(*entry) for name, entry in entries.items()}
-
-
 def at_three_endpoints(name: str, decimals: int = 4, unit: str = "") -> Columns:
     """A score of the task at the last epoch, and at the two epochs that validation data select; None where a
     file was scored at others."""
@@ -69,34 +65,32 @@ def dead_experts(result: Result) -> float | None:
     return look_up(result, "routing.load.dead_experts")
 
 
-COLUMNS: Columns = _columns(
-    {
-        **at_three_endpoints("accuracy", 2, "points"),
-        **at_three_endpoints("cross-entropy", 4, "nats"),
-        **at_three_endpoints("calibration error"),
-        "H(E)": ("routing.entropy.marginal", 3),
-        "H(E|x)": ("routing.entropy.per_sample", 3),
-        "H(E|c)": ("routing.entropy.class_conditional", 3),
-        "H(C|E)": ("routing.entropy.expert_class", 3),
-        "I(x;E)": ("routing.entropy.information_input", 3),
-        "I(c;E)": ("routing.entropy.information_class", 3),
-        "I(c;E) null": ("routing.information_class_null", 4),
-        "effective experts": ("routing.load.effective_experts", 2),
-        "dead experts": (dead_experts, 1),
-        "AMI": ("routing.load.adjusted_mutual_information", 3),
-        "cost of permuted routing": ("ablation.permuted", 2, "points"),
-        "|cos| weights": ("similarity.weights", 4),
-        "|cos| weights, aligned": ("similarity.weights_aligned", 4),
-        "cos outputs": ("similarity.outputs", 3),
-        "CKA outputs": ("similarity.cka", 3),
-        "cos outputs, by use": ("similarity.outputs_weighted", 3),
-        "CKA outputs, by use": ("similarity.cka_weighted", 3),
-        "kNN accuracy": ("embedding.knn_accuracy", 1, "points"),
-        "silhouette": ("embedding.silhouette", 3),
-        "trustworthiness": ("embedding.trustworthiness", 3),
-        "SNNL at T = 1": ("embedding.snnl", 3),
-    }
-)
+COLUMNS: Columns = {
+    **at_three_endpoints("accuracy", 2, "points"),
+    **at_three_endpoints("cross-entropy", 4, "nats"),
+    **at_three_endpoints("calibration error"),
+    "H(E)": Column("routing.entropy.marginal", 3),
+    "H(E|x)": Column("routing.entropy.per_sample", 3),
+    "H(E|c)": Column("routing.entropy.class_conditional", 3),
+    "H(C|E)": Column("routing.entropy.expert_class", 3),
+    "I(x;E)": Column("routing.entropy.information_input", 3),
+    "I(c;E)": Column("routing.entropy.information_class", 3),
+    "I(c;E) null": Column("routing.information_class_null", 4),
+    "effective experts": Column("routing.load.effective_experts", 2),
+    "dead experts": Column(dead_experts, 1),
+    "AMI": Column("routing.load.adjusted_mutual_information", 3),
+    "cost of permuted routing": Column("ablation.permuted", 2, "points"),
+    "|cos| weights": Column("similarity.weights", 4),
+    "|cos| weights, aligned": Column("similarity.weights_aligned", 4),
+    "cos outputs": Column("similarity.outputs", 3),
+    "CKA outputs": Column("similarity.cka", 3),
+    "cos outputs, by use": Column("similarity.outputs_weighted", 3),
+    "CKA outputs, by use": Column("similarity.cka_weighted", 3),
+    "kNN accuracy": Column("embedding.knn_accuracy", 1, "points"),
+    "silhouette": Column("embedding.silhouette", 3),
+    "trustworthiness": Column("embedding.trustworthiness", 3),
+    "SNNL at T = 1": Column("embedding.snnl", 3),
+}
 SCORE = (*at_three_endpoints("accuracy"), "cross-entropy", "calibration error")
 ROUTING = (  # the measures of collapse first
     "effective experts", "dead experts", "cost of permuted routing", "AMI",
@@ -146,6 +140,14 @@ def _file(result: Result) -> str:
         return "a result"
     name = f"{run['arm']}-s{run['seed']}-{result.get('id', '')}.json"
     return f"result file {run['profile']}/{run['study']}/{run['dataset']}/{name}"
+
+
+def by_arm(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """In the order in which the arms appear."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result["run"]["arm"], []).append(result)
+    return found
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -244,48 +246,42 @@ def batch_dependence(path: str, result: Result) -> float | None:
     )
 
 
-ROUTED_COLUMNS: Columns = _columns(
-    {
-        **at_three_endpoints("cross-entropy", 4, "nats"),
-        **at_three_endpoints("accuracy", 2, "points"),
-        "validation area": (validation_area, 4, "nats"),
-        "H(E|x)": (partial(layer_mean, "per_sample"), 3),
-        "H(E|c)": (partial(layer_mean, "class_conditional"), 3),
-        "effective experts": (partial(layer_mean, "load.effective_experts"), 2),
-        "dead experts": (partial(layer_mean, "load.dead_experts"), 1),
-        "AMI": (partial(layer_mean, "load.adjusted_mutual_information"), 3),
-        "stability": (lambda result: _mean(look_up(result, "routing.stability")), 3),
-        "changed by M": (partial(layer_mean, "changed.chosen"), 3),
-        "cost of permuted routing": ("ablation.permuted_everywhere", 2, "points"),
-    }
-)
-VISION_COLUMNS: Columns = ROUTED_COLUMNS | _columns(
-    {
-        **at_three_endpoints("calibration error"),
-        "accuracy under corruption": (accuracy_corrupted, 2, "points"),
-        "accuracy under attack": (partial(accuracy_attacked, GRADIENT_ATTACKS), 2, "points"),
-        "lost to corruption": (corruption_loss, 2, "points"),
-        "lost to attack": (partial(attack_loss, GRADIENT_ATTACKS), 2, "points"),
-        "FGSM, 2/255": (partial(attack_loss, ["fgsm-2"]), 2, "points"),
-        "PGD, 2/255": (partial(attack_loss, ["pgd-2"]), 2, "points"),
-        "SPSA, 2/255": (partial(attack_loss, ["spsa-2"]), 2, "points"),
-        "batch dependence": (partial(batch_dependence, "company"), 4, "nats"),
-        "kNN accuracy": ("embedding.knn_accuracy", 1, "points"),
-        "SNNL at T = 1": ("embedding.snnl", 3),
-    }
-)
-LANGUAGE_COLUMNS: Columns = ROUTED_COLUMNS | _columns(
-    {
-        **at_three_endpoints("perplexity", 2),
-        **at_three_endpoints("bits per byte"),
-        "cross-entropy under word swap": (partial(swapped, SWAP_SHARES), 4, "nats"),
-        "lost to swap": (partial(swap_loss, SWAP_SHARES), 4, "nats"),
-        **{f"{100 * float(one):g} %": (partial(swap_loss, [one]), 4, "nats") for one in SWAP_SHARES},
-        "dependence on other sequences": (partial(batch_dependence, "company.other sequences"), 4, "nats"),
-        "dependence on later tokens": (partial(batch_dependence, "company.later tokens"), 4, "nats"),
-        "cost of permuted routing": ("ablation.permuted_everywhere", 4, "nats"),
-    }
-)
+ROUTED_COLUMNS: Columns = {
+    **at_three_endpoints("cross-entropy", 4, "nats"),
+    **at_three_endpoints("accuracy", 2, "points"),
+    "validation area": Column(validation_area, 4, "nats"),
+    "H(E|x)": Column(partial(layer_mean, "per_sample"), 3),
+    "H(E|c)": Column(partial(layer_mean, "class_conditional"), 3),
+    "effective experts": Column(partial(layer_mean, "load.effective_experts"), 2),
+    "dead experts": Column(partial(layer_mean, "load.dead_experts"), 1),
+    "AMI": Column(partial(layer_mean, "load.adjusted_mutual_information"), 3),
+    "stability": Column(lambda result: _mean(look_up(result, "routing.stability")), 3),
+    "changed by M": Column(partial(layer_mean, "changed.chosen"), 3),
+    "cost of permuted routing": Column("ablation.permuted_everywhere", 2, "points"),
+}
+VISION_COLUMNS: Columns = ROUTED_COLUMNS | {
+    **at_three_endpoints("calibration error"),
+    "accuracy under corruption": Column(accuracy_corrupted, 2, "points"),
+    "accuracy under attack": Column(partial(accuracy_attacked, GRADIENT_ATTACKS), 2, "points"),
+    "lost to corruption": Column(corruption_loss, 2, "points"),
+    "lost to attack": Column(partial(attack_loss, GRADIENT_ATTACKS), 2, "points"),
+    "FGSM, 2/255": Column(partial(attack_loss, ["fgsm-2"]), 2, "points"),
+    "PGD, 2/255": Column(partial(attack_loss, ["pgd-2"]), 2, "points"),
+    "SPSA, 2/255": Column(partial(attack_loss, ["spsa-2"]), 2, "points"),
+    "batch dependence": Column(partial(batch_dependence, "company"), 4, "nats"),
+    "kNN accuracy": Column("embedding.knn_accuracy", 1, "points"),
+    "SNNL at T = 1": Column("embedding.snnl", 3),
+}
+LANGUAGE_COLUMNS: Columns = ROUTED_COLUMNS | {
+    **at_three_endpoints("perplexity", 2),
+    **at_three_endpoints("bits per byte"),
+    "cross-entropy under word swap": Column(partial(swapped, SWAP_SHARES), 4, "nats"),
+    "lost to swap": Column(partial(swap_loss, SWAP_SHARES), 4, "nats"),
+    **{f"{100 * float(one):g} %": Column(partial(swap_loss, [one]), 4, "nats") for one in SWAP_SHARES},
+    "dependence on other sequences": Column(partial(batch_dependence, "company.other sequences"), 4, "nats"),
+    "dependence on later tokens": Column(partial(batch_dependence, "company.later tokens"), 4, "nats"),
+    "cost of permuted routing": Column("ablation.permuted_everywhere", 4, "nats"),
+}
 ROUTED_ROUTING = (
     "effective experts", "dead experts", "cost of permuted routing", "AMI",
     "H(E|x)", "H(E|c)", "stability", "changed by M",
@@ -356,9 +352,9 @@ def shown_interval(low: float, high: float, decimals: int) -> str:
     return f"[{signed(low, decimals + more)}, {signed(high, decimals + more)}]"
 
 
-def spread(values: pd.Series, decimals: int) -> str:
-    """ "mean ± sd" (sd of the sample), the mean alone for one seed, "-" for none."""
-    values = values.dropna()
+def spread(numbers: Iterable[float | None], decimals: int) -> str:
+    """ "mean ± sd" (sd of the sample), the mean alone for one seed, "-" for none. None does not count."""
+    values = pd.Series(list(numbers), dtype=float).dropna()
     if values.empty:
         return "-"
     mean = f"{rounded(values.mean(), decimals):.{decimals}f}"
@@ -374,10 +370,8 @@ def similarity_nulls(results: Sequence[Result], arms: Sequence[str]) -> pd.DataF
     frozen extractor, and the floor of independent random vectors."""
     names = dict(zip(SIMILARITY, ("weights", "weights_aligned", "outputs", "cka"), strict=True))
     rows = []
-    for arm in arms:
-        group = [result for result in results if result["run"]["arm"] == arm]
-        if not group:
-            continue
+    grouped = by_arm(results)
+    for arm, group in ((arm, grouped[arm]) for arm in arms if arm in grouped):
         floor = metrics.similarity_floor(group[0]["expert_parameters"])
         for title, source in (
             ("trained together", "similarity"),
@@ -385,7 +379,7 @@ def similarity_nulls(results: Sequence[Result], arms: Sequence[str]) -> pd.DataF
             ("null: trained alone", "null.similarity"),
         ):
             values = {
-                column: spread(pd.Series([look_up(r, f"{source}.{key}") for r in group], dtype=float), 4)
+                column: spread([look_up(r, f"{source}.{key}") for r in group], 4)
                 for column, key in names.items()
             }
             rows.append({"arm": arm, "experts": title, **values})
@@ -419,7 +413,10 @@ def mechanism(runs: pd.DataFrame, column: str) -> stats.PairedComparison | None:
     return stats.paired_comparison(mixture.to_numpy(), dense.to_numpy())
 
 
-CONTRAST_COLUMNS = ["measure", "contrast", "difference", "95 % interval", "p", "seeds"]
+def comparisons(rows: list[dict[str, str]], keys: list[str], *more: str) -> pd.DataFrame:
+    """Rows of `keys`, what `show` says, and more, as a table."""
+    columns = [*keys, "difference", "95 % interval", "p", "seeds", *more]
+    return pd.DataFrame(rows, columns=columns).set_index(keys)
 
 
 def contrasts(
@@ -439,7 +436,7 @@ def contrasts(
                     {"measure": columns[column].title(column), "contrast": name}
                     | show(value, columns[column])
                 )
-    return pd.DataFrame(rows, columns=CONTRAST_COLUMNS).set_index(CONTRAST_COLUMNS[:2])
+    return comparisons(rows, ["measure", "contrast"])
 
 
 PARTNERS = (  # arms that differ in one thing
@@ -478,7 +475,7 @@ def crossed_effects(runs: pd.DataFrame, names: Sequence[str] = CROSSED_MEASURES)
             found = stats.paired_comparison(treatment, control)
             column = VISION_COLUMNS[name]
             rows.append({"measure": column.title(name), "contrast": effect} | show(found, column))
-    return pd.DataFrame(rows, columns=CONTRAST_COLUMNS).set_index(CONTRAST_COLUMNS[:2])
+    return comparisons(rows, ["measure", "contrast"])
 
 
 def convergence(results: Sequence[Result], controls: Sequence[str] = ("linear", "cosine")) -> pd.DataFrame:
@@ -489,22 +486,19 @@ def convergence(results: Sequence[Result], controls: Sequence[str] = ("linear", 
     brackets how many did.
     """
     curves = {
-        (r["run"]["arm"], r["run"]["seed"]): r["history"]["validation"]["cross_entropy"] for r in results
+        arm: {r["run"]["seed"]: r["history"]["validation"]["cross_entropy"] for r in group}
+        for arm, group in by_arm(results).items()
     }
     rows = {}
-    for arm in dict.fromkeys(arm for arm, _ in curves):
-        own = {seed: curve for (name, seed), curve in curves.items() if name == arm}
+    for arm, own in curves.items():
         row = {
             "seeds": str(len(own)),
-            "validation area": spread(pd.Series([np.mean(curve) for curve in own.values()]), 4),
-            "best validation cross-entropy": spread(pd.Series([min(curve) for curve in own.values()]), 4),
+            "validation area": spread(map(np.mean, own.values()), 4),
+            "best validation cross-entropy": spread(map(min, own.values()), 4),
         }
         for control in controls:
-            steps = [
-                epochs_until(curve, min(curves[control, seed]))
-                for seed, curve in own.items()
-                if (control, seed) in curves
-            ]
+            best = {seed: min(curve) for seed, curve in curves.get(control, {}).items()}
+            steps = [epochs_until(curve, best[seed]) for seed, curve in own.items() if seed in best]
             row[f"epochs to best of {control}"] = _median_epoch(steps, max(map(len, own.values())))
         rows[arm] = row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
@@ -529,8 +523,8 @@ def attack_modes(results: Sequence[Result]) -> pd.DataFrame:
     rows = []
     for attack in ("fgsm-1", "fgsm-2", "pgd-1", "pgd-2", "spsa-2"):
         name, strength = attack.split("-")
-        for arm in dict.fromkeys(r["run"]["arm"] for r in results):
-            lost = pd.DataFrame([attack_losses(attack, r) for r in results if r["run"]["arm"] == arm])
+        for arm, group in by_arm(results).items():
+            lost = pd.DataFrame([attack_losses(attack, r) for r in group])
             lost = lost.reindex(columns=["detached", "through", "frozen"]).astype(float)
             rows.append(
                 {"attack": f"{name.upper()}, {strength}/255", "arm": arm}
@@ -554,16 +548,12 @@ def routing_by_layer(results: Sequence[Result]) -> pd.DataFrame:
         "with M = I": ("changed.follows_plain", 3),
     }
     rows = []
-    for arm in dict.fromkeys(r["run"]["arm"] for r in results):
-        group = [r for r in results if r["run"]["arm"] == arm]
+    for arm, group in by_arm(results).items():
         for at in range(len(look_up(group[0], "routing.layers"))):
             rows.append(
                 {"arm": arm, "MoE layer": str(at + 1)}
                 | {
-                    name: spread(
-                        pd.Series([look_up(r, f"routing.layers.{at}.{path}") for r in group], dtype=float),
-                        decimals,
-                    )
+                    name: spread([look_up(r, f"routing.layers.{at}.{path}") for r in group], decimals)
                     for name, (path, decimals) in measures.items()
                 }
             )
@@ -614,8 +604,7 @@ def claim_rows(
                         | show(found, columns[column])
                         | {"reading": reading(found, direction)}
                     )
-    keys = ["claim", "measure", "contrast"]
-    return pd.DataFrame(rows, columns=[*keys, *CONTRAST_COLUMNS[2:], "reading"]).set_index(keys)
+    return comparisons(rows, ["claim", "measure", "contrast"], "reading")
 
 
 def shown_p(p: float) -> str:
@@ -685,5 +674,4 @@ def dose_trends(runs: pd.DataFrame, panels: Iterable[Panel], names: Sequence[str
                 slopes = np.polyfit(np.log10([float(f) for f in factors]), both.to_numpy().T, 1)[0]
                 found = stats.paired_comparison(slopes, np.zeros(len(slopes)))
                 rows.append({"measure": COLUMNS[name].title(name), "at": at} | show(found, COLUMNS[name]))
-    keys = ["measure", "at"]
-    return pd.DataFrame(rows, columns=[*keys, *CONTRAST_COLUMNS[2:]]).set_index(keys)
+    return comparisons(rows, ["measure", "at"])

@@ -25,7 +25,7 @@ from moe_lib.snnl import SNNLConfig, soft_nearest_neighbor_loss
 from moe_study import train
 from moe_study.data import Dataset, Split
 from moe_study.data.text import Corpus, Text
-from moe_study.evaluate import validation_measures
+from moe_study.evaluate import ClassifierExperiment
 from moe_study.replay import Replayed
 from moe_study.tasks import ClassifierTask, LanguageTask, Objective, RoutedObjective, VisionTask
 from moe_study.train import TrainConfig, adam, fit
@@ -245,9 +245,8 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, device):
                 raise KeyboardInterrupt
 
         with contextlib.suppress(KeyboardInterrupt):
-            fit(
-                task, config, lambda: validation_measures(task), label="x", checkpoint=path, on_epoch=on_epoch
-            )
+            validate = ClassifierExperiment(task).validation
+            fit(task, config, validate, label="x", checkpoint=path, on_epoch=on_epoch)
         return task
 
     path = tmp_path / "checkpoint.pt"

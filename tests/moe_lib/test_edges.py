@@ -199,9 +199,9 @@ def test_degrees_of_collapse_lie_between_0_and_1(entropy, num_experts, value):
     degree(routing_collapse, entropy, num_experts)
     names = ("output_similarity",)
     degree(representational_collapse, value)
-    names = ("num_classes", "share")
-    degree(functional_collapse, value, entropy, num_experts, 0.5)
-    degree(functional_collapse, 0.1, 0.9, 3, value)
+    names = ("num_classes", "num_experts")
+    degree(functional_collapse, value, entropy, num_experts, 4)
+    degree(functional_collapse, 0.1, 0.9, 3, num_experts)
 
 
 def models():

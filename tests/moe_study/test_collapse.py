@@ -14,7 +14,6 @@ import torch
 from moe_lib import metrics
 from moe_lib.metrics.collapse import (
     functional_collapse,
-    redundancy,
     representational_collapse,
     routing_collapse,
 )
@@ -72,8 +71,6 @@ def test_perfect_specialists_have_collapsed_in_no_way():
     assert found.routing == pytest.approx((0, 0), abs=1e-9)
     assert found.representational == pytest.approx((0, 0.25), abs=0.05)  # 0.04: logits share a mean
     assert found.functional == pytest.approx((0, 1), abs=0.03)
-    assert found.redundancy.swapped == pytest.approx(0, abs=1e-9)
-    assert found.redundancy.dropped == pytest.approx(0, abs=1e-9)
 
 
 def test_equal_experts_in_full_use_are_alike_and_routing_does_not_matter():
@@ -83,7 +80,6 @@ def test_equal_experts_in_full_use_are_alike_and_routing_does_not_matter():
     assert found.routing.value == pytest.approx(0, abs=1e-9)
     assert found.representational.value == pytest.approx(1)
     assert found.functional.value == 1
-    assert found.redundancy == (1, 1, 1, 1)
 
 
 def test_one_used_expert_among_untrained_ones_is_routing_collapse_alone_among_the_causes():
@@ -94,7 +90,6 @@ def test_one_used_expert_among_untrained_ones_is_routing_collapse_alone_among_th
     assert found.routing.value == 1
     assert found.representational.value < 0.05
     assert found.functional.value == 1
-    assert found.redundancy.swapped < 0.05  # the experts are not interchangeable: only one learned
 
 
 def test_a_gate_that_ignores_its_input_before_unlike_experts_is_functional_collapse_alone():
@@ -128,7 +123,7 @@ def test_routing_collapse_counts_the_experts_in_use(num_experts):
 def test_every_measure_moves_one_way():
     entropies = [routing_collapse(h, 4) for h in (0, 0.3, 0.6, 1.0, math.log(4))]
     assert entropies == sorted(entropies, reverse=True)
-    costs = [functional_collapse(c, 0.9, 10, 0.75) for c in (-0.1, 0, 0.1, 0.3, 0.6, 0.9)]
+    costs = [functional_collapse(c, 0.9, 10, 4) for c in (-0.1, 0, 0.1, 0.3, 0.6, 0.9)]
     assert costs[:2] == [1, 1]
     assert costs == sorted(costs, reverse=True)
     assert costs[-2:] == pytest.approx([0, 0])
@@ -137,10 +132,10 @@ def test_every_measure_moves_one_way():
 
 
 def test_what_a_measure_cannot_say_is_nan_and_what_cannot_be_is_refused():
-    assert math.isnan(functional_collapse(0.0, 0.1, 10, 0.75))  # at chance nothing can be lost
+    assert math.isnan(functional_collapse(0.0, 0.1, 10, 4))  # at chance nothing can be lost
     assert math.isnan(routing_collapse(0.0, 1))
     assert math.isnan(representational_collapse(math.nan))
-    assert all(math.isnan(value) for value in redundancy({}, 0.9, 1, 10))
+    assert math.isnan(functional_collapse(0.0, 0.9, 10, 1))
     for experts in range(2, 33):  # result files keep six digits
         entropy = store.compact(math.log(experts))
         assert routing_collapse(entropy, experts) == pytest.approx(0, abs=1e-4)

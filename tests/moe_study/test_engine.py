@@ -251,7 +251,7 @@ def test_runs_on_a_gpu_are_trained_side_by_side_and_one_that_fails_stops_no_othe
         return "done"
 
     monkeypatch.setattr(engine, "_work", work)
-    monkeypatch.setattr(engine, "_device_of", lambda run, device: device)
+    monkeypatch.setattr(engine, "device_of", lambda run, device: device)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: threading.get_ident())
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     outcomes = engine._work_on(range(2 * engine.GPU_THREADS), "cuda", math.inf)
@@ -292,7 +292,7 @@ def test_a_run_that_finds_a_gpu_full_is_tried_again_when_the_others_are_done(tim
             pass
 
     monkeypatch.setattr(engine, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(engine, "_device_of", lambda run, device: device)
+    monkeypatch.setattr(engine, "device_of", lambda run, device: device)
     monkeypatch.setattr(engine, "missing_data", lambda *rest: {})
     monkeypatch.setattr(engine, "_Reporter", lambda *rest: contextlib.nullcontext(counter))
     counter = types.SimpleNamespace(finished=lambda: counted.append(1))

@@ -16,6 +16,7 @@ from moe_lib.moe import Experts
 from moe_lib.rng import generator, initialise
 from moe_study import evaluate, store
 from moe_study.data import Dataset, Split, pixels
+from moe_study.evaluate import ClassifierExperiment
 from moe_study.tasks import ClassifierTask, Objective
 from moe_study.train import TrainConfig
 
@@ -78,7 +79,7 @@ def test_validation_measures_are_taken_on_the_validation_set():
     log_probs_NC, logits_NEC, probs_NE, _ = outputs(task, split)
     right_N, cost = reference.accuracy_and_cross_entropy(log_probs_NC.exp().numpy(), split.labels_N.numpy())
     entropies = reference.routing_entropy(probs_NE, split.labels_N, 3)
-    measured = evaluate.validation_measures(task)
+    measured = ClassifierExperiment(task).validation()
     assert measured["cross_entropy"] == pytest.approx(cost, rel=1e-9)
     assert measured["accuracy"] == pytest.approx(right_N.mean())
     for name, expected in zip(("marginal", "per_sample", "class_conditional"), entropies, strict=False):
@@ -91,7 +92,7 @@ def test_validation_measures_are_taken_on_the_validation_set():
 
 
 def test_validation_measures_of_the_dense_arm():
-    measured = evaluate.validation_measures(make_task(num_experts=1))
+    measured = ClassifierExperiment(make_task(num_experts=1)).validation()
     assert measured["marginal"] == measured["per_sample"] == measured["class_conditional"] == 0
     assert math.isnan(measured["weight_similarity"])
     assert math.isnan(measured["output_similarity"])
@@ -164,7 +165,7 @@ def test_embedding_measures_are_of_test_codes():
     task = make_task()
     train, test = task.dataset.train, task.dataset.test
     codes_ND, train_codes_MD = outputs(task, test)[3], outputs(task, train)[3]
-    measured = evaluate.embedding_measures(task)
+    measured = ClassifierExperiment(task).final()["embedding"]
     assert set(measured) == {"knn_accuracy", "silhouette", "trustworthiness", "snnl"}
     assert measured["snnl"] == pytest.approx(reference.snnl(codes_ND, test.labels_N, 1.0), rel=1e-9)
     expected = reference.knn_accuracy(train_codes_MD, train.labels_N, codes_ND, test.labels_N)
@@ -179,7 +180,7 @@ def test_embedding_measures_take_at_most_so_many_samples(monkeypatch):
     monkeypatch.setattr(evaluate, "KNN_SAMPLES", 30)
     codes_ND = outputs(task, task.dataset.test)[3][:25]
     labels_N, train_labels_M = task.dataset.test.labels_N[:25], task.dataset.train.labels_N[:30]
-    measured = evaluate.embedding_measures(task)
+    measured = ClassifierExperiment(task).final()["embedding"]
     assert measured["snnl"] == pytest.approx(reference.snnl(codes_ND, labels_N, 1.0), rel=1e-9)
     train_codes_MD = outputs(task, task.dataset.train)[3][:30]
     expected = reference.knn_accuracy(train_codes_MD, train_labels_M, codes_ND, labels_N)
@@ -234,9 +235,9 @@ def test_final_measures_are_taken_on_the_test_set(mixture):
     task = make_task(mixture=mixture)
     test = task.dataset.test
     log_probs_NC, logits_NEC, probs_NE, _ = outputs(task, test)
-    final = evaluate.final_measures(task)
+    final = ClassifierExperiment(task).final()
     assert {name for name, value in final.items() if value is not None} == {
-        "task", "correct", "routing", "similarity", "embedding", "ablation",
+        "task", "correct", "routing", "similarity", "embedding", "ablation", "expert_parameters",
     }  # fmt: skip
     probs_NC = log_probs_NC.exp().numpy()
     right_N, cost = reference.accuracy_and_cross_entropy(probs_NC, test.labels_N.numpy())
@@ -261,7 +262,7 @@ def test_final_measures_are_taken_on_the_test_set(mixture):
 
 
 def test_final_measures_of_the_dense_arm():
-    final = evaluate.final_measures(make_task(num_experts=1))
+    final = ClassifierExperiment(make_task(num_experts=1)).final()
     assert all(math.isnan(value) for value in final["similarity"].values())
     assert final["routing"]["load"].share == [1.0]
     assert final["routing"]["information_class_null"] == 0
@@ -273,10 +274,10 @@ def test_measures_are_the_same_when_repeated_and_leave_the_global_random_state_a
     task = make_task()
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first = repr(evaluate.final_measures(task))
+    first = repr(ClassifierExperiment(task).final())
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
-    assert repr(evaluate.final_measures(task)) == first
+    assert repr(ClassifierExperiment(task).final()) == first
 
 
 # --------------------------------------------------------------------------------------- the null

@@ -14,7 +14,7 @@ import torch
 
 from moe_study import store, study, tasks
 from moe_study.configs import arms
-from moe_study.configs.snnl import VERSIONS
+from moe_study.configs.run import VERSIONS
 from moe_study.report import tables
 
 pytestmark = pytest.mark.slow

@@ -43,7 +43,7 @@ def test_split_uses_twice_the_right_number_of_experts():
 def test_one_group_is_no_division_by_zero():
     one = torch.ones(6, 1, dtype=torch.float64)
     zeros = torch.zeros(6, dtype=torch.long)
-    measures = trust.routing_measures(PlantedRouting(one, zeros, zeros, one, one[:, None], 1.0))
+    measures = trust.routing_measures(PlantedRouting(one, zeros, zeros, one, one[:, None]))
     assert measures["I(c;E) - null"] == 0
     undefined = {name for name, value in measures.items() if not math.isfinite(value)}
     assert undefined == {"routing collapse", "representational collapse", "functional collapse"}

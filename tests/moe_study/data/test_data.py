@@ -306,7 +306,8 @@ def test_three_sets_under_one_label_space(monkeypatch, tmp_path):
         for name, shape in shapes.items()
     }
     monkeypatch.setattr(datasets, "_published", lambda name, root, train: stored[name])
-    found = datasets._domains(tmp_path, True, 4)
+    monkeypatch.setattr(datasets, "DOMAIN_IMAGES", 4)
+    found = datasets._domains(tmp_path, True)
     assert found.images_NCHW.shape == (12, 1, 28, 28)
     assert found.domains_N.tolist() == [0, 1, 2] * 4
     for n in range(4):
@@ -319,16 +320,17 @@ def test_three_sets_under_one_label_space(monkeypatch, tmp_path):
             expected = 0.299 * red + 0.587 * green + 0.114 * blue
             assert abs(int(found.images_NCHW[3 * n + 2, 0, i, j]) - expected) <= 0.5001
         assert found.labels_N[3 * n + 2] == stored["cifar10"][1][n]
-    assert len(datasets._domains(tmp_path, False, None)) == 18
+    assert len(datasets._domains(tmp_path, False)) == 18
 
 
 def test_shifted_images_are_those_of_the_domains_turned_around_their_edges(monkeypatch, tmp_path):
     """By np.roll; the shifts are the same in each call, others for each image, and spread evenly."""
     images_NCHW = torch.arange(600 * 12).reshape(600, 1, 3, 4)
     split = datasets.Split(images_NCHW, torch.arange(600), torch.arange(600) % 3)
-    monkeypatch.setattr(datasets, "_domains_splits", lambda root: (split, split.take(slice(4))))
-    train, test = datasets._shifted_domains_splits(tmp_path)
-    assert torch.equal(train.images_NCHW, datasets._shifted_domains_splits(tmp_path)[0].images_NCHW)
+    monkeypatch.setattr(datasets, "_domains", lambda root, train: split if train else split.take(slice(4)))
+    shifted = datasets.DATASETS["shifted_domains"].splits
+    train, test = shifted(tmp_path)
+    assert torch.equal(train.images_NCHW, shifted(tmp_path)[0].images_NCHW)
     assert torch.equal(train.labels_N, split.labels_N)
     assert torch.equal(train.domains_N, split.domains_N)
     assert len(test) == 4
