@@ -24,47 +24,18 @@ from typing import Any
 import torch
 from filelock import Timeout
 
-from moe_lib.models.language import LanguageConfig
-from moe_lib.models.vision import VisionConfig
 from moe_study import data, locks, store
 from moe_study.configs.run import Run, StudyError
 from moe_study.data import text
-from moe_study.evaluate import ClassifierExperiment, Experiment
-from moe_study.evaluate_transformer import LanguageExperiment, VisionExperiment
+from moe_study.evaluate import Experiment
+from moe_study.experiments import experiment_of
 from moe_study.runs import STUDIES
-from moe_study.tasks import ClassifierTask, LanguageTask, Objective, RoutedObjective, VisionTask
 from moe_study.train import History, OutOfTime, TrainingError, fit
 
 GPU_THREADS = 8  # of a process: threads wait for each other's Python, processes for their turn on the GPU
 GPU_WORKERS = 24  # runs at a time on one GPU of 80 GB; fewer where that is smaller
 GPU_BYTES = 3 * 2**30  # for each of them
 Selected = dict[str, dict[str, torch.Tensor]]  # weights of the epochs that validation data select
-
-
-def experiment_of(run: Run, device: str) -> Experiment:
-    """The task of a run and its measures; another kind of model is one more branch."""
-    options: dict[str, Any] = {
-        "seed": run.seed,
-        "batch_size": run.train.batch_size,
-        "dtype": run.train.dtype,
-        "bf16": run.train.precision == "bfloat16",
-    }
-    if isinstance(run.model, LanguageConfig):
-        assert isinstance(run.objective, RoutedObjective)
-        corpus = text.load(run.dataset, device=device)
-        language = LanguageTask(corpus, run.model, run.objective, epoch_tokens=run.epoch_tokens, **options)
-        return LanguageExperiment(language, run.test_tokens)
-    dataset = data.load(run.dataset, device=device, seed=run.seed)
-    if run.train_images is not None:
-        dataset = replace(dataset, train=dataset.train.take(slice(run.train_images)))
-    if isinstance(run.model, VisionConfig):
-        assert isinstance(run.objective, RoutedObjective)
-        vision = VisionTask(dataset, run.model, run.objective, augment=run.augment, **options)
-        return VisionExperiment(vision, run.attack_images, run.corrupted_images)
-    assert isinstance(run.objective, Objective)
-    options["bf16"] &= run.model.extractor == "cnn"
-    classifier = ClassifierTask(dataset, run.model, run.objective, epochs=run.train.epochs, **options)
-    return ClassifierExperiment(classifier, run.train if run.independent_experts else None, run.tsne)
 
 
 @contextlib.contextmanager
