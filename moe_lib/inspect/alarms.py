@@ -104,13 +104,18 @@ def reading(layer: Layer, kind: str) -> float:
     return KINDS[kind].reading(*layer.measures[KINDS[kind].measure], layer)
 
 
-def alarms_of(layers: Sequence[Layer], thresholds: dict[str, float] | None = None) -> list[Alarm]:
+def limits(thresholds: dict[str, float] | None = None) -> dict[str, float]:
+    """All thresholds, with some changed."""
     unknown = set(thresholds or {}) - set(THRESHOLDS)
     if unknown:
         raise ValueError(f"unknown alarms {sorted(unknown)}; there are {', '.join(THRESHOLDS)}")
+    return THRESHOLDS | (thresholds or {})
+
+
+def alarms_of(layers: Sequence[Layer], thresholds: dict[str, float] | None = None) -> list[Alarm]:
     found = []
     for layer in layers:
-        for name, limit in (THRESHOLDS | (thresholds or {})).items():
+        for name, limit in limits(thresholds).items():
             if KINDS[name].raised(reading(layer, name), limit):
                 value = layer[KINDS[name].measure]
                 soft = layer.top_k == layer.num_experts and layer["unfilled"] <= layer["dropped"] + 1e-9

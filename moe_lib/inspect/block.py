@@ -109,10 +109,10 @@ class Block:
             return
         for what, path_MO in paths:
             if path_MO.shape == rest_MO.shape:
-                share_M1 = (rest_MO * path_MO).sum(1, keepdim=True) / path_MO.square().sum(1, keepdim=True)
-                gated = share_M1.nan_to_num() if rest_MO.shape[1] >= FITTED else 1.0  # a number for each token
-                error = float((rest_MO - gated * path_MO).norm() / scale)
-                if error <= tolerance:
+                if rest_MO.shape[1] >= FITTED:  # it may have a gate: a number for each token
+                    unit_MO = nn.functional.normalize(path_MO)
+                    path_MO = (rest_MO * unit_MO).sum(1, keepdim=True) * unit_MO
+                if (error := float((rest_MO - path_MO).norm() / scale)) <= tolerance:
                     self.mixture_error = error
                     self.explanation = f"the block's output is the mixture and {what}"
                     return

@@ -138,7 +138,7 @@ def _outer(recorder: Recorder, block: Block, reason: str, run: Callable[[], Any]
 def _reasons(recorder: Recorder, lists: list[Block], run: Callable[[], Any]) -> dict[str, str]:
     """By block: why it is no mixture; "" if it is one."""
     single = Recorder(recorder.model, lists, [], recorder.stream.sequence_first)
-    single.reasons = {}
+    single.reasons, before, Recorder.working = {}, Recorder.working, single
     try:
         single.attach()
         run()
@@ -150,6 +150,7 @@ def _reasons(recorder: Recorder, lists: list[Block], run: Callable[[], Any]) -> 
         return {b.name: _reasons(recorder, [b], run)[b.name] for b in lists}  # which cannot be tagged?
     finally:
         single.detach()
+        Recorder.working = before
     return {b.name: single.reasons.get(b.name, "" if b.calls else NOT_CALLED) for b in lists}
 
 

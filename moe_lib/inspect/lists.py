@@ -38,7 +38,8 @@ from moe_lib.inspect.adapters import (
     with_copies,
 )  # fmt: skip
 
-MOE_CLASS = re.compile(r"(moe|moa|mixtureofexperts|experts)(block|layer|ffn|mlp|feedforward)?$|sparsemlp$", re.I)
+KINDS = "moe|moa|mixtureofexperts|experts"
+MOE_CLASS = re.compile(rf"({KINDS})(block|layer|ffn|mlp|feedforward)?$|sparsemlp$", re.I)
 
 
 def expert_lists(block: nn.Module) -> list[tuple[str, list[nn.Module]]]:
@@ -50,9 +51,9 @@ def expert_lists(block: nn.Module) -> list[tuple[str, list[nn.Module]]]:
     found = []
     for name, child in [("", block)] if own else list(block.named_children()):
         if isinstance(child, nn.ModuleList | nn.ModuleDict) and (own or not _has_forward(child)):
-            every = [*child.values()] if isinstance(child, nn.ModuleDict) else [*child]  # twice what stands twice
-            some = [m for m in every if any(True for _ in m.parameters())]
-            members = some if own else every
+            members = [*child.values()] if isinstance(child, nn.ModuleDict) else [*child]
+            some = [m for m in members if any(True for _ in m.parameters())]
+            members = some if own else members
             shapes = {(type(m), tuple(p.shape for p in m.parameters())) for m in some}
             if len(some) > 1 and len(shapes) == 1:
                 found.append((name, members))
@@ -189,9 +190,11 @@ class ListAdapter(Adapter):
 
     def _find_tags(self, output: Any) -> None:
         """The tags of the block's output; of their sum, if several outputs of one shape have tags."""
-        leaves = [v if isinstance(v, Tensor) and v.is_floating_point() else None for v in tree_leaves(output)]
-        found = {at: forward_ad.unpack_dual(v).tangent for at, v in enumerate(leaves) if v is not None and v.ndim > 1}
-        tags = {at: tag for at, tag in found.items() if tag is not None}
+        tags: dict[int, Tensor] = {}
+        for at, leaf in enumerate(tree_leaves(output)):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1:
+                tag = forward_ad.unpack_dual(leaf).tangent
+                tags |= {} if tag is None else {at: tag}
         if some := [at for at, tag in tags.items() if tag.any()] or [*tags]:
             self.parts = [at for at in some if tags[at].shape == tags[some[0]].shape]
             self.part, self.mixes = some[0], len(self.parts) == 1
@@ -253,7 +256,8 @@ class ListAdapter(Adapter):
             return Dispatch(output_NO[:0], none_N1, torch.zeros(none_N1.shape, device=none_N1.device),
                             output_NO, in_order=False)  # fmt: skip
         leaves = tree_leaves(call.output)
-        output = torch.stack([leaves[at] for at in self.parts]).sum(0) if self.parts[1:] else leaves[self.part]
+        several = self.parts[1:]
+        output = torch.stack([leaves[at] for at in self.parts]).sum(0) if several else leaves[self.parts[0]]
         output_NO, tags_NO = (_rows(tensor, self.width) for tensor in (output, self.tangent))
         given_ND = _rows(call.tokens, self.row[-1])
         longest = max(len(rows(part)) for parts in self.ran.values() for part in parts)
@@ -288,7 +292,7 @@ class ListAdapter(Adapter):
         if torch.is_inference_mode_enabled():
             return "inference mode hides its experts' weights: use torch.no_grad instead"
         if self.like is None:
-            return "its experts were not called through __call__: call them as expert(x), not expert.forward(x)"
+            return "its experts were not called through __call__: as expert(x), not expert.forward(x)"
         return "its modules' answers do not reach its output"
 
     def _tokens(self, given_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, bool]:
@@ -312,7 +316,7 @@ class ListAdapter(Adapter):
         if self.reads_input:
             return given_ND, True
         if self.twins:
-            self.unchecked = f"its experts are made of {self.twins + 1} lists, and the input of one is another's"
+            self.unchecked = f"its experts are made of {self.twins + 1} lists, and only the last was read"
             return torch.cat(parts), False
         if whole:
             return parts[0], True

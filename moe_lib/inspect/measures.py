@@ -41,8 +41,8 @@ ABOUT: dict[str, About] = {
         "balanced but finite: exp(log E - (E - 1) / 2S) for S slots", "high: many experts in use", 1.0,
     ),
     "never chosen": About(
-        "experts that serve no token; where every token uses all, those that are no token's largest weight and "
-        "have less than half of an equal share of the weight",
+        "experts that serve no token; where every token uses all, those that are no token's largest weight "
+        "and have less than half of an equal share of all weight",
         "E (1 - K / E)^N: uniform choice", "0 is best", 1.0,
     ),
     "largest load": About("max of load", "1 / E", "low"),
@@ -67,8 +67,7 @@ ABOUT: dict[str, About] = {
     "separation beyond chance": About(
         "(input separation - its null) / the standard deviation of chance, null sqrt(2 / ((G - 1) d)); "
         "d = (tr S)^2 / tr S^2, S the covariance of the inputs",
-        "0", "below 4: arbitrary routing; not given for fewer than 16 sqrt(d) tokens (wide inputs: of a part of "
-        "their features, d in proportion)",
+        "0", "below 4: arbitrary routing; not given for fewer than 16 sqrt(d) tokens",
     ),
     "switching": About(
         "1 - |S_t ∩ S_t+1| / K, mean over neighbouring tokens of a sequence",
