@@ -26,10 +26,13 @@ def _checked(options: argparse.Namespace) -> tuple[str, Panel | None]:
     """The text and the earlier panel; what is wrong with the options is said before a model is loaded."""
     if options.out.suffix == ".json":
         raise ValueError(f"--out {options.out} is the page, and a .json is written beside it: name an .html")
+    if options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a folder: name an .html in it")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
-    if options.length < 1 or options.batch_size < 1:
-        raise ValueError("--length and --batch-size must be at least 1")
+    for name in ("length", "batch_size", "max_batches"):
+        if (value := getattr(options, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     try:
         text = options.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

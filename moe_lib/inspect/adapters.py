@@ -77,9 +77,12 @@ class Adapter:
 
     classes: ClassVar[tuple[str, ...]] = ()
     watch: ClassVar[tuple[str, ...]] = ()
-    mixes: ClassVar[bool] = True  # the output is weights times answers, token by token
+    mixes: bool = True  # the output is weights times answers, token by token
     scales_inputs: bool = False  # weights multiply what an expert reads, not what it answers
     answer_dtype: torch.dtype | None = None  # of the answers that were observed, if they were
+    unchecked: str = ""  # why the mixture cannot be checked
+    part: int | None = None  # which of the call's output leaves is the mixture; None: the first with rows
+    remark: str = ""  # what the panel notes
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -171,11 +174,11 @@ def first_tensor(value: Any) -> Tensor:
     return next((tensor for tensor in tensors if tensor.ndim > 1), tensors[0])
 
 
-def replaced(value: Any, tensor: Tensor) -> Any:
-    """A module's output with another first tensor."""
+def replaced(value: Any, tensor: Tensor, part: int | None = None) -> Any:
+    """A module's output with another tensor in place of that leaf; None: of the first tensor."""
     leaves, structure = tree_flatten(value)
-    first = first_tensor(value)
-    return tree_unflatten([tensor if leaf is first else leaf for leaf in leaves], structure)
+    old = first_tensor(value) if part is None else leaves[part]
+    return tree_unflatten([tensor if leaf is old else leaf for leaf in leaves], structure)
 
 
 def from_dense(weights_NE: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,13 +207,12 @@ def random_states() -> list[Tensor]:
 CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter)
 
 
-@contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Attributes, buffers, lists and random states are afterwards what they were.
+Held = list[tuple[Any, Any]]  # containers, and what they hold
 
-    Tensors are copies meanwhile: one that is written to could not be used in a backward pass any more.
-    """
-    held: dict[int, tuple[Any, Any]] = {}  # containers, and what they hold
+
+def contents(module: nn.Module) -> Held:
+    """Of the attributes of a module and of all inside it, and of the containers among them."""
+    held: dict[int, tuple[Any, Any]] = {}
     waiting: list[Any] = [vars(each) for each in module.modules()]
     while waiting:
         container = waiting.pop()
@@ -218,11 +220,37 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             held[id(container)] = container, copy.copy(container)
             parts = container.values() if isinstance(container, dict) else container
             waiting += [part for part in parts if type(part) in CONTAINERS]
+    return [*held.values()]
+
+
+def with_copies(held: Held) -> Held:
+    """The same with a copy of each tensor that is no parameter."""
     copies: dict[int, Tensor] = {}
-    for container, _ in held.values():
-        for key, value in container.items() if isinstance(container, dict) else ():
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                container[key] = copies.setdefault(id(value), value.detach().clone())
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+            return value
+        return copies.setdefault(id(value), value.detach().clone())
+
+    return [
+        (each, {k: copied(v) for k, v in old.items()} if isinstance(old, dict) else old) for each, old in held
+    ]
+
+
+def put_back(held: Held) -> None:
+    for container, before in held:
+        container.clear()
+        (container.extend if isinstance(container, list | deque) else container.update)(before)
+
+
+@contextmanager
+def unchanged(module: nn.Module, start: Held | None = None) -> Iterator[None]:
+    """Attributes, buffers, lists and random states are afterwards what they were; meanwhile as in `start`.
+
+    Tensors are copies meanwhile: one that is written to could not be used in a backward pass any more.
+    """
+    held = contents(module)
+    put_back(with_copies(held) if start is None else start)
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     others = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
@@ -231,9 +259,7 @@ def unchanged(module: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(others[0])
         np.random.set_state(others[1])  # noqa: NPY002
-        for container, before in held.values():
-            container.clear()
-            (container.extend if isinstance(container, list | deque) else container.update)(before)
+        put_back(held)
 
 
 def stacked_weights(experts: Any) -> list[Tensor]:

@@ -51,10 +51,14 @@ def _blind(value: float, null: float, layer: Layer) -> float:
 
 
 def _arbitrary(value: float, null: float, layer: Layer) -> float:
-    """As a share of the variance that chance leaves; 4 standard deviations of chance count as 5 % of it."""
-    if not null < 0.5:
+    """As a share of the variance that chance leaves; 4 standard deviations of chance count as 5 % of it.
+
+    NaN with too few tokens to tell, and where one expert has them all.
+    """
+    beyond = layer["separation beyond chance"]
+    if math.isnan(beyond) or not null < 0.5:
         return math.nan
-    return max((value - null) / (1 - null), layer["separation beyond chance"] / 80)
+    return max((value - null) / (1 - null), beyond / 80)
 
 
 KINDS = {
@@ -62,9 +66,7 @@ KINDS = {
         "effective experts", 0.6, True, lambda value, null, _: value / null,
         "few experts do the work: {value:.1f} effective of {num_experts}",
     ),
-    "dead": Kind(
-        "never chosen", 0.0, False, _dead, "{value:.0f} of {num_experts} experts serve no token",
-    ),
+    "dead": Kind("never chosen", 0.0, False, _dead, "{value:.0f} of {num_experts} experts {serve_none}"),
     "dropping": Kind("dropped", 0.01, False, _value, "{value:.1%} of the tokens are served by no expert"),
     "alike": Kind(
         "answers alike, by use", 0.3, False, lambda value, null, _: value - max(null, 0.0),
@@ -102,16 +104,25 @@ def reading(layer: Layer, kind: str) -> float:
     return KINDS[kind].reading(*layer.measures[KINDS[kind].measure], layer)
 
 
-def alarms_of(layers: Sequence[Layer], thresholds: dict[str, float] | None = None) -> list[Alarm]:
+def limits(thresholds: dict[str, float] | None = None) -> dict[str, float]:
+    """All thresholds, with some changed."""
     unknown = set(thresholds or {}) - set(THRESHOLDS)
     if unknown:
         raise ValueError(f"unknown alarms {sorted(unknown)}; there are {', '.join(THRESHOLDS)}")
+    return THRESHOLDS | (thresholds or {})
+
+
+def alarms_of(layers: Sequence[Layer], thresholds: dict[str, float] | None = None) -> list[Alarm]:
     found = []
     for layer in layers:
-        for name, limit in (THRESHOLDS | (thresholds or {})).items():
+        for name, limit in limits(thresholds).items():
             if KINDS[name].raised(reading(layer, name), limit):
                 value = layer[KINDS[name].measure]
-                what = KINDS[name].means.format(value=value, num_experts=layer.num_experts)
+                soft = layer.top_k == layer.num_experts and layer["unfilled"] <= layer["dropped"] + 1e-9
+                serve_none = "have hardly any weight" if soft else "serve no token"
+                what = KINDS[name].means.format(
+                    value=value, num_experts=layer.num_experts, serve_none=serve_none
+                )
                 found.append(Alarm(layer.name, name, value, what))
     return found
 

@@ -6,7 +6,8 @@ Shapes: N tokens of one call, M examined, D width, O output width, E experts, B 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from moe_lib.inspect.state import BlockState
 EXAMINED = 64  # tokens of each block whose mixture and experts' answers are computed again,
 ANSWERS = 512  # as long as all experts together give no more answers; but at least
 LEAST = 8
+FITTED = 8  # features; with fewer a path's share could explain anything
 
 
 class Block:
@@ -35,6 +37,7 @@ class Block:
         self.scores_NE: Tensor | None = None  # of the call in progress
         self.examined = 0  # tokens
         self.computable = True  # can its experts' answers to its tokens be computed again?
+        self.sequences = False  # do the experts read more than one token?
         self.alike: tuple[Tensor, Tensor] | None = None  # cosines of answers [E, E]; of unpaired ones
         self.width_BT: tuple[int, int] | None = None  # the block's own input, if it has three dimensions
 
@@ -50,7 +53,7 @@ class Block:
     def family(self) -> str:
         return type(self.adapter.block).__name__
 
-    def examine(self, seen: Dispatch, valid_N: Tensor | None, input_ND: Tensor, seed: int) -> None:
+    def examine(self, seen: Dispatch, valid_N: Tensor | None, given: Tensor, seed: int) -> None:
         """Once a block, on a few tokens: is the mixture what was observed? Are the experts' answers alike?"""
         adapter, num_experts = self.adapter, self.adapter.num_experts
         known_NK = (seen.indices_NK >= 0) & (seen.indices_NK < num_experts)
@@ -59,6 +62,9 @@ class Block:
             usable_N &= valid_N
         if not usable_N.any():
             return
+        if adapter.unchecked and not seen.in_order:
+            self.computable, self.explanation = False, f"not checked: {adapter.unchecked}"
+            return
         usable = usable_N.nonzero().flatten() if seen.in_order else torch.arange(len(seen.tokens_ND))
         self.examined = min(max(ANSWERS // num_experts, LEAST), EXAMINED, len(usable))
         some_M = usable[torch.linspace(0, len(usable) - 1, self.examined).long()]
@@ -66,14 +72,21 @@ class Block:
         states = random_states()
         answers_EMO = adapter.answers(sample_MD)
         drawn = any(not torch.equal(*pair) for pair in zip(states, random_states(), strict=True))
-        dtypes = [seen.tokens_ND.dtype, answers_EMO.dtype, adapter.answer_dtype]
-        answers_EMO = answers_EMO.float()
-        self.alike, self.computable = cosines(answers_EMO, seed), seen.in_order
-        if not seen.in_order:
-            self.explanation = "not checked: which tokens the experts read is not known"
-            return
-        if seen.output_NO is None or drawn:
-            why = "the experts' answers are random" if drawn else "the adapter gives no output"
+        output = seen.tokens_ND if seen.output_NO is None else seen.output_NO
+        dtypes = [seen.tokens_ND.dtype, answers_EMO.dtype, adapter.answer_dtype, output.dtype]
+        tolerance = 2e-2 if any(d is not None and d.itemsize < 4 for d in dtypes) else 1e-3
+        self.alike, self.computable = cosines(answers_EMO.float(), seed), seen.in_order
+        why = ""
+        if drawn:
+            why = "the experts' answers are random"
+        elif _depend(answers_EMO, adapter, sample_MD, tolerance):
+            why, self.alike = "an expert's answer depends on the other tokens", None
+            self.computable, self.sequences = False, True
+        elif not seen.in_order:
+            why = "which tokens the experts read is not known"
+        elif seen.output_NO is None:
+            why = "the adapter gives no output"
+        if why := why or adapter.unchecked:
             self.explanation = f"not checked: {why}"
             return
         indices_MK = seen.indices_NK[some_M].where(known_NK[some_M], 0)
@@ -82,40 +95,51 @@ class Block:
             mixed_MO = adapter.mix(sample_MD, indices_MK, weights_MK).float()
         else:
             chosen_MKO = answers_EMO[indices_MK, torch.arange(self.examined, device=some_M.device)[:, None]]
-            mixed_MO = (chosen_MKO * weights_MK[:, :, None]).sum(1)
-        actual_MO = seen.output_NO[some_M].float()
-        parts = {"": torch.zeros_like(actual_MO), "a shared expert": self._shared(sample_MD)}
-        if input_ND.shape == seen.output_NO.shape:
-            parts["the block's input (a residual connection)"] = input_ND[some_M].float()
-        coarse = any(d is not None and d.itemsize < 4 for d in [*dtypes, seen.output_NO.dtype])
-        tolerance = 2e-2 if coarse else 1e-3
-        scale = actual_MO.norm().clamp(min=1e-30)
-        off = {what: float((actual_MO - mixed_MO - part_MO).norm() / scale)
-               for what, part_MO in parts.items() if part_MO is not None}  # fmt: skip
-        explained = next((what for what, error in off.items() if error <= tolerance), None)
-        self.mixture_error = off[explained or ""]
-        if explained is None:
-            self.explanation = (
-                f"the block's output differs from the mixture by {100 * self.mixture_error:.2g}% of its "
-                "norm: something else is added, or the answers are transformed after mixing"
-            )
-        elif explained:
-            self.explanation = f"the block's output is the mixture and {explained}"
-        else:
-            self.explanation = "the mixture of what was observed is the block's output"
+            mixed_MO = (chosen_MKO.float() * weights_MK[:, :, None]).sum(1)
+        input_MO = given.reshape(output.shape)[some_M] if given.numel() == output.numel() else None
+        self._explain(output[some_M].float(), mixed_MO, self._paths(sample_MD, input_MO), tolerance)
 
-    def _shared(self, sample_MD: Tensor) -> Tensor | None:
-        """The answer of an expert that every token has, under the names that it goes by."""
-        module: Any = self.adapter.block
-        for name in ("shared_expert", "shared_experts", "shared_mlp"):
-            shared = getattr(module, name, None)
-            if isinstance(shared, nn.Module):
-                parts = shared if isinstance(shared, nn.ModuleList) else [shared]
-                answer_MO = torch.stack([first_tensor(part(sample_MD)) for part in parts]).sum(0)
-                if isinstance(gate := getattr(module, "shared_expert_gate", None), nn.Module):
-                    answer_MO = gate(sample_MD).sigmoid() * answer_MO
-                return answer_MO.float()
-        return None
+    def _explain(self, actual_MO: Tensor, mixed_MO: Tensor, paths: Iterator[tuple[str, Tensor]],
+                 tolerance: float) -> None:  # fmt: skip
+        """Is the output the mixture, or the mixture and one path that all tokens take?"""
+        rest_MO, scale = actual_MO - mixed_MO, actual_MO.norm().clamp(min=1e-30)
+        self.mixture_error = float(rest_MO.norm() / scale)
+        self.explanation = "the mixture of what was observed is the block's output"
+        if self.mixture_error <= tolerance:
+            return
+        for what, path_MO in paths:
+            if path_MO.shape == rest_MO.shape:
+                if rest_MO.shape[1] >= FITTED:  # it may have a gate: a number for each token
+                    unit_MO = nn.functional.normalize(path_MO)
+                    path_MO = (rest_MO * unit_MO).sum(1, keepdim=True) * unit_MO
+                if (error := float((rest_MO - path_MO).norm() / scale)) <= tolerance:
+                    self.mixture_error = error
+                    self.explanation = f"the block's output is the mixture and {what}"
+                    return
+        self.explanation = (
+            f"the block's output differs from the mixture by {100 * self.mixture_error:.2g}% of its norm: "
+            "something else is added (a shared path?), or the answers are transformed after mixing; if it is "
+            "meant to be so, pass thresholds={'unexplained': 1e9}, or an adapter"
+        )
+
+    def _paths(self, sample_MD: Tensor, input_MO: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        """What may be added to the mixture: the block's input, and its other children's answers."""
+        if input_MO is not None:
+            yield "the block's input (a residual connection)", input_MO.float()
+        experts = {*self.adapter.members}
+        for name, child in self.adapter.block.named_children():
+            if experts.isdisjoint(child.modules()):
+                parts = [*child] if isinstance(child, nn.ModuleList) else [child]
+                with suppress(Exception):  # it takes something else than tokens
+                    answers = [first_tensor(part(sample_MD)).float() for part in parts]
+                    yield f"the answer of its {name!r} (a shared expert)", torch.stack(answers).sum(0)
+
+
+def _depend(answers_EMO: Tensor, adapter: Adapter, sample_MD: Tensor, tolerance: float) -> bool:
+    """Are the answers to the second half of the tokens others without the first half?"""
+    half = len(sample_MD) // 2
+    whole_EMO, alone_EMO = answers_EMO[:, half:].float(), adapter.answers(sample_MD[half:]).float()
+    return half > 0 and bool((whole_EMO - alone_EMO).norm() > tolerance * whole_EMO.norm())
 
 
 def cosines(answers_EMO: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from moe_lib.inspect.adapters import (
     Adapter,
     Call,
     Dispatch,
+    NotAMixture,
     from_dense,
     parameter_names,
     rows,
@@ -58,6 +59,9 @@ WEIGHT_NAMES = {
 }  # fmt: skip
 
 
+COUNT_NAMES = ("num_experts", "moe_num_experts", "n_experts", "num_local_experts", "n_routed_experts")
+
+
 class StackedAdapter(Adapter):
     """Experts as stacked weights in one module, called with tokens, indices and weights.
 
@@ -85,7 +89,7 @@ class StackedAdapter(Adapter):
 
     @staticmethod
     def _count(block: nn.Module) -> int | None:
-        counts = [getattr(block, name, None) for name in ("num_experts", "moe_num_experts")]
+        counts = [getattr(block, name, None) for name in COUNT_NAMES]
         return next((count for count in counts if isinstance(count, int)), None)
 
     @property
@@ -96,6 +100,13 @@ class StackedAdapter(Adapter):
     def dispatch(self, call: Call) -> Dispatch:
         self.inputs = call.inputs
         tokens, indices_NK = call.inputs[self.tokens_name], call.inputs[self.index_name].flatten(0, -2)
+        sizes = {p.shape[0] for p in self.block.parameters() if p.ndim > 2}
+        largest = int(indices_NK.max()) if indices_NK.numel() else 0
+        if largest > self.num_experts or (self._count(self.block) is None and len(sizes) > 1):
+            raise NotAMixture(
+                f"its number of experts is not clear: {sorted(sizes)} by its parameters' first sizes, and "
+                f"{largest} was chosen; give the module an attribute `num_experts`, or pass an adapter"
+            )
         weights_NK = call.inputs[self.weight_name].reshape(len(indices_NK), -1)
         self.sequences = tokens.ndim == 3
         self.dense = weights_NK.shape != indices_NK.shape
@@ -129,8 +140,8 @@ class StackedAdapter(Adapter):
 
     def expert_weights(self) -> list[Tensor]:
         num_experts = self.num_experts
-        found = [p for p in self.block.parameters() if p.ndim > 1 and p.shape[0] % num_experts == 0]
-        return [p.reshape(num_experts, -1) for p in found]  # Dbrx: [E * H, D]
+        parts = [p for p in self.block.parameters() if p.ndim > 1 and p.shape[0] % num_experts == 0]
+        return [p.reshape(num_experts, -1) for p in parts if p.ndim == 2 or len(p) == num_experts]  # 2: Dbrx
 
 
 class Llama4Adapter(Adapter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ from moe_lib.inspect.block import Block
 from moe_lib.inspect.families import FAMILIES
 from moe_lib.inspect.lists import MOE_CLASS, ListAdapter
 from moe_lib.inspect.measures import entropy
-from moe_lib.inspect.recorder import Recorder
+from moe_lib.inspect.recorder import ROUTER_NAMES, Recorder, router_of
 from moe_lib.inspect.state import BlockState
 
+LIKE_MOE = re.compile("moe|mixture|expert|switch", re.I)
 NOT_CALLED = "its forward was not called"
 REMEDY = "write an Adapter of about ten lines (see moe_lib.inspect.Adapter) and pass it as adapters=[...]"
 
@@ -43,7 +45,7 @@ def find_blocks(model: nn.Module, adapters: Sequence[type[Adapter]] = ()) -> tup
             found[name] = block
     unread = [
         name for name, module in modules.items()
-        if ((name and MOE_CLASS.search(type(module).__name__)) or _stacked_behind_a_gate(module))
+        if ((name and _named_as_mixture(module)) or _stacked_behind_a_gate(module))
         and not any(_inside(name, other) or _inside(other, name) for other in found)
     ]  # fmt: skip
     outermost = [name for name in unread if not any(o != name and _inside(name, o) for o in unread)]
@@ -54,6 +56,11 @@ def find_blocks(model: nn.Module, adapters: Sequence[type[Adapter]] = ()) -> tup
 def _lists(block: Block) -> ListAdapter:
     assert isinstance(block.adapter, ListAdapter)
     return block.adapter
+
+
+def _named_as_mixture(module: nn.Module) -> bool:
+    called = type(module).__name__
+    return MOE_CLASS.search(called) is not None and not called.endswith("MoeMLP")  # a dense layer's
 
 
 def _stacked_behind_a_gate(module: nn.Module) -> bool:
@@ -110,7 +117,11 @@ def _best_list(recorder: Recorder, first: Block, reason: str, run: Callable[[], 
 
     block, reason = max(tried, key=rank)
     if not reason and block.state.tokens and not varies(block.state) and not _lists(block).named_as_experts:
-        reason = "every token gets the same weights: an ensemble, or no mixture of experts"
+        unequal, gate = uneven(block.state), router_of(block.adapter.block, ROUTER_NAMES)
+        if not unequal or gate is None:
+            reason = "every token gets the same weights: a collapsed router, an ensemble, or no mixture"
+            if unequal or LIKE_MOE.search(type(block.adapter.block).__name__):
+                recorder.unread.append(f"{block.label}: {reason}")
     return block, reason
 
 
@@ -127,16 +138,19 @@ def _outer(recorder: Recorder, block: Block, reason: str, run: Callable[[], Any]
 def _reasons(recorder: Recorder, lists: list[Block], run: Callable[[], Any]) -> dict[str, str]:
     """By block: why it is no mixture; "" if it is one."""
     single = Recorder(recorder.model, lists, [], recorder.stream.sequence_first)
-    single.reasons = {}
+    single.reasons, before, Recorder.working = {}, Recorder.working, single
     try:
         single.attach()
         run()
     except (NotImplementedError, RuntimeError) as error:
         if len(lists) == 1:
+            single.detach()
+            run()  # an error of the model's own is raised as it is
             return {lists[0].name: reason_of(error)}
         return {b.name: _reasons(recorder, [b], run)[b.name] for b in lists}  # which cannot be tagged?
     finally:
         single.detach()
+        Recorder.working = before
     return {b.name: single.reasons.get(b.name, "" if b.calls else NOT_CALLED) for b in lists}
 
 

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from moe_lib.inspect.adapters import (
     Adapter,
     Call,
     Dispatch,
     NotAMixture,
+    contents,
     first_tensor,
     from_dense,
     random_states,
@@ -34,9 +35,11 @@ from moe_lib.inspect.adapters import (
     rows,
     stacked_weights,
     unchanged,
+    with_copies,
 )  # fmt: skip
 
-MOE_CLASS = re.compile(r"(moe|moa|mixtureofexperts|experts)(block|layer|ffn)?$|sparsemlp$", re.I)
+KINDS = "moe|moa|mixtureofexperts|experts"
+MOE_CLASS = re.compile(rf"({KINDS})(block|layer|ffn|mlp|feedforward)?$|sparsemlp$", re.I)
 
 
 def expert_lists(block: nn.Module) -> list[tuple[str, list[nn.Module]]]:
@@ -48,8 +51,9 @@ def expert_lists(block: nn.Module) -> list[tuple[str, list[nn.Module]]]:
     found = []
     for name, child in [("", block)] if own else list(block.named_children()):
         if isinstance(child, nn.ModuleList | nn.ModuleDict) and (own or not _has_forward(child)):
-            some = [m for m in child.children() if any(True for _ in m.parameters())]
-            members = some if own else list(child.children())
+            members = [*child.values()] if isinstance(child, nn.ModuleDict) else [*child]
+            some = [m for m in members if any(True for _ in m.parameters())]
+            members = some if own else members
             shapes = {(type(m), tuple(p.shape for p in m.parameters())) for m in some}
             if len(some) > 1 and len(shapes) == 1:
                 found.append((name, members))
@@ -81,9 +85,13 @@ def _tagging() -> Iterator[None]:
 class NoDropout(TorchFunctionMode):
     """Dropout lets tagged tensors pass: after the mixture it would hide the weights; before it, it acts."""
 
+    passed = False  # it would have changed a tagged tensor
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         x = args[0] if args and "dropout" in getattr(func, "__name__", "") else None
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            given = dict(zip(("x", "p", "training"), args, strict=False)) | (kwargs or {})
+            self.passed |= bool(given.get("p", 0.5) and given.get("training", given.get("train", True)))
             return x
         return func(*args, **(kwargs or {}))
 
@@ -95,8 +103,12 @@ class ListAdapter(Adapter):
     """
 
     ran: dict[int, list[Tensor]]  # what each expert read
-    tangent: Tensor | None  # of the block's output
-    replay_with: Any  # arguments and random states
+    read_sums: dict[int, Tensor]  # of what each expert read in the model's own call, if it is replayed
+    parts: list[int]  # which leaves of the block's output are mixtures,
+    tangent: Tensor | None  # of their sum
+    replay_with: Any  # arguments, random states and what the block held
+    row: tuple[int, ...] = ()  # shape of what an expert reads of one token,
+    sequences = False  # as [B, T, D]
 
     def __init__(self, block: nn.Module, holder: nn.Module | None = None, which: int = 0) -> None:
         super().__init__(block)
@@ -104,6 +116,7 @@ class ListAdapter(Adapter):
         self.list_name, self.members = found[which]
         self.holder = holder
         self.num_lists = len(found)
+        self.twins = sum(len(members) == len(self.members) for _, members in found) - 1
         self.open: ExitStack | None = None  # leaving it ends the tagging
         self.forget()
         self.like: Any = None  # an answer without rows
@@ -129,7 +142,8 @@ class ListAdapter(Adapter):
         return len(self.members)
 
     def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
-        return rows(self.members[e](tokens_MD))
+        read = tokens_MD.view(-1, *self.row) if self.row else tokens_MD
+        return rows(self.members[e](read[None] if self.sequences else read))
 
     def expert_weights(self) -> list[Tensor]:
         return stacked_weights(self.members)
@@ -139,23 +153,26 @@ class ListAdapter(Adapter):
     def begin(self, args: tuple, kwargs: dict) -> None:
         self.forget()
         if torch.is_grad_enabled():  # a tangent would change the graph: replayed afterwards, without one
-            self.replay_with = (*tree_map(copied, (args, kwargs)), random_states())
+            held = with_copies(contents(self.block))
+            self.replay_with = (*tree_map(copied, (args, kwargs)), random_states(), held)
         else:
             self.open = ExitStack()
             self.open.enter_context(_tagging())
 
     def note(self, e: int, args: Any, output: Any) -> Any:
         """Expert e's answer with the tag of e."""
-        answer = first_tensor(output)
+        answer, read = first_tensor(output), first_tensor(args)
         self.like = tree_map(_without_rows, output)
         self.answer_dtype = answer.dtype
         if self.open is None:
+            self.read_sums[e] = _sum(read) + self.read_sums.get(e, 0)
             return None
-        read, tangent = forward_ad.unpack_dual(first_tensor(args))
+        read, tangent = forward_ad.unpack_dual(read)
+        self.row, self.sequences = tuple(read.shape[1 if read.ndim > 3 else -1 :]), read.ndim == 3
         self.sequential |= tangent is not None and bool(tangent.any())
         self.ran.setdefault(e, []).append(read)
         answer = forward_ad.unpack_dual(answer).primal
-        tag = torch.zeros_like(answer)
+        tag = answer.new_zeros(answer.shape)
         flat = tag.view(-1, tag.shape[-1]) if tag.ndim <= 3 else tag.view(len(tag), -1)
         self.width = flat.shape[1]
         flat[:, e :: self.num_experts] = 1  # in every period, to see what changes single features
@@ -168,25 +185,44 @@ class ListAdapter(Adapter):
         elif self.open is not None:
             with self.open:
                 if call.output is not None:
-                    self.tangent = forward_ad.unpack_dual(first_tensor(call.output)).tangent
+                    self._find_tags(call.output)
             self.open = None
+
+    def _find_tags(self, output: Any) -> None:
+        """The tags of the block's output; of their sum, if several outputs of one shape have tags."""
+        tags: dict[int, Tensor] = {}
+        for at, leaf in enumerate(tree_leaves(output)):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1:
+                tag = forward_ad.unpack_dual(leaf).tangent
+                tags |= {} if tag is None else {at: tag}
+        if some := [at for at, tag in tags.items() if tag.any()] or [*tags]:
+            self.parts = [at for at in some if tags[at].shape == tags[some[0]].shape]
+            self.part, self.mixes = some[0], len(self.parts) == 1
+            self.tangent = torch.stack([tags[at] for at in self.parts]).sum(0)
+        if not self.mixes:
+            self.remark = f"it returns {len(self.parts)} mixtures of its experts: their weights are added up"
 
     @torch.no_grad()
     def _replay(self) -> None:
         """The block once more from the same random state, its experts answering zero with their tags."""
-        args, kwargs, states = self.replay_with
+        args, kwargs, states, held = self.replay_with
         self.replaying = True
         try:
-            with unchanged(self.block), _tagging(), NoDropout(), ExitStack() as self.open:
+            with unchanged(self.block, held), _tagging(), NoDropout() as dropout, ExitStack() as self.open:
                 for member in self.members:
                     member.forward = self._zero_answer
                 torch.set_rng_state(states[0])
                 if states[1:]:
                     torch.cuda.set_rng_state(states[1])
-                output = self.block.forward(*args, **kwargs)
-                self.tangent = forward_ad.unpack_dual(first_tensor(output)).tangent
+                self._find_tags(self.block.forward(*args, **kwargs))
         finally:
             self.open, self.replaying = None, False
+        if dropout.passed:
+            self.unchecked = "dropout acts on the experts' answers or on the block's output"
+        again = {e: torch.stack([_sum(part) for part in parts]).sum() for e, parts in self.ran.items()}
+        self.strayed = again.keys() != self.read_sums.keys() or not all(
+            torch.allclose(again[e], was, rtol=1e-5, equal_nan=True) for e, was in self.read_sums.items()
+        )
 
     def _zero_answer(self, *args: Any, **kwargs: Any) -> Any:
         """As experts answer, but zero."""
@@ -207,27 +243,37 @@ class ListAdapter(Adapter):
         if self.open is not None:  # the block was interrupted
             self.open.close()
             self.open = None
-        self.ran, self.tangent, self.replay_with = {}, None, None
-        self.sequential, self.width = False, 0
+        self.ran, self.read_sums, self.tangent, self.replay_with = {}, {}, None, None
+        self.sequential, self.width, self.strayed, self.unchecked = False, 0, False, ""
 
     def dispatch(self, call: Call) -> Dispatch:
-        output_NO, num_experts = rows(call.output), self.num_experts
-        if self.sequential:
-            raise NotAMixture("its modules are applied one after the other")
+        num_experts = self.num_experts
         if not self.ran or self.tangent is None:
+            output_NO = rows(call.output)
             if not self.confirmed and len(output_NO):
-                raise NotAMixture("its modules' answers do not reach its output")
+                raise NotAMixture(self._why_no_tags())
             none_N1 = torch.full((len(output_NO), 1), -1, device=output_NO.device)
             return Dispatch(output_NO[:0], none_N1, torch.zeros(none_N1.shape, device=none_N1.device),
                             output_NO, in_order=False)  # fmt: skip
+        leaves = tree_leaves(call.output)
+        several = self.parts[1:]
+        output = torch.stack([leaves[at] for at in self.parts]).sum(0) if several else leaves[self.parts[0]]
+        output_NO, tags_NO = (_rows(tensor, self.width) for tensor in (output, self.tangent))
+        given_ND = _rows(call.tokens, self.row[-1])
+        longest = max(len(rows(part)) for parts in self.ran.values() for part in parts)
+        if self.sequential:
+            raise NotAMixture("its modules are applied one after the other")
+        if len({*map(id, self.members)}) < num_experts:
+            raise NotAMixture("a module stands in its list twice: which of the two answered cannot be seen")
+        if self.strayed:
+            raise NotAMixture("its experts read something else when it ran again: it keeps a state that is "
+                              "no attribute of its modules; pass an adapter")  # fmt: skip
         if self.width < num_experts:
             raise NotAMixture(
                 f"{num_experts} experts answer with a width of {self.width}: at least as many are needed "
                 "to tell them apart; pass an adapter"
             )
-        tags_NO = rows(self.tangent)
-        longest = max(len(rows(part)) for parts in self.ran.values() for part in parts)
-        if len(rows(call.tokens)) > len(output_NO) and longest > len(output_NO):
+        if len(given_ND) > len(output_NO) and longest > len(output_NO):
             raise NotAMixture("the answers to several tokens are pooled")
         if output_NO.shape[1] < num_experts:
             raise NotAMixture("its output is narrower than its number of experts")
@@ -238,9 +284,16 @@ class ListAdapter(Adapter):
         self.confirmed = True
         finite_N1 = tags_NO.isfinite().all(1, keepdim=True)
         indices_NK, weights_NK = from_dense(tags_NO[:, :num_experts].where(finite_N1, 0))
-        tokens_ND, in_order = self._tokens(rows(call.tokens), indices_NK, weights_NK)
+        tokens_ND, in_order = self._tokens(given_ND, indices_NK, weights_NK)
         weights_NK = weights_NK.where(finite_N1, torch.nan)  # not counted
         return Dispatch(tokens_ND, indices_NK, weights_NK, output_NO, in_order=in_order)
+
+    def _why_no_tags(self) -> str:
+        if torch.is_inference_mode_enabled():
+            return "inference mode hides its experts' weights: use torch.no_grad instead"
+        if self.like is None:
+            return "its experts were not called through __call__: as expert(x), not expert.forward(x)"
+        return "its modules' answers do not reach its output"
 
     def _tokens(self, given_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, bool]:
         """What the experts read, in the tokens' order; if it cannot be known, their rows, and False.
@@ -252,15 +305,21 @@ class ListAdapter(Adapter):
             return given_ND, True
         read = {e: torch.cat([rows(part) for part in parts]) for e, parts in self.ran.items()}
         shape = (len(indices_NK), next(iter(read.values())).shape[1])
-        whole = [part for part in read.values() if len(part) == len(indices_NK)]
+        parts = [*read.values()]
+        whole = all(len(part) == len(indices_NK) and _close(part, parts[0]) for part in parts)
         by_token = {e: indices_NK.eq(e).any(1).nonzero().flatten() for e in read}
         by_choice = {e: torch.where(indices_NK.T.eq(e))[1] for e in read}
         if given_ND.shape == shape:
-            same = [_same_rows(part, given_ND if len(part) == len(given_ND) else given_ND[by_token[e]])
+            same = [_same_rows(part, given_ND[by_token[e]]) or _same_rows(part, given_ND)
                     for e, part in read.items()]  # fmt: skip
             self.reads_input = True in same and False not in same
-        if self.reads_input or whole:
-            return given_ND if self.reads_input else whole[0], True
+        if self.reads_input:
+            return given_ND, True
+        if self.twins:
+            self.unchecked = f"its experts are made of {self.twins + 1} lists, and only the last was read"
+            return torch.cat(parts), False
+        if whole:
+            return parts[0], True
         size_NK = weights_NK.abs().where(indices_NK >= 0, 0)
         by_weight = {e: n[(size_NK * indices_NK.eq(e)).sum(1)[n].argsort(descending=True, stable=True)]
                      for e, n in by_token.items()}  # fmt: skip
@@ -271,7 +330,17 @@ class ListAdapter(Adapter):
                     tokens_ND[order[e]] = part.to(tokens_ND.dtype)
                 if all(_close(part, tokens_ND[order[e]]) for e, part in read.items()):
                     return tokens_ND, True
-        return torch.cat([*read.values()]), False
+        return torch.cat(parts), False
+
+
+def _rows(tensor: Tensor, width: int) -> Tensor:
+    """[N, width], from tokens in any number of dimensions; or else as `rows`."""
+    return tensor.reshape(-1, width) if tensor.shape[-1] == width else rows(tensor)
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    """A number that is another one for other rows."""
+    return tensor.detach().sum(dtype=torch.float64) + tensor.numel()
 
 
 def copied(value: Any) -> Any:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 NULL_DRAWS = 5  # of labels permuted, but
 MANY_TOKENS = 20_000  # no more in all, if more than one draw
+ENOUGH = 16  # times the root of the number of directions: with so many tokens, linear gates on tokens without
+# any structure lie above the threshold of `arbitrary`; with half as many, up to all lie below it
 
 
 class Value(NamedTuple):
@@ -39,7 +41,8 @@ ABOUT: dict[str, About] = {
         "balanced but finite: exp(log E - (E - 1) / 2S) for S slots", "high: many experts in use", 1.0,
     ),
     "never chosen": About(
-        "experts with load 0; where every token uses all, experts that are no token's largest weight",
+        "experts that serve no token; where every token uses all, those that are no token's largest weight "
+        "and have less than half of an equal share of all weight",
         "E (1 - K / E)^N: uniform choice", "0 is best", 1.0,
     ),
     "largest load": About("max of load", "1 / E", "low"),
@@ -64,7 +67,7 @@ ABOUT: dict[str, About] = {
     "separation beyond chance": About(
         "(input separation - its null) / the standard deviation of chance, null sqrt(2 / ((G - 1) d)); "
         "d = (tr S)^2 / tr S^2, S the covariance of the inputs",
-        "0", "below 4: arbitrary routing",
+        "0", "below 4: arbitrary routing; not given for fewer than 16 sqrt(d) tokens",
     ),
     "switching": About(
         "1 - |S_t ∩ S_t+1| / K, mean over neighbouring tokens of a sequence",
@@ -77,13 +80,14 @@ ABOUT: dict[str, About] = {
         "1: two experts always run together",
     ),
     "follows scores": About(
-        "share of filled slots among the K best of the router's scores",
+        "share of filled slots among the K best of the router's scores; the lowest, if these are distances",
         "1: the dispatch is what the router prefers", "below 1: bias, groups, capacity or a fault decide",
         1.0,
     ),
     "answers alike": About(
         "mean cosine of two experts' answers to the same tokens, each expert's mean removed",
-        "the same with tokens unpaired", "1: the experts compute the same",
+        "the same with tokens unpaired",
+        "1: the experts compute the same; also near 1 if each adds its input to its answer",
     ),
     "answers alike, by use": About(
         "the same, each pair weighted by the product of its loads", "the same with tokens unpaired",
@@ -116,8 +120,7 @@ NOTHING = Value(math.nan, math.nan)
 
 def load(state: BlockState) -> Tensor:
     """[E], sums to 1: share of the slots, or of the weight where every token uses all experts."""
-    soft = state.num_slots == state.num_experts and bool((state.count_E == state.count_E.max()).all())
-    total_E = state.weight_E if soft else state.count_E
+    total_E = state.weight_E if state.soft else state.count_E
     return total_E / total_E.sum().clamp(min=1e-30)
 
 
@@ -129,17 +132,19 @@ def entropy(shares: Tensor) -> float:
 def routing_measures(state: BlockState, seed: int = 0) -> dict[str, Value]:
     """What the tables say."""
     num_experts, num_slots, num_tokens = state.num_experts, max(state.num_slots, 1), float(state.tokens)
+    soft = state.soft
     served, slots = float(state.tokens - state.dropped), float(state.slots)
     if served < 1:
         return {"dropped": Value(1.0 if num_tokens else math.nan, 0.0)}
-    soft = num_slots == num_experts  # every token uses all: its largest weight is its choice
     load_E, q_E = load(state), (state.first_E if soft else state.count_E) / served
-    missed = 1 - (1 if soft else num_slots) / num_experts  # chance that a token does not choose an expert
+    size = 1 if soft else slots / served  # every token uses all: its largest weight is its choice
+    missed = 1 - size / num_experts  # chance that a token does not choose an expert
+    idle_E = (q_E == 0) & (load_E < 0.5 / num_experts)
     balanced = math.log(num_experts) - (num_experts - 1) / (2 * slots)
     marginal, per_token = entropy(state.weight_E / served), float(state.entropy) / served
     found = {
         "effective experts": Value(math.exp(entropy(load_E)), math.exp(max(balanced, 0.0))),
-        "never chosen": Value(float((q_E == 0).sum()), num_experts * missed**served),
+        "never chosen": Value(float(idle_E.sum()), num_experts * missed**served),
         "largest load": Value(float(load_E.max()), 1 / num_experts),
         "dropped": Value(float(state.dropped) / num_tokens, 0.0),
         "unfilled": Value(1 - slots / (num_tokens * num_slots), 0.0),
@@ -150,7 +155,7 @@ def routing_measures(state: BlockState, seed: int = 0) -> dict[str, Value]:
     }
     found["input separation"], found["separation beyond chance"] = input_separation(state)
     if pairs := float(state.pairs):
-        same, size = (state.first_same, 1) if soft else (state.overlap, num_slots)
+        same = state.first_same if soft else state.overlap
         found["switching"] = Value(1 - float(same) / pairs, 1 - float(q_E.square().sum()) / size)
     if 1 < num_slots < num_experts:
         rarer_EE = torch.minimum(state.count_E[:, None], state.count_E[None]).clamp(min=1)
@@ -160,7 +165,8 @@ def routing_measures(state: BlockState, seed: int = 0) -> dict[str, Value]:
         chance = (num_slots - 1) * other / (num_slots - rarer)
         found["co-activation"] = Value(float(often_EE[a, b]), chance)
     if scored := float(state.scored):
-        found["follows scores"] = Value(float(state.followed) / scored, 1.0)
+        followed = state.opposed if state.distances else state.followed
+        found["follows scores"] = Value(float(followed) / scored, 1.0)
     return found
 
 
@@ -178,6 +184,8 @@ def input_separation(state: BlockState) -> tuple[Value, Value]:
     if groups < 2 or crossed <= 0:
         return Value(value, null), NOTHING
     directions = max((total / (count - 1)) ** 2 / crossed, 1.0)
+    if count < ENOUGH * math.sqrt(directions * state.stride):
+        return Value(value, null), NOTHING
     deviation = null * math.sqrt(2 / ((groups - 1) * directions))
     return Value(value, null), Value((value - null) / deviation, 0.0)
 
@@ -253,7 +261,7 @@ def balance_losses(states: list[BlockState]) -> dict[str, float]:
 
     E sum_e f_e P_e per block (Fedus et al. 2022, eq. 4; f_e = share of slots), mean over blocks.
     """
-    states = [state for state in states if float(state.scored)]
+    states = [state for state in states if float(state.scored) and not state.distances]
     if not states:
         return {}
 

@@ -79,9 +79,7 @@ def _remarks(panel: Any) -> str:
     if len(alarms) > LISTED:
         alarms[LISTED:] = [f"and {len(alarms) - LISTED} more; see panel.alarms"]
     others = [] if alarms else ["no alarm"]
-    if not math.isnan(panel.loss_permuted):
-        permuted = panel.loss + panel.loss_permuted
-        others.append(f"loss {panel.loss:.4f}; with routing permuted in all blocks {permuted:.4f}")
+    others += [panel.loss_line] if panel.loss_line else []
     others += [f"not read: {entry}" for entry in panel.unread]
     said = Counter(text for layer in panel.layers for text in [layer.explanation, *layer.notes] if text)
     others += [f"{count} of {len(panel.layers)} blocks: {text}" for text, count in said.items()]

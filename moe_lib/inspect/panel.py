@@ -86,6 +86,14 @@ class Panel(Shown):
     def alarms(self) -> list[Alarm]:
         return alarms_of(self.layers, self.thresholds)
 
+    @property
+    def loss_line(self) -> str:
+        """The loss, and that with tampered routing, if it was asked for."""
+        if math.isnan(self.loss_permuted):
+            return ""
+        permuted = self.loss + self.loss_permuted
+        return f"loss {self.loss:.4f}; with routing permuted in all blocks {permuted:.4f}"
+
     def balance_losses(self) -> dict[str, float]:
         """A load-balancing loss on these tokens: as published, and with each of the usual mistakes."""
         return balance_losses([layer.state for layer in self.layers if layer.state is not None])
@@ -147,6 +155,7 @@ class Panel(Shown):
 
     def __str__(self) -> str:
         lines = [f"{self.title or 'panel'}: {len(self.layers)} blocks, {len(self.alarms)} alarms"]
+        lines += [f"  {self.loss_line}"] if self.loss_line else []
         lines += [f"  {alarm.layer}: {alarm.what}" for alarm in self.alarms]
         lines += [f"  not read: {entry}" for entry in self.unread]
         return "\n".join(lines)

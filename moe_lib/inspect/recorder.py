@@ -5,12 +5,13 @@ Shapes: N tokens of one call, O output width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from moe_lib.inspect.adapters import (
     Call,
@@ -20,7 +21,6 @@ from moe_lib.inspect.adapters import (
     reason_of,
     replaced,
     router_scores,
-    rows,
     unchanged,
 )  # fmt: skip
 from moe_lib.inspect.block import Block
@@ -29,8 +29,15 @@ from moe_lib.inspect.places import Stream
 ROUTER_NAMES = ("gate", "router", "gating", "wg", "gate_network", "gating_network")
 
 
+def router_of(holder: nn.Module | None, names: Sequence[str]) -> nn.Module | None:
+    named = [getattr(holder, name, None) for name in names]
+    return next((one for one in named if isinstance(one, nn.Module)), None)
+
+
 class Recorder:
     """Hooks on the blocks of one model; between `attach` and `detach` every call is counted once."""
+
+    working: ClassVar[Recorder | None] = None  # calls blocks or experts itself; other recorders look away
 
     def __init__(self, model: nn.Module, blocks: list[Block], unread: list[str],
                  sequence_first: bool | None = None, seed: int = 0) -> None:  # fmt: skip
@@ -62,8 +69,7 @@ class Recorder:
                 note = partial(self._safely, self._member, block, e)
                 hooks.append(member.register_forward_hook(note, with_kwargs=True))
             holder = module if any(hasattr(module, name) for name in ROUTER_NAMES) else parent
-            named = [getattr(holder, name, None) for name in ROUTER_NAMES if name not in adapter.watch]
-            router = next((one for one in named if isinstance(one, nn.Module)), None)
+            router = router_of(holder, [name for name in ROUTER_NAMES if name not in adapter.watch])
             if router is not None:
                 scores = partial(self._safely, self._router, block)
                 hooks.append(router.register_forward_hook(scores))
@@ -96,7 +102,8 @@ class Recorder:
 
     def _idle(self) -> bool:
         in_backward = torch._C._current_graph_task_id() != -1  # checkpointing recomputes: counted before
-        return not self.on or self.busy is not None or in_backward
+        others = Recorder.working not in (None, self)
+        return not self.on or self.busy is not None or in_backward or others
 
     def _batch_starts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._idle():
@@ -132,7 +139,7 @@ class Recorder:
         if self._idle() or (call := self.calls.pop(block.name, None)) is None:
             return None
         call.output = output
-        self.busy = block
+        self.busy, before, Recorder.working = block, Recorder.working, self
         try:
             block.adapter.end(call)
             if output is None:  # the block failed
@@ -140,7 +147,7 @@ class Recorder:
             with torch.no_grad():
                 return self._record(block, call)
         finally:
-            self.busy = None
+            self.busy, Recorder.working = None, before
             block.adapter.forget()
 
     def _record(self, block: Block, call: Call) -> Any:
@@ -150,6 +157,7 @@ class Recorder:
             block.scores_NE = None
         seen = Dispatch(*(v.detach() if isinstance(v, Tensor) else v for v in seen))  # type: ignore[arg-type]
         block.calls += 1
+        block.notes |= dict.fromkeys([block.adapter.remark] if block.adapter.remark else [])
         if not len(seen.indices_NK):
             return None
         place = self.stream.place(block, call.tokens, len(seen.indices_NK))
@@ -157,18 +165,20 @@ class Recorder:
             known_NK = (seen.indices_NK >= 0) & (seen.indices_NK < block.adapter.num_experts)
             seen = seen._replace(weights_NK=seen.weights_NK.where(known_NK, 0))
             change_NO = self.tamper(block, seen, place.valid_N)
-            answer = first_tensor(call.output)
             if change_NO is None:
                 return None
-            return replaced(call.output, answer + change_NO.view(answer.shape).to(answer.dtype))
+            part = block.adapter.part
+            answer = first_tensor(call.output) if part is None else tree_leaves(call.output)[part]
+            return replaced(call.output, answer + change_NO.view(answer.shape).to(answer.dtype), part)
         if not block.examined and not block.explanation:
             try:
                 with unchanged(block.adapter.block):
-                    block.examine(seen, place.valid_N, rows(call.tokens), self.seed)
+                    block.examine(seen, place.valid_N, call.tokens, self.seed)
             except Exception as error:
                 if self.reasons is not None and block.alike is None:  # its modules take more than tokens
                     raise
                 block.computable = False
                 block.explanation = f"not checked: the experts cannot be called again: {reason_of(error)}"
-        block.state.update(seen, place)
+        in_order = seen.in_order and not block.sequences  # what one token reads does not say what it needs
+        block.state.update(seen._replace(in_order=in_order), place)
         return None

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lib.inspect.adapters import Adapter
+from moe_lib.inspect.adapters import Adapter, parameter_names
+from moe_lib.inspect.alarms import limits
 from moe_lib.inspect.block import Block
 from moe_lib.inspect.find import REMEDY, confirm, find_blocks
 from moe_lib.inspect.layer import Layer
 from moe_lib.inspect.measures import ABOUT, NOTHING, Value, expert_measures, load, routing_measures
 from moe_lib.inspect.panel import Panel
+from moe_lib.inspect.places import by_name
 from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.state import BlockState
 from moe_lib.inspect.tamper import Costs, Loss, costs
@@ -31,6 +33,7 @@ SHOWN = 100  # classes whose experts are listed, the largest; all are counted
 Labels = None | str | Callable[[Any], Tensor | None]
 
 
+@torch.inference_mode(False)
 def inspect_moe(
     model: nn.Module,
     batches: Iterable[Any],
@@ -78,6 +81,7 @@ def inspect_moe(
     Raises:
         ValueError: no block was found, no batch was given, or labels or masks do not fit the tokens.
     """
+    check(batches, max_batches, thresholds)
     model = getattr(model, "_orig_mod", model)
     recorder = Recorder(model, *find_blocks(model, adapters), sequence_first, seed)
     takes = _parameters(model)
@@ -88,6 +92,7 @@ def inspect_moe(
         first = next(data, None)
         if first is None:
             raise ValueError("batches is empty: give at least one batch")
+        refuse_mask_as_labels(model, *first)
         confirm(recorder, lambda: call(first[0]))
         if not recorder.blocks:
             raise ValueError(nothing_found(recorder.unread))
@@ -95,7 +100,7 @@ def inspect_moe(
         stream, found = recorder.stream, None
         try:
             for inputs, given in itertools.chain([first], data):
-                stream.labels, stream.decoder_labels = _labels(labels, inputs, given, ignore_index)
+                stream.labels, stream.decoder_labels = _labels(model, labels, inputs, given, ignore_index)
                 call(inputs)
                 if causal and len(kept) < CAUSAL_BATCHES:
                     if loss is None and isinstance(given, Tensor) and not given.is_floating_point():
@@ -193,16 +198,43 @@ def _pair(batch: Any) -> tuple[Any, Any]:
     return tuple(batch) if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None)
 
 
+def check(batches: Any, max_batches: int | None, thresholds: dict[str, float] | None) -> None:
+    """What is wrong with the arguments is said before the model runs."""
+    limits(thresholds)
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches must be at least 1, got {max_batches}")
+    if isinstance(batches, Mapping | Tensor):
+        raise ValueError(f"batches is one {type(batches).__name__}: give a list of batches, [batch]")
+    if isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(part, Tensor) for part in batches):
+        one, two = batches
+        if one.dtype != two.dtype or one.shape[1:] != two.shape[1:]:
+            raise ValueError("batches is one pair of unlike tensors: give a list, [(inputs, labels)]")
+
+
+def refuse_mask_as_labels(model: nn.Module, inputs: Any, given: Any) -> None:
+    """A pair of token ids and what looks like their attention mask: it would be counted as labels."""
+    if isinstance(inputs, Tensor) and isinstance(given, Tensor) and given.shape == inputs.shape:
+        takes_mask = "attention_mask" in parameter_names(getattr(model, "module", model))
+        if takes_mask and given.ndim == 2 and bool(((given == 0) | (given == 1)).all()):
+            step_BT = given.long().diff(dim=1)
+            if bool((step_BT <= 0).all() or (step_BT >= 0).all()):
+                raise ValueError("the second of a pair is taken as labels, and this one looks like a mask: "
+                                 "give {'input_ids': ids, 'attention_mask': mask}")  # fmt: skip
+
+
 def _labels(
-    labels: Labels, inputs: Any, given: Any, ignore_index: int
+    model: nn.Module, labels: Labels, inputs: Any, given: Any, ignore_index: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of a batch; and of its decoder's tokens: token ids are each half's own, labels of sequences both's."""
-    named = inputs if isinstance(inputs, Mapping) else {"input_ids": inputs}
-    decoder = None
+    named, decoder = by_name(model, inputs), None
     if callable(labels):
         found = labels(inputs)
     elif labels == "tokens":
         found, decoder = named.get("input_ids"), named.get("decoder_input_ids")
+        found = inputs if found is None and isinstance(inputs, Tensor) else found
+        if found is None:
+            raise ValueError(f"labels='tokens' needs an entry input_ids, and there are {', '.join(named)}: "
+                             "name the entry that holds the token ids")  # fmt: skip
     elif isinstance(labels, str):
         if labels not in named:
             raise ValueError(f"labels={labels!r} names an entry of the batches, and this batch has none")

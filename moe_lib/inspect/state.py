@@ -114,6 +114,7 @@ class Tables:
     first_same: Tensor  # pairs with the same first choice
     scored: Tensor  # filled slots of tokens with scores
     followed: Tensor  # those among the K best scores
+    opposed: Tensor  # those among the K lowest, if scores may be distances
     squares: Tensor  # of the inputs sampled
     crossed: Tensor  # squared products of differences of two inputs, and
     crosses: Tensor  # how many: for the number of directions that inputs vary in
@@ -146,6 +147,7 @@ class BlockState(Tables):
     def __init__(self, num_experts: int) -> None:
         super().__init__(num_experts)
         self.num_slots = 0  # K, the most that a token had
+        self.stride = 1  # of the features read
         self.inputs_ED: Tensor | None = None  # sums; the last of its E + 1 rows: read by no expert
         self.waiting: list[Waiting] = []
         self.num_waiting = 0  # entries
@@ -153,7 +155,18 @@ class BlockState(Tables):
         self.class_count = torch.zeros(0, dtype=torch.float64)
         self.pending: list[Tensor] = []
         self.shares: bool | None = None  # are the router's scores shares already? Judged once
+        self.may_be_distances = False  # no score is below 0, and some are above 1; judged once
         self.kept = Kept()
+
+    @property
+    def soft(self) -> bool:
+        """Does every token that is served use all experts?"""
+        return float(self.slots) == float(self.tokens - self.dropped) * self.num_experts
+
+    @property
+    def distances(self) -> bool:
+        """Are the router's scores distances? The lowest are chosen."""
+        return self.may_be_distances and float(self.opposed) > 0.99 * float(self.scored)
 
     @property
     def count_E(self) -> Tensor:
@@ -166,7 +179,7 @@ class BlockState(Tables):
         scores_NE = scores_NE.clone() if scores_NE is not None and len(scores_NE) == size else None
         reads_N = read_MD = None
         if seen.in_order and tokens_ND.is_floating_point() and len(tokens_ND) == size:
-            stride = -(-tokens_ND.shape[1] // MAX_WIDTH)
+            self.stride = stride = -(-tokens_ND.shape[1] // MAX_WIDTH)
             reads_N = sampled(size, tokens_ND.device)
             read_MD = tokens_ND[:: -(-size // READ), ::stride].to(torch.float32, copy=True)
         call = Waiting(seen.indices_NK.clone(), seen.weights_NK.abs(), scores_NE, reads_N, read_MD, *place)
@@ -199,7 +212,7 @@ class BlockState(Tables):
         valid_N = torch.ones_like(served_N) if call.valid_N is None else call.valid_N
         found = {"padding": (~valid_N).sum(), "not_finite": (valid_N & ~finite_N).sum()}
         valid_N = valid_N & finite_N
-        used_N, labels_N = valid_N & served_N, call.labels_N
+        used_N = valid_N & served_N
         self.num_slots = max(self.num_slots, indices_NK.shape[1])
         found |= {"tokens": valid_N.sum(), "dropped": (valid_N & ~served_N).sum()}
         if call.follows_N is not None:
@@ -211,27 +224,20 @@ class BlockState(Tables):
             if self.shares is None:
                 some_NE = scores_NE[finite_N]
                 self.shares = bool((some_NE >= 0).all() & (some_NE.sum(1) - 1).abs().le(1e-2).all())
+                self.may_be_distances = bool((some_NE >= 0).all() & (some_NE > 1).any())
             used_NK = chosen_NK & valid_N[:, None]
             found |= _scores(scores_NE, self.shares, incidence_NE, valid_N, indices_NK, used_NK)
+            if self.may_be_distances:
+                found["opposed"] = _among_best(-scores_NE, indices_NK, used_NK)
         if call.read_MD is not None:
             expert_M = first_N.where(used_N, num_experts)[call.reads_N]
-            read_MD = call.read_MD.double()
-            if not all_finite:
-                read_MD = read_MD.where(finite_N[call.reads_N, None], 0)
-            read_ED = read_MD.new_zeros(num_experts + 1, read_MD.shape[1]).index_add_(0, expert_M, read_MD)
-            self.inputs_ED = read_ED if self.inputs_ED is None else self.inputs_ED + read_ED
-            found["read_E"] = expert_M.bincount(minlength=num_experts + 1)[:num_experts]
-            found["squares"] = (read_MD.square().sum(1) * (expert_M < num_experts)).sum()
-            some_MD = call.read_MD[:READ][expert_M[:READ] < num_experts]
-            apart_LD = some_MD[: len(some_MD) // 2] - some_MD[len(some_MD) - len(some_MD) // 2 :]
-            product_LL = apart_LD @ apart_LD.T
-            found["crossed"] = product_LL.double().fill_diagonal_(0).square().sum()
-            found["crosses"] = product_LL.new_tensor(len(product_LL) * (len(product_LL) - 1))
-        everyone = bool(used_N.all())
+            found |= self._inputs(call.read_MD, expert_M, None if all_finite else finite_N[call.reads_N])
+        everyone, labels_N, position_N = bool(used_N.all()), call.labels_N, call.position_N
         if not everyone:
             indices_NK, size_NK, chosen_NK = indices_NK[used_N], size_NK[used_N], chosen_NK[used_N]
             incidence_NE, first_N = incidence_NE[used_N], first_N[used_N]
             labels_N = None if labels_N is None else labels_N[used_N]
+            position_N = None if position_N is None else position_N[used_N.cpu()]
         share_NK = size_NK / size_NK.sum(1, keepdim=True).clamp(min=1e-30)
         found["slots"], found["entropy"] = chosen_NK.sum(), torch.special.entr(share_NK).sum()
         found["together_EE"] = incidence_NE.T @ incidence_NE
@@ -243,14 +249,33 @@ class BlockState(Tables):
             for name, size in zip(Tables.__annotations__, self.sizes, strict=True)
         ]
         self.totals += torch.cat(packed).to("cpu", torch.float64)
+        self._remember(indices_NK, chosen_NK, labels_N, position_N)
+
+    def _inputs(self, read_MD: Tensor, expert_M: Tensor, finite_M: Tensor | None) -> dict[str, Tensor]:
+        """Sums of a sample of what the experts read, by first choice."""
+        some_MD = read_MD[:READ][expert_M[:READ] < self.num_experts]
+        read_MD = read_MD.double() if finite_M is None else read_MD.double().where(finite_M[:, None], 0)
+        read_ED = read_MD.new_zeros(self.num_experts + 1, read_MD.shape[1]).index_add_(0, expert_M, read_MD)
+        self.inputs_ED = read_ED if self.inputs_ED is None else self.inputs_ED + read_ED
+        apart_LD = some_MD[: len(some_MD) // 2] - some_MD[len(some_MD) - len(some_MD) // 2 :]
+        product_LL = apart_LD @ apart_LD.T
+        return {
+            "read_E": expert_M.bincount(minlength=self.num_experts + 1)[: self.num_experts],
+            "squares": (read_MD.square().sum(1) * (expert_M < self.num_experts)).sum(),
+            "crossed": product_LL.double().fill_diagonal_(0).square().sum(),
+            "crosses": product_LL.new_tensor(len(product_LL) * (len(product_LL) - 1)),
+        }
+
+    def _remember(self, indices_NK: Tensor, chosen_NK: Tensor, labels_N: Tensor | None,
+                  position_N: Tensor | None) -> None:  # fmt: skip
+        """The experts of each class, and some tokens by position."""
         if labels_N is not None:
             counts_NK = chosen_NK & (labels_N >= 0)[:, None]
-            key_NK = (labels_N[:, None] * num_experts + indices_NK).where(counts_NK, -1)
+            key_NK = (labels_N[:, None] * self.num_experts + indices_NK).where(counts_NK, -1)
             self.pending.append(key_NK.flatten().cpu())
             if sum(map(len, self.pending)) > DENSE_TABLE:
                 self._count_classes()
-        if call.position_N is not None:
-            position_N = call.position_N if everyone else call.position_N[used_N.cpu()]
+        if position_N is not None:
             label_N = torch.full_like(position_N, -1) if labels_N is None else labels_N.cpu()
             chosen = indices_NK.where(chosen_NK, -1).to("cpu", torch.int16)
             self.kept = self.kept.joined(Kept(position_N, label_N, chosen))
@@ -305,19 +330,23 @@ def _pairs(inside_NE: Tensor, first_N: Tensor, used_N: Tensor, follows_N: Tensor
     }
 
 
+def _among_best(scores_NE: Tensor, indices_NK: Tensor, used_NK: Tensor) -> Tensor:
+    """How many slots there are with fewer than K scores better than their expert's."""
+    num_slots, num_experts = indices_NK.shape[1], scores_NE.shape[1]
+    if num_slots == num_experts:
+        return used_NK.sum()
+    own_NK = scores_NE.gather(1, indices_NK.clamp(max=num_experts - 1))
+    better = [(scores_NE > own_N1).sum(1) for own_N1 in own_NK.split(1, 1)]
+    return ((torch.stack(better, 1) < num_slots) & used_NK).sum()
+
+
 def _scores(scores_NE: Tensor, shares: bool, inside_NE: Tensor, valid_N: Tensor, indices_NK: Tensor,
             used_NK: Tensor) -> dict[str, Tensor]:  # fmt: skip
     """What the router preferred, and whether the dispatch followed it."""
     probs_NE = scores_NE if shares else scores_NE.softmax(1)
-    num_slots, num_experts = indices_NK.shape[1], scores_NE.shape[1]
-    followed = used_NK.sum()
-    if num_slots < num_experts:  # a slot follows if fewer than K scores are better than its expert's
-        own_NK = scores_NE.gather(1, indices_NK.clamp(max=num_experts - 1))
-        better = [(scores_NE > own_N1).sum(1) for own_N1 in own_NK.split(1, 1)]
-        followed = ((torch.stack(better, 1) < num_slots) & used_NK).sum()
     valid_1N = valid_N.float()[None]
     return {
-        "followed": followed,
+        "followed": _among_best(scores_NE, indices_NK, used_NK),
         "scored": used_NK.sum(),
         "count_all_E": inside_NE.sum(0),
         "score_all_E": probs_NE.sum(0),

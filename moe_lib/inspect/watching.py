@@ -34,17 +34,29 @@ class Watch:
                  path: str | Path | None = None) -> None:  # fmt: skip
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
+        if path is not None and not Path(path).parent.is_dir():
+            raise ValueError(f"path {path}: there is no folder {Path(path).parent}")
         self.model = model
         self.every = every
         self.adapters = tuple(adapters)
         self.path = None if path is None else Path(path)
         self.history: list[dict[str, float]] = []  # "step", and the numbers of each look
         self.steps = 0
+        self.due: bool | None = None  # is the next pass to be looked at? None: every `every`-th is
+        self.logged = 0  # rows of the history that `log` gave a step
         self.found: Recorder | None = None  # with the blocks that were confirmed, never attached
         self.last: Panel | None = None
         self.busy = False  # it is being looked at
         self.open = ExitStack()  # closing it ends the look
         self.end: Any = None  # takes back what `start` did
+
+    def __deepcopy__(self, memo: Any) -> Watch:
+        """Itself: the hook on a copy of the model does nothing."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Saved with a model: a watch of no model."""
+        return Watch, (None,)
 
     def start(self) -> Watch:
         compiled = self.model._compiled_call_impl
@@ -73,19 +85,26 @@ class Watch:
             return
         known = [*module._forward_pre_hooks]
         self.open.enter_context(self._look(args, kwargs))
-        after = module.register_forward_hook(lambda *_: self.open.close(), always_call=True)
+        after = module.register_forward_hook(self._after, always_call=True)
         self.open.callback(after.remove)
         for key, hook in [*module._forward_pre_hooks.items()]:
             if key not in known:  # added too late for this call
                 hook(module, args, kwargs)
 
+    def _after(self, *_: Any) -> None:
+        if Recorder.working is None:  # else another watch tries the model
+            self.open.close()
+
     def _due(self) -> bool:
         """Is it time to look? Only training steps count."""
         training = getattr(self.model, "_orig_mod", self.model).training
-        if self.busy or not training or torch._C._current_graph_task_id() != -1:
+        tried, in_backward = Recorder.working is not None, torch._C._current_graph_task_id() != -1
+        if self.busy or tried or not training or in_backward:
             return False
+        due = self.steps % self.every == 0 if self.due is None else self.due
         self.steps += 1
-        return (self.steps - 1) % self.every == 0 and (self.found is None or bool(self.found.blocks))
+        self.due = None if self.due is None else False
+        return due and (self.found is None or bool(self.found.blocks))
 
     @contextmanager
     def _look(self, args: tuple, kwargs: dict) -> Iterator[None]:
@@ -137,7 +156,8 @@ class Watch:
         """The last look: one training batch."""
         if self.last is None:
             raise ValueError(
-                "nothing was seen yet: train at least one step inside `with watch(...)`; "
+                "nothing was seen yet: train at least one step inside `with watch(...)`, calling model(x); "
+                "model.forward, training_step and parts of the model are not seen; "
                 "if you call what torch.compile returned, pass that to watch"
             )
         return self.last
@@ -145,12 +165,14 @@ class Watch:
     def log(self, step: int | None = None) -> dict[str, float]:
         """The numbers of the last look, flat, for TensorBoard, W&B or JSON lines; {} before the first.
 
-        `step`, if given, is stored with them.
+        `step`, if given, is stored with the looks since the last call instead of the number of the pass.
         """
         if not self.history:
             return {}
         if step is not None:
-            self.history[-1]["step"] = float(step)
+            for row in self.history[self.logged :]:
+                row["step"] = float(step)
+            self.logged = len(self.history)
         return dict(self.history[-1])
 
     def warnings(self, ahead: int = 1) -> dict[str, float]:
@@ -173,16 +195,20 @@ class Watch:
 @contextmanager
 def watch(model: nn.Module, every: int = 100, adapters: Sequence[type[Adapter]] = (),
           path: str | Path | None = None) -> Iterator[Watch]:  # fmt: skip
-    """Watch a model while it trains: hooks are there in every `every`-th training step only.
+    """Watch a model while it trains: hooks are there in every `every`-th forward pass only.
 
-    Training is as it would be without it. What cannot be read is listed or noted; only if nothing looks like
-    a mixture is a ValueError raised, at the first look.
+    Training is as it would be without it, with one exception: at a look, blocks with lists of experts run a
+    second time, and the model once more at the first look. What they write into their modules' attributes
+    (buffers, numbers, lists) is taken back; what they write elsewhere (globals, objects that are no modules)
+    is not. What cannot be read is listed or noted; only if nothing looks like a mixture is a ValueError
+    raised, at the first look.
 
     Args:
         model: in training mode it is looked at at its first forward pass and every `every`-th after it;
             passes in evaluation mode do not count. Recomputation under gradient checkpointing does not.
+            Call it as model(x): calls of model.forward or of its parts are not seen.
             A compiled model runs eagerly while it is looked at: give what `torch.compile` returned.
-        every: steps between two looks.
+        every: forward passes between two looks: with gradients accumulated over k batches, k a step.
         adapters: your own, tried first; see `Adapter`.
         path: a file for JSON lines, one for each look.
     """
@@ -194,9 +220,11 @@ def watch(model: nn.Module, every: int = 100, adapters: Sequence[type[Adapter]] 
 
 
 class CollapseCallback:
-    """For Hugging Face's Trainer: `trainer.add_callback(CollapseCallback(every=500))`.
+    """For Hugging Face's Trainer: `CollapseCallback(every=500).add_to(trainer)`; `every` counts its steps.
 
     Numbers go to the trainer's log beside the loss, alarms to its output; `callback.watch` has the rest.
+    Reports to TensorBoard, W&B and others are callbacks as well, and get the numbers only if they come later:
+    `add_to` puts this one before them; `trainer.add_callback`, and callbacks=[...], put it behind them.
     """
 
     def __init__(
@@ -205,6 +233,13 @@ class CollapseCallback:
         self.every, self.adapters, self.verbose = every, adapters, verbose
         self.watch: Watch | None = None
         self.seen = 0
+        self.first = False  # of the trainer's callbacks
+
+    def add_to(self, trainer: Any) -> CollapseCallback:
+        """Before the trainer's other callbacks."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        self.first = True
+        return self
 
     def __getattr__(self, name: str) -> Any:
         """The trainer's other events: nothing to do. (A base class would import transformers: seconds.)"""
@@ -217,11 +252,16 @@ class CollapseCallback:
     ) -> None:
         if model is None:
             raise ValueError("the trainer gave no model")
+        if (reports := getattr(args, "report_to", None)) and not self.first:
+            warnings.warn(f"{reports} get no numbers of the blocks: use add_to(trainer)", stacklevel=2)
+        self.on_train_end(args, state, control)  # an earlier training may have been stopped by an error
         self.seen = 0
         self.watch = Watch(model, self.every, self.adapters).start()
+        self.watch.due = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         assert self.watch is not None
+        self.watch.due = state.global_step % self.every == 0  # of a step's batches the first
         if len(self.watch.history) > self.seen:
             self.seen = len(self.watch.history)
             self.watch.log(state.global_step)

@@ -82,7 +82,7 @@ def test_the_list_whose_weights_vary_is_the_mixture(name, collapsed):
     model = Common(name, collapsed)
     layer = read(model)
     assert layer.state.count_E.tolist() == counts(model)
-    assert ("shared expert" in layer.explanation) == (name == "shared_experts")
+    assert f"the answer of its {name!r} (a shared expert)" in layer.explanation
 
 
 class Idle(Block):
