@@ -10,7 +10,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -264,7 +264,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def eager() -> Any:
-    """Hooks must be seen: a model compiled in place runs eagerly meanwhile."""
-    has_stance = hasattr(torch.compiler, "set_stance")  # from torch 2.6
-    return torch.compiler.set_stance("force_eager") if has_stance else nullcontext()
+_STANCE, _eager = ExitStack(), [0]
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Hooks must be seen: a model compiled in place runs eagerly meanwhile, until the last of those who ask
+    for it is done: two that watch one model may end in any order."""
+    if _eager[0] == 0 and hasattr(torch.compiler, "set_stance"):  # from torch 2.6
+        _STANCE.enter_context(torch.compiler.set_stance("force_eager"))
+    _eager[0] += 1
+    try:
+        yield
+    finally:
+        _eager[0] -= 1
+        if _eager[0] == 0:
+            _STANCE.close()
