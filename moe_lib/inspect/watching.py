@@ -30,6 +30,8 @@ from moe_lib.inspect.run import eager, nothing_found, panel_of
 class Watch:
     """What `watch` gives: `log(step)` for numbers, `panel()` for the last look, `history` for all of them."""
 
+    looking = 0  # watches that look at this moment
+
     def __init__(self, model: nn.Module, every: int = 100, adapters: Sequence[type[Adapter]] = (),
                  path: str | Path | None = None) -> None:  # fmt: skip
         if every < 1:
@@ -110,9 +112,10 @@ class Watch:
     def _look(self, args: tuple, kwargs: dict) -> Iterator[None]:
         """Watch one call of the model."""
         module = getattr(self.model, "_orig_mod", self.model)
-        self.busy = True
+        first, self.busy = Watch.looking == 0, True
+        Watch.looking += 1
         try:
-            with eager():
+            with eager() if first else nullcontext():  # looks do not end last in, first out
                 if self.found is None:
                     self.found = self._find(module, args, kwargs)
                 recorder = Recorder(module, [block.fresh() for block in self.found.blocks], self.found.unread)
@@ -124,6 +127,7 @@ class Watch:
                     recorder.detach()
         finally:
             self.busy = False
+            Watch.looking -= 1
         try:
             self._keep(recorder)
         except Exception as error:  # must not stop the training

@@ -71,8 +71,8 @@ class Threshold(Block):
     """As many experts as have a positive score; the last is never the best of them."""
 
     def forward(self, x_ND):
-        self.weight_NE = (self.gate(x_ND) + torch.tensor([1.0, 1.0, 1.0, 0.0])).relu()
-        self.weight_NE = torch.minimum(self.weight_NE, torch.tensor([9.0, 9.0, 9.0, 0.01]))
+        least_E, most_E = torch.tensor([0.02, 0.0, 0.0, 0.0]), torch.tensor([9.0, 9.0, 9.0, 0.01])
+        self.weight_NE = (self.gate(x_ND) + torch.tensor([1.0, 1.0, 1.0, 0.0])).clamp(least_E, most_E)
         return dense(self, self.weight_NE, x_ND)
 
 
@@ -619,6 +619,7 @@ def test_what_is_not_one_list_of_experts_is_said():
 # ------------------------------------------------------------------------------------------ watching
 
 
+@pytest.mark.filterwarnings("ignore")  # of Dynamo
 def test_two_watches_see_the_same():
     model = nn.Sequential(Block()).train()
     with watch(model, every=1) as one, watch(model, every=2) as two:
@@ -627,6 +628,10 @@ def test_two_watches_see_the_same():
     assert ([row["step"] for row in one.history], [row["step"] for row in two.history]) == ([0, 1, 2], [0, 2])
     for w in (one, two):
         assert w.panel()[0].state.count_E.tolist() == counts(model[0])
+    torch._dynamo.reset()
+    graphs = []
+    torch.compile(torch.sin, backend=lambda graph, _: graphs.append(graph) or graph.forward)(tokens())
+    assert graphs  # compiled again after the looks
 
 
 def test_a_copy_of_a_watched_model_is_not_watched():
