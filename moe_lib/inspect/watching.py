@@ -30,8 +30,6 @@ from moe_lib.inspect.run import eager, nothing_found, panel_of
 class Watch:
     """What `watch` gives: `log(step)` for numbers, `panel()` for the last look, `history` for all of them."""
 
-    looking = 0  # watches that look at this moment
-
     def __init__(self, model: nn.Module, every: int = 100, adapters: Sequence[type[Adapter]] = (),
                  path: str | Path | None = None) -> None:  # fmt: skip
         if every < 1:
@@ -112,10 +110,9 @@ class Watch:
     def _look(self, args: tuple, kwargs: dict) -> Iterator[None]:
         """Watch one call of the model."""
         module = getattr(self.model, "_orig_mod", self.model)
-        first, self.busy = Watch.looking == 0, True
-        Watch.looking += 1
+        self.busy = True
         try:
-            with eager() if first else nullcontext():  # looks do not end last in, first out
+            with eager():
                 if self.found is None:
                     self.found = self._find(module, args, kwargs)
                 recorder = Recorder(module, [block.fresh() for block in self.found.blocks], self.found.unread)
@@ -127,7 +124,6 @@ class Watch:
                     recorder.detach()
         finally:
             self.busy = False
-            Watch.looking -= 1
         try:
             self._keep(recorder)
         except Exception as error:  # must not stop the training
