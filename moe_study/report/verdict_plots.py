@@ -41,7 +41,7 @@ def verdict_grid(grid: dict[str, Any]) -> Figure:
     def write(x: float, y: float, text: str, **style: Any) -> None:
         axis.text(x, y + unit / 2, text, va="center", **({"fontsize": 7} | style))
 
-    y = 0.0
+    y, marked = 0.0, False
     for section in grid["sections"]:
         write(0.05, y, section["title"], fontsize=8, fontweight="bold")
         heads = [
@@ -63,6 +63,7 @@ def verdict_grid(grid: dict[str, Any]) -> Figure:
                     axis.add_patch(Rectangle((x, top + 0.01), wide - 0.05, unit - 0.02, fc=colour, alpha=0.3))
                     write(x + 0.04, top, f"{one['mark']} {one['difference']} {one['interval']}", fontsize=6.5)
                     top += unit
+                    marked |= "†" in one["interval"]
                     if one["against"]:
                         write(x + 0.04, top, one["against"], fontsize=5.5, color="#555555")
                         top += 0.8 * unit
@@ -73,6 +74,8 @@ def verdict_grid(grid: dict[str, Any]) -> Figure:
         axis.add_patch(Rectangle((x, y + 0.06), 0.12, 0.12, fc=WORD_COLOURS[word], alpha=0.3))
         write(x + 0.16, y + 0.03, f"{mark} {word}")
         x += 0.45 + 0.066 * len(word)
+    if marked:
+        write(x, y + 0.03, "†: at the epoch of the lowest validation cross-entropy", color="#555555")
     width = left + wide * max(len(section["columns"]) for section in grid["sections"])
     height = y + 1.4 * unit
     figure.set_size_inches(width, height)
