@@ -113,9 +113,9 @@ def limits(thresholds: dict[str, float] | None = None) -> dict[str, float]:
 
 
 def alarms_of(layers: Sequence[Layer], thresholds: dict[str, float] | None = None) -> list[Alarm]:
-    found = []
+    wanted, found = limits(thresholds), []
     for layer in layers:
-        for name, limit in limits(thresholds).items():
+        for name, limit in wanted.items():
             if KINDS[name].raised(reading(layer, name), limit):
                 value = layer[KINDS[name].measure]
                 soft = layer.top_k == layer.num_experts and layer["unfilled"] <= layer["dropped"] + 1e-9

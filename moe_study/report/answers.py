@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from moe_study.claims import ACCURACY, BESIDE, PAYS
+from moe_study.report.tables import grouped
 from moe_study.report.verdicts import in_words, place
 from moe_study.verdicts import MECHANISM, Verdict
 
@@ -45,10 +46,9 @@ def _snnl(found: Sequence[Verdict], beside: Sequence[Verdict]) -> Answer:
     if not places:
         return "", []
     yes = of("supported")
-    count = f"{len(yes)} of {places} places"
-    answer = (
-        f"Yes, in {count}: more accurate on {_list(yes)}." if yes else f"Not shown in any of {count[5:]}."
-    )
+    answer = f"Not shown in any of {places} places."
+    if yes:
+        answer = f"Yes, in {len(yes)} of {places} places: more accurate on {_list(yes)}."
     below = [f"On {place(v)}: {but(v)}." for v in yes if but(v)]
     if more := of("supported", "-effective"):
         below.append(f"More experts are in use with it on {_names(more)}.")
@@ -112,10 +112,10 @@ def _undecided(found: Sequence[Verdict], judged: Sequence[Verdict]) -> list[str]
     """The other claims that are undecided in the same places."""
     places = {place(v) for v in judged}
     others = [v for v in found if v.word == "undecided" and place(v) in places and v not in judged]
-    by_control: dict[str, list[str]] = {}
-    for v in others:
-        by_control.setdefault(_against(v), []).append(v.claim.wording)
-    return [f"Undecided there, {against}: {_and(claims)}." for against, claims in by_control.items()]
+    return [
+        f"Undecided there, {against}: {_and([v.claim.wording for v in own])}."
+        for against, own in grouped(others, _against).items()
+    ]
 
 
 def _pays(found: Sequence[Verdict]) -> Answer:
@@ -124,9 +124,7 @@ def _pays(found: Sequence[Verdict]) -> Answer:
 
     def listed(units: Sequence[Verdict]) -> str:
         """ "against a constant gate on A (by 3.6 points) and B (by 2.5 points)", control by control."""
-        by_control: dict[str, list[Verdict]] = {}
-        for v in units:
-            by_control.setdefault(in_words(v.control.replace("-snnl", "-gate")), []).append(v)
+        by_control = grouped(units, lambda v: in_words(v.control.replace("-snnl", "-gate")))
         return "; ".join(f"against {c} on {_list(own, chosen)}" for c, own in by_control.items())
 
     words = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from moe_study import store
 from moe_study.claims import Measure
 from moe_study.report import verdicts as words
 from moe_study.report.plots import DATASET_TITLES
+from moe_study.report.tables import grouped
 from moe_study.report.verdicts import SPECIAL, in_words, place
 from moe_study.verdicts import Verdict, Word
 
@@ -34,7 +35,7 @@ SOURCES = {  # of claims, in the order of the grid
 
 def grid(found: Sequence[Verdict]) -> dict[str, Any]:
     """Data set x claim, a section a source, for page and picture. A cell has one entry a verdict."""
-    by_source = _by(found, lambda v: v.claim.source)
+    by_source = grouped(found, lambda v: v.claim.source)
     used = {v.word for v in found}
     return {
         "sections": [_section(SOURCES[s], by_source[s]) for s in SOURCES if s in by_source],
@@ -49,9 +50,9 @@ def _section(title: str, units: Sequence[Verdict]) -> dict[str, Any]:
     if whole := len(compared) == 1:
         title += f" ({treatment} {', then '.join(f'minus {control}' for control in controls)})"
     order = list(DATASET_TITLES)
-    rows = _by(sorted(units, key=lambda v: (order.index(v.dataset), v.claim.study in SPECIAL)), place)
+    rows = grouped(sorted(units, key=lambda v: (order.index(v.dataset), v.claim.study in SPECIAL)), place)
     columns, notes = [], {}
-    for wording, own in _by(units, lambda v: v.claim.wording).items():
+    for wording, own in grouped(units, lambda v: v.claim.wording).items():
         against = {v.control for v in own}
         notes[wording] = len(against) > 1 and not whole
         columns.append(
@@ -66,14 +67,6 @@ def _section(title: str, units: Sequence[Verdict]) -> dict[str, Any]:
         for row, own in rows.items()
     }
     return {"title": title, "columns": columns, "rows": cells}
-
-
-def _by(units: Sequence[Verdict], key: Callable[[Verdict], str]) -> dict[str, list[Verdict]]:
-    """In the order of their first."""
-    groups: dict[str, list[Verdict]] = {}
-    for v in units:
-        groups.setdefault(key(v), []).append(v)
-    return groups
 
 
 def _unit(measure: Measure) -> str:
@@ -133,10 +126,10 @@ def scope(found: Sequence[Verdict], endpoints: bool = True) -> str:
     decided = [v for v in found if v.word != "pilot"]
     if not decided:
         return ""
-    places: dict[str, list[str]] = {}
-    for verdict in decided:
-        places.setdefault(verdict.scope, []).append(DATASET_TITLES[verdict.dataset])
-    listed = "; ".join(f"{', '.join(dict.fromkeys(titles))}: {model}" for model, titles in places.items())
+    listed = "; ".join(
+        f"{', '.join(dict.fromkeys(DATASET_TITLES[v.dataset] for v in own))}: {model}"
+        for model, own in grouped(decided, lambda v: v.scope).items()
+    )
     text = f"Scope: small models, trained briefly, judged at the last epoch. {listed}."
     if endpoints and (earlier := sum(v.endpoint != store.PRIMARY_ENDPOINT for v in decided)):
         text += (

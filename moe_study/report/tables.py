@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -38,6 +38,7 @@ class Column(NamedTuple):
 
 
 Columns = dict[str, Column]
+T = TypeVar("T")
 
 
 def at_three_endpoints(name: str, decimals: int = 4, unit: str = "") -> Columns:
@@ -144,9 +145,14 @@ def _file(result: Result) -> str:
 
 def by_arm(results: Iterable[Result]) -> dict[str, list[Result]]:
     """In the order in which the arms appear."""
-    found: dict[str, list[Result]] = {}
-    for result in results:
-        found.setdefault(result["run"]["arm"], []).append(result)
+    return grouped(results, lambda result: result["run"]["arm"])
+
+
+def grouped(items: Iterable[T], key: Callable[[T], str]) -> dict[str, list[T]]:
+    """Items by key, in the order in which the keys appear."""
+    found: dict[str, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
     return found
 
 
