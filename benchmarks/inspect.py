@@ -493,6 +493,7 @@ def peers() -> dict[str, Any]:
     result["pass_added_percent"] = {
         "D 64, E 8, 16 batches of 512 tokens": pass_added(64, 8, 16, 8),
         "D 512, E 64, 4 batches of 1024 tokens": pass_added(512, 64, 4, 16),
+        "D 512, E 64, 16 batches of 1024 tokens": pass_added(512, 64, 16, 16),
     }
     return result
 

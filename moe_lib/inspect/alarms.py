@@ -118,8 +118,7 @@ def alarms_of(layers: Sequence[Layer], thresholds: dict[str, float] | None = Non
         for name, limit in wanted.items():
             if KINDS[name].raised(reading(layer, name), limit):
                 value = layer[KINDS[name].measure]
-                soft = layer.top_k == layer.num_experts and layer["unfilled"] <= layer["dropped"] + 1e-9
-                serve_none = "have hardly any weight" if soft else "serve no token"
+                serve_none = "have hardly any weight" if layer.soft else "serve no token"
                 what = KINDS[name].means.format(
                     value=value, num_experts=layer.num_experts, serve_none=serve_none
                 )

@@ -76,28 +76,31 @@ class Block:
         dtypes = [seen.tokens_ND.dtype, answers_EMO.dtype, adapter.answer_dtype, output.dtype]
         tolerance = 2e-2 if any(d is not None and d.itemsize < 4 for d in dtypes) else 1e-3
         self.alike, self.computable = cosines(answers_EMO.float(), seed), seen.in_order
-        why = ""
         if drawn:
             why = "the experts' answers are random"
-        elif _depend(answers_EMO, adapter, sample_MD, tolerance):
-            why, self.alike = "an expert's answer depends on the other tokens", None
-            self.computable, self.sequences = False, True
         elif not seen.in_order:
             why = "which tokens the experts read is not known"
         elif seen.output_NO is None:
             why = "the adapter gives no output"
-        if why := why or adapter.unchecked:
-            self.explanation = f"not checked: {why}"
-            return
-        indices_MK = seen.indices_NK[some_M].where(known_NK[some_M], 0)
-        weights_MK = seen.weights_NK[some_M].where(known_NK[some_M], 0)
-        if adapter.scales_inputs:
-            mixed_MO = adapter.mix(sample_MD, indices_MK, weights_MK).float()
         else:
-            chosen_MKO = answers_EMO[indices_MK, torch.arange(self.examined, device=some_M.device)[:, None]]
-            mixed_MO = (chosen_MKO.float() * weights_MK[:, :, None]).sum(1)
-        input_MO = given.reshape(output.shape)[some_M] if given.numel() == output.numel() else None
-        self._explain(output[some_M].float(), mixed_MO, self._paths(sample_MD, input_MO), tolerance)
+            why = adapter.unchecked
+        if not why:
+            indices_MK = seen.indices_NK[some_M].where(known_NK[some_M], 0)
+            weights_MK = seen.weights_NK[some_M].where(known_NK[some_M], 0)
+            if adapter.scales_inputs:
+                mixed_MO = adapter.mix(sample_MD, indices_MK, weights_MK).float()
+            else:
+                row_M1 = torch.arange(self.examined, device=some_M.device)[:, None]
+                mixed_MO = (answers_EMO[indices_MK, row_M1].float() * weights_MK[:, :, None]).sum(1)
+            input_MO = given.reshape(output.shape)[some_M] if given.numel() == output.numel() else None
+            self._explain(output[some_M].float(), mixed_MO, self._paths(sample_MD, input_MO), tolerance)
+            if self.mixture_error <= tolerance:
+                return
+        if not drawn and _depend(answers_EMO, adapter, sample_MD, tolerance):
+            why, self.mixture_error = "an expert's answer depends on the other tokens", float("nan")
+            self.alike, self.computable, self.sequences = None, False, True
+        if why:
+            self.explanation = f"not checked: {why}"
 
     def _explain(self, actual_MO: Tensor, mixed_MO: Tensor, paths: Iterator[tuple[str, Tensor]],
                  tolerance: float) -> None:  # fmt: skip

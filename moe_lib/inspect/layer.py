@@ -26,5 +26,10 @@ class Layer:
     dropped_E: list[float] = field(default_factory=list)  # cost of dropping each expert, if asked for
     state: BlockState | None = field(default=None, repr=False)
 
+    @property
+    def soft(self) -> bool:
+        """Does every token that is served use all experts? As `BlockState.soft`; also without a state."""
+        return self.top_k == self.num_experts and self["unfilled"] <= self["dropped"] + 1e-9
+
     def __getitem__(self, measure: str) -> float:
         return self.measures[measure].value

@@ -7,6 +7,7 @@ T positions.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -130,15 +131,21 @@ class Tables:
     def __init__(self, num_experts: int) -> None:
         """A name's ending gives the table's shape."""
         self.num_experts = num_experts
-        self.sizes = [num_experts ** (len(name) - len(name.rstrip("E"))) for name in Tables.__annotations__]
-        self.totals = torch.zeros(sum(self.sizes), dtype=torch.float64)
+        self.sizes = {name: num_experts ** _rank(name) for name in Tables.__annotations__}
+        ends = itertools.accumulate(self.sizes.values())
+        self.starts = {name: end - self.sizes[name] for name, end in zip(self.sizes, ends, strict=True)}
+        self.totals = torch.zeros(sum(self.sizes.values()), dtype=torch.float64)
 
     def __getattr__(self, name: str) -> Tensor:
         """A table by its name: totals are replaced, so views are made when asked for."""
         if name not in Tables.__annotations__ or "totals" not in vars(self):
             raise AttributeError(name)
-        found = self.totals.split(self.sizes)[[*Tables.__annotations__].index(name)]
-        return found.view((self.num_experts,) * (len(name) - len(name.rstrip("E"))))
+        found = self.totals.narrow(0, self.starts[name], self.sizes[name])
+        return found.view((self.num_experts,) * _rank(name))
+
+
+def _rank(name: str) -> int:
+    return len(name) - len(name.rstrip("E"))
 
 
 class BlockState(Tables):
@@ -246,7 +253,7 @@ class BlockState(Tables):
         zero = found["entropy"].new_zeros(())
         packed = [
             found.get(name, zero.expand(size)).reshape(-1)
-            for name, size in zip(Tables.__annotations__, self.sizes, strict=True)
+            for name, size in self.sizes.items()
         ]
         self.totals += torch.cat(packed).to("cpu", torch.float64)
         self._remember(indices_NK, chosen_NK, labels_N, position_N)
