@@ -28,6 +28,7 @@ class Kind(NamedTuple):
     low_is_worse: bool
     reading: Callable[[float, float, Layer], float]  # NaN: cannot be said
     means: str
+    advice: str  # what to try
 
     def raised(self, reading: float, threshold: float) -> bool:
         return reading <= threshold if self.low_is_worse else reading > threshold
@@ -65,28 +66,45 @@ KINDS = {
     "collapsed": Kind(
         "effective experts", 0.6, True, lambda value, null, _: value / null,
         "few experts do the work: {value:.1f} effective of {num_experts}",
+        "give the load-balancing loss more weight (panel.explain_balance_loss checks its value), or the "
+        "router a lower learning rate; then compare with a gate that learns nothing: balance is not quality",
     ),
-    "dead": Kind("never chosen", 0.0, False, _dead, "{value:.0f} of {num_experts} experts {serve_none}"),
-    "dropping": Kind("dropped", 0.01, False, _value, "{value:.1%} of the tokens are served by no expert"),
+    "dead": Kind(
+        "never chosen", 0.0, False, _dead, "{value:.0f} of {num_experts} experts {serve_none}",
+        "an expert that serves nobody gets hardly any gradient and does not come back by itself: choose by "
+        "noisy scores for a while, or start it again as a noisy copy of a busy one, with a balancing loss",
+    ),
+    "dropping": Kind(
+        "dropped", 0.01, False, _value, "{value:.1%} of the tokens are served by no expert",
+        "raise the experts' capacity, or balance the load so that the capacity is enough",
+    ),
     "alike": Kind(
         "answers alike, by use", 0.3, False, lambda value, null, _: value - max(null, 0.0),
         "the experts in use compute nearly the same: mean cosine of their answers {value:.2f}",
+        "are they copies of one layer, or does each add its input? Start them apart or train longer; if they "
+        "stay alike, one dense layer does the same for less",
     ),
     "blind": Kind(
         "I(x;E)", 0.1, True, _blind,
         "the choice hardly depends on the token: I(x;E) = {value:.3f} nats",
+        "look at the scale of what the gate reads, its temperature, its bias and its learning rate, and "
+        "whether softmax is applied twice",
     ),
     "arbitrary": Kind(
         "input separation", 0.05, True, _arbitrary,
         "the choice is arbitrary: experts read inputs no more alike than chance, {value:.3f}",
+        "is noise left on, or are routing and tokens in different orders? If the router has learned nothing, "
+        "a fixed random choice costs less and may do as well",
     ),
     "overridden": Kind(
         "follows scores", 0.5, True, _value,
         "only {value:.0%} of the dispatch is what the router's scores prefer",
+        "a selection bias, groups or a small capacity decide: slow the bias down, or raise the capacity",
     ),
     "unexplained": Kind(
         "mixture error", 0.02, False, _value,
         "what was observed does not explain the block's output, off by {value:.1%}",
+        "is there a path that all tokens take? Trust this block's numbers when an Adapter explains it",
     ),
 }  # fmt: skip
 THRESHOLDS: dict[str, float] = {name: kind.threshold for name, kind in KINDS.items()}

@@ -78,7 +78,7 @@ def _remarks(panel: Any) -> str:
     alarms = [f"{alarm.layer}: {alarm.what}" for alarm in panel.alarms]
     if len(alarms) > LISTED:
         alarms[LISTED:] = [f"and {len(alarms) - LISTED} more; see panel.alarms"]
-    others = [] if alarms else ["no alarm"]
+    others = panel.advice if alarms else ["no alarm"]
     others += [panel.loss_line] if panel.loss_line else []
     others += [f"not read: {entry}" for entry in panel.unread]
     said = Counter(text for layer in panel.layers for text in [layer.explanation, *layer.notes] if text)

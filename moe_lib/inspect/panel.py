@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_lib.inspect.alarms import Alarm, alarms_of
+from moe_lib.inspect.alarms import KINDS, Alarm, alarms_of
 from moe_lib.inspect.layer import Layer
 from moe_lib.inspect.measures import ABOUT, NOTHING, Value, balance_losses, explain_balance_loss
 from moe_lib.inspect.state import BlockState
@@ -87,6 +87,12 @@ class Panel(Shown):
         return alarms_of(self.layers, self.thresholds)
 
     @property
+    def advice(self) -> list[str]:
+        """What to try, once for each kind of alarm."""
+        kinds = dict.fromkeys(alarm.kind for alarm in self.alarms)
+        return [f"what to try ({kind}): {KINDS[kind].advice}" for kind in kinds]
+
+    @property
     def loss_line(self) -> str:
         """The loss, and that with tampered routing, if it was asked for."""
         if math.isnan(self.loss_permuted):
@@ -157,6 +163,7 @@ class Panel(Shown):
         lines = [f"{self.title or 'panel'}: {len(self.layers)} blocks, {len(self.alarms)} alarms"]
         lines += [f"  {self.loss_line}"] if self.loss_line else []
         lines += [f"  {alarm.layer}: {alarm.what}" for alarm in self.alarms]
+        lines += [f"  {text}" for text in self.advice]
         lines += [f"  not read: {entry}" for entry in self.unread]
         return "\n".join(lines)
 

@@ -251,10 +251,7 @@ class BlockState(Tables):
         found["first_E"] = first_N.bincount(minlength=num_experts)
         found["weight_E"] = added(indices_NK, share_NK, num_experts + 1)[:num_experts]
         zero = found["entropy"].new_zeros(())
-        packed = [
-            found.get(name, zero.expand(size)).reshape(-1)
-            for name, size in self.sizes.items()
-        ]
+        packed = [found.get(name, zero.expand(size)).reshape(-1) for name, size in self.sizes.items()]
         self.totals += torch.cat(packed).to("cpu", torch.float64)
         self._remember(indices_NK, chosen_NK, labels_N, position_N)
 

@@ -214,6 +214,16 @@ def test_pictures_show_dead_experts_and_say_their_scale():
     assert "mark" not in inspect_moe(Two(1), [tokens()])._repr_html_()
 
 
+def test_every_kind_of_alarm_comes_with_what_to_try_said_once():
+    panel = inspect_moe(Two(), [tokens()], thresholds={"unexplained": -1.0})  # of both blocks
+    kinds = {alarm.kind for alarm in panel.alarms}
+    assert len([alarm for alarm in panel.alarms if alarm.kind == "unexplained"]) == 2
+    for shown in (str(panel), panel._repr_html_()):
+        assert {kind: shown.count(f"what to try ({kind})") for kind in kinds} == dict.fromkeys(kinds, 1)
+    healthy = inspect_moe(Two(), [tokens()], thresholds={"collapsed": 0.0, "dead": 9, "unexplained": 9})
+    assert "what to try" not in str(healthy)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers: .[test-hf]")
 @pytest.mark.parametrize("wrong", ["out", "folder", "before", "length", "text", "kind"])
 def test_the_command_line_refuses_before_it_loads_a_model(tmp_path, capsys, wrong):
