@@ -132,6 +132,7 @@ class Verdict:
     causes: tuple[Cause, ...]
     images: stats.Interval | None  # over seeds and test images, where correctness was stored
     scope: str
+    where: str  # which of a model's mixtures the arms differ in; "": all
 
     @property
     def confirmatory(self) -> bool:
@@ -289,7 +290,7 @@ def _causes(claim: Claim, results: Sequence[Result], endpoint: str) -> tuple[Cau
     ]
     if claim.mechanism:
         snnl_S, base_S, dense_snnl_S, dense_S = arms("snnl", "base", "dense-snnl", "dense")
-        cause = "SNNL in a mixture, not better features alone"
+        cause = "SNNL in a mixture with a learned gate, not better features alone"
         found.append((MECHANISM, cause, snnl_S - base_S, dense_snnl_S - dense_S))
     causes = []
     for name, cause, treatment_S, control_S in found:
@@ -352,8 +353,19 @@ def scope(results: Sequence[Result]) -> str:
     else:
         kind = {"cnn": "CNN", "mlp": "MLP", "none": "no extractor"}[model["extractor"]]
         made = f"{kind}, {model['num_experts']} experts of width {model['expert_hidden']}"
-    images = run.get("train_images")
-    return f"{made}, {run['train']['epochs']} epochs{f' of {images:,} images' if images else ''}"
+    sizes = {"images": run.get("train_images"), "tokens": run.get("epoch_tokens")}
+    each = "".join(f" of {size:,} {unit}" for unit, size in sizes.items() if size)
+    return f"{made}, {run['train']['epochs']} epochs{each}"
+
+
+def _where(results: Sequence[Result]) -> str:
+    """ "in the last of 3 mixtures", if the routers of the others are the same in all arms."""
+    trunk = results[0]["run"]["model"].get("trunk") or {}
+    blocks, chosen = trunk.get("moe_blocks", ()), trunk.get("router_blocks")
+    if chosen is None or len(chosen) == len(blocks):
+        return ""
+    which = "the last" if list(chosen) == [blocks[-1]] else f"{len(chosen)}"
+    return f"in {which} of {len(blocks)} mixtures"
 
 
 def _judge(
@@ -370,7 +382,7 @@ def _judge(
         claim=claim, profile=run["profile"], study=run["study"], dataset=run["dataset"], control=control,
         word="pilot" if seeds < tables.PILOT_BELOW else "undecided", parts=parts, endpoint=endpoint,
         obstacle=obstacle, p=p, p_holm=math.nan, at_half="undecided", at_twice="undecided", by_endpoint={},
-        seeds_needed=None, causes=(), images=None, scope=scope(own),
+        seeds_needed=None, causes=(), images=None, scope=scope(own), where=_where(own),
     )  # fmt: skip
 
 

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from moe_study.claims import ACCURACY, BESIDE, PAYS
+from moe_study import stats
+from moe_study.claims import ACCURACY, BESIDE, MIXTURE, PAYS
 from moe_study.report.tables import grouped
-from moe_study.report.verdicts import in_words, place
-from moe_study.verdicts import MECHANISM, Verdict
+from moe_study.report.verdicts import against, in_words, place
+from moe_study.verdicts import Cause, Verdict
 
 Answer = tuple[str, list[str]]  # one sentence a newspaper could print, and what must stand below it
+
+
+CHOSEN = {  # by pilots: study -> why its data set and models
+    "collapse": "experts fall idle there",
+    "collapse-top1": "experts fall idle there",
+    "collapse-wide": "experts fall idle there",
+    "ac-vision-confirm": "learned routing won there",
+}
+OBSTACLES = {  # kinds, as a reader needs them
+    "gate": "learned routing is not shown to pay",
+    "no collapse": "there is no such collapse to resolve",
+    "floor": "they are no more alike than unrelated ones",
+    "no control": "no gate that learns nothing was run",
+}
 
 
 def answers(found: Sequence[Verdict]) -> str:
@@ -21,44 +36,45 @@ def answers(found: Sequence[Verdict]) -> str:
             [v for v in decided if v.claim.wording == BESIDE],
         ),
         "Should I use the AC router?": _ac([v for v in decided if v.claim.source == "AC router"]),
-        "Does learned routing pay at all?": _pays([v for v in decided if v.claim.wording in (PAYS, BESIDE)]),
+        "Does learned routing pay at all?": _pays(
+            [v for v in decided if v.claim.wording in (PAYS, BESIDE)],
+            [v for v in decided if v.claim.wording == MIXTURE],
+        ),
     }
     lines = []
     for question, (answer, below) in own.items():
         if answer:
-            lines += [f"- **{question}** {answer}", *(f"    - {text}" for text in below)]
+            lines += [f"- **{question}** {answer}", *(f"    - {text}" for text in below if text)]
     return "\n".join(lines)
 
 
 def _snnl(found: Sequence[Verdict], beside: Sequence[Verdict]) -> Answer:
     """`beside`: whether learned routing pays with SNNL."""
     lost = {place(v) for v in beside if v.word == "contradicted"}
+    accuracy = {place(v): v for v in found if v.claim.key.endswith("-accuracy")}
+    if not accuracy:
+        return "", []
 
     def of(word: str, key: str = "-accuracy") -> list[Verdict]:
         return _of([v for v in found if v.claim.key.endswith(key)], word)
 
     def but(v: Verdict) -> str:
-        said = [*_caveats(v), _mechanism(v)]
+        said = [*_caveats(v), _beyond_the_gate(v)]
         said += ["with SNNL a gate that learns nothing is better still"] * (place(v) in lost)
         return "; ".join(filter(None, said))
 
-    places = sum(v.claim.key.endswith("-accuracy") for v in found)
-    if not places:
-        return "", []
-    yes = of("supported")
-    answer = f"Not shown in any of {places} places."
+    yes, small = of("supported"), of("smaller than claimed")
+    answer = f"Not shown in any of {len(accuracy)} settings."
     if yes:
-        answer = f"Yes, in {len(yes)} of {places} places: more accurate on {_list(yes)}."
-    below = [f"On {place(v)}: {but(v)}." for v in yes if but(v)]
+        answer = f"Yes, in {len(yes)} of {len(accuracy)} settings: more accurate on {_list(yes)}."
+    below = [_chosen([*accuracy.values()]), *(f"On {place(v)}: {but(v)}." for v in yes if but(v))]
     if more := of("supported", "-effective"):
-        below.append(f"More experts are in use with it on {_names(more)}.")
-    if alike := of("contradicted", "-different"):
-        below.append(f"Experts become more alike on {_names(alike)}, not less.")
+        below.append(f"More experts are in use with it on {_names(more)}{_balance(more, accuracy)}.")
+    below += [_alike(v) for v in of("contradicted", "-different")]
     if no := of("contradicted"):
         below.append(f"It makes the model less accurate on {_list(no)}.")
-    small = of("smaller than claimed")
     less = [
-        f"smaller than {than} on {_names(units)}"
+        f"smaller than {than} on {_names(units, _seen)}"
         for than, published in (("claimed", True), ("would matter", False))
         if (units := [v for v in small if (v.dataset in v.claim.published) is published])
     ]
@@ -66,7 +82,71 @@ def _snnl(found: Sequence[Verdict], beside: Sequence[Verdict]) -> Answer:
         below.append(f"The gain, if there is one, is {_and(less)}.")
     if open_ := of("undecided"):
         below.append(f"Undecided on {_names(open_)}.")
+    other = [v for v in accuracy.values() if v not in yes and v.depends_on_checkpoint]
+    for said, own in grouped(other, lambda v: _and(sorted({*v.by_endpoint.values()} - {v.word}))).items():
+        below.append(
+            f"On {_names(own)} the verdict depends on the checkpoint rule: at another epoch, {said}."
+        )
+    below.append(_untested([v for v in found if v.word == "not testable here"]))
     return answer, below
+
+
+def _beyond_the_gate(verdict: Verdict) -> str:
+    """What is left of a gain over a gate that learns nothing, without SNNL; "" where that was not run."""
+    for gate in ("uniform-gate", "hash-gate"):
+        if (one := _cause(verdict, f"snnl - {gate}")) is None:
+            continue
+        gain = verdict.claim.measure.sign * one.comparison.difference
+        if one.reading == "interval includes 0":
+            return f"it is not told apart from {in_words(gate)} without SNNL"
+        if gain < 0:
+            return f"{in_words(gate)} without SNNL is better"
+        most = "; most of the gain makes up for what the learned gate costs" * (2 * gain < _gain(verdict))
+        return f"over {in_words(gate)} without SNNL it gains {_amount(verdict, gain)}{most}"
+    return ""
+
+
+def _balance(more: Sequence[Verdict], accuracy: Mapping[str, Verdict]) -> str:
+    """Beside more experts in use: what the usual load-balancing loss does, where it says one thing."""
+
+    def read(units: Sequence[Verdict]) -> set[str]:
+        causes = [_cause(v, "snnl - base-balance") for v in units]
+        return {one.reading if one else "" for one in causes}
+
+    if read(more) != {"interval on the other side"}:
+        return ""
+    beaten = read([accuracy[place(v)] for v in more]) == {"interval on the claimed side"}
+    return "; the usual load-balancing loss brings in still more" + ", but less accuracy" * beaten
+
+
+def _alike(verdict: Verdict) -> str:
+    """Experts that become more alike by the claim's measure: what the other one says."""
+    first, *others = verdict.parts
+    said = (
+        f"By the {first.measure.name.removesuffix(', by use')}, experts become more alike on {place(verdict)}"
+    )
+    for part in others:
+        if (found := part.comparison) is not None:
+            apart = not found.low <= 0 <= found.high
+            less = part.measure.sign * found.difference > 0
+            how = ("less alike" if less else "more alike") if apart else "neither more nor less alike"
+            said += f"; by the {part.measure.name.removesuffix(', by use')}, {how}"
+    return f"{said}."
+
+
+def _untested(units: Sequence[Verdict]) -> str:
+    said = []
+    for wording, own in grouped(units, lambda v: v.claim.wording).items():
+        kinds = dict.fromkeys(v.obstacle.kind for v in own if v.obstacle is not None)
+        why = _and([OBSTACLES[kind] for kind in kinds if kind in OBSTACLES])
+        said.append(f"{wording}, on {_names(own)} ({why})")
+    return f"Could not be tested: {'; '.join(said)}." if said else ""
+
+
+def _chosen(units: Sequence[Verdict]) -> str:
+    """Which places pilots chose, and why."""
+    by_reason = grouped([v for v in units if v.study in CHOSEN], lambda v: CHOSEN[v.study])
+    return " ".join(f"Pilots chose {_names(own)}, because {why}." for why, own in by_reason.items())
 
 
 def _ac(found: Sequence[Verdict]) -> Answer:
@@ -80,16 +160,21 @@ def _ac(found: Sequence[Verdict]) -> Answer:
         kind: [v for v in rest if (v.obstacle.kind if v.obstacle else None) == kind]
         for kind in ("not trained", "gate", "no control", None)
     }
-    answer = f"Yes on {_list(wins, _against)}." if wins else "We see no reason to."
+    answer = f"Yes on {_list(wins, against)}." if wins else "We see no reason to."
     if judged := kinds[None]:
         small = all(v.word in ("smaller than claimed", "contradicted") for v in judged)
-        gain = "any gain is smaller than would matter" if small else "a gain is neither shown nor excluded"
+        what = _and(list(dict.fromkeys(v.claim.measure.name for v in judged)))
+        gain = (
+            f"any gain in {what} is smaller than would matter"
+            if small
+            else "a gain is neither shown nor excluded"
+        )
         answer += f" Where learned routing pays ({_names(judged)}), {gain}."
     below = []
     tested = [v for v in rest if v not in kinds["not trained"]]
     for better, word in ((True, "Better"), (False, "Worse")):
         if apart := [v for v in tested if _apart(v) and (_gain(v) > 0) is better]:
-            below.append(f"{word} on {_list(apart, _against, _little)}.")
+            below.append(f"{word} on {_list(apart, against, _little, _uncorrected)}.")
     below += _undecided(found, judged)
     if late := kinds["not trained"]:
         below.append(f"On {_names(late)} models are not trained far enough to say.")
@@ -103,9 +188,9 @@ def _ac(found: Sequence[Verdict]) -> Answer:
     differ = {place(v) for v in (*gated, *unchecked) if _apart(v)}
     if same := [v for v in (*gated, *unchecked) if place(v) not in differ]:
         controls = _and(list(dict.fromkeys(f"the {in_words(v.control)}" for v in same)))
-        where = f"on {_names(same)}" if differ else "there"
-        below.append(f"No difference from {controls} is seen {where}.")
-    return answer, below
+        where = _names(same) if differ else "any of these"
+        below.append(f"No difference from {controls} is seen on {where}.")
+    return answer, [*below, _chosen(judged)]
 
 
 def _undecided(found: Sequence[Verdict], judged: Sequence[Verdict]) -> list[str]:
@@ -113,19 +198,18 @@ def _undecided(found: Sequence[Verdict], judged: Sequence[Verdict]) -> list[str]
     places = {place(v) for v in judged}
     others = [v for v in found if v.word == "undecided" and place(v) in places and v not in judged]
     return [
-        f"Undecided there, {against}: {_and([v.claim.wording for v in own])}."
-        for against, own in grouped(others, _against).items()
+        f"Undecided there, {control}: {_and([v.claim.wording for v in own])}."
+        for control, own in grouped(others, against).items()
     ]
 
 
-def _pays(found: Sequence[Verdict]) -> Answer:
-    def chosen(v: Verdict) -> str:
-        return "pilots chose this set, because routing won there" * (v.dataset == "shifted_domains")
+def _pays(found: Sequence[Verdict], mixtures: Sequence[Verdict]) -> Answer:
+    """`mixtures`: whether a mixture beats a dense network."""
 
     def listed(units: Sequence[Verdict]) -> str:
         """ "against a constant gate on A (by 3.6 points) and B (by 2.5 points)", control by control."""
-        by_control = grouped(units, lambda v: in_words(v.control.replace("-snnl", "-gate")))
-        return "; ".join(f"against {c} on {_list(own, chosen)}" for c, own in by_control.items())
+        by_control = grouped(units, lambda v: against(v).replace("SNNL with ", ""))
+        return "; ".join(f"{control} on {_list(own)}" for control, own in by_control.items())
 
     words = {
         "supported": ("it is better", "Yes"),
@@ -138,7 +222,15 @@ def _pays(found: Sequence[Verdict]) -> Answer:
         return "", []
     counts = [f"in {len(own)} {words[word][0]}" for word, own in units.items()]
     answer = f"Of {len(found)} comparisons with routing that learns nothing, {_and(counts)}."
-    return answer, [f"{words[word][1]}: {listed(own)}." for word, own in units.items()]
+    below = [f"{words[word][1]}: {listed(own)}." for word, own in units.items()]
+    dense = [
+        f"{said} on {_list(own)}"
+        for word, said in (("supported", "better"), ("contradicted", "worse"))
+        if (own := _of(mixtures, word))
+    ]
+    if dense:
+        below.append(f"Against a dense network of its size or active width, the mixture is {_and(dense)}.")
+    return answer, below
 
 
 def _of(found: Sequence[Verdict], word: str) -> list[Verdict]:
@@ -152,32 +244,49 @@ def _gain(verdict: Verdict) -> float:
     return verdict.claim.measure.sign * verdict.comparison.difference if verdict.comparison else 0.0
 
 
+def _cause(verdict: Verdict, contrast: str) -> Cause | None:
+    return next((one for one in verdict.causes if one.contrast == contrast), None)
+
+
 def _apart(verdict: Verdict) -> bool:
     return verdict.comparison is not None and not verdict.comparison.low <= 0 <= verdict.comparison.high
+
+
+def _amount(verdict: Verdict, gain: float) -> str:
+    measure = verdict.claim.measure
+    return f"{abs(gain) * measure.scale:.{max(1, measure.decimals - 1)}f} {measure.unit}"
 
 
 def _list(units: Sequence[Verdict], *notes: Callable[[Verdict], str]) -> str:
     """ "CIFAR-100 (by 0.5 points; less than would matter) and MNIST (by 0.1 points)"."""
     parts = []
     for v in units:
-        measure = v.claim.measure
-        amount = f"by {abs(_gain(v)) * measure.scale:.{max(1, measure.decimals - 1)}f} {measure.unit}"
         stage = "" if v.confirmatory else "exploratory"
-        said = "; ".join(filter(None, [amount, *(note(v) for note in notes), stage]))
+        said = "; ".join(filter(None, [f"by {_amount(v, _gain(v))}", *(note(v) for note in notes), stage]))
         parts.append(f"{place(v)}{' with SNNL' * (v.claim.wording == BESIDE)} ({said})")
     return _and(parts)
 
 
-def _names(units: Sequence[Verdict]) -> str:
-    return _and(list(dict.fromkeys(place(v) + " (exploratory)" * (not v.confirmatory) for v in units)))
+def _names(units: Sequence[Verdict], note: Callable[[Verdict], str] = lambda v: "") -> str:
+    said = [(place(v), filter(None, [note(v), "" if v.confirmatory else "exploratory"])) for v in units]
+    names = [f"{name} ({', '.join(notes)})".removesuffix(" ()") for name, notes in said]
+    return _and(list(dict.fromkeys(names)))
 
 
-def _against(verdict: Verdict) -> str:
-    return f"against the {in_words(verdict.control)}"
+def _seen(verdict: Verdict) -> str:
+    """Of a gain that correction for the number of claims makes too unsure to be called supported."""
+    return "seen before correction for the number of claims" * (_apart(verdict) and _gain(verdict) > 0)
 
 
 def _little(verdict: Verdict) -> str:
-    return "less than would matter" * (abs(_gain(verdict)) < verdict.margin)
+    """Of a difference that matters in neither direction, by its 90 % interval."""
+    low, high = stats.t_interval(verdict.parts[0].signed_S, 0.90)
+    return "less than would matter" * (-verdict.margin < low and high < verdict.margin)
+
+
+def _uncorrected(verdict: Verdict) -> str:
+    """Of what *contradicted* asks less of than *supported*."""
+    return "not corrected for the number of claims" * (verdict.word == "contradicted")
 
 
 def _caveats(verdict: Verdict) -> list[str]:
@@ -185,15 +294,5 @@ def _caveats(verdict: Verdict) -> list[str]:
     return said + ["another checkpoint gives another verdict"] * verdict.depends_on_checkpoint
 
 
-def _mechanism(verdict: Verdict) -> str:
-    """Whether a gain needs the mixture; "" where nothing says so."""
-    readings = {
-        "interval on the claimed side": "a dense network gains less",
-        "interval on the other side": "a dense network gains more",
-        "interval includes 0": "a dense network may gain as much",
-    }
-    return next((readings[one.reading] for one in verdict.causes if one.contrast == MECHANISM), "")
-
-
 def _and(parts: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) if parts else ""

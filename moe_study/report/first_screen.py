@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from moe_study import store
-from moe_study.claims import Measure
+from moe_study.claims import Claim
 from moe_study.report import verdicts as words
 from moe_study.report.plots import DATASET_TITLES
 from moe_study.report.tables import grouped
@@ -53,13 +53,13 @@ def _section(title: str, units: Sequence[Verdict]) -> dict[str, Any]:
     rows = grouped(sorted(units, key=lambda v: (order.index(v.dataset), v.claim.study in SPECIAL)), place)
     columns, notes = [], {}
     for wording, own in grouped(units, lambda v: v.claim.wording).items():
-        against = {v.control for v in own}
+        against = {(v.control, v.where) for v in own}
         notes[wording] = len(against) > 1 and not whole
         columns.append(
             {
                 "claim": wording,
-                "unit": " or ".join(filter(None, dict.fromkeys(_unit(v.claim.measure) for v in own))),
-                "against": _against(own[0]) if len(against) == 1 and not whole else "",
+                "unit": " or ".join(filter(None, dict.fromkeys(_unit(v.claim) for v in own))),
+                "against": words.against(own[0]) if len(against) == 1 and not whole else "",
             }
         )
     cells = {
@@ -69,17 +69,15 @@ def _section(title: str, units: Sequence[Verdict]) -> dict[str, Any]:
     return {"title": title, "columns": columns, "rows": cells}
 
 
-def _unit(measure: Measure) -> str:
-    return f"{measure.unit} {LOW_IS_GOOD * (measure.direction == 'lower')}".strip()
-
-
-def _against(verdict: Verdict) -> str:
-    return f"against {in_words(verdict.control)}"
+def _unit(claim: Claim) -> str:
+    shown = f"{claim.measure.unit} {LOW_IS_GOOD * (claim.measure.direction == 'lower')}".strip()
+    return "; ".join(filter(None, [shown, "our reading" * claim.reading]))
 
 
 def _entry(verdict: Verdict, against: bool) -> dict[str, str]:
     measure, found = verdict.claim.measure, verdict.comparison
-    measure = replace(measure, decimals=min(measure.decimals, 3))  # as fits into a cell
+    if found is None or round(found.difference * measure.scale, 3):
+        measure = replace(measure, decimals=min(measure.decimals, 3))  # as fits into a cell
     interval = "" if found is None else measure.shown(found.low, found.high, unit=False)
     mark, style = MARKS[verdict.word]
     contrast = f"{in_words(verdict.claim.treatment)} minus {in_words(verdict.control)}"
@@ -90,7 +88,7 @@ def _entry(verdict: Verdict, against: bool) -> dict[str, str]:
         "title": f"{contrast}: {words.word(verdict)}. {words.reason(verdict)}",
         "difference": "no pairs" if found is None else measure.shown(found.difference, unit=False),
         "interval": interval + words.earlier(verdict),
-        "against": _against(verdict) if against else "",
+        "against": words.against(verdict) if against else "",
     }
 
 
@@ -105,10 +103,12 @@ GLOSSARY = {
     "AC router": "routes in a space scaled by each expert's cluster",
     "+a [b, c]": f"mean difference over paired seeds [95 % interval]; {LOW_IS_GOOD}: low is good",
     "supported": "claimed sign, corrected p at most 0.05, no checkpoint against it",
-    "contradicted": "90 % interval on the wrong side of 0",
+    "contradicted": "90 % interval on the wrong side of 0, not corrected for the number of claims",
     "smaller than claimed": "90 % interval below the difference that counts",
     "undecided": "too few seeds to say",
     "not testable here": "nothing to resolve, models hardly trained, or learned routing not shown to pay",
+    "pays": "is more accurate than routing that learns nothing",
+    "our reading": "the paper says that SNNL resolves collapse; the measure is ours",
     "confirmatory": "seeds declared before their first run; else exploratory",
 }
 
@@ -121,19 +121,16 @@ def first_screen(found: Sequence[Verdict]) -> str:
     return _TEMPLATES.get_template("first.html.j2").render(shown)
 
 
-def scope(found: Sequence[Verdict], endpoints: bool = True) -> str:
-    """Models, budgets and data behind the answers; with `endpoints` also what another epoch decided."""
+def scope(found: Sequence[Verdict], models: bool = True) -> str:
+    """Models and budgets behind the answers, and what another epoch decided; shorter without `models`."""
     decided = [v for v in found if v.word != "pilot"]
     if not decided:
         return ""
+    text = "Scope: small models, trained briefly, judged at the last epoch"
+    if earlier := sum(v.endpoint != store.PRIMARY_ENDPOINT for v in decided):
+        text += f"; {earlier} exploratory verdicts (†) at the epoch of the lowest validation cross-entropy"
     listed = "; ".join(
-        f"{', '.join(dict.fromkeys(DATASET_TITLES[v.dataset] for v in own))}: {model}"
+        f"{', '.join(dict.fromkeys(map(place, own)))}: {model}"
         for model, own in grouped(decided, lambda v: v.scope).items()
     )
-    text = f"Scope: small models, trained briefly, judged at the last epoch. {listed}."
-    if endpoints and (earlier := sum(v.endpoint != store.PRIMARY_ENDPOINT for v in decided)):
-        text += (
-            f" {earlier} exploratory verdicts (†) are measured at the epoch of the lowest validation "
-            "cross-entropy."
-        )
-    return text
+    return f"{text}. {listed}." if models else f"{text}."

@@ -26,6 +26,12 @@ def place(verdict: Verdict) -> str:
     return DATASET_TITLES[verdict.dataset] + SPECIAL.get(verdict.claim.study, "")
 
 
+def against(verdict: Verdict) -> str:
+    """ "against the linear router", and in which of the model's mixtures."""
+    name = in_words(verdict.control)
+    return " ".join(filter(None, ["against", "the" * name.endswith("router"), name, verdict.where]))
+
+
 def contrast(verdict: Verdict) -> str:
     return f"{verdict.claim.treatment} - {verdict.control}"
 
@@ -59,10 +65,10 @@ def table(found: Sequence[Verdict]) -> pd.DataFrame:
     for verdict in found:
         claim, comparison = verdict.claim, verdict.comparison
         row = {
-            "of": claim.source,
+            "of": claim.source + ", as we read it" * claim.reading,
             "data set": place(verdict),
             "claim": claim.wording,
-            "against": f"{verdict.control}: {claim.controls[verdict.control]}",
+            "against": f"{verdict.control}: {claim.controls[verdict.control]} {verdict.where}".strip(),
             "verdict": word(verdict) + earlier(verdict),
             "counts from": claim.measure.shown(claim.measure.sign * verdict.margin),
             "p (Holm)": "-" if math.isnan(verdict.p_holm) else tables.shown_p(verdict.p_holm),
@@ -123,7 +129,8 @@ def reason(verdict: Verdict) -> str:
         "supported": f"Holm p {tables.shown_p(verdict.p_holm)}, and no endpoint contradicts it",
         "contradicted": "the 90 % interval lies wholly on the other side of zero",
         "smaller than claimed": f"the 90 % interval lies wholly below {margin}",
-        "undecided": f"about {verdict.seeds_needed} paired seeds would find {margin} with 80 % power",
+        "undecided": f"about {verdict.seeds_needed} paired seeds would find {margin} with 80 % power, before "
+        "correction for the number of claims",
         "pilot": f"fewer than {tables.PILOT_BELOW} paired seeds",
         "not testable here": "",
     }

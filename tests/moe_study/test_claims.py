@@ -501,10 +501,9 @@ def test_attribution_never_decides():
     arms = {"snnl-shuffled": 0.01, "dense": 0.0, "dense-snnl": 0.01}
     found = judged(snnl_results(gain=0.01, others=arms), "snnl-accuracy")
     assert found.word == "supported"
-    assert [cause.contrast for cause in found.causes] == [
-        "snnl - snnl-shuffled", "(snnl - base) - (dense-snnl - dense)",
-    ]  # fmt: skip
-    for cause in found.causes:
+    causes = {cause.contrast: cause for cause in found.causes}
+    for name in ("snnl - snnl-shuffled", "(snnl - base) - (dense-snnl - dense)"):
+        cause = causes[name]
         assert cause.comparison.difference == pytest.approx(0.0, abs=1e-9)
         assert cause.reading == "interval includes 0"
         assert "we cannot tell whether it needs" in words.cause(cause, found)

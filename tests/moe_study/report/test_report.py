@@ -533,7 +533,10 @@ def test_verdicts_as_tables(core):
     ]  # fmt: skip
     assert row[["difference", "95 % interval"]].tolist() == ["+1.67 points", "[+0.23, +3.10]"]
     assert row["seeds"] == "3 (pilot)"
-    assert table.loc[("a mixture beats a dense network", "dense: no mixture"), "seeds"] == "3 (pilot)"
+    assert (
+        table.loc[("a mixture beats a dense network", "dense: no mixture, of the same size"), "seeds"]
+        == "3 (pilot)"
+    )
     hangs = words.firmness(found).loc[("FashionMNIST", "more accurate")]
     assert hangs[["at half the margin", "last epoch", "best accuracy"]].tolist() == ["pilot"] * 3
     assert hangs["interval over seeds and images"] == "-"
@@ -647,7 +650,7 @@ def test_answers_name_what_is_decided_and_leave_pilots_out(folders):
         for run in study.runs("core", "snnl", "fashion_mnist", arm)[:3]:
             store.write_run(run.path, made_up(run))
     text = answers(selection.find_verdicts("core"))
-    assert "**Did SNNL help?** Yes, in 1 of 1 places: more accurate on CIFAR-100 (by 2.0 points; " in text
+    assert "**Did SNNL help?** Yes, in 1 of 1 settings: more accurate on CIFAR-100 (by 2.0 points; " in text
     assert "; exploratory)." in text
     assert "CNN, 4 experts of width 512, 8 epochs" in first_screen.scope(selection.find_verdicts("core"))
     assert "FashionMNIST" not in text
@@ -656,7 +659,10 @@ def test_answers_name_what_is_decided_and_leave_pilots_out(folders):
 
 @pytest.mark.parametrize(
     ("spread", "said"),
-    [(0.001, "any gain is smaller than would matter"), (0.03, "a gain is neither shown nor excluded")],
+    [
+        (0.001, "any gain in accuracy is smaller than would matter"),
+        (0.03, "a gain is neither shown nor excluded"),
+    ],
 )
 def test_answers_say_what_ac_gains_where_routing_pays(spread, said):
     draw = np.random.default_rng(0)
@@ -694,6 +700,76 @@ def test_answers_say_whether_a_gain_of_snnl_needs_the_routing(folders):
             store.write_run(run.path, made_up(run, accuracy + 0.001 * (place % 3)))
     text = answers(verdicts.verdicts(study.results(study.runs("core", "collapse")), "collapse"))
     assert "with SNNL a gate that learns nothing is better still" in text
+
+
+SAID_OF_COLLAPSE = {  # accuracies of other arms, and what must stand beside the gain
+    "beyond": ({"uniform-gate": 0.64}, "without SNNL it gains 1.0 points; most of the gain makes up"),
+    "much": ({"uniform-gate": 0.61}, "over a constant gate without SNNL it gains 4.0 points."),
+    "worse": ({"uniform-gate": 0.67}, "a constant gate without SNNL is better"),
+    "balance": ({"base-balance": 0.62}, "load-balancing loss brings in still more, but less accuracy"),
+    "two measures": ({}, "experts become more alike on Three domains; by the CKA of outputs, less alike."),
+}
+
+
+@pytest.mark.parametrize("case", SAID_OF_COLLAPSE)
+def test_answers_say_what_speaks_against_a_gain_of_snnl(case):
+    others, said = SAID_OF_COLLAPSE[case]
+    effective = {"base": 3.0, "snnl": 3.7, "base-balance": 3.95}
+    results = []
+    for arm, accuracy in ({"base": 0.60, "snnl": 0.649} | others).items():
+        for run in study.runs("core", "collapse", arm=arm):
+            wave = 0.001 * (run.seed % 7 + run.seed % 3 * (arm == "snnl"))
+            result = made_up(run, accuracy + wave)
+            result["routing"]["load"]["effective_experts"] = effective.get(arm, 4.0) + wave
+            result["routing"]["entropy"]["marginal"] = 1.0
+            alike = {"outputs_weighted": 0.4, "cka_weighted": 0.1} if arm == "snnl" else {}
+            result["similarity"] |= {k: v + wave for k, v in alike.items()}
+            results.append(result)
+    text = answers(verdicts.verdicts(results, "collapse"))
+    assert "Yes, in 1 of 1 settings: more accurate on Three domains (by 5" in text
+    assert said in text
+    assert "Pilots chose Three domains, because experts fall idle there." in text
+    assert ("constant gate" in text) is ("uniform-gate" in others)
+
+
+@pytest.mark.parametrize(("spread", "little"), [(0.0005, True), (0.0025, False)])
+def test_a_difference_is_little_only_if_its_whole_interval_is(spread, little):
+    """AC loses 0.4 points of the half that would matter."""
+    results = [
+        routed(run, mean + spread * (run.seed % 2 * 2 - 1) * (arm == "ac"))
+        for arm, mean in (("hash", 0.6), ("linear", 0.8), ("cosine", 0.8), ("ac", 0.796))
+        for run in study.runs("core", "ac-vision-confirm", arm=arm)
+    ]
+    found = verdicts.verdicts(results, "ac-vision-confirm")
+    (unit,) = [v for v in found if v.claim.key == "ac-vision-performance" and v.control == "cosine"]
+    assert unit.comparison.high < 0
+    assert ("less than would matter" in answers([unit])) is little
+    assert "not corrected for the number of claims" in answers([unit])
+
+
+def test_answers_name_the_claims_that_could_not_be_tested():
+    results = some_results({arm: [0.9 + 0.001 * i for i in range(10)] for arm in ("base", "snnl")})
+    text = answers(verdicts.verdicts(results, "snnl"))
+    assert (
+        "Could not be tested: experts' weights more orthogonal, on FashionMNIST (exploratory) (there is no"
+        in text
+    )
+    assert (
+        "routing more flexible, on FashionMNIST (exploratory) (no gate that learns nothing was run)" in text
+    )
+
+
+def test_controls_in_one_block_are_said_to_be_in_one_block():
+    results = [
+        routed(run, mean + 0.001 * (run.seed % 7))
+        for arm, mean in {"hash": 0.6, "hash-token": 0.6, "linear": 0.8}.items()
+        for run in study.runs("core", "ac-language-confirm", arm=arm)
+    ]
+    found = verdicts.verdicts(results, "ac-language-confirm")
+    assert {v.where for v in found} == {"in the last of 3 mixtures"}
+    assert "against fixed random experts per byte in the last of 3 mixtures on WikiText-2" in answers(found)
+    shown = words.table(found)["against"].tolist()
+    assert "hash-token: learns no routing, by byte in the last of 3 mixtures" in shown
 
 
 def test_readme_check_sees_a_stale_table_and_changes_nothing(core, capsys):
