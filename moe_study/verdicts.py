@@ -355,7 +355,8 @@ def scope(results: Sequence[Result]) -> str:
         made = f"{kind}, {model['num_experts']} experts of width {model['expert_hidden']}"
     sizes = {"images": run.get("train_images"), "tokens": run.get("epoch_tokens")}
     each = "".join(f" of {size:,} {unit}" for unit, size in sizes.items() if size)
-    return f"{made}, {run['train']['epochs']} epochs{each}"
+    where = f", arms differ {_where(results)}" if _where(results) else ""
+    return f"{made}{where}, {run['train']['epochs']} epochs{each}"
 
 
 def _where(results: Sequence[Result]) -> str:

@@ -27,8 +27,9 @@ OBSTACLES = {  # kinds, as a reader needs them
 }
 
 
-def answers(found: Sequence[Verdict]) -> str:
-    """A Markdown list of three answers, and below each what was found where. Pilots are left out."""
+def answers(found: Sequence[Verdict], most: int | None = None) -> str:
+    """A Markdown list of three answers, and below each what was found where, the weightiest first, at most so
+    many; None: all. Pilots are left out."""
     decided = [v for v in found if v.word != "pilot"]
     own = {
         "Did SNNL help?": _snnl(
@@ -44,7 +45,10 @@ def answers(found: Sequence[Verdict]) -> str:
     lines = []
     for question, (answer, below) in own.items():
         if answer:
-            lines += [f"- **{question}** {answer}", *(f"    - {text}" for text in below if text)]
+            lines += [
+                f"- **{question}** {answer}",
+                *(f"    - {text}" for text in [*filter(None, below)][:most]),
+            ]
     return "\n".join(lines)
 
 
@@ -67,21 +71,23 @@ def _snnl(found: Sequence[Verdict], beside: Sequence[Verdict]) -> Answer:
     answer = f"Not shown in any of {len(accuracy)} settings."
     if yes:
         answer = f"Yes, in {len(yes)} of {len(accuracy)} settings: more accurate on {_list(yes)}."
-    below = [_chosen([*accuracy.values()]), *(f"On {place(v)}: {but(v)}." for v in yes if but(v))]
-    if more := of("supported", "-effective"):
-        below.append(f"More experts are in use with it on {_names(more)}{_balance(more, accuracy)}.")
-    below += [_alike(v) for v in of("contradicted", "-different")]
+    below = [*(f"On {place(v)}: {but(v)}." for v in yes if but(v)), _chosen([*accuracy.values()])]
     if no := of("contradicted"):
         below.append(f"It makes the model less accurate on {_list(no)}.")
     less = [
-        f"smaller than {than} on {_names(units, _seen)}"
+        f"smaller than {than} on {_names(units)}"
         for than, published in (("claimed", True), ("would matter", False))
         if (units := [v for v in small if (v.dataset in v.claim.published) is published])
     ]
     if less:
-        below.append(f"The gain, if there is one, is {_and(less)}.")
+        seen = [v for v in small if _apart(v)]
+        unsure = f"; before correction for the number of claims it is seen on {_names(seen)}" if seen else ""
+        below.append(f"{'Elsewhere the' if yes else 'The'} gain, if there is one, is {_and(less)}{unsure}.")
     if open_ := of("undecided"):
         below.append(f"Undecided on {_names(open_)}.")
+    if more := of("supported", "-effective"):
+        below.append(f"More experts are in use with it on {_names(more)}{_balance(more, accuracy)}.")
+    below += [_alike(v) for v in of("contradicted", "-different")]
     other = [v for v in accuracy.values() if v not in yes and v.depends_on_checkpoint]
     for said, own in grouped(other, lambda v: _and(sorted({*v.by_endpoint.values()} - {v.word}))).items():
         below.append(
@@ -267,15 +273,8 @@ def _list(units: Sequence[Verdict], *notes: Callable[[Verdict], str]) -> str:
     return _and(parts)
 
 
-def _names(units: Sequence[Verdict], note: Callable[[Verdict], str] = lambda v: "") -> str:
-    said = [(place(v), filter(None, [note(v), "" if v.confirmatory else "exploratory"])) for v in units]
-    names = [f"{name} ({', '.join(notes)})".removesuffix(" ()") for name, notes in said]
-    return _and(list(dict.fromkeys(names)))
-
-
-def _seen(verdict: Verdict) -> str:
-    """Of a gain that correction for the number of claims makes too unsure to be called supported."""
-    return "seen before correction for the number of claims" * (_apart(verdict) and _gain(verdict) > 0)
+def _names(units: Sequence[Verdict]) -> str:
+    return _and(list(dict.fromkeys(place(v) + " (exploratory)" * (not v.confirmatory) for v in units)))
 
 
 def _little(verdict: Verdict) -> str:

@@ -52,21 +52,26 @@ def _section(title: str, units: Sequence[Verdict]) -> dict[str, Any]:
     order = list(DATASET_TITLES)
     rows = grouped(sorted(units, key=lambda v: (order.index(v.dataset), v.claim.study in SPECIAL)), place)
     columns, notes = [], {}
-    for wording, own in grouped(units, lambda v: v.claim.wording).items():
+    for kind, own in grouped(units, _kind).items():
         against = {(v.control, v.where) for v in own}
-        notes[wording] = len(against) > 1 and not whole
+        notes[kind] = len(against) > 1 and not whole
         columns.append(
             {
-                "claim": wording,
+                "claim": ", or ".join(dict.fromkeys(v.claim.wording for v in own)),
                 "unit": " or ".join(filter(None, dict.fromkeys(_unit(v.claim) for v in own))),
                 "against": words.against(own[0]) if len(against) == 1 and not whole else "",
             }
         )
     cells = {
-        row: [[_entry(v, notes[w]) for v in own if v.claim.wording == w] for w in notes]
+        row: [[_entry(v, notes[kind]) for v in own if _kind(v) == kind] for kind in notes]
         for row, own in rows.items()
     }
     return {"title": title, "columns": columns, "rows": cells}
+
+
+def _kind(verdict: Verdict) -> str:
+    """What the claims of several studies have in common."""
+    return verdict.claim.key.removeprefix(verdict.claim.study)
 
 
 def _unit(claim: Claim) -> str:

@@ -22,7 +22,7 @@ def readme_section() -> str:
     found = selection.current(selection.find_verdicts("core"))
     if not found:
         return f"{BEGIN}\nNo finished runs yet.\n{END}"
-    parts = [BEGIN, answers(found), first_screen.scope(found, models=False)]
+    parts = [BEGIN, answers(found, most=4), first_screen.scope(found, models=False)]
     parts.append(
         f"![Every claim on every data set: verdict, difference, 95 % interval]({README_PICTURES['verdicts']})"
     )

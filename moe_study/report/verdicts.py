@@ -68,7 +68,9 @@ def table(found: Sequence[Verdict]) -> pd.DataFrame:
             "of": claim.source + ", as we read it" * claim.reading,
             "data set": place(verdict),
             "claim": claim.wording,
-            "against": f"{verdict.control}: {claim.controls[verdict.control]} {verdict.where}".strip(),
+            "against": f"{verdict.control}: {claim.controls[verdict.control]}, {verdict.where}".removesuffix(
+                ", "
+            ),
             "verdict": word(verdict) + earlier(verdict),
             "counts from": claim.measure.shown(claim.measure.sign * verdict.margin),
             "p (Holm)": "-" if math.isnan(verdict.p_holm) else tables.shown_p(verdict.p_holm),

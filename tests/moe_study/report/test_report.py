@@ -769,7 +769,7 @@ def test_controls_in_one_block_are_said_to_be_in_one_block():
     assert {v.where for v in found} == {"in the last of 3 mixtures"}
     assert "against fixed random experts per byte in the last of 3 mixtures on WikiText-2" in answers(found)
     shown = words.table(found)["against"].tolist()
-    assert "hash-token: learns no routing, by byte in the last of 3 mixtures" in shown
+    assert "hash-token: learns no routing, by byte, in the last of 3 mixtures" in shown
 
 
 def test_readme_check_sees_a_stale_table_and_changes_nothing(core, capsys):
