@@ -264,19 +264,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-_STANCE, _eager = ExitStack(), [0]
+_stance, _asking = ExitStack(), 0
 
 
 @contextmanager
 def eager() -> Iterator[None]:
     """Hooks must be seen: a model compiled in place runs eagerly meanwhile, until the last of those who ask
     for it is done: two that watch one model may end in any order."""
-    if _eager[0] == 0 and hasattr(torch.compiler, "set_stance"):  # from torch 2.6
-        _STANCE.enter_context(torch.compiler.set_stance("force_eager"))
-    _eager[0] += 1
+    global _asking
+    if _asking == 0 and hasattr(torch.compiler, "set_stance"):  # from torch 2.6
+        _stance.enter_context(torch.compiler.set_stance("force_eager"))
+    _asking += 1
     try:
         yield
     finally:
-        _eager[0] -= 1
-        if _eager[0] == 0:
-            _STANCE.close()
+        _asking -= 1
+        if _asking == 0:
+            _stance.close()
