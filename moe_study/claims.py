@@ -259,6 +259,12 @@ def _snnl_accuracy(study: str, **more: Any) -> Claim:
     return _snnl_claim("accuracy", "more accurate", ACCURACY, _SMALLEST_GAIN, _SMALLEST_REASON, study, **more)
 
 
+def _snnl_effective(study: str, margin: float, reason: str) -> Claim:
+    measure = Measure("effective experts", "routing.load.effective_experts", "higher", 2)
+    more = {"resolves": "routing", "reading": True}
+    return _snnl_claim("effective", "more effective experts", measure, margin, reason, study, **more)
+
+
 def _ac_claims(study: str, partner: str, performance: Measure, margin: float, reason: str) -> list[Claim]:
     """What the AC paper claims in images and text alike.
 
@@ -350,16 +356,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     _ours("collapse", "pays", PAYS, "base", {"uniform-gate": BLIND}),
     _ours("collapse", "mixture", MIXTURE, "base", {"dense": "no mixture, of the same size"}),
-    _snnl_claim(
-        "effective",
-        "more effective experts",
-        Measure("effective experts", "routing.load.effective_experts", "higher", 2),
-        0.5,
-        "half an expert",
-        study="collapse",
-        resolves="routing",
-        reading=True,
-    ),
+    _snnl_effective("collapse", 0.5, "half an expert"),
     _snnl_claim(
         "different",
         "experts compute more different things",
@@ -394,16 +391,7 @@ CLAIMS: tuple[Claim, ...] = (
     _ours("collapse-top1", "beside", BESIDE, "snnl", {"hash-snnl": BLIND}),
     _ours("collapse-wide", "pays", PAYS, "base", {"uniform-gate": BLIND}),
     _ours("collapse-wide", "mixture", MIXTURE, "base", {"dense": "no mixture, of the same size"}),
-    _snnl_claim(
-        "effective",
-        "more effective experts",
-        Measure("effective experts", "routing.load.effective_experts", "higher", 2),
-        2.0,
-        "an eighth of the experts",
-        study="collapse-wide",
-        resolves="routing",
-        reading=True,
-    ),
+    _snnl_effective("collapse-wide", 2.0, "an eighth of the experts"),
     _snnl_accuracy("collapse-wide", mechanism=True),
     _ours("collapse-wide", "beside", BESIDE, "snnl", {"uniform-snnl": BLIND}),
     _ours("ac-vision", "pays", PAYS, "linear", {"hash": BLIND}, margin=0.005),
