@@ -355,13 +355,12 @@ def scope(results: Sequence[Result]) -> str:
         made = f"{kind}, {model['num_experts']} experts of width {model['expert_hidden']}"
     sizes = {"images": run.get("train_images"), "tokens": run.get("epoch_tokens")}
     each = "".join(f" of {size:,} {unit}" for unit, size in sizes.items() if size)
-    where = f", arms differ {_where(results)}" if _where(results) else ""
-    return f"{made}{where}, {run['train']['epochs']} epochs{each}"
+    return f"{made}, {run['train']['epochs']} epochs{each}"
 
 
-def _where(results: Sequence[Result]) -> str:
-    """ "in the last of 3 mixtures", if the routers of the others are the same in all arms."""
-    trunk = results[0]["run"]["model"].get("trunk") or {}
+def _where(results: Sequence[Result], control: str) -> str:
+    """ "in the last of 3 mixtures", if the control has a linear router in the others, as all arms have."""
+    trunk = next((r["run"]["model"].get("trunk") for r in results if r["run"]["arm"] == control), None) or {}
     blocks, chosen = trunk.get("moe_blocks", ()), trunk.get("router_blocks")
     if chosen is None or len(chosen) == len(blocks):
         return ""
@@ -383,7 +382,7 @@ def _judge(
         claim=claim, profile=run["profile"], study=run["study"], dataset=run["dataset"], control=control,
         word="pilot" if seeds < tables.PILOT_BELOW else "undecided", parts=parts, endpoint=endpoint,
         obstacle=obstacle, p=p, p_holm=math.nan, at_half="undecided", at_twice="undecided", by_endpoint={},
-        seeds_needed=None, causes=(), images=None, scope=scope(own), where=_where(own),
+        seeds_needed=None, causes=(), images=None, scope=scope(own), where=_where(own, control),
     )  # fmt: skip
 
 

@@ -10,10 +10,15 @@ H100. All arms have one learning rate, which has the lowest validation cross-ent
 mean over the five arms and two seeds of "ac-language-confirm-tuning". What came out (RESULTS.md, "Verdicts"):
 a linear router beats fixed experts per position and loses to fixed experts per byte; the AC router is not
 told apart from it.
+
+In that study the other two blocks keep a learned router, beside fixed experts too. "ac-language-everywhere"
+asks what learned routing is worth in all three: the same linear router, taken over from there, against fixed
+experts in every block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from moe_lib.models.language import LanguageConfig
@@ -21,10 +26,13 @@ from moe_lib.models.transformer import TransformerConfig
 from moe_lib.moe import ACConfig
 from moe_study.configs import routed
 from moe_study.configs.arms import (
+    CONFIRMATORY_SEEDS,
     ROUTED_CONTROLS,
     ROUTED_MAIN_ARMS,
     RoutedSettings,
+    routed_arms,
 )
+from moe_study.configs.run import VERSIONS, Run
 from moe_study.train import TrainConfig
 
 SETTINGS: routed.Settings = {
@@ -91,4 +99,24 @@ CONFIRM_SETTINGS: routed.Settings = {
 CONFIRM_ARMS = (*ROUTED_MAIN_ARMS, "hash", "hash-token")
 CONFIRM_COUNTS: routed.SeedCounts = {"core": {"wikitext2": [(CONFIRM_ARMS, 10), (CONTROLS, 8)]}}
 CONFIRMING = routed.confirming("ac-language-confirm", CONFIRM_SETTINGS, CONFIRM_COUNTS, CONFIRM_ARMS)
-STUDIES = STUDY.plans | CONFIRMING.plans
+
+
+def everywhere_runs(profile: str) -> Iterator[Run]:
+    """Learned routing in all blocks against none in any, seed by seed; the rate is that of "…-confirm"."""
+    if profile != "core":
+        return
+    name = "ac-language-everywhere"
+    ((dataset, own),) = CONFIRM_SETTINGS[profile].items()
+    arms = routed_arms("ac-language", own)
+    for seed in CONFIRMATORY_SEEDS[:10]:
+        for arm in ("linear", "hash", "hash-token"):
+            model, objective = arms[arm]
+            if arm != "linear":
+                model = replace(model, trunk=replace(model.trunk, router_blocks=None))
+            yield Run(
+                profile, name, dataset, arm, seed, VERSIONS[name], model, objective, own.train,
+                **own.run_options(),
+            )  # fmt: skip
+
+
+STUDIES = STUDY.plans | CONFIRMING.plans | {"ac-language-everywhere": everywhere_runs}

@@ -135,7 +135,7 @@ def scope(found: Sequence[Verdict], models: bool = True) -> str:
     if earlier := sum(v.endpoint != store.PRIMARY_ENDPOINT for v in decided):
         text += f"; {earlier} exploratory verdicts (†) at the epoch of the lowest validation cross-entropy"
     listed = "; ".join(
-        f"{', '.join(dict.fromkeys(map(place, own)))}: {model}"
+        f"{', '.join(dict.fromkeys(f'{place(v)} {v.where}'.strip() for v in own))}: {model}"
         for model, own in grouped(decided, lambda v: v.scope).items()
     )
     return f"{text}. {listed}." if models else f"{text}."

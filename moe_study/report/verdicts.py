@@ -17,7 +17,11 @@ from moe_study.report.plots import DATASET_TITLES
 from moe_study.verdicts import Cause, Verdict, Word
 
 # Studies of one data set are told apart by what is special about the models of all but one of them.
-SPECIAL = {"collapse-top1": " with one expert per image", "collapse-wide": " with 16 experts"}
+SPECIAL = {
+    "collapse-top1": " with one expert per image",
+    "collapse-wide": " with 16 experts",
+    "ac-language-everywhere": ", every mixture",
+}
 COLUMNS = ("claim", "against", "verdict", "difference", "95 % interval", "counts from", "p (Holm)", "seeds")
 
 

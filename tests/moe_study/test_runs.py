@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,6 +115,29 @@ def test_text_past_the_plateau_changes_the_last_router_alone():
     assert kinds["cosine"][2] == "CosineRouter"
     assert {kinds[arm][2] for arm in kinds if arm.startswith("ac")} == {"AdaptiveClusteringRouter"}
     assert kinds["hash"][2] == kinds["hash-token"][2] == "HashRouter"
+
+
+def test_fixed_experts_in_every_block_are_held_against_runs_that_are_there():
+    """The linear arm is that of the confirmation; the others route by hash alone."""
+    confirmed = {(run.arm, run.seed): run for run in study.runs("core", "ac-language-confirm")}
+    planned = study.runs("core", "ac-language-everywhere")
+    assert Counter(run.arm for run in planned) == dict.fromkeys(("linear", "hash", "hash-token"), 10)
+    for run in planned:
+        other = confirmed[run.arm, run.seed]
+        assert (run.train, run.objective, run.epoch_tokens) == (
+            other.train,
+            other.objective,
+            other.epoch_tokens,
+        )
+        if run.arm == "linear":
+            assert run.model == other.model
+            if other.path.exists():
+                assert study.twin(run) == other
+    (layers,) = {
+        tuple(type(layer.router).__name__ for layer in moe_layers(LanguageModel(run.model, 256)))
+        for run in planned if run.arm != "linear" and run.seed == planned[0].seed
+    }  # fmt: skip
+    assert layers == ("HashRouter",) * 3
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ STUDIES |= {"ac-language-confirm": "ac-language", "ac-vision-confirm": "ac-visio
 WHOLE = {"snnl-confirm": {"fashion_mnist": 40, "cifar10": 90, "cifar100": 90}, "collapse": {"domains": 360}}
 WHOLE |= {"collapse-top1": {"domains": 100}, "collapse-wide": {"fashion_mnist": 90}}
 WHOLE |= {"ac-language-confirm": {"wikitext2": 90}, "ac-vision-confirm": {"shifted_domains": 50}}
+STUDIES["ac-language-everywhere"] = "ac-language-everywhere"
+WHOLE["ac-language-everywhere"] = {"wikitext2": 30}
 NO_UNIT = ("mnist", "digits", "digit_domains", "docs")
 
 
@@ -176,6 +178,9 @@ CLAIMS = {
         of_ac("ac-language-convergence", area, -1, NAT),
         of_ac("ac-language-performance", NATS, -1, NAT),
         of_ac("ac-language-swap", swapped, -1, NAT, resists=swap_cost),
+    ],
+    "ac-language-everywhere": [
+        ours("ac-language-everywhere-pays", "linear", ("hash", "hash-token"), NATS, -1, NAT)
     ],
 }  # fmt: skip
 
