@@ -28,7 +28,7 @@ def readme_section() -> str:
     )
     if selection.whole_runs("core", "collapse"):
         parts.append(
-            "Mean gate weight of each expert (columns) on each domain (rows): with SNNL the load is more "
+            "Mean gate weights of one seed, domains (rows) by experts (columns): with SNNL the load is more "
             "even, but the gate tells the domains less apart.\n\n"
             f"![Mean gate of each domain without and with SNNL]({README_PICTURES['routing']})"
         )
