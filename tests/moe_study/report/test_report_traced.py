@@ -10,6 +10,7 @@ explains difference, interval, p and number of seeds, and the same quantity all 
 Shapes: S seeds, P quantities.
 """
 
+import ast
 import base64
 import functools
 import io
@@ -911,3 +912,16 @@ def test_prose_states_no_results():
         words = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
         found = set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", words)) - DECLARED
         assert not found, f"{found} in {text[:80]}"
+
+
+def test_docstrings_of_plans_say_what_their_studies_took(groups):
+    """Core-minutes, of the studies that are whole."""
+    said = {}
+    for path in (ROOT / "moe_study" / "configs").glob("*.py"):
+        text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
+        said |= dict(re.findall(r'(?:--study |")([a-z0-9-]+)[`"](?: takes)?(?: another)? (\d+)\b', text))
+    assert len(said) > 10
+    for name, time in said.items():
+        results = [r for (own, _), group in groups.items() if own == name for r in group.results]
+        if len(results) == len(study.runs(PROFILE, name)):
+            assert time == f"{minutes(results):.0f}", name
