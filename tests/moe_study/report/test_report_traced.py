@@ -486,12 +486,28 @@ def confirmed(groups):
     return found
 
 
+# Studies of one data set are told apart by their models.
+SPECIAL = {"collapse-top1": " with one expert per image", "collapse-wide": " with 16 experts"}
+
+
+def with_collapse(groups):
+    """(one name, title) -> the groups of the SNNL and the collapse studies, which one table shows."""
+    found = {}
+    for (name, title), group in groups.items():
+        if name in ("snnl, snnl-confirm", "collapse", *SPECIAL):
+            found["snnl and collapse", title + SPECIAL.get(name, "")] = group
+    return found
+
+
 def check_levels(groups, header, rows):
     """mean ± sd, arm by arm: in one study (or its confirmation where whole), one quantity a column (and
     layer, attack, kind of experts)."""
     groups = {**groups, **confirmed(groups)}
+    groups |= with_collapse(groups)
+    groups |= {(n, title + SPECIAL.get(n, "")): group for (n, title), group in groups.items()}
     parts = [name for name in ("experts", "MoE layer", "attack", "without") if name in header]
-    titles = [name for name in header if name in DATASET_TITLES.values()]
+    known = {title for _, title in groups}
+    titles = [name for name in header if name in known]
     others = [name for name in header if name not in ("arm", "seeds", "data set", *parts, *titles)]
     studies = sorted({name for name, _ in groups if not name.endswith("-tuning")})
     for name in studies:
@@ -839,6 +855,8 @@ def test_every_table_of_the_results_page(groups):
     for header, rows in tables:
         if {"data set", "arm", "measure", "contrast"} & set(header):
             check(groups, header, rows)
+        elif header[0] == "term":
+            check_text(groups, header, [dict(zip(header, row, strict=True)) for row in rows])
         elif header[:2] == ["step of", "grows"]:
             check_scaling(header, rows)
         elif header[0] in ("planted", "tool"):
