@@ -1338,14 +1338,13 @@ def test_scores_say_where_files_were_measured_at_different_epochs(folders):
     for dataset, old in (("cifar10", ("linear", "ac")), ("fashion_mnist", ())):
         for arm in ("linear", "ac", "hash"):
             run = study.runs("core", "ac-vision", dataset, arm)[0]
-            result = routed(run, 0.5) | {"machine": "Some CPU", "device": "cpu", "wall_seconds": 1.0}
+            result = routed(run, 0.5)
             if arm in old:
                 del result["primary_endpoint"]
             store.write_run(run.path, result)
     said = overview.endpoints_in_words("core", "ac-vision")
     assert said.endswith("of the lowest validation cross-entropy: CIFAR-10 (all but `hash`).")
     assert overview.endpoints_in_words("core", "ac-language") == ""
-    assert said in readme.results_page()
 
 
 def test_every_measure_of_the_results_page_is_defined():
