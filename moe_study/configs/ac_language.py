@@ -5,15 +5,15 @@ another 8. Every run of it ends on, or has just left, the plateau of a model tha
 of bytes.
 
 "ac-language-confirm" is past that plateau: one pass over WikiText-2 (10.8 MB), and the AC router in the last
-block alone, as in the authors' small language model. About ten core-minutes a run, or a few seconds of an
-H100. All arms have one learning rate, which has the lowest validation cross-entropy at the last epoch, as the
-mean over the five arms and two seeds of "ac-language-confirm-tuning". What came out (RESULTS.md, "Verdicts"):
-a linear router beats fixed experts per position and loses to fixed experts per byte; the AC router is not
-told apart from it.
+block alone, as in the authors' small language model. Its runs shared an H100 and took up to two minutes each.
+All arms have one learning rate, which has the lowest validation cross-entropy at the last epoch, as the mean
+over the five arms and two seeds of "ac-language-confirm-tuning". What came out (RESULTS.md, "Verdicts"): a
+linear router beats fixed experts per position and loses to fixed experts per byte; the AC router is not told
+apart from it.
 
 In that study the other two blocks keep a learned router, beside fixed experts too. "ac-language-everywhere"
 asks what learned routing is worth in all three: the same linear router, taken over from there, against fixed
-experts in every block.
+experts in every block. About ten core-minutes a run.
 """
 
 from __future__ import annotations

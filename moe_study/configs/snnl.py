@@ -3,10 +3,11 @@
 - "snnl": ten seeds, which explored; "snnl-confirm": seeds that no result had been seen of.
 - "snnl-tuning": the grid behind `SETTINGS`.
 
-`python -m moe_study run --profile core --study snnl` takes 414 core-minutes, "snnl-tuning" another 140,
-"snnl-confirm" some 560, or five minutes of an H100. What came out (RESULTS.md, "Verdicts"): half of the
+`python -m moe_study run --profile core --study snnl` takes 414 core-minutes, "snnl-tuning" another 140. On
+cores alone "snnl-confirm" would take about 925: some 540 for CIFAR-10, six minutes a run, and the others as
+long per run as in "snnl"; most of those shared an H100. What came out (RESULTS.md, "Verdicts"): half of the
 claimed gain on CIFAR-100, less than claimed on FashionMNIST; on CIFAR-100 a constant gate beats the learned
-one, with SNNL or without; CIFAR-10 is undecided until its confirmation is made.
+one, and also the learned one with SNNL; CIFAR-10 is undecided until its confirmation is made.
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ class DatasetInfo:
     splits: Callable[[Path], tuple[Split, Split]]  # data folder -> all training images, test images
     classes: tuple[str, ...] = ()  # names of the labels, in their order
     published: tuple[str, ...] = ()  # the entries of `PUBLISHED` whose files it reads
+    about: str = ""  # what it is, where its title does not say that
 
 
 @dataclass(frozen=True)
@@ -363,11 +364,17 @@ DATASETS: dict[str, DatasetInfo] = {
     "digit_domains": DatasetInfo(
         title="Digits, three forms", splits=_both(lambda root, train: _digit_domains(*_digits(train)))
     ),
-    "domains": DatasetInfo(title="Three domains", splits=_both(_domains), published=DOMAINS),
+    "domains": DatasetInfo(
+        title="Three domains",
+        splits=_both(_domains),
+        published=DOMAINS,
+        about="MNIST, FashionMNIST and CIFAR-10 in grey, all 28 x 28, under the same ten labels",
+    ),
     "shifted_domains": DatasetInfo(
         title="Three shifted domains",
         splits=_both(lambda root, train: _shifted(_domains(root, train))),
         published=DOMAINS,
+        about="the same, each image shifted around its edges at random, so that no position means anything",
     ),
     "mnist": _published_info("mnist", "MNIST"),
     "fashion_mnist": _published_info("fashion_mnist", "FashionMNIST", FASHION),

@@ -11,20 +11,23 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Polygon
+from scipy.special import entr
 
 from moe_study.configs.arms import MAIN_ARMS
 from moe_study.data import Dataset
 from moe_study.report.plots import (
     DATASET_TITLES,
     PALETTE,
+    SHARES,
     arm_style,
     arms_of,
+    at_one_seed,
     captioned,
     hide_from,
     matched,
-    median_run,
     new_figure,
     seeds_in_words,
+    which_seed,
     write_values,
 )
 from moe_study.report.tables import Result
@@ -77,21 +80,21 @@ def collapse_and_accuracy(results: Sequence[Result]) -> Figure:
     figure.legend(loc="outside right center", fontsize=9, frameon=False)
     return captioned(
         figure,
-        "Does collapse cost accuracy? To the right more experts are at work, upwards the model is more "
-        "accurate. Small marks are runs, large ones the means of arms; lines are the dense networks, which "
-        f"have no experts to lose; {seeds_in_words(results)}.",
+        "Is a model with more experts at work more accurate? To the right more experts are at work, upwards "
+        "accuracy rises; a constant gate uses all experts. Small marks are runs, large ones the means of "
+        f"arms; lines are the dense networks, which have no experts to lose; {seeds_in_words(results)}.",
     )
 
 
 def domain_routing(results: Sequence[Result]) -> Figure:
-    """Mean gate of each domain (row) over experts (columns), at each arm's seed of median accuracy; experts
-    are ordered so that they match those of the first arm (Hungarian method). Arms that learn no gate are left
-    out."""
-    chosen = {
-        arm: median_run(own, "task.accuracy")
+    """Mean gate of each domain (row) over experts (columns), all arms at one seed; experts are ordered so
+    that they match those of the first arm (Hungarian method). Arms that learn no gate are left out."""
+    gated = {
+        arm: own
         for arm, own in arms_of(results).items()
         if own[0]["run"]["model"]["num_experts"] > 1 and own[0]["run"]["model"]["gate"] == "mlp"
     }
+    chosen = at_one_seed(gated)
     wide = min(max(len(chosen), 1), 4)
     tall = max(-(-len(chosen) // wide), 1)
     figure, axes = new_figure(2.3 * wide + 0.6, 2.1 * tall, tall, wide)
@@ -102,32 +105,33 @@ def domain_routing(results: Sequence[Result]) -> Figure:
             first_GE = gate_GE = gate_GE[:, gate_GE.argmax(0).argsort(kind="stable")]
         elif gate_GE.shape == first_GE.shape:
             gate_GE = matched(gate_GE, first_GE)
-        axis.imshow(gate_GE, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        write_values(axis, gate_GE, high_is_bright=False)
+        axis.imshow(gate_GE, **SHARES)
+        write_values(axis, gate_GE)
         names = DOMAIN_NAMES[result["run"]["dataset"]]
         axis.set(xticks=range(gate_GE.shape[1]), yticks=range(len(names)), xlabel="expert")
         axis.set_xticklabels(range(1, gate_GE.shape[1] + 1))
         axis.set_yticklabels(names if axis in axes[:, 0] else [], fontsize=9)
         accuracy = 100 * result["task"]["accuracy"]
-        axis.set_title(f"{arm}, seed {result['run']['seed']}\n{accuracy:.1f} %", fontsize=10)
+        axis.set_title(f"{arm}, seed {result['run']['seed']}\n{accuracy:.1f} % accurate", fontsize=10)
     hide_from(axes, len(chosen))
     return captioned(
         figure,
-        "Who serves which domain: the mean gate of each domain (row) over the experts (columns), at each "
-        "arm's seed of median accuracy, with experts matched between pictures. Rows that differ: the gate "
-        "tells domains apart; one dark column: routing collapse.",
+        "Who serves which domain: the mean gate of each domain (row) over the experts (columns), with "
+        "experts matched between pictures. Rows that differ: the gate tells domains apart; one bright "
+        "column: routing collapse. In the titles: accuracy on all test images. Shown is "
+        f"{which_seed(chosen)}.",
     )
 
 
 def idea(results: Sequence[Result]) -> Figure:
     """The study in one look: features, gate and experts, without and with SNNL. Features are drawn by hand;
-    shares, effective experts and accuracy are those of each arm's seed of median effective experts."""
-    chosen = {arm: median_run(own) for arm, own in arms_of(results, MAIN_ARMS).items()}
+    mean gate weights (domains are of one size), effective experts and accuracy are those of one seed."""
+    chosen = at_one_seed(arms_of(results, MAIN_ARMS))
     figure, axes = new_figure(4.8 * max(len(chosen), 1), 3.0, 1, max(len(chosen), 1))
     draw = np.random.default_rng(0)
     for axis, (arm, result) in zip(axes[0], chosen.items(), strict=True):
         apart = result["run"]["objective"]["snnl"] is not None
-        share_E = np.array(sorted(result["routing"]["load"]["share"], reverse=True))
+        weight_E = np.sort(np.mean(result["domains"]["domain_expert"], axis=0))[::-1]
         for at, angle in enumerate(np.pi * (0.5 + 2 * np.arange(3) / 3)):
             centre = 0.55 * np.array([np.cos(angle), np.sin(angle)]) * (1.0 if apart else 0.25)
             points_N2 = (
@@ -135,19 +139,19 @@ def idea(results: Sequence[Result]) -> Figure:
             )
             axis.plot(*points_N2.T, "o", color=PALETTE[1 + at], ms=3, mew=0, alpha=0.8)
         axis.add_patch(Polygon([(2.3, 1.1), (2.3, 2.1), (2.75, 1.6)], fc="#dddddd", ec="#555555"))
-        for e, (share, y) in enumerate(zip(share_E, np.linspace(2.75, 0.45, len(share_E)), strict=True), 1):
-            axis.plot(
-                [2.75, 4.0], [1.6, y], color="#333333", lw=0.4 + 10 * share, alpha=0.75, solid_capstyle="butt"
-            )
-            shade = 0.12 + 0.88 * share / share_E.max()
+        places = np.linspace(2.75, 0.45, len(weight_E))
+        for e, (weight, y) in enumerate(zip(weight_E, places, strict=True), 1):
+            lines: Any = {"lw": 0.4 + 10 * weight, "alpha": 0.75, "solid_capstyle": "butt"}
+            axis.plot([2.75, 4.0], [1.6, y], color="#333333", **lines)
+            shade = 0.12 + 0.88 * weight / weight_E.max()
             box: Any = {"boxstyle": "round,pad=0.04", "fc": (0, 0.45, 0.7, shade), "ec": "#555555"}
             axis.add_patch(FancyBboxPatch((4.05, y - 0.2), 0.85, 0.4, **box))
             ink = "white" if shade > 0.6 else "black"
             axis.text(4.47, y, f"expert {e}", ha="center", va="center", fontsize=9, color=ink)
-            axis.text(5.05, y, f"{100 * share:.0f} %", va="center", fontsize=9)
+            axis.text(5.05, y, f"{100 * weight:.0f} %", va="center", fontsize=9)
         for x, label in ((1.0, "features"), (2.5, "gate"), (4.47, "experts")):
             axis.text(x, 3.15, label, ha="center", fontsize=10)
-        effective = result["routing"]["load"]["effective_experts"]
+        effective = np.exp(entr(weight_E).sum())
         name = {"base": "plain MoE", "snnl": "SNNL-MoE"}.get(arm, arm)
         axis.set_title(
             f"{name}: {100 * result['task']['accuracy']:.1f} % accurate, {effective:.1f} effective experts",
@@ -161,7 +165,7 @@ def idea(results: Sequence[Result]) -> Figure:
         figure,
         "The idea. A gate shares inputs out among experts by their features. Where classes overlap (left), "
         "the gate tells them apart badly and a few experts get most of the work: collapse. SNNL pulls each "
-        "class together first (right), which should spread the work. Dots are drawn, colours are classes; "
-        "shares of inputs, effective experts and accuracy are measured, at each arm's seed of median "
-        f"effective experts{where}.",
+        "class together first (right), which should spread the work. Dots are drawn, colours are classes. "
+        "Percentages are the gate's mean weights, and effective experts the exponential of their entropy; "
+        f"they and accuracy are measured at {which_seed(chosen)}{where}.",
     )

@@ -1,4 +1,4 @@
-"""Figures and table of the collapse map: where a mixture collapses, what that costs, what SNNL gives back.
+"""Figures and table of the collapse map: where mixtures collapse, what a learned gate costs, what SNNL adds.
 
 A cell is one size of the model: experts across, their width down, a panel for each width of the code.
 
@@ -7,6 +7,7 @@ Shapes: E experts, H expert hidden width, S seeds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moe_study.report.plots import STYLE
+from moe_study.report.plots import STYLE, captioned
 from moe_study.report.tables import Result, signed
 
 Size = tuple[int, int, int]  # code width, E, H
@@ -33,11 +34,11 @@ def _cells(results: Sequence[Result]) -> dict[Size, Cell]:
     return found
 
 
-def effective_share(cell: Cell) -> np.ndarray:
-    """(exp H(E) - 1) / (E - 1) of `base`: 1 where all experts are used alike, 0 where one does all."""
+def evenness(of: str, cell: Cell) -> np.ndarray:
+    """(exp H(E) - 1) / (E - 1) of an arm: 1 where all experts are used alike, 0 where one does all."""
     values = []
     for (arm, _), result in cell.items():
-        if arm == "base":
+        if arm == of:
             experts = result["run"]["model"]["num_experts"]
             values.append((result["routing"]["load"]["effective_experts"] - 1) / (experts - 1))
     return np.array(values)
@@ -53,6 +54,7 @@ def gain(treatment: str, control: str, cell: Cell) -> np.ndarray:
 COSTS: dict[str, Quantity] = {
     "base − uniform-gate: does learned routing pay?": partial(gain, "base", "uniform-gate"),
     "base-balance − base: does balance help?": partial(gain, "base-balance", "base"),
+    "base-balance − uniform-gate: does it pay with balance?": partial(gain, "base-balance", "uniform-gate"),
 }
 GAINS: dict[str, Quantity] = {
     "snnl − base": partial(gain, "snnl", "base"),
@@ -62,18 +64,57 @@ GAINS: dict[str, Quantity] = {
 
 
 def collapse_map(results: Sequence[Result]) -> Figure:
-    """Share of the experts that `base` uses, median over seeds: dark where it has collapsed."""
-    return _map(results, {"share of experts in effect, base": effective_share}, shares=True)
+    """How evenly `base` uses its experts, median over seeds: dark where it has collapsed."""
+    figure = _map(results, {"evenness of use, base": partial(evenness, "base")}, even=True)
+    return captioned(
+        figure,
+        "Where a mixture collapses: how evenly `base` uses its E experts, (exp H(E) - 1) / (E - 1), over "
+        "their number (across), their width (down) and the code's (panels). 1: all alike; 0: one does all; "
+        f"dark: collapsed. {_medians(results)}.",
+    )
 
 
 def cost_map(results: Sequence[Result]) -> Figure:
     """Accuracy in points: learned routing against a constant gate, and what balancing the load changes."""
-    return _map(results, COSTS)
+    cells = _cells(results).values()
+    lost = [
+        np.median(values_S) < 0 for c in cells if (values_S := gain("base-balance", "uniform-gate", c)).size
+    ]
+    even = [np.median(values_S) for c in cells if (values_S := evenness("base-balance", c)).size]
+    said = (
+        f"With that loss a learned gate is less accurate than a constant one in {sum(lost)} of {len(lost)} "
+        f"cells; its evenness is {math.floor(100 * min(even)) / 100:.2f} or more in all of them."
+        if lost
+        else ""
+    )
+    return captioned(
+        _map(results, COSTS),
+        "What a learned gate costs: its accuracy minus that of a constant gate, without and with the balance "
+        f"loss, and what that loss changes. {said} {_differences(results)}",
+    )
 
 
 def gain_map(results: Sequence[Result]) -> Figure:
     """Accuracy in points: what SNNL adds to `base`, and learned against constant routing with SNNL."""
-    return _map(results, GAINS)
+    return captioned(
+        _map(results, GAINS),
+        "What SNNL adds to the accuracy of `base`, and learned minus constant routing with SNNL. "
+        f"{_differences(results)}",
+    )
+
+
+def _medians(results: Sequence[Result]) -> str:
+    seeds = len({result["run"]["seed"] for result in results})
+    return f"Medians over {seeds} seeds" if seeds > 1 else "One seed"
+
+
+def _differences(results: Sequence[Result]) -> str:
+    """How to read a map of differences."""
+    seeds = len({result["run"]["seed"] for result in results})
+    chance = f"; bold where all seeds agree on the sign, as 1 cell in {2 ** (seeds - 1)} does by chance"
+    return (
+        f"{_medians(results)}, in points. Red: higher, each row on a scale of its own{chance * (seeds > 1)}."
+    )
 
 
 def map_table(results: Sequence[Result]) -> pd.DataFrame:
@@ -99,8 +140,8 @@ def map_table(results: Sequence[Result]) -> pd.DataFrame:
     return table
 
 
-def _map(results: Sequence[Result], quantities: dict[str, Quantity], shares: bool = False) -> Figure:
-    """A row of panels for each quantity, with medians over seeds in the cells. Shares lie in [0, 1];
+def _map(results: Sequence[Result], quantities: dict[str, Quantity], even: bool = False) -> Figure:
+    """A row of panels for each quantity, with medians over seeds in the cells. Evenness lies in [0, 1];
     differences have colours that are even around 0."""
     cells = _cells(results)
     codes, experts, widths = (sorted({size[i] for size in cells}) for i in range(3))
@@ -112,27 +153,27 @@ def _map(results: Sequence[Result], quantities: dict[str, Quantity], shares: boo
             values = {size: quantity(cell) for size, cell in cells.items()}
             medians = {size: np.median(values_S) for size, values_S in values.items() if values_S.size}
             bound = max(map(abs, medians.values()), default=1.0)
-            low, high, colours = (0, 1, "viridis") if shares else (-bound, bound, "RdBu_r")
+            low, high, colours = (0, 1, "viridis") if even else (-bound, bound, "RdBu_r")
             axes = part.subplots(1, len(codes), squeeze=False)[0]
             for axis, code in zip(axes, codes, strict=True):
                 shown_HE = np.array([[medians.get((code, e, h), np.nan) for e in experts] for h in widths])
                 image = axis.imshow(shown_HE, cmap=colours, vmin=low, vmax=high, aspect="auto")
                 for y, x in np.argwhere(np.isfinite(shown_HE)):
-                    _write(image, x, y, shown_HE[y, x], values[code, experts[x], widths[y]], shares)
+                    _write(image, x, y, shown_HE[y, x], values[code, experts[x], widths[y]], even)
                 axis.set(xticks=range(len(experts)), yticks=range(len(widths)), xlabel="experts")
                 axis.set_xticklabels(map(str, experts))
                 axis.set_yticklabels(map(str, widths))
                 axis.set_title(f"code of {code}", fontsize=9)
             axes[0].set_ylabel("expert width")
             part.suptitle(title, fontsize=10, weight="bold", x=0.01, ha="left")
-            part.colorbar(image, ax=axes.tolist(), shrink=0.9, label="share" if shares else "points")
+            part.colorbar(image, ax=axes.tolist(), shrink=0.9, label="evenness" if even else "points")
     return figure
 
 
-def _write(image: Any, x: int, y: int, median: float, values_S: np.ndarray, share: bool) -> None:
+def _write(image: Any, x: int, y: int, median: float, values_S: np.ndarray, even: bool) -> None:
     """A median in its cell, in an ink that shows; of a difference bold where all seeds agree on the sign."""
     red, green, blue, _ = image.cmap(image.norm(median))
     ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
-    agree = not share and values_S.size > 1 and abs(np.sign(values_S).sum()) == values_S.size
-    text, weight = f"{median:.2f}" if share else signed(median, 1), "bold" if agree else "normal"
+    agree = not even and values_S.size > 1 and abs(np.sign(values_S).sum()) == values_S.size
+    text, weight = f"{median:.2f}" if even else signed(median, 1), "bold" if agree else "normal"
     image.axes.text(x, y, text, ha="center", va="center", fontsize=8, weight=weight, color=ink)

@@ -34,16 +34,27 @@ LANGUAGE_SCORES = (
 
 
 def each_dataset(
-    profile: str, study_name: str, columns: tables.Columns, table: Callable[[pd.DataFrame], pd.DataFrame]
+    profile: str,
+    study_names: str | Sequence[str],
+    columns: tables.Columns,
+    table: Callable[[pd.DataFrame], pd.DataFrame],
 ) -> pd.DataFrame:
     """`table` of each data set's runs, one below the other; empty where nothing is finished."""
+    names = [study_names] if isinstance(study_names, str) else study_names
     found = {
-        DATASET_TITLES[dataset]: table(tables.frame(study.results(runs), columns))
-        for dataset, runs in selection.evidence(profile, study_name).items()
+        title(name, dataset): table(tables.frame(study.results(runs), columns))
+        for name in names
+        for dataset, runs in selection.evidence(profile, name).items()
     }
     return pd.concat(found, names=["data set"]) if found else pd.DataFrame()
 
 
+def title(study_name: str, dataset: str) -> str:
+    """The data set, and what is special about the models of a study, as verdicts say it."""
+    return DATASET_TITLES[dataset] + words.SPECIAL.get(study_name, "")
+
+
+COLLAPSE_STUDIES = ("snnl", "collapse", "collapse-top1", "collapse-wide")
 COLLAPSE_COLUMNS: tables.Columns = {
     name: tables.COLUMNS[name]
     for name in ("effective experts", "dead experts", "cost of permuted routing", "cos outputs")
@@ -58,7 +69,7 @@ def collapse_table(profile: str) -> pd.DataFrame:
         main = frame[frame["arm"].isin(arms.MAIN_ARMS)]
         return tables.summary(main, list(COLLAPSE_COLUMNS), COLLAPSE_COLUMNS)
 
-    return each_dataset(profile, "snnl", COLLAPSE_COLUMNS, of_main_arms)
+    return each_dataset(profile, COLLAPSE_STUDIES, COLLAPSE_COLUMNS, of_main_arms)
 
 
 def accuracy_table(
@@ -74,7 +85,7 @@ def accuracy_table(
     columns = {}
     for dataset, runs in found(profile, study_name).items():
         frame = tables.frame(study.results(runs), {"accuracy": tables.COLUMNS["accuracy"]})
-        columns[DATASET_TITLES[dataset]] = {
+        columns[title(study_name, dataset)] = {
             str(arm): f"{tables.shown_level(group['accuracy'], tables.COLUMNS['accuracy'])} ({len(group)})"
             for arm, group in frame.groupby("arm", sort=False)
         }
@@ -130,6 +141,26 @@ def scores_table(profile: str, study_name: str) -> pd.DataFrame:
     }.get(study_name, (tables.VISION_COLUMNS, VISION_SCORES))
     return each_dataset(
         profile, study_name, columns, lambda frame: tables.summary(frame, list(shown), columns)
+    )
+
+
+def endpoints_in_words(profile: str, study_name: str) -> str:
+    """At which epochs `scores_table` was measured, as a sentence; "" where all of it is of the last one."""
+    older = []
+    for dataset, runs in selection.evidence(profile, study_name).items():
+        arms_of: dict[bool, list[str]] = {True: [], False: []}
+        for result in study.results(runs):
+            last = result.get("primary_endpoint", "best_cross_entropy") == store.PRIMARY_ENDPOINT
+            arms_of[last].append(f"`{result['run']['arm']}`")
+        if arms_of[False]:
+            newer = ", ".join(dict.fromkeys(arms_of[True]))
+            older.append(DATASET_TITLES[dataset] + (f" (all but {newer})" if newer else ""))
+    if not older:
+        return ""
+    return (
+        "Accuracy and cross-entropy are at the last epoch, and the validation area is over all epochs; the "
+        "other measures are at the last epoch too, but in older files at that of the lowest validation "
+        f"cross-entropy: {', '.join(older)}."
     )
 
 

@@ -5,10 +5,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_study import store, study
-from moe_study.report import collapse_plots, first_screen, overview, plots, selection, verdict_plots
+from moe_study.report import (
+    collapse_plots,
+    first_screen,
+    glossary,
+    overview,
+    plots,
+    selection,
+    verdict_plots,
+)
 from moe_study.report import verdicts as words
 from moe_study.report.answers import answers
 from moe_study.report.page import markdown
@@ -28,13 +37,19 @@ def readme_section() -> str:
     )
     if selection.whole_runs("core", "collapse"):
         parts.append(
-            "Mean gate weight of each expert (columns) on each domain (rows): with SNNL the load is more "
+            "Mean gate weights of one seed, domains (rows) by experts (columns): with SNNL the load is more "
             "even, but the gate tells the domains less apart.\n\n"
             f"![Mean gate of each domain without and with SNNL]({README_PICTURES['routing']})"
         )
     return "\n\n".join(parts) + f"\n\n{END}"
 
 
+RESULTS_MEASURES = (
+    "representational collapse",
+    *overview.COLLAPSE_COLUMNS,
+    *overview.VISION_SCORES,
+    *overview.LANGUAGE_SCORES,
+)
 ACCURACY_OF = ("snnl-confirm", "snnl", "collapse", "collapse-top1", "collapse-wide")
 README_PICTURES = {"verdicts": "figures/readme/verdicts.png", "routing": "figures/readme/routing.png"}
 
@@ -56,6 +71,7 @@ def results_page() -> str:
     results = study.results(study.runs(profile))
     machines = ", ".join(sorted({r["machine"] for r in results if r["device"] == "cpu"}))
     found = selection.current(selection.find_verdicts(profile))
+    unused = sorted(set(first_screen.MARKS) - {v.word for v in found})
     sections = [
         "# Results",
         "Written by `make readme` from the files under `results/`. Figures, and the reasons behind each "
@@ -64,6 +80,10 @@ def results_page() -> str:
         f"included, {overview.core_minutes(results):.0f} core-minutes on {machines}"
         f"{overview.on_gpus(results)}. "
         "Regenerate with `make report PROFILE=core`.",
+        "## Words, arms and measures",
+        folded_table("Words", glossary.terms_table(unused)),
+        folded_table("Arms", glossary.arms_table(results)),
+        folded_table("Measures", glossary.measures_table(RESULTS_MEASURES)),
         "## Verdicts",
         f"{words.tally(found)} {selection.unfinished(profile)}".strip(),
         answers(found),
@@ -80,8 +100,8 @@ def results_page() -> str:
         "Published accuracies (second-hand) beside ours, in %, at the last epoch:",
         markdown(overview.published_table(profile)),
         *_accuracies(profile),
-        "Is there collapse? Of four experts, mean ± standard deviation over seeds; older files measured "
-        "it at the epoch of the lowest validation cross-entropy:",
+        "Is there collapse? Of four experts, or of as many as the row says; mean ± standard deviation over "
+        "seeds. Older files measured it at the epoch of the lowest validation cross-entropy:",
         markdown(overview.collapse_table(profile)),
     ]
     for name, title in (
@@ -91,9 +111,15 @@ def results_page() -> str:
     ):
         table = overview.scores_table(profile, name)
         if not table.empty:
-            sections += [f"## {title}", "Mean ± standard deviation over seeds:", markdown(table)]
+            said = f"Mean ± standard deviation over seeds. {overview.endpoints_in_words(profile, name)}"
+            sections += [f"## {title}", said.strip(), markdown(table)]
     sections += ["## Speed and memory", *speed_sections(), *inspector_sections()]
     return "\n\n".join(sections) + "\n"
+
+
+def folded_table(summary: str, table: pd.DataFrame) -> str:
+    """A Markdown table that a click opens."""
+    return f"<details><summary>{summary}</summary>\n\n{markdown(table)}\n\n</details>"
 
 
 def _accuracies(profile: str) -> list[str]:

@@ -18,6 +18,8 @@ def finished_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
 
 def evidence(profile: str, study_name: str) -> dict[str, list[study.Run]]:
     """The same of `study.evidence`: confirmatory runs where they are whole."""
+    if study_name in CONFIRMATORY:
+        return whole_runs(profile, study_name)
     return _finished(study.evidence(profile, study_name))
 
 

@@ -19,6 +19,7 @@ from moe_study.collapse import collapse, trajectory
 from moe_study.configs.arms import MAIN_ARMS
 from moe_study.data import DATASETS
 from moe_study.report.plots import (
+    SHARES,
     STYLE,
     arm_style,
     arms_of,
@@ -106,7 +107,7 @@ def routing_heatmap(results: Sequence[Result]) -> Figure:
     gates_CE = gates_CE[:, np.argsort(-gates_CE.sum(0), kind="stable")]
     order = np.lexsort((-gates_CE.max(1), gates_CE.argmax(1)))
     few = len(order) <= 20
-    small, heat = 5, {"cmap": "viridis", "vmin": 0, "vmax": 1, "aspect": "auto"}
+    small = 5
     lines = max(-(-len(group) // small) for group in shown.values())
     figure = Figure(figsize=(4.6 * len(shown) + 0.6, 4.2 + 0.95 * lines), layout="constrained")
     with mpl.rc_context(STYLE | {"axes.titleweight": "normal", "axes.titlesize": 10}):
@@ -120,7 +121,7 @@ def routing_heatmap(results: Sequence[Result]) -> Figure:
             grid = axis.get_subplotspec().get_gridspec()
             middle = median_run(group)
             matched_CE = matched(_gates(middle), gates_CE)[order]
-            picture = axis.imshow(matched_CE, **heat)
+            picture = axis.imshow(matched_CE, **SHARES)
             effective = look_up(middle, "routing.load.effective_experts")
             axis.set(
                 title=f"{arm}, seed {middle['run']['seed']}: {effective:.2f} effective experts",
@@ -128,13 +129,13 @@ def routing_heatmap(results: Sequence[Result]) -> Figure:
             )
             axis.set_xticks(range(matched_CE.shape[1]), range(1, matched_CE.shape[1] + 1))
             if few and matched_CE.shape[1] <= 8:
-                write_values(axis, matched_CE, high_is_bright=True)
+                write_values(axis, matched_CE)
             names = DATASETS[group[0]["run"]["dataset"]].classes or [""] * len(order)
             labels = [f"{c} {names[c]}".strip() for c in order] if few else []
             axis.set_yticks(range(len(labels)), labels if axis is large[0] else [""] * len(labels))
             for at, result in enumerate(group):
                 tile = part.add_subplot(grid[1 + at // small, at % small])
-                tile.imshow(matched(_gates(result), gates_CE)[order], **heat)
+                tile.imshow(matched(_gates(result), gates_CE)[order], **SHARES)
                 tile.set(xticks=[], yticks=[])
                 effective = look_up(result, "routing.load.effective_experts")
                 tile.set_title(f"{effective:.1f}", fontsize=8, fontweight="normal", pad=2)

@@ -68,14 +68,46 @@ def test_cells_hold_paired_medians_and_are_bold_where_all_seeds_agree(results):
     assert weights == {"bold", "normal"}
 
 
-def test_share_of_experts_is_0_for_one_and_1_for_all(results):
+def test_evenness_is_0_for_one_expert_and_1_for_all(results):
     for result in results:
         experts = result["run"]["model"]["num_experts"]
         full = result["run"]["model"]["code_dim"] == 8
         result["routing"]["load"]["effective_experts"] = float(experts if full else 1)
-    found = panels(map_plots.collapse_map(results))
+    figure = map_plots.collapse_map(results)
+    assert "(exp H(E) - 1) / (E - 1)" in figure.get_label()
+    found = panels(figure)
     for (_, column), texts in found.items():
         assert {text.get_text() for text in texts} == {"1.00" if CODES[column] == 8 else "0.00"}
+
+
+def test_caption_of_the_costs_counts_the_cells_that_balance_does_not_repair(results):
+    lost, even = 0, []
+    for code in CODES:
+        for experts in EXPERTS:
+            for width in WIDTHS:
+                at = (code, experts, width)
+                differences = [
+                    accuracy(results, "base-balance", seed, *at)
+                    - accuracy(results, "uniform-gate", seed, *at)
+                    for seed in SEEDS
+                ]
+                lost += sorted(differences)[1] < 0
+                own = [
+                    (r["routing"]["load"]["effective_experts"] - 1) / (experts - 1)
+                    for r in results
+                    if r["run"]["arm"] == "base-balance"
+                    and r["run"]["model"]
+                    == {"code_dim": code, "num_experts": experts, "expert_hidden": width}
+                ]
+                even.append(sorted(own)[1])
+    caption = map_plots.cost_map(results).get_label()
+    assert f"less accurate than a constant one in {lost} of 8 cells" in caption
+    assert f"its evenness is {int(100 * min(even)) / 100:.2f} or more" in caption
+    assert "Medians over 3 seeds" in caption
+    assert "1 cell in 4 does by chance" in caption
+    alone = [r for r in results if r["run"]["seed"] == 1 and r["run"]["arm"] != "base-balance"]
+    assert "One seed" in map_plots.cost_map(alone).get_label()
+    assert "chance" not in map_plots.cost_map(alone).get_label()
 
 
 def test_table_counts_cells(results):

@@ -22,6 +22,7 @@ from moe_study.configs import arms, crossed, snnl
 from moe_study.data import ROOT
 from moe_study.report import (
     first_screen,
+    glossary,
     overview,
     plots,
     provenance,
@@ -1392,6 +1393,52 @@ def test_collapse_table_puts_the_null_beside(core):
         assert row["effective experts"] == "3.50 ± 0.00"
         together, alone = (float(row[c].split()[0]) for c in ("cos outputs", "cos outputs, trained alone"))
         assert alone == pytest.approx(4 * together, abs=3e-3)  # as `made_up` has it; both are rounded
+
+
+def test_collapse_table_has_the_collapse_studies_once_they_are_whole(core):
+    """Labelled as the verdicts are; with one run missing, nobody looks."""
+    titles = {"collapse": "Three domains", "collapse-top1": "Three domains with one expert per image"}
+    for name in titles:
+        for run in study.runs("core", name):
+            store.write_run(run.path, made_up(run))
+    shown = overview.collapse_table("core").index.get_level_values("data set")
+    assert list(dict.fromkeys(shown)) == ["FashionMNIST", *titles.values()]
+    assert overview.accuracy_table("core", "collapse-top1").columns.tolist() == [titles["collapse-top1"]]
+    study.runs("core", "collapse-top1")[-1].path.unlink()
+    shown = overview.collapse_table("core").index.get_level_values("data set")
+    assert list(dict.fromkeys(shown)) == ["FashionMNIST", titles["collapse"]]
+
+
+def test_scores_say_where_files_were_measured_at_different_epochs(folders):
+    """Of CIFAR-10 one arm is new, of FashionMNIST all are."""
+    for dataset, old in (("cifar10", ("linear", "ac")), ("fashion_mnist", ())):
+        for arm in ("linear", "ac", "hash"):
+            run = study.runs("core", "ac-vision", dataset, arm)[0]
+            result = routed(run, 0.5)
+            if arm in old:
+                del result["primary_endpoint"]
+            store.write_run(run.path, result)
+    said = overview.endpoints_in_words("core", "ac-vision")
+    assert said.endswith("of the lowest validation cross-entropy: CIFAR-10 (all but `hash`).")
+    assert overview.endpoints_in_words("core", "ac-language") == ""
+
+
+def test_every_measure_of_the_results_page_is_defined():
+    plain = {"accuracy", "cross-entropy", "cos outputs, trained alone"}
+    assert set(readme.RESULTS_MEASURES) - set(glossary.MEASURES) == plain
+
+
+def test_words_and_arms_of_the_results_page_are_explained(core):
+    page = readme.results_page()
+    place = page.index("## Words, arms and measures")
+    assert place < page.index("## Verdicts")
+    ran = [line for line in page[place:].split("\n") if line.startswith("| SNNL and collapse |")]
+    assert [line.split(" | ")[1] for line in ran] == ["base", "snnl", "dense", "dense-snnl"]
+    assert f"| {arms.ARM_DESCRIPTIONS['snnl']} |" in ran[1]
+    for term in ("Three domains", "Three shifted domains", "constant gate", "nats", "points", "exploratory"):
+        assert f"| {term} | " in page
+    assert "| changed by M | share of tokens" in page
+    assert "| supported |" not in page  # no verdict has that word here
 
 
 def test_accuracy_table(core):

@@ -10,6 +10,7 @@ explains difference, interval, p and number of seeds, and the same quantity all 
 Shapes: S seeds, P quantities.
 """
 
+import ast
 import base64
 import functools
 import io
@@ -485,12 +486,28 @@ def confirmed(groups):
     return found
 
 
+# Studies of one data set are told apart by their models.
+SPECIAL = {"collapse-top1": " with one expert per image", "collapse-wide": " with 16 experts"}
+
+
+def with_collapse(groups):
+    """(one name, title) -> the groups of the SNNL and the collapse studies, which one table shows."""
+    found = {}
+    for (name, title), group in groups.items():
+        if name in ("snnl, snnl-confirm", "collapse", *SPECIAL):
+            found["snnl and collapse", title + SPECIAL.get(name, "")] = group
+    return found
+
+
 def check_levels(groups, header, rows):
     """mean ± sd, arm by arm: in one study (or its confirmation where whole), one quantity a column (and
     layer, attack, kind of experts)."""
     groups = {**groups, **confirmed(groups)}
+    groups |= with_collapse(groups)
+    groups |= {(n, title + SPECIAL.get(n, "")): group for (n, title), group in groups.items()}
     parts = [name for name in ("experts", "MoE layer", "attack", "without") if name in header]
-    titles = [name for name in header if name in DATASET_TITLES.values()]
+    known = {title for _, title in groups}
+    titles = [name for name in header if name in known]
     others = [name for name in header if name not in ("arm", "seeds", "data set", *parts, *titles)]
     studies = sorted({name for name, _ in groups if not name.endswith("-tuning")})
     for name in studies:
@@ -838,6 +855,8 @@ def test_every_table_of_the_results_page(groups):
     for header, rows in tables:
         if {"data set", "arm", "measure", "contrast"} & set(header):
             check(groups, header, rows)
+        elif header[0] == "term":
+            check_text(groups, header, [dict(zip(header, row, strict=True)) for row in rows])
         elif header[:2] == ["step of", "grows"]:
             check_scaling(header, rows)
         elif header[0] in ("planted", "tool"):
@@ -911,3 +930,16 @@ def test_prose_states_no_results():
         words = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
         found = set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", words)) - DECLARED
         assert not found, f"{found} in {text[:80]}"
+
+
+def test_docstrings_of_plans_say_what_their_studies_took(groups):
+    """Core-minutes, of the studies that are whole."""
+    said = {}
+    for path in (ROOT / "moe_study" / "configs").glob("*.py"):
+        text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
+        said |= dict(re.findall(r'(?:--study |")([a-z0-9-]+)[`"](?: takes)?(?: another)? (\d+)\b', text))
+    assert len(said) > 10
+    for name, time in said.items():
+        results = [r for (own, _), group in groups.items() if own == name for r in group.results]
+        if len(results) == len(study.runs(PROFILE, name)):
+            assert time == f"{minutes(results):.0f}", name
