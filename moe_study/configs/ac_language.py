@@ -6,10 +6,10 @@ of bytes.
 
 "ac-language-confirm" is past that plateau: one pass over WikiText-2 (10.8 MB), and the AC router in the last
 block alone, as in the authors' small language model. Its runs shared an H100 and took up to two minutes each.
-All arms have one learning rate, which has the lowest validation cross-entropy at the last epoch, as the mean
-over the five arms and two seeds of "ac-language-confirm-tuning". What came out (RESULTS.md, "Verdicts"): a
-linear router beats fixed experts per position and loses to fixed experts per byte; the AC router is not told
-apart from it.
+All arms have one learning rate, which has the lowest validation cross-entropy at the last epoch, as the
+mean over the five arms and two seeds of "ac-language-confirm-tuning". What came out (RESULTS.md, "Verdicts"):
+a linear router beats fixed experts per position and loses to fixed experts per byte; the AC router is not
+told apart from it.
 """
 
 from __future__ import annotations
