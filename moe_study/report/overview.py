@@ -42,16 +42,11 @@ def each_dataset(
     """`table` of each data set's runs, one below the other; empty where nothing is finished."""
     names = [study_names] if isinstance(study_names, str) else study_names
     found = {
-        title(name, dataset): table(tables.frame(study.results(runs), columns))
+        words.title(name, dataset): table(tables.frame(study.results(runs), columns))
         for name in names
         for dataset, runs in selection.evidence(profile, name).items()
     }
     return pd.concat(found, names=["data set"]) if found else pd.DataFrame()
-
-
-def title(study_name: str, dataset: str) -> str:
-    """The data set, and what is special about the models of a study, as verdicts say it."""
-    return DATASET_TITLES[dataset] + words.SPECIAL.get(study_name, "")
 
 
 COLLAPSE_STUDIES = ("snnl", "collapse", "collapse-top1", "collapse-wide")
@@ -85,7 +80,7 @@ def accuracy_table(
     columns = {}
     for dataset, runs in found(profile, study_name).items():
         frame = tables.frame(study.results(runs), {"accuracy": tables.COLUMNS["accuracy"]})
-        columns[title(study_name, dataset)] = {
+        columns[words.title(study_name, dataset)] = {
             str(arm): f"{tables.shown_level(group['accuracy'], tables.COLUMNS['accuracy'])} ({len(group)})"
             for arm, group in frame.groupby("arm", sort=False)
         }

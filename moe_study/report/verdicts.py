@@ -25,9 +25,13 @@ SPECIAL = {
 COLUMNS = ("claim", "against", "verdict", "difference", "95 % interval", "counts from", "p (Holm)", "seeds")
 
 
+def title(study: str, dataset: str) -> str:
+    """The data set, and what is special about the models of a study."""
+    return DATASET_TITLES[dataset] + SPECIAL.get(study, "")
+
+
 def place(verdict: Verdict) -> str:
-    """The data set, and what is special about the models."""
-    return DATASET_TITLES[verdict.dataset] + SPECIAL.get(verdict.claim.study, "")
+    return title(verdict.claim.study, verdict.dataset)
 
 
 def against(verdict: Verdict) -> str:
