@@ -7,7 +7,7 @@
 cores alone "snnl-confirm" would take about 925: some 540 for CIFAR-10, six minutes a run, and the others as
 long per run as in "snnl"; most of those shared an H100. What came out (RESULTS.md, "Verdicts"): half of the
 claimed gain on CIFAR-100, less than claimed on FashionMNIST; on CIFAR-100 a constant gate beats the learned
-one, and also the learned one with SNNL; CIFAR-10 is undecided until its confirmation is made.
+one, and also the learned one with SNNL; CIFAR-10 stays undecided.
 """
 
 from __future__ import annotations
