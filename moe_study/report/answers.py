@@ -74,17 +74,17 @@ def _snnl(found: Sequence[Verdict], beside: Sequence[Verdict]) -> Answer:
     below = [*(f"On {place(v)}: {but(v)}." for v in yes if but(v)), _chosen([*accuracy.values()])]
     if no := of("contradicted"):
         below.append(f"It makes the model less accurate on {_list(no)}.")
-    less = [
-        f"smaller than {than} on {_names(units)}"
-        for than, published in (("claimed", True), ("would matter", False))
-        if (units := [v for v in small if (v.dataset in v.claim.published) is published])
-    ]
-    if less:
-        seen = [v for v in small if _apart(v)]
+    open_ = of("undecided")
+    kinds = {
+        "smaller than claimed": [v for v in small if v.dataset in v.claim.published],
+        "smaller than would matter": [v for v in small if v.dataset not in v.claim.published],
+        "undecided": open_,
+    }
+    if rest := [f"{said} on {_names(units)}" for said, units in kinds.items() if units]:
+        seen = [v for v in (*small, *open_) if _apart(v) and _gain(v) > 0]
         unsure = f"; before correction for the number of claims it is seen on {_names(seen)}" if seen else ""
-        below.append(f"{'Elsewhere the' if yes else 'The'} gain, if there is one, is {_and(less)}{unsure}.")
-    if open_ := of("undecided"):
-        below.append(f"Undecided on {_names(open_)}.")
+        the = "Elsewhere the" if yes else "The"
+        below.append(f"{the} gain, if there is one, is {_and(rest)}{unsure}.")
     if more := of("supported", "-effective"):
         below.append(f"More experts are in use with it on {_names(more)}{_balance(more, accuracy)}.")
     below += [_alike(v) for v in of("contradicted", "-different")]
