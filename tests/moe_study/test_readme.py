@@ -11,6 +11,7 @@ import pytest
 
 from moe_study import __main__ as command_line
 from moe_study.data import ROOT
+from moe_study.report.glossary import MEASURES
 
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -90,6 +91,7 @@ def test_every_address_is_there(name):
 def test_every_file_that_the_report_names_is_there():
     cells = nbformat.read(ROOT / "notebooks" / "90_report.ipynb", as_version=4).cells
     words = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    words += "\n".join(source for _, source in MEASURES.values())
     named = set(re.findall(r"`((?:moe_lib|moe_study|benchmarks|notebooks|tests)/[\w/.]+)`", words))
     assert len(named) > 3
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
