@@ -374,7 +374,7 @@ DATASETS: dict[str, DatasetInfo] = {
         title="Three shifted domains",
         splits=_both(lambda root, train: _shifted(_domains(root, train))),
         published=DOMAINS,
-        about="the same, each image shifted around its edges at random, so that no position means anything",
+        about="Three domains, each image shifted around its edges at random: no position means anything",
     ),
     "mnist": _published_info("mnist", "MNIST"),
     "fashion_mnist": _published_info("fashion_mnist", "FashionMNIST", FASHION),

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from moe_study import store
 from moe_study.claims import Claim
+from moe_study.data import DATASETS
 from moe_study.report import verdicts as words
 from moe_study.report.plots import DATASET_TITLES
 from moe_study.report.tables import grouped
@@ -113,6 +114,8 @@ GLOSSARY = {
     "undecided": "too few seeds to say",
     "not testable here": "nothing to resolve, models hardly trained, or learned routing not shown to pay",
     "pays": "is more accurate than routing that learns nothing",
+    "constant gate": "gives every expert the same weight, whatever the input",
+    "fixed random experts": "chosen once at random for each image, position or byte: no routing is learned",
     "our reading": "the paper says that SNNL resolves collapse; the measure is ours",
     "confirmatory": "seeds declared before their first run; else exploratory",
 }
@@ -122,6 +125,8 @@ def first_screen(found: Sequence[Verdict]) -> str:
     """Tables of verdicts and a glossary, as HTML."""
     unused = set(MARKS) - {v.word for v in found}
     glossary = {term: text for term, text in GLOSSARY.items() if term not in unused}
+    sets = [DATASETS[name] for name in dict.fromkeys(v.dataset for v in found) if name in DATASETS]
+    glossary |= {info.title: info.about for info in sets if info.about}
     shown = grid(found) | {"glossary": glossary, "scope": scope(found)}
     return _TEMPLATES.get_template("first.html.j2").render(shown)
 

@@ -13,8 +13,6 @@ from moe_study.report.tables import Result
 from moe_study.report.verdicts import in_words
 
 TERMS = GLOSSARY | {
-    "constant gate": "gives every expert the same weight, whatever the input",
-    "fixed random experts": "chosen once at random for each image, position or byte: no routing is learned",
     "points": "percentage points of accuracy",
     "nats": "unit of entropies and cross-entropies, with natural logarithms",
     "M": "scaling matrix of the AC router, a diagonal one for each cluster; M = I: no scaling",
