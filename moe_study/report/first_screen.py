@@ -113,7 +113,7 @@ GLOSSARY = {
     "smaller than claimed": "90 % interval below the difference that counts",
     "undecided": "too few seeds to say",
     "not testable here": "nothing to resolve, models hardly trained, or learned routing not shown to pay",
-    "pays": "is more accurate than routing that learns nothing",
+    "pays": "does better than routing that learns nothing, in accuracy or cross-entropy",
     "constant gate": "gives every expert the same weight, whatever the input",
     "fixed random experts": "chosen once at random for each image, position or byte: no routing is learned",
     "our reading": "the paper says that SNNL resolves collapse; the measure is ours",
