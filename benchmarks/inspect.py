@@ -256,8 +256,6 @@ def tiny_mixtral(fault: str = "healthy", width: int = 64, num_experts: int = 8) 
                 for p in block.experts.parameters():
                     if p.ndim > 2:
                         p.copy_(p[:1].expand_as(p))
-            elif fault == "blind gate":
-                gate.zero_()
             elif fault in GATES:
                 block.gate.register_forward_hook(lambda module, args, output: GATES[fault](*output))
     return model
@@ -277,6 +275,8 @@ def _again(logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 Gate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # of scores, weights and choices
 GATES: dict[str, Gate] = {
     "dead experts": lambda logits_NE, *_: _again(logits_NE.index_fill(1, torch.tensor((0, 1)), -1e4)),
+    # By a hook: a gate of zeros would learn within a few steps.
+    "blind gate": lambda logits_NE, *_: _again(torch.zeros_like(logits_NE)),
     "noise": lambda logits_NE, *_: _again(5 * torch.randn_like(logits_NE)),
     # A fifth of the tokens gets no weight from any expert.
     "dropped tokens": lambda logits_NE, weight_NK, index_NK: (
