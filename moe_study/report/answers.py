@@ -74,14 +74,13 @@ def _snnl(found: Sequence[Verdict], beside: Sequence[Verdict]) -> Answer:
     below = [*(f"On {place(v)}: {but(v)}." for v in yes if but(v)), _chosen([*accuracy.values()])]
     if no := of("contradicted"):
         below.append(f"It makes the model less accurate on {_list(no)}.")
-    open_ = of("undecided")
     kinds = {
         "smaller than claimed": [v for v in small if v.dataset in v.claim.published],
         "smaller than would matter": [v for v in small if v.dataset not in v.claim.published],
-        "undecided": open_,
+        "undecided": of("undecided"),
     }
     if rest := [f"{said} on {_names(units)}" for said, units in kinds.items() if units]:
-        seen = [v for v in (*small, *open_) if _apart(v) and _gain(v) > 0]
+        seen = [v for units in kinds.values() for v in units if _apart(v) and _gain(v) > 0]
         unsure = f"; before correction for the number of claims it is seen on {_names(seen)}" if seen else ""
         the = "Elsewhere the" if yes else "The"
         below.append(f"{the} gain, if there is one, is {_and(rest)}{unsure}.")

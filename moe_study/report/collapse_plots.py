@@ -31,6 +31,7 @@ from moe_study.report.plots import (
     write_values,
 )
 from moe_study.report.tables import Result
+from moe_study.report.verdicts import in_words
 
 DOMAIN_NAMES = {
     "domains": ("MNIST", "FashionMNIST", "CIFAR-10, grey"),
@@ -152,11 +153,9 @@ def idea(results: Sequence[Result]) -> Figure:
         for x, label in ((1.0, "features"), (2.5, "gate"), (4.47, "experts")):
             axis.text(x, 3.15, label, ha="center", fontsize=10)
         effective = np.exp(entr(weight_E).sum())
-        name = {"base": "plain MoE", "snnl": "SNNL-MoE"}.get(arm, arm)
-        axis.set_title(
-            f"{name}: {100 * result['task']['accuracy']:.1f} % accurate, {effective:.1f} effective experts",
-            fontsize=10,
-        )
+        accuracy = 100 * result["task"]["accuracy"]
+        title = f"{in_words(arm)}: {accuracy:.1f} % accurate, {effective:.1f} effective experts"
+        axis.set_title(title, fontsize=10)
         axis.set(xlim=(-0.1, 5.5), ylim=(0.1, 3.35))
         axis.set_axis_off()
     one = next(iter(chosen.values()), None)

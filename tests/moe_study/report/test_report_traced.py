@@ -313,7 +313,9 @@ def check_contrasts(groups, header, rows):
             assert (row["reading"] == "interval includes 0") == inside, row
 
 
+# Studies of one data set are told apart by their models.
 SPECIAL = {"collapse-top1": " with one expert per image", "collapse-wide": " with 16 experts"}
+SPECIAL["ac-language-everywhere"] = ", every mixture"
 
 
 @functools.cache
@@ -484,10 +486,6 @@ def confirmed(groups):
         if own:
             found[f"{first}, {first}-confirm", title] = own[0]
     return found
-
-
-# Studies of one data set are told apart by their models.
-SPECIAL = {"collapse-top1": " with one expert per image", "collapse-wide": " with 16 experts"}
 
 
 def with_collapse(groups):
