@@ -62,13 +62,21 @@ Such a set is never extended after a look. What is confirmed there, with the mar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from moe_study import store
-from moe_study.report import tables
+from moe_study.columns import (
+    COLUMNS,
+    LANGUAGE_COLUMNS,
+    VISION_COLUMNS,
+    Column,
+    Result,
+    experts_in_use,
+    shown_interval,
+    signed,
+)
 
 OUTSIDE = {  # data sets that are in no family of units
     "mnist": "a ceiling, and not claimed",
@@ -88,38 +96,25 @@ CONFIRMATORY = {
 }
 
 
-Source = str | Callable[[dict[str, Any]], float | None]  # a dotted path in a result, or a function of it
-
-
 @dataclass(frozen=True)
 class Measure:
     name: str
-    source: Source
     direction: Literal["higher", "lower"]  # as claimed
-    decimals: int = 4
-    unit: str = ""
-    scale: float = 1.0  # shown is the value times this
+    column: Column
 
     @property
     def sign(self) -> int:
         return 1 if self.direction == "higher" else -1
 
-    def of(self, result: dict[str, Any], endpoint: str | None = None) -> float | None:
+    def of(self, result: Result, endpoint: str | None = None) -> float | None:
         """The value at an endpoint, the file's own primary one if None; None where the file has none there.
-
-        A function is of the whole file: it has a value at the primary endpoint alone.
 
         Raises:
             ValueError: the value is not finite; names data set, arm, seed and measure.
         """
-        own = result.get("primary_endpoint", "best_cross_entropy")
-        if isinstance(self.source, str):
-            there = store.at_endpoint(result, endpoint or own)
-            measured = endpoint in (None, own) or self.source.split(".")[0] in there
-            value = tables.look_up(result | there, self.source) if measured else None
-        else:
-            value = self.source(result) if endpoint in (None, own) else None
-        if value is None and endpoint in (None, own):
+        primary = result.get("primary_endpoint", "best_cross_entropy")
+        value = self.column.of(result, endpoint or primary)
+        if value is None and endpoint in (None, primary):
             value = math.nan
         if value is not None and not math.isfinite(value):
             run = result["run"]
@@ -132,11 +127,11 @@ class Measure:
 
     def shown(self, *values: float, unit: bool = True) -> str:
         """One value, or "value [low, high]", or "[low, high]", with sign and unit."""
-        scaled = [value * self.scale for value in values]
-        text = tables.signed(scaled[0], self.decimals) if len(values) % 2 else ""
+        scaled, decimals = [value * self.column.scale for value in values], self.column.decimals
+        text = signed(scaled[0], decimals) if len(values) % 2 else ""
         if len(values) > 1:
-            text = f"{text} {tables.shown_interval(scaled[-2], scaled[-1], self.decimals)}".strip()
-        return f"{text} {self.unit}".strip() if unit else text
+            text = f"{text} {shown_interval(scaled[-2], scaled[-1], decimals)}".strip()
+        return f"{text} {self.column.unit}".strip() if unit else text
 
 
 class Condition(NamedTuple):
@@ -197,8 +192,9 @@ class Claim:
         return self.margin if published is None else self.measure.sign * published.difference
 
 
-ACCURACY = Measure("accuracy", "task.accuracy", "higher", 2, "points", 100)
-CROSS_ENTROPY = Measure("cross-entropy", "task.cross_entropy", "lower", 4, "nats")
+ACCURACY = Measure("accuracy", "higher", COLUMNS["accuracy"])
+CROSS_ENTROPY = Measure("cross-entropy", "lower", COLUMNS["cross-entropy"])
+PILOT_BELOW = 8  # paired seeds; fewer are shown, never decided on
 # A run that ends above this is not trained: it has not, or only just, left the plateau of a model that knows
 # the frequencies of bytes alone, and its score says when it left. A control that learns no routing may end
 # anywhere. By study, exploring or confirming; nats a byte.
@@ -264,7 +260,7 @@ def _snnl_accuracy(study: str, **more: Any) -> Claim:
 
 
 def _snnl_effective(study: str, margin: float, reason: str) -> Claim:
-    measure = Measure("effective experts", "routing.load.effective_experts", "higher", 2)
+    measure = Measure("effective experts", "higher", COLUMNS["effective experts"])
     more = {"resolves": "routing", "reading": True}
     return _snnl_claim("effective", "more effective experts", measure, margin, reason, study, **more)
 
@@ -286,30 +282,23 @@ def _ac_claims(study: str, partner: str, performance: Measure, margin: float, re
         _claim, study, source="AC router", treatment="ac", controls=_ROUTERS, attribution=attribution,
         gate=f"{study}-pays",
     )  # fmt: skip
-    area = Measure("validation area", tables.validation_area, "lower", 4, "nats")
+    columns = LANGUAGE_COLUMNS if study == "ac-language" else VISION_COLUMNS
+    area = Measure("validation area", "lower", columns["validation area"])
     found = [
         claim("convergence", "converges faster", area, 0.01, "one per cent of perplexity"),
         claim("performance", "performs better", performance, margin, reason),
     ]
     if study == "ac-language":
-        lost = Measure("cost of word swap", partial(tables.swap_loss, tables.SWAP_SHARES), "lower", 4, "nats")
-        under = Measure(
-            "cross-entropy under word swap", partial(tables.swapped, tables.SWAP_SHARES), "lower", 4, "nats"
-        )
+        lost = Measure("cost of word swap", "lower", columns["lost to swap"])
+        swapped = "cross-entropy under word swap"
+        under = Measure(swapped, "lower", columns[swapped])
         found.append(claim("swap", "more robust to swapped words", under, 0.01, _NAT_REASON, resists=lost))
         return found
-    disturbances: dict[str, tuple[Source, Source]] = {
-        "corruption": (tables.accuracy_corrupted, tables.corruption_loss),
-        "attack": (
-            partial(tables.accuracy_attacked, tables.GRADIENT_ATTACKS),
-            partial(tables.attack_loss, tables.GRADIENT_ATTACKS),
-        ),
-    }
-    for kind, (kept, given_up) in disturbances.items():
-        measure = Measure(f"accuracy under {kind}", kept, "higher", 2, "points", 100)
-        cost = Measure(f"accuracy lost to {kind}", given_up, "lower", 2, "points", 100)
-        wording = f"more robust to {kind}"
-        found.append(claim(kind, wording, measure, 0.005, _POINT_REASON, resists=cost))
+    for kind in ("corruption", "attack"):
+        kept, given_up = f"accuracy under {kind}", f"lost to {kind}"
+        measure = Measure(kept, "higher", columns[kept])
+        cost = Measure(f"accuracy {given_up}", "lower", columns[given_up])
+        found.append(claim(kind, f"more robust to {kind}", measure, 0.005, _POINT_REASON, resists=cost))
     return found
 
 
@@ -327,7 +316,7 @@ CLAIMS: tuple[Claim, ...] = (
     _snnl_claim(
         "orthogonal",
         "experts' weights more orthogonal",
-        Measure("|cos| weights", "similarity.weights", "lower"),
+        Measure("|cos| weights", "lower", COLUMNS["|cos| weights"]),
         0.01,
         "half a degree off a right angle",
         resolves="representational",
@@ -336,20 +325,20 @@ CLAIMS: tuple[Claim, ...] = (
     _snnl_claim(
         "flexible",
         "routing more flexible",
-        Measure("H(E|c)", "routing.entropy.class_conditional", "higher", 3, "nats"),
+        Measure("H(E|c)", "higher", COLUMNS["H(E|c)"]._replace(unit="nats")),
         _FLEXIBLE_MARGIN,
         "a twentieth of log 4, the largest entropy of four experts",
         conditions=(
             Condition(
                 "the gate depends on its input no less",
-                Measure("I(x;E)", "routing.entropy.information_input", "higher", 3, "nats"),
+                Measure("I(x;E)", "higher", COLUMNS["I(x;E)"]._replace(unit="nats")),
                 "control",
                 -_FLEXIBLE_MARGIN,
                 -_FLEXIBLE_MARGIN,
             ),
             Condition(  # equal experts, or a gate that ignores its input, cost exactly 0: the null
                 "permuting the routing costs accuracy",
-                Measure("cost of permuted routing", "ablation.permuted", "higher", 2, "points", 100),
+                Measure("cost of permuted routing", "higher", COLUMNS["cost of permuted routing"]),
                 "zero",
                 0.0,
                 0.005,
@@ -364,7 +353,7 @@ CLAIMS: tuple[Claim, ...] = (
     _snnl_claim(
         "different",
         "experts compute more different things",
-        Measure("cosine of outputs, by use", "similarity.outputs_weighted", "lower", 3),
+        Measure("cosine of outputs, by use", "lower", COLUMNS["cos outputs, by use"]),
         0.05,
         "a twentieth of the range from unrelated to equal",
         study="collapse",
@@ -372,7 +361,7 @@ CLAIMS: tuple[Claim, ...] = (
         conditions=(
             Condition(
                 "CKA by use no higher",
-                Measure("CKA of outputs, by use", "similarity.cka_weighted", "lower", 3),
+                Measure("CKA of outputs, by use", "lower", COLUMNS["CKA outputs, by use"]),
                 "control",
                 -0.02,
                 -0.02,
@@ -385,7 +374,7 @@ CLAIMS: tuple[Claim, ...] = (
     _snnl_claim(
         "effective",
         "more experts in use",
-        Measure("experts in use", tables.experts_in_use, "higher", 2),
+        Measure("experts in use", "higher", Column(experts_in_use, 2)),
         0.5,
         "half an expert",
         study="collapse-top1",
@@ -416,3 +405,20 @@ CLAIMS: tuple[Claim, ...] = (
     _ours("ac-language-everywhere", "pays", PAYS, "linear", _BLIND_IN_TEXT, CROSS_ENTROPY, 0.01),
 )
 BY_KEY = {claim.key: claim for claim in CLAIMS}
+
+
+def claimed(study: str) -> list[tuple[Claim, Measure, list[tuple[str, str]]]]:
+    """What the AC paper claims in a study: each claim with its measure, and with what a disturbance costs,
+    beside the contrasts that decide or attribute it."""
+    return [
+        (
+            claim,
+            measure,
+            [(claim.treatment, control) for control in claim.controls]
+            + [(one.treatment, one.control) for one in claim.attribution],
+        )
+        for claim in CLAIMS
+        if claim.study == study and claim.source == "AC router"
+        for measure in (claim.measure, claim.resists)
+        if measure is not None
+    ]

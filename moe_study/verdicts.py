@@ -15,6 +15,7 @@ import numpy as np
 from moe_lib import metrics
 from moe_study import stats, store
 from moe_study.claims import (
+    ACCURACY,
     BLIND,
     BY_KEY,
     CLAIMS,
@@ -22,12 +23,13 @@ from moe_study.claims import (
     CROSS_ENTROPY,
     NOT_TRAINED_ABOVE,
     OUTSIDE,
+    PILOT_BELOW,
     Claim,
     Condition,
     Measure,
 )
 from moe_study.collapse import collapse
-from moe_study.report import tables
+from moe_study.columns import look_up
 
 Word = Literal["supported", "contradicted", "smaller than claimed", "undecided", "not testable here", "pilot"]
 Result = Mapping[str, Any]
@@ -46,7 +48,7 @@ def decide(signed_S: np.ndarray, margin: float, p: float, contradicted_elsewhere
         p: corrected for the family.
         contradicted_elsewhere: at another endpoint the 90 % interval lies wholly below 0.
     """
-    if len(signed_S) < tables.PILOT_BELOW:
+    if len(signed_S) < PILOT_BELOW:
         return "pilot"
     high = stats.t_interval(signed_S, 0.90)[1]
     if high < 0:
@@ -101,12 +103,24 @@ class Obstacle(NamedTuple):
     text: str
 
 
+Reading = Literal["interval on the claimed side", "interval on the other side", "interval includes 0"]
+
+
+def reading(value: stats.PairedComparison, claimed: str) -> Reading:
+    """Where the 95 % interval lies, against the claimed direction ("higher" or "lower")."""
+    sign = {"higher": 1, "lower": -1}[claimed]
+    low, high = sorted((sign * value.low, sign * value.high))
+    if low > 0:
+        return "interval on the claimed side"
+    return "interval on the other side" if high < 0 else "interval includes 0"
+
+
 class Cause(NamedTuple):
     """An attributing contrast, and what it says if there is an effect."""
 
     contrast: str
     comparison: stats.PairedComparison
-    reading: Literal["interval on the claimed side", "interval on the other side", "interval includes 0"]
+    reading: Reading
     cause: str
 
 
@@ -154,7 +168,7 @@ class Verdict:
     def smaller(self) -> bool:
         """Whether the 90 % interval lies wholly below the difference that counts, whatever the word."""
         signed_S = self.parts[0].signed_S
-        return len(signed_S) >= tables.PILOT_BELOW and stats.t_interval(signed_S, 0.90)[1] < self.margin
+        return len(signed_S) >= PILOT_BELOW and stats.t_interval(signed_S, 0.90)[1] < self.margin
 
 
 def pairs(
@@ -266,8 +280,8 @@ def _floor(claim: Claim, own: Mapping[str, Sequence[dict[str, Any]]]) -> str:
         value_S = [claim.measure.of(r) or 0.0 for r in group]
         nulls = {
             "independent vectors": [metrics.similarity_floor(r["expert_parameters"]) for r in group],
-            "before training": [tables.look_up(r, "initial.similarity.weights") for r in group],
-            "trained alone": [tables.look_up(r, "null.similarity.weights") for r in group],
+            "before training": [look_up(r, "initial.similarity.weights") for r in group],
+            "trained alone": [look_up(r, "null.similarity.weights") for r in group],
         }
         known = {name: null_S for name, null_S in nulls.items() if None not in null_S}
         if all(_above(value_S, null_S) for null_S in known.values()):
@@ -296,8 +310,8 @@ def _causes(claim: Claim, results: Sequence[Result], endpoint: str) -> tuple[Cau
     for name, cause, treatment_S, control_S in found:
         if len(treatment_S) >= 2:
             comparison = stats.paired_comparison(treatment_S, control_S)
-            reading = tables.reading(comparison, claim.measure.direction)
-            causes.append(Cause(name, comparison, reading, cause))  # type: ignore[arg-type]
+            side = reading(comparison, claim.measure.direction)
+            causes.append(Cause(name, comparison, side, cause))
     return tuple(causes)
 
 
@@ -330,7 +344,7 @@ def image_interval(
     results: Sequence[Result], claim: Claim, control: str, endpoint: str
 ) -> stats.Interval | None:
     """Interval of a difference in accuracy over seeds *and* test images; None if correctness is missing."""
-    if claim.measure.source != "task.accuracy":
+    if claim.measure != ACCURACY:
         return None
     bits: dict[str, dict[int, np.ndarray]] = {claim.treatment: {}, control: {}}
     for result in results:
@@ -375,19 +389,19 @@ def _judge(
     parts = _parts(claim, control, results, endpoint)
     run = results[0]["run"]
     seeds = min(len(part.signed_S) for part in parts)
-    obstacle = _obstacle(claim, control, results, gates) if seeds >= tables.PILOT_BELOW else None
+    obstacle = _obstacle(claim, control, results, gates) if seeds >= PILOT_BELOW else None
     p = max(part.p for part in parts)
     own = [r for r in results if r["run"]["arm"] in (claim.treatment, control)] or list(results)
     return Verdict(
         claim=claim, profile=run["profile"], study=run["study"], dataset=run["dataset"], control=control,
-        word="pilot" if seeds < tables.PILOT_BELOW else "undecided", parts=parts, endpoint=endpoint,
+        word="pilot" if seeds < PILOT_BELOW else "undecided", parts=parts, endpoint=endpoint,
         obstacle=obstacle, p=p, p_holm=math.nan, at_half="undecided", at_twice="undecided", by_endpoint={},
         seeds_needed=None, causes=(), images=None, scope=scope(own), where=_where(own, control),
     )  # fmt: skip
 
 
 def _word(unit: Verdict, p_holm: float, contradicted_elsewhere: bool, margin: float) -> Word:
-    if min(len(part.signed_S) for part in unit.parts) < tables.PILOT_BELOW:
+    if min(len(part.signed_S) for part in unit.parts) < PILOT_BELOW:
         return "pilot"
     if unit.obstacle is not None:
         return "not testable here"

@@ -241,7 +241,7 @@ def _pays(found: Sequence[Verdict], mixtures: Sequence[Verdict]) -> Answer:
 def _of(found: Sequence[Verdict], word: str) -> list[Verdict]:
     """Those with a word, the largest differences first, unit by unit."""
     units = [v for v in found if v.word == word]
-    return sorted(units, key=lambda v: (v.claim.measure.unit != ACCURACY.unit, -abs(_gain(v))))
+    return sorted(units, key=lambda v: (v.claim.measure.column.unit != ACCURACY.column.unit, -abs(_gain(v))))
 
 
 def _gain(verdict: Verdict) -> float:
@@ -258,8 +258,8 @@ def _apart(verdict: Verdict) -> bool:
 
 
 def _amount(verdict: Verdict, gain: float) -> str:
-    measure = verdict.claim.measure
-    return f"{abs(gain) * measure.scale:.{max(1, measure.decimals - 1)}f} {measure.unit}"
+    column = verdict.claim.measure.column
+    return f"{abs(gain) * column.scale:.{max(1, column.decimals - 1)}f} {column.unit}"
 
 
 def _list(units: Sequence[Verdict], *notes: Callable[[Verdict], str]) -> str:

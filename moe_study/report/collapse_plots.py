@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Polygon
 from scipy.special import entr
 
+from moe_study.columns import Result
 from moe_study.configs.arms import MAIN_ARMS
 from moe_study.data import Dataset
 from moe_study.report.plots import (
@@ -30,7 +31,6 @@ from moe_study.report.plots import (
     which_seed,
     write_values,
 )
-from moe_study.report.tables import Result
 from moe_study.report.verdicts import in_words
 
 DOMAIN_NAMES = {

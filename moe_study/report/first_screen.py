@@ -76,14 +76,15 @@ def _kind(verdict: Verdict) -> str:
 
 
 def _unit(claim: Claim) -> str:
-    shown = f"{claim.measure.unit} {LOW_IS_GOOD * (claim.measure.direction == 'lower')}".strip()
+    shown = f"{claim.measure.column.unit} {LOW_IS_GOOD * (claim.measure.direction == 'lower')}".strip()
     return "; ".join(filter(None, [shown, "our reading" * claim.reading]))
 
 
 def _entry(verdict: Verdict, against: bool) -> dict[str, str]:
     measure, found = verdict.claim.measure, verdict.comparison
-    if found is None or round(found.difference * measure.scale, 3):
-        measure = replace(measure, decimals=min(measure.decimals, 3))  # as fits into a cell
+    if found is None or round(found.difference * measure.column.scale, 3):
+        column = measure.column._replace(decimals=min(measure.column.decimals, 3))
+        measure = replace(measure, column=column)  # as fits into a cell
     interval = "" if found is None else measure.shown(found.low, found.high, unit=False)
     mark, style = MARKS[verdict.word]
     contrast = f"{in_words(verdict.claim.treatment)} minus {in_words(verdict.control)}"

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from moe_study.columns import Result
 from moe_study.configs.arms import ARM_DESCRIPTIONS, CROSSED_ARM_DESCRIPTIONS, ROUTED_ARM_DESCRIPTIONS
 from moe_study.data import DATASETS
 from moe_study.report.first_screen import GLOSSARY
-from moe_study.report.tables import Result
 from moe_study.report.verdicts import in_words
 
 TERMS = GLOSSARY | {

@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from moe_study.columns import Result, signed
 from moe_study.report.plots import STYLE, captioned
-from moe_study.report.tables import Result, signed
 
 Size = tuple[int, int, int]  # code width, E, H
 Cell = dict[tuple[str, int], Result]  # by arm and seed

@@ -11,6 +11,18 @@ import pandas as pd
 from moe_lib.models.language import LanguageConfig
 from moe_study import store, study
 from moe_study.claims import BY_KEY
+from moe_study.columns import (
+    COLUMNS,
+    LANGUAGE_COLUMNS,
+    VISION_COLUMNS,
+    Column,
+    Columns,
+    Result,
+    frame_of,
+    look_up,
+    shown_interval,
+    shown_level,
+)
 from moe_study.configs import arms
 from moe_study.report import selection, tables
 from moe_study.report import verdicts as words
@@ -36,13 +48,12 @@ LANGUAGE_SCORES = (
 def each_dataset(
     profile: str,
     study_names: str | Sequence[str],
-    columns: tables.Columns,
-    table: Callable[[pd.DataFrame], pd.DataFrame],
+    table: Callable[[Sequence[Result]], pd.DataFrame],
 ) -> pd.DataFrame:
-    """`table` of each data set's runs, one below the other; empty where nothing is finished."""
+    """`table` of each data set's results, one below the other; empty where nothing is finished."""
     names = [study_names] if isinstance(study_names, str) else study_names
     found = {
-        words.title(name, dataset): table(tables.frame(study.results(runs), columns))
+        words.title(name, dataset): table(study.results(runs))
         for name in names
         for dataset, runs in selection.evidence(profile, name).items()
     }
@@ -50,21 +61,22 @@ def each_dataset(
 
 
 COLLAPSE_STUDIES = ("snnl", "collapse", "collapse-top1", "collapse-wide")
-COLLAPSE_COLUMNS: tables.Columns = {
-    name: tables.COLUMNS[name]
+COLLAPSE_COLUMNS: Columns = {
+    name: COLUMNS[name]
     for name in ("effective experts", "dead experts", "cost of permuted routing", "cos outputs")
-} | {"cos outputs, trained alone": tables.Column("null.similarity.outputs", 3)}
+} | {"cos outputs, trained alone": Column("null.similarity.outputs", 3)}
 
 
 def collapse_table(profile: str) -> pd.DataFrame:
     """Is there collapse at all, with and without SNNL: idle experts, idle routing, and alike experts beside
     their null (the same experts trained alone on the same frozen extractor)."""
 
-    def of_main_arms(frame: pd.DataFrame) -> pd.DataFrame:
-        main = frame[frame["arm"].isin(arms.MAIN_ARMS)]
-        return tables.summary(main, list(COLLAPSE_COLUMNS), COLLAPSE_COLUMNS)
+    def of_main_arms(results: Sequence[Result]) -> pd.DataFrame:
+        main = [result for result in results if result["run"]["arm"] in arms.MAIN_ARMS]
+        frame = frame_of(main, COLLAPSE_COLUMNS)
+        return tables.summary(frame, list(COLLAPSE_COLUMNS), COLLAPSE_COLUMNS)
 
-    return each_dataset(profile, COLLAPSE_STUDIES, COLLAPSE_COLUMNS, of_main_arms)
+    return each_dataset(profile, COLLAPSE_STUDIES, of_main_arms)
 
 
 def accuracy_table(
@@ -79,9 +91,9 @@ def accuracy_table(
     """
     columns = {}
     for dataset, runs in found(profile, study_name).items():
-        frame = tables.frame(study.results(runs), {"accuracy": tables.COLUMNS["accuracy"]})
+        frame = frame_of(study.results(runs), {"accuracy": COLUMNS["accuracy"]})
         columns[words.title(study_name, dataset)] = {
-            str(arm): f"{tables.shown_level(group['accuracy'], tables.COLUMNS['accuracy'])} ({len(group)})"
+            str(arm): f"{shown_level(group['accuracy'], COLUMNS['accuracy'])} ({len(group)})"
             for arm, group in frame.groupby("arm", sort=False)
         }
     table = pd.DataFrame(columns)
@@ -96,7 +108,7 @@ def published_table(profile: str) -> pd.DataFrame:
     claim = BY_KEY["snnl-accuracy"]
     for name in ("snnl-confirm", "snnl"):
         for dataset, runs in selection.whole_runs(profile, name).items():
-            frame = tables.frame(study.results(runs))
+            frame = frame_of(study.results(runs))
             arms_S = tables.paired(frame, ["base", "snnl"], "accuracy")
             found = tables.contrast(frame, "snnl", "base", "accuracy")
             published = claim.published.get(dataset)
@@ -111,7 +123,7 @@ def published_table(profile: str) -> pd.DataFrame:
                         "our snnl": f"{(arms_S['snnl'] * 100).mean():.2f}",
                         "published gain": f"{100 * published.difference:+.2f}",
                         "our gain": f"{found.difference * 100:+.2f}",
-                        "95 % interval": tables.shown_interval(found.low * 100, found.high * 100, 2),
+                        "95 % interval": shown_interval(found.low * 100, found.high * 100, 2),
                         "seeds": str(found.seeds),
                     }
                 )
@@ -120,23 +132,19 @@ def published_table(profile: str) -> pd.DataFrame:
 
 def routed_claims_table(profile: str, study_name: str) -> pd.DataFrame:
     """Each claim for the AC router on each data set of one of its studies, against each control."""
-    asked, pairs, columns = {
-        "ac-vision": (tables.VISION_CLAIMS, tables.VISION_PAIRS, tables.VISION_COLUMNS),
-        "ac-language": (tables.LANGUAGE_CLAIMS, tables.LANGUAGE_PAIRS, tables.LANGUAGE_COLUMNS),
-    }[study_name]
-    return each_dataset(
-        profile, study_name, columns, lambda frame: tables.claim_rows(frame, asked, pairs, columns)
-    )
+    return each_dataset(profile, study_name, lambda results: tables.claim_table(results, study_name))
 
 
 def scores_table(profile: str, study_name: str) -> pd.DataFrame:
     """What every arm of an AC or the crossed study scores on every data set."""
     columns, shown = {
-        "ac-language": (tables.LANGUAGE_COLUMNS, LANGUAGE_SCORES),
-    }.get(study_name, (tables.VISION_COLUMNS, VISION_SCORES))
-    return each_dataset(
-        profile, study_name, columns, lambda frame: tables.summary(frame, list(shown), columns)
-    )
+        "ac-language": (LANGUAGE_COLUMNS, LANGUAGE_SCORES),
+    }.get(study_name, (VISION_COLUMNS, VISION_SCORES))
+
+    def scores(results: Sequence[Result]) -> pd.DataFrame:
+        return tables.summary(frame_of(results, columns), list(shown), columns)
+
+    return each_dataset(profile, study_name, scores)
 
 
 def endpoints_in_words(profile: str, study_name: str) -> str:
@@ -161,7 +169,9 @@ def endpoints_in_words(profile: str, study_name: str) -> str:
 
 def crossed_table(profile: str) -> pd.DataFrame:
     """Main effects and interaction of SNNL and AC on each data set."""
-    return each_dataset(profile, "crossed", tables.VISION_COLUMNS, tables.crossed_effects)
+    return each_dataset(
+        profile, "crossed", lambda results: tables.crossed_effects(frame_of(results, VISION_COLUMNS))
+    )
 
 
 # Studies whose settings were chosen there.
@@ -193,7 +203,7 @@ def tuning_table(profile: str) -> pd.DataFrame:
                         "weight of the extra loss": weight,
                         "chosen by": "the last epoch" if name.startswith(LAST_EPOCH) else "the best epoch",
                         "validation cross-entropy": result["history"]["best_cross_entropy"],
-                        "at the last epoch": tables.look_up(result, "history.validation.cross_entropy")[-1],
+                        "at the last epoch": look_up(result, "history.validation.cross_entropy")[-1],
                     }
                 )
     if not rows:
@@ -249,11 +259,11 @@ def on_gpus(results: Sequence[dict[str, Any]]) -> str:
 
 
 # Of a profile that decides nothing: study, measure, and the contrasts that its report tells in words.
-HAPPENED: tuple[tuple[str, str, tables.Columns, tuple[tuple[str, str], ...]], ...] = (
-    ("snnl", "accuracy", tables.COLUMNS, (("snnl", "base"), ("base", "uniform-gate"))),
-    ("collapse", "accuracy", tables.COLUMNS, (("snnl", "base"), ("base", "uniform-gate"))),
-    ("ac-vision", "accuracy", tables.VISION_COLUMNS, (("ac", "cosine"), ("ac", "linear"))),
-    ("ac-language", "cross-entropy", tables.LANGUAGE_COLUMNS, (("ac", "cosine"), ("ac", "linear"))),
+HAPPENED: tuple[tuple[str, str, Columns, tuple[tuple[str, str], ...]], ...] = (
+    ("snnl", "accuracy", COLUMNS, (("snnl", "base"), ("base", "uniform-gate"))),
+    ("collapse", "accuracy", COLUMNS, (("snnl", "base"), ("base", "uniform-gate"))),
+    ("ac-vision", "accuracy", VISION_COLUMNS, (("ac", "cosine"), ("ac", "linear"))),
+    ("ac-language", "cross-entropy", LANGUAGE_COLUMNS, (("ac", "cosine"), ("ac", "linear"))),
 )
 
 
@@ -262,7 +272,7 @@ def happened(profile: str) -> str:
     lines = []
     for name, measure, columns, pairs in HAPPENED:
         for dataset, runs in selection.finished_runs(profile, name).items():
-            frame = tables.frame(study.results(runs), columns)
+            frame = frame_of(study.results(runs), columns)
             said = words.differences(frame, [(a, b, measure) for a, b in pairs], columns)
             if said:
                 lines += [f"- **{DATASET_TITLES[dataset]}** ({measure})", *(f"    - {text}" for text in said)]
@@ -288,7 +298,7 @@ def budget_table(profile: str) -> pd.DataFrame:
             results = study.results(runs)
 
             def each(path: str, results: Sequence[dict[str, Any]] = results) -> str:
-                found = {tables.look_up(result, path) for result in results}
+                found = {look_up(result, path) for result in results}
                 values = [f"{value:.10g}" for value in sorted(v for v in found if v is not None)]
                 return ", ".join(values + ["all"] * (None in found))
 

@@ -21,9 +21,10 @@ from PIL.PngImagePlugin import PngInfo
 from scipy.optimize import linear_sum_assignment
 
 from moe_study import stats, store
+from moe_study.columns import Result, look_up
 from moe_study.data import DATASETS
 from moe_study.data.text import CORPORA
-from moe_study.report.tables import Result, by_arm, look_up
+from moe_study.report.tables import by_arm
 
 PALETTE = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999933")
 ARM_STYLE = {  # colour, marker

@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moe_study import stats
+from moe_study.claims import claimed
+from moe_study.columns import VISION_COLUMNS, Result, frame_of
 from moe_study.report import tables
 from moe_study.report.plots import (
     ARM_STYLE,
@@ -25,7 +27,6 @@ from moe_study.report.plots import (
     seeds_and_mean,
     seeds_in_words,
 )
-from moe_study.report.tables import Result
 
 
 def draw_mean(axis: Any, arm: str, x: Sequence[float], values_SX: np.ndarray) -> None:
@@ -171,20 +172,21 @@ def expert_load(results: Sequence[Result]) -> Figure:
     )
 
 
-def paired_differences(
-    results: Sequence[Result],
-    pairs: Sequence[tuple[str, str]],
-    claims: tables.Claims,
-    columns: tables.Columns,
-) -> Figure:
-    """For each claimed measure, treatment minus control: every seed a dot, the mean and its 95 % t interval.
+def paired_differences(results: Sequence[Result], study: str) -> Figure:
+    """For each claimed measure of the AC router in a study, treatment minus control.
 
-    The side of zero that the claim asks for is shaded. Pairs that no two seeds have are left out.
+    Every seed is a dot; below are the mean and its 95 % t interval. The side of zero that the claim asks for
+    is shaded. Pairs that no two seeds have are left out.
     """
-    runs = tables.frame(results, columns)
-    measures = [(claim, *one) for claim, ones in claims.items() for one in ones]
-    found = {(pair, column): tables.paired(runs, pair, column) for pair in pairs for _, column, _ in measures}
-    pairs = [pair for pair in pairs if any(found[pair, column] is not None for _, column, _ in measures)]
+    measures = claimed(study)
+    pairs = list(dict.fromkeys(pair for _, _, contrasts in measures for pair in contrasts))
+    runs = frame_of(results, {measure.name: measure.column for _, measure, _ in measures})
+    found = {
+        (pair, measure.name): tables.paired(runs, pair, measure.name)
+        for pair in pairs
+        for _, measure, _ in measures
+    }
+    pairs = [pair for pair in pairs if any(found[pair, m.name] is not None for _, m, _ in measures)]
     if not pairs:
         return note("no two seeds yet that have treatment and control")
     wide = -(-len(measures) // (2 if len(measures) > 3 else 1))
@@ -192,22 +194,21 @@ def paired_differences(
     figure, axes = new_figure(
         min(2.6 * wide + 1.6, 9.8), rows * (0.33 * len(pairs) + 1.3), rows, wide, sharey=True
     )
-    for axis, (claim, column, direction) in zip(axes.flat, measures, strict=False):
-        scale, unit = columns[column].scale, columns[column].unit
+    for axis, (claim, measure, _) in zip(axes.flat, measures, strict=False):
+        scale, unit = measure.column.scale, measure.column.unit
         reach = 0.0
         for row, (treatment, control) in enumerate(pairs):
-            both = found[(treatment, control), column]
+            both = found[(treatment, control), measure.name]
             if both is None:
                 continue
             differences = scale * (both[treatment] - both[control]).to_numpy()
             ends = seeds_and_mean(axis, row, differences, *ARM_STYLE[control], size=4, below=0.25)
             reach = max(reach, *np.abs(ends), *np.abs(differences))
         reach = 1.08 * reach or 1.0
-        axis.axvspan(*((0, reach) if direction == "higher" else (-reach, 0)), color="#f0f0f0", lw=0, zorder=0)
+        axis.axvspan(*sorted((0, measure.sign * reach)), color="#f0f0f0", lw=0, zorder=0)
         axis.axvline(0, color="#333333", lw=1)
-        axis.set(
-            title=f"{claim}:\n{column}", xlabel=unit, xlim=(-reach, reach), ylim=(len(pairs) - 0.4, -0.6)
-        )
+        axis.set(title=f"{claim.wording}:\n{measure.name}", xlabel=unit)
+        axis.set(xlim=(-reach, reach), ylim=(len(pairs) - 0.4, -0.6))
         axis.locator_params(axis="x", nbins=5)
     hide_from(axes, len(measures))
     axes[0, 0].set_yticks(range(len(pairs)), [f"{a} - {b}" for a, b in pairs])
@@ -222,8 +223,8 @@ def paired_differences(
 def crossed_lines(results: Sequence[Result]) -> Figure:
     """Each measure without and with AC, one line without and one with SNNL: parallel lines, no interaction.
     Seeds as dots, means with their 95 % t intervals as lines."""
-    columns, names = tables.VISION_COLUMNS, tables.CROSSED_MEASURES
-    runs = tables.frame(results, columns)
+    columns, names = VISION_COLUMNS, tables.CROSSED_MEASURES
+    runs = frame_of(results, columns)
     rows = -(-len(names) // 3)
     figure, axes = new_figure(9.5, 2.6 * rows + 0.5, rows, 3)
     for axis, name in zip(axes.flat, names, strict=False):

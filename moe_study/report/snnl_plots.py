@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 
 from moe_lib import metrics
 from moe_study.collapse import collapse, trajectory
+from moe_study.columns import Result, look_up
 from moe_study.configs.arms import MAIN_ARMS
 from moe_study.data import DATASETS
 from moe_study.report.plots import (
@@ -32,7 +33,6 @@ from moe_study.report.plots import (
     seeds_in_words,
     write_values,
 )
-from moe_study.report.tables import Result, look_up
 
 
 def tsne_panels(results: Sequence[Result]) -> Figure:

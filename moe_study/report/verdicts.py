@@ -10,8 +10,8 @@ from typing import Any, get_args
 import pandas as pd
 
 from moe_study import store
-from moe_study.claims import BY_KEY
-from moe_study.configs.dose import Panel
+from moe_study.claims import BY_KEY, PILOT_BELOW
+from moe_study.columns import COLUMNS, Columns
 from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
 from moe_study.verdicts import Cause, Verdict, Word
@@ -22,7 +22,6 @@ SPECIAL = {
     "collapse-wide": " with 16 experts",
     "ac-language-everywhere": ", every mixture",
 }
-COLUMNS = ("claim", "against", "verdict", "difference", "95 % interval", "counts from", "p (Holm)", "seeds")
 
 
 def title(study: str, dataset: str) -> str:
@@ -88,7 +87,8 @@ def table(found: Sequence[Verdict]) -> pd.DataFrame:
             row["95 % interval"] = claim.measure.shown(comparison.low, comparison.high, unit=False)
             row["seeds"] = tables.show(comparison)["seeds"]
         rows.append(row)
-    frame = pd.DataFrame(rows, columns=["of", "data set", *COLUMNS]).fillna("-")
+    columns = ["of", "data set", "claim", "against", "verdict", "difference", "95 % interval"]
+    frame = pd.DataFrame(rows, columns=[*columns, "counts from", "p (Holm)", "seeds"]).fillna("-")
     return frame.set_index(["of", "data set"])
 
 
@@ -141,7 +141,7 @@ def reason(verdict: Verdict) -> str:
         "smaller than claimed": f"the 90 % interval lies wholly below {margin}",
         "undecided": f"about {verdict.seeds_needed} paired seeds would find {margin} with 80 % power, before "
         "correction for the number of claims",
-        "pilot": f"fewer than {tables.PILOT_BELOW} paired seeds",
+        "pilot": f"fewer than {PILOT_BELOW} paired seeds",
         "not testable here": "",
     }
     broken = [part.condition.wording for part in verdict.parts if part.condition and part.breaks]
@@ -163,7 +163,7 @@ def cause(one: Cause, verdict: Verdict) -> str:
     seeds = f"{one.comparison.seeds} seeds"
     if verdict.word != "supported":
         return f"{one.contrast} {numbers}, {seeds}."
-    if one.comparison.seeds < tables.PILOT_BELOW:
+    if one.comparison.seeds < PILOT_BELOW:
         said = f"a pilot on whether it is {one.cause}"
     else:
         said = {
@@ -240,7 +240,7 @@ def in_words(arm: str) -> str:
 
 
 def differences(
-    runs: pd.DataFrame, asked: Sequence[tuple[str, str, str]], columns: tables.Columns = tables.COLUMNS
+    runs: pd.DataFrame, asked: Sequence[tuple[str, str, str]], columns: Columns = COLUMNS
 ) -> list[str]:
     """Sentences on (treatment, control, measure): both levels, the difference, and what it says."""
     said = []
@@ -260,7 +260,7 @@ def differences(
             reading = "the interval includes 0, so these seeds cannot tell"
         else:
             reading = f"{in_words(treatment)} is {'higher' if found.difference > 0 else 'lower'}"
-        pilot = ", too few to decide" if found.seeds < tables.PILOT_BELOW else ""
+        pilot = ", too few to decide" if found.seeds < PILOT_BELOW else ""
         said.append(
             f"{name}: {in_words(treatment)} {a}, {in_words(control)} {b}. The difference is "
             f"{shown['difference']} "
@@ -270,33 +270,10 @@ def differences(
     return said
 
 
-def conclusion(
-    runs: pd.DataFrame, asked: Sequence[tuple[str, str, str]], columns: tables.Columns = tables.COLUMNS
-) -> str:
+def conclusion(runs: pd.DataFrame, asked: Sequence[tuple[str, str, str]], columns: Columns = COLUMNS) -> str:
     """The end of a notebook: `differences` as a Markdown list."""
     said = differences(runs, asked, columns)
     return "\n".join(f"- {text}" for text in said) or "No two seeds have both arms yet."
-
-
-def dose_conclusion(runs: pd.DataFrame, panels: Sequence[Panel], name: str) -> str:
-    """For each panel the cell furthest from its control, as a Markdown list."""
-    lines = []
-    column = tables.COLUMNS[name]
-    for panel in panels:
-        found = {at: one for at, one in tables.dose_effects(runs, panel, name).items() if one is not None}
-        if not found:
-            continue
-        (down, rows), (across, heads) = panel.labels
-        row, head = max(found, key=lambda at: abs(found[at].difference))
-        one = found[row, head]
-        shown = tables.show(one, column)
-        apart = sum(other.low > 0 or other.high < 0 for other in found.values())
-        lines.append(
-            f"- **{panel.title.capitalize()}**: furthest at {down} {rows[row]}, {across} {heads[head]}, "
-            f"where {name} differs by {shown['difference']} {shown['95 % interval']} {column.unit} over "
-            f"{one.seeds} seeds; {apart} of {len(found)} cells are told apart from 0."
-        )
-    return "\n".join(lines) or "No dose yet that two seeds share with its control."
 
 
 def _capital(text: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from scipy import stats as scipy_stats
 
 from moe_study import claims, stats, store, verdicts
-from moe_study.report import tables
+from moe_study.columns import GRADIENT_ATTACKS, SWAP_SHARES
 from moe_study.report import verdicts as words
 from moe_study.verdicts import decide
 
@@ -187,8 +187,7 @@ def vision_results(gains, seeds=SEEDS, dataset="cifar10", pays=0.02, cost=None, 
                 "task": {"accuracy": score},
                 "history": {"validation": {"cross_entropy": [2.0 - gain, 1.0 - gain]}},
                 "corruption": {"clean": score, "noise": [score - lost] * 5},
-                "attack": {"clean": score}
-                | {name: {"detached": score - lost} for name in tables.GRADIENT_ATTACKS},
+                "attack": {"clean": score} | {name: {"detached": score - lost} for name in GRADIENT_ATTACKS},
             }
             found.append(with_endpoints(run("ac-vision", arm, seed, dataset, **content)))
     return found
@@ -388,7 +387,7 @@ def language_results(nats, study="ac-language"):
                 "history": {"validation": {"cross_entropy": [score]}},
             }
             swap = {"clean": score, "swapped": score + 0.1}
-            content["swap"] = dict.fromkeys(tables.SWAP_SHARES, swap)
+            content["swap"] = dict.fromkeys(SWAP_SHARES, swap)
             results.append(with_endpoints(run(study, arm, seed, "wikitext2", **content)))
     return results
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moe_study import store, study, tasks
+from moe_study.columns import EMBEDDING, ROUTING, SCORE, SIMILARITY, frame_of
 from moe_study.configs import arms
 from moe_study.configs.run import VERSIONS
 from moe_study.report import tables
@@ -35,8 +36,8 @@ def golden(results):
 
 def rendered(results):
     """Every checked table of the notebooks, as they show it."""
-    frame = tables.frame(results)
-    columns = [*tables.SCORE, *tables.ROUTING, *tables.SIMILARITY, *tables.EMBEDDING]
+    frame = frame_of(results)
+    columns = [*SCORE, *ROUTING, *SIMILARITY, *EMBEDDING]
     pairs = [("snnl", arm) for arm in arms.ARM_DESCRIPTIONS if arm != "snnl"]
     return [
         tables.summary(frame, columns),

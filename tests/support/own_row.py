@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from moe_study.columns import SCORE, frame_of
 from moe_study.configs import snnl
 from moe_study.data.datasets import DATASETS, DatasetInfo, Split
 
@@ -46,14 +47,14 @@ if __name__ == "__main__":
     for run in mine:
         study.write(run, study.execute(run, "cpu"))
     results = study.results([*runs, *mine])
-    frame = tables.frame(results)
+    frame = frame_of(results)
     by_arm, cloud = plots.accuracy_by_arm(results), collapse_plots.collapse_and_accuracy(results)
     heatmap = snnl_plots.routing_heatmap(results)
     found = {
         "plan": planned,
         "accuracy": [result["task"]["accuracy"] for result in results],
         "page": overview.accuracy_table("digits").columns.tolist(),
-        "summary": tables.summary(frame, tables.SCORE).index.tolist(),
+        "summary": tables.summary(frame, SCORE).index.tolist(),
         "contrast": tables.contrasts(frame, [("mine", "base")], ["accuracy"]).reset_index().to_string(),
         "rows": [label.get_text() for label in by_arm.axes[0].get_yticklabels()],
         "classes": [text.get_text() for text in heatmap.axes[0].get_yticklabels()],

@@ -3,12 +3,14 @@
 from dataclasses import asdict, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from moe_study import store, study
+from moe_study.columns import COLUMNS, frame_of
 from moe_study.configs import arms, snnl
 from moe_study.configs.dose import PLANS, Dose, Panel
-from moe_study.report import dose_plots, tables
+from moe_study.report import doses
 
 EVERY_PLAN = pytest.mark.parametrize(
     ("name", "profile"), [(name, profile) for name, profiles in PLANS.items() for profile in profiles]
@@ -82,18 +84,18 @@ def planted(slope):
         for row, column, one in PANEL:
             wobble = 0.001 * ((seed + row) % 2)
             results.append(result(one, seed, 0.8 + noise + slope[column] * (row - 1) + wobble))
-    return tables.frame(results, {"accuracy": tables.COLUMNS["accuracy"]})
+    return frame_of(results, {"accuracy": COLUMNS["accuracy"]})
 
 
 def test_effects_are_paired_by_seed_and_in_their_cell():
-    effects = tables.dose_effects(planted((0.01, -0.03)), PANEL, "accuracy")
+    effects = doses.dose_effects(planted((0.01, -0.03)), PANEL, "accuracy")
     assert len(effects) == 6
     for (row, column), found in effects.items():
         wobble = [0.001 * ((seed + row) % 2) for seed in range(4)]
         expected = (0.01, -0.03)[column] * (row - 1) + np.mean(wobble)
         assert found.difference == pytest.approx(expected)
         assert found.high - found.low < 0.004  # the seeds' common noise is gone
-    table = tables.dose_table(planted((0.01, -0.03)), PANEL, "accuracy")
+    table = doses.dose_table(planted((0.01, -0.03)), PANEL, "accuracy")
     assert table.loc["10", "4"].startswith("+1.05 [+0.9")
     assert table.loc["10", "4"].endswith("(4)")
     assert table.index.name == "factor"
@@ -101,14 +103,14 @@ def test_effects_are_paired_by_seed_and_in_their_cell():
 
 
 def test_trends_are_the_slope_of_a_tenfold_factor():
-    trends = tables.dose_trends(planted((0.01, -0.03)), [PANEL, PANEL], ["accuracy"])
+    trends = doses.dose_trends(planted((0.01, -0.03)), [PANEL, PANEL], ["accuracy"])
     assert list(trends.index) == [("accuracy (points)", "experts: 4"), ("accuracy (points)", "experts: 8")]
     assert [float(d) for d in trends["difference"]] == pytest.approx([1, -3], abs=0.01)
 
 
 def test_a_panel_without_a_factor_has_no_trend():
     panel = replace(PANEL, labels=(("normalisation", FACTORS), PANEL.labels[1]))
-    assert tables.dose_trends(planted((0.01, 0.0)), [panel], ["accuracy"]).empty
+    assert doses.dose_trends(planted((0.01, 0.0)), [panel], ["accuracy"]).empty
 
 
 def colours(axis):
@@ -116,7 +118,7 @@ def colours(axis):
 
 
 def test_heatmap_frames_what_excludes_zero():
-    axis = dose_plots.dose_heatmaps(planted((0.01, 0.0)), PANEL, ["accuracy"]).axes[0]
+    axis = doses.dose_heatmaps(planted((0.01, 0.0)), PANEL, ["accuracy"]).axes[0]
     framed = [patch.get_xy() for patch in axis.patches]
     assert {round(x + 0.48) for x, _ in framed} == {0}  # the effect is in the first column alone
     assert axis.get_title() == "accuracy (points),\norange: better"
@@ -128,7 +130,7 @@ def test_heatmap_colours_are_differences_and_one_colour_is_better():
     names = ["accuracy", "cross-entropy", "H(E|c)"]
     for name in names[1:]:
         frame[name] = frame["accuracy"]
-    up, down, neither = dose_plots.dose_heatmaps(frame, PANEL, names).axes[:3]
+    up, down, neither = doses.dose_heatmaps(frame, PANEL, names).axes[:3]
     expected = np.array([[-0.0015, 0.0305], [0.0005, 0.0005], [0.0025, -0.0295]])
     np.testing.assert_allclose(colours(up), expected, rtol=1e-6)
     np.testing.assert_allclose(colours(down), -expected, rtol=1e-6)
@@ -143,7 +145,7 @@ def test_heatmap_colours_are_differences_and_one_colour_is_better():
 def test_heatmap_leaves_out_rows_and_columns_without_a_number():
     frame = planted((0.01, 0.0))
     gone = {line[1].name for line in PANEL.doses} | {PANEL.doses[0][0].name}
-    axis = dose_plots.dose_heatmaps(frame[~frame["arm"].isin(gone)], PANEL, ["accuracy"]).axes[0]
+    axis = doses.dose_heatmaps(frame[~frame["arm"].isin(gone)], PANEL, ["accuracy"]).axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == list(FACTORS[1:])
     assert [label.get_text() for label in axis.get_xticklabels()] == ["4"]
     assert colours(axis).shape == (2, 1)
@@ -151,7 +153,7 @@ def test_heatmap_leaves_out_rows_and_columns_without_a_number():
 
 def test_heatmap_without_a_number_says_so():
     frame = planted((0.01, 0.0))
-    (axis,) = dose_plots.dose_heatmaps(frame[frame["seed"] < 1], PANEL, ["accuracy"]).axes
+    (axis,) = doses.dose_heatmaps(frame[frame["seed"] < 1], PANEL, ["accuracy"]).axes
     assert not axis.images
     assert "no dose" in axis.texts[0].get_text()
 
@@ -164,12 +166,12 @@ def test_every_panel_can_be_drawn(name, profile):
     for run in study.runs(profile, name):
         if run.seed in arms.SEEDS[:2] and not (run.seed == arms.SEEDS[1] and run.arm.endswith("factor=10")):
             keys = {key: asdict(run)[key] for key in ("profile", "study", "dataset", "arm", "seed")}
-            rows.append(keys | {column: generator.normal() for column in tables.COLUMNS})
-    frame = tables.pd.DataFrame(rows)
+            rows.append(keys | {column: generator.normal() for column in COLUMNS})
+    frame = pd.DataFrame(rows)
     for panel in PLANS[name][profile].panels:
-        figure = dose_plots.dose_heatmaps(frame, panel, tables.DOSE_MEASURES)
+        figure = doses.dose_heatmaps(frame, panel, doses.DOSE_MEASURES)
         titles = [axis.get_title() for axis in figure.axes if axis.get_visible()]
-        assert [title.split(" (")[0].split(",")[0] for title in titles] == list(tables.DOSE_MEASURES)
+        assert [title.split(" (")[0].split(",")[0] for title in titles] == list(doses.DOSE_MEASURES)
 
 
 def test_names():
@@ -188,10 +190,10 @@ def test_temperatures_are_drawn_in_order():
         for at, arm in enumerate(arms_)
         for seed in (1, 2)
     ]
-    axis = dose_plots.dose_heatmaps(tables.pd.DataFrame(rows), panel, ["accuracy"]).axes[0]
+    axis = doses.dose_heatmaps(pd.DataFrame(rows), panel, ["accuracy"]).axes[0]
     labels = [label.get_text() for label in axis.get_xticklabels()]
     assert labels == ["0.1", "1", "10", "annealed from 1"]
-    effects = tables.dose_effects(tables.pd.DataFrame(rows), panel, "accuracy")
+    effects = doses.dose_effects(pd.DataFrame(rows), panel, "accuracy")
     annealed = panel.labels[1][1].index("annealed from 1")
     written = [text.get_text() for text in axis.texts if text.get_position() == (3, -0.16)]
     assert written == [f"{100 * effects[0, annealed].difference:+.2f}"]
