@@ -13,7 +13,9 @@ apart from it.
 
 In that study the other two blocks keep a learned router, beside fixed experts too. "ac-language-everywhere"
 asks what learned routing is worth in all three: the same linear router, taken over from there, against fixed
-experts in every block. About ten core-minutes a run.
+experts in every block. `... --study ac-language-everywhere` takes 299 core-minutes. What came out: learned
+routing is far better than fixed experts per position there, and worse than fixed experts per byte, by more
+than in the last block alone.
 """
 
 from __future__ import annotations
