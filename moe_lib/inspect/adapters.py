@@ -8,16 +8,11 @@ Shapes: N tokens, M some of them, D width, O output width, E experts, K chosen p
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
-import random
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -197,69 +192,6 @@ def router_scores(output: Any, num_experts: int) -> tuple[int, Tensor | None]:
             if not bool(((first_NE == 0) | first_NE.isinf()).any(1).all()):
                 return at, scores_NE
     return -1, None
-
-
-def random_states() -> list[Tensor]:
-    """Of the CPU, and of the GPU in use."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
-
-
-CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter)
-
-
-Held = list[tuple[Any, Any]]  # containers, and what they hold
-
-
-def contents(module: nn.Module) -> Held:
-    """Of the attributes of a module and of all inside it, and of the containers among them."""
-    held: dict[int, tuple[Any, Any]] = {}
-    waiting: list[Any] = [vars(each) for each in module.modules()]
-    while waiting:
-        container = waiting.pop()
-        if id(container) not in held:
-            held[id(container)] = container, copy.copy(container)
-            parts = container.values() if isinstance(container, dict) else container
-            waiting += [part for part in parts if type(part) in CONTAINERS]
-    return [*held.values()]
-
-
-def with_copies(held: Held) -> Held:
-    """The same with a copy of each tensor that is no parameter."""
-    copies: dict[int, Tensor] = {}
-
-    def copied(value: Any) -> Any:
-        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
-            return value
-        return copies.setdefault(id(value), value.detach().clone())
-
-    return [
-        (each, {k: copied(v) for k, v in old.items()} if isinstance(old, dict) else old) for each, old in held
-    ]
-
-
-def put_back(held: Held) -> None:
-    for container, before in held:
-        container.clear()
-        (container.extend if isinstance(container, list | deque) else container.update)(before)
-
-
-@contextmanager
-def unchanged(module: nn.Module, start: Held | None = None) -> Iterator[None]:
-    """Attributes, buffers, lists and random states are afterwards what they were; meanwhile as in `start`.
-
-    Tensors are copies meanwhile: one that is written to could not be used in a backward pass any more.
-    """
-    held = contents(module)
-    put_back(with_copies(held) if start is None else start)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    others = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(others[0])
-        np.random.set_state(others[1])  # noqa: NPY002
-        put_back(held)
 
 
 def stacked_weights(experts: Any) -> list[Tensor]:

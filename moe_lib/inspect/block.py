@@ -12,7 +12,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from moe_lib.inspect.adapters import Adapter, Dispatch, first_tensor, random_states
+from moe_lib.inspect.adapters import Adapter, Dispatch, first_tensor
+from moe_lib.inspect.snapshot import random_states
 from moe_lib.inspect.state import BlockState
 
 EXAMINED = 64  # tokens of each block whose mixture and experts' answers are computed again,

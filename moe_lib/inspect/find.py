@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from moe_lib.inspect.adapters import Adapter, reason_of, unchanged
+from moe_lib.inspect.adapters import Adapter, reason_of
 from moe_lib.inspect.block import Block
 from moe_lib.inspect.families import FAMILIES
 from moe_lib.inspect.lists import MOE_CLASS, ListAdapter
 from moe_lib.inspect.measures import entropy
 from moe_lib.inspect.recorder import ROUTER_NAMES, Recorder, router_of
+from moe_lib.inspect.snapshot import unchanged
 from moe_lib.inspect.state import BlockState
 
 LIKE_MOE = re.compile("moe|mixture|expert|switch", re.I)
@@ -92,7 +93,7 @@ def confirm(recorder: Recorder, run: Callable[[], Any]) -> None:
             for first in inner:
                 block, reason = _best_list(recorder, first, reasons[first.name], run)
                 named = _lists(block).named_as_experts
-                if reason == NOT_CALLED and _lists(block).like is None and named:
+                if reason == NOT_CALLED and not _lists(block).called and named:
                     reason = ""  # nor was any of its experts: they may be later
                 if reason and named:
                     block, reason = _outer(recorder, block, reason, run)

@@ -27,16 +27,20 @@ from moe_lib.inspect.adapters import (
     Call,
     Dispatch,
     NotAMixture,
-    contents,
     first_tensor,
     from_dense,
-    random_states,
     replaced,
     rows,
     stacked_weights,
+)  # fmt: skip
+from moe_lib.inspect.snapshot import (
+    contents,
+    copied,
+    random_states,
+    set_random_states,
     unchanged,
     with_copies,
-)  # fmt: skip
+)
 
 KINDS = "moe|moa|mixtureofexperts|experts"
 MOE_CLASS = re.compile(rf"({KINDS})(block|layer|ffn|mlp|feedforward)?$|sparsemlp$", re.I)
@@ -119,7 +123,7 @@ class ListAdapter(Adapter):
         self.twins = sum(len(members) == len(self.members) for _, members in found) - 1
         self.open: ExitStack | None = None  # leaving it ends the tagging
         self.forget()
-        self.like: Any = None  # an answer without rows
+        self.called = False  # was an expert, ever?
         self.confirmed = False  # it has been read once
         self.reads_input = False  # the experts read the block's input as it is
 
@@ -162,8 +166,7 @@ class ListAdapter(Adapter):
     def note(self, e: int, args: Any, output: Any) -> Any:
         """Expert e's answer with the tag of e."""
         answer, read = first_tensor(output), first_tensor(args)
-        self.like = tree_map(_without_rows, output)
-        self.answer_dtype = answer.dtype
+        self.called, self.answer_dtype = True, answer.dtype
         if self.open is None:
             self.read_sums[e] = _sum(read) + self.read_sums.get(e, 0)
             return None
@@ -180,7 +183,7 @@ class ListAdapter(Adapter):
 
     def end(self, call: Call) -> None:
         """Reads the tags of the block's output."""
-        if self.open is None and call.output is not None and self.like is not None:
+        if self.open is None and call.output is not None and self.read_sums:
             self._replay()
         elif self.open is not None:
             with self.open:
@@ -204,16 +207,12 @@ class ListAdapter(Adapter):
 
     @torch.no_grad()
     def _replay(self) -> None:
-        """The block once more from the same random state, its experts answering zero with their tags."""
+        """The block once more, tagged, from the state it started with."""
         args, kwargs, states, held = self.replay_with
         self.replaying = True
         try:
             with unchanged(self.block, held), _tagging(), NoDropout() as dropout, ExitStack() as self.open:
-                for member in self.members:
-                    member.forward = self._zero_answer
-                torch.set_rng_state(states[0])
-                if states[1:]:
-                    torch.cuda.set_rng_state(states[1])
+                set_random_states(states)
                 self._find_tags(self.block.forward(*args, **kwargs))
         finally:
             self.open, self.replaying = None, False
@@ -223,21 +222,6 @@ class ListAdapter(Adapter):
         self.strayed = again.keys() != self.read_sums.keys() or not all(
             torch.allclose(again[e], was, rtol=1e-5, equal_nan=True) for e, was in self.read_sums.items()
         )
-
-    def _zero_answer(self, *args: Any, **kwargs: Any) -> Any:
-        """As experts answer, but zero."""
-        x = first_tensor((args, kwargs))
-
-        def zero(like: Any) -> Any:
-            if not isinstance(like, Tensor) or not like.ndim:
-                return like
-            if like.ndim == 1:
-                return like.new_zeros(len(x))
-            return like.new_zeros(
-                (*x.shape[:-1], like.shape[-1]) if like.ndim <= 3 else (len(x), *like.shape[1:])
-            )
-
-        return tree_map(zero, self.like)
 
     def forget(self) -> None:
         if self.open is not None:  # the block was interrupted
@@ -291,7 +275,7 @@ class ListAdapter(Adapter):
     def _why_no_tags(self) -> str:
         if torch.is_inference_mode_enabled():
             return "inference mode hides its experts' weights: use torch.no_grad instead"
-        if self.like is None:
+        if not self.called:
             return "its experts were not called through __call__: as expert(x), not expert.forward(x)"
         return "its modules' answers do not reach its output"
 
@@ -343,10 +327,6 @@ def _sum(tensor: Tensor) -> Tensor:
     return tensor.detach().sum(dtype=torch.float64) + tensor.numel()
 
 
-def copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
 def _same_rows(one_RD: Tensor, other_RD: Tensor) -> bool | None:
     """Equal up to order and rows of zeros, judged by their sum; None if they differ in number and sum."""
     if one_RD.shape[1:] != other_RD.shape[1:]:
@@ -358,10 +338,3 @@ def _same_rows(one_RD: Tensor, other_RD: Tensor) -> bool | None:
 
 def _close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.float(), other.float(), rtol=2e-2, atol=1e-6, equal_nan=True)
-
-
-def _without_rows(value: Any) -> Any:
-    """An empty tensor of the same kind; a copy, which does not keep the original in memory."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach()[:0].clone() if value.ndim else value.detach().clone()

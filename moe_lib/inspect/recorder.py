@@ -21,10 +21,10 @@ from moe_lib.inspect.adapters import (
     reason_of,
     replaced,
     router_scores,
-    unchanged,
 )  # fmt: skip
 from moe_lib.inspect.block import Block
 from moe_lib.inspect.places import Stream
+from moe_lib.inspect.snapshot import unchanged
 
 ROUTER_NAMES = ("gate", "router", "gating", "wg", "gate_network", "gating_network")
 
