@@ -24,8 +24,8 @@ from moe_lib.inspect.find import confirm, find_blocks
 from moe_lib.inspect.lists import NoDropout
 from moe_lib.inspect.panel import Panel, plain
 from moe_lib.inspect.recorder import Recorder
-from moe_lib.inspect.snapshot import copied
 from moe_lib.inspect.run import eager, nothing_found, panel_of
+from moe_lib.inspect.snapshot import copied
 
 
 class Watch:
