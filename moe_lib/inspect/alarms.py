@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from moe_lib.inspect.layer import Layer
+if TYPE_CHECKING:
+    from moe_lib.inspect.panel import Layer
 
 
 class Kind(NamedTuple):

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_lib.inspect.layer import Layer
 from moe_lib.inspect.measures import ABOUT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from moe_lib.inspect.panel import Comparison, Layer, Panel
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#777777"  # Okabe and Ito
 COLUMNS = 4
@@ -53,7 +54,7 @@ def _drawn(layers: list[Layer]) -> list[str]:
     return [name for name in some if any(not math.isnan(layer[name]) for layer in layers)]
 
 
-def panel_figure(panel: Any) -> Figure:
+def panel_figure(panel: Panel) -> Figure:
     """Above: the load of every expert of every block. Below: each block's measures beside their nulls."""
     layers = panel.layers
     if not layers:
@@ -75,7 +76,7 @@ def panel_figure(panel: Any) -> Figure:
     return figure
 
 
-def comparison_figure(comparison: Any) -> Figure:
+def comparison_figure(comparison: Comparison) -> Figure:
     """Every measure before and after, block by block; last, the share of experts kept."""
     before, after = comparison.before.layers, comparison.after.layers
     shown: list[tuple[str, list[Line]]] = [
@@ -141,8 +142,8 @@ def _draw_strip(axis: Axes, name: str, lines: Sequence[Line], legend: bool) -> N
             marker="D" if null and few else "" if null else "o", mfc="none" if null else colour,
             ms=5 if few else 2.5,
         )  # fmt: skip
-    known = [value for _, _, values in lines for value in values if not math.isnan(value)]
-    low, high = min(*known, 0.0), max(*known, ABOUT[name].axis if name in ABOUT else 1.0)
+    known = [value for _, _, values in lines for value in values if math.isfinite(value)]
+    low, high = min([*known, 0.0]), max([*known, ABOUT[name].axis if name in ABOUT else 1.0])
     axis.set_ylim(low - 0.04 * (high - low), high + 0.12 * (high - low))
     unit = ", nats" if name in ABOUT and "nats" in ABOUT[name].formula else ""
     axis.set_title(name + unit, fontsize=10)
