@@ -39,12 +39,19 @@ class Block:
         self.examined = 0  # tokens
         self.computable = True  # can its experts' answers to its tokens be computed again?
         self.sequences = False  # do the experts read more than one token?
+        self.costs: dict[str, float] = {}  # of tampering with its routing, by measure; see ABOUT
+        self.dropped_E: list[float] = []  # cost of dropping each expert
         self.alike: tuple[Tensor, Tensor] | None = None  # cosines of answers [E, E]; of unpaired ones
         self.width_BT: tuple[int, int] | None = None  # the block's own input, if it has three dimensions
 
     def fresh(self) -> Block:
         """The same, with nothing seen yet."""
         return Block(self.name, copy.copy(self.adapter), self.parent)
+
+    @property
+    def mixes(self) -> bool:
+        """Can its output be mixed anew?"""
+        return self.adapter.mixes and self.computable
 
     @property
     def label(self) -> str:

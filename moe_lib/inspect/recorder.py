@@ -44,7 +44,6 @@ class Recorder:
         self.model = model
         self.blocks, self.unread = blocks, unread
         self.seed = seed
-        self.on = True
         self.busy: Block | None = None  # whose experts we call ourselves: such calls are not counted
         self.quiet = False  # whatever goes wrong is noted; nothing is raised
         self.handles: list[Any] = []
@@ -103,7 +102,7 @@ class Recorder:
     def _idle(self) -> bool:
         in_backward = torch._C._current_graph_task_id() != -1  # checkpointing recomputes: counted before
         others = Recorder.working not in (None, self)
-        return not self.on or self.busy is not None or in_backward or others
+        return self.busy is not None or in_backward or others
 
     def _batch_starts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._idle():
