@@ -64,14 +64,14 @@ class Adapter:
                 return Dispatch(rows(call.tokens), indices_NK, weights_NK, rows(call.output))
 
             def answer(self, e, tokens_MD):
-                return self.block.experts[e](tokens_MD)
+                return tokens_MD @ self.block.experts.weight[e]
 
-    `num_experts` and `expert_weights` follow from the parameters where these are stacked along their first
-    dimension; else override them too.
+    `num_experts` and `expert_weights` follow where `experts` is a list of modules, and `answer` too; or where
+    parameters are stacked along their first dimension. Else override them.
     """
 
     classes: ClassVar[tuple[str, ...]] = ()
-    watch: ClassVar[tuple[str, ...]] = ()
+    watch: tuple[str, ...] = ()
     mixes: bool = True  # the output is weights times answers, token by token
     scales_inputs: bool = False  # weights multiply what an expert reads, not what it answers
     answer_dtype: torch.dtype | None = None  # of the answers that were observed, if they were
@@ -89,7 +89,15 @@ class Adapter:
 
     @property
     def num_experts(self) -> int:
+        if self.listed is not None:
+            return len(self.listed)
         return int(next(p.shape[0] for p in self.experts().parameters() if p.ndim > 2))
+
+    @property
+    def listed(self) -> nn.ModuleList | None:
+        """The experts, if they are modules in a list."""
+        holders = self.experts(), getattr(self.experts(), "experts", None)
+        return next((each for each in holders if isinstance(each, nn.ModuleList)), None)
 
     def experts(self) -> nn.Module:
         found = getattr(self.block, "experts", self.block)
@@ -100,7 +108,9 @@ class Adapter:
 
     def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
         """Expert e's answer to each token [M, O], unweighted."""
-        raise NotImplementedError
+        if self.listed is None:
+            raise NotImplementedError
+        return self.listed[e](tokens_MD)
 
     def answers(self, tokens_MD: Tensor) -> Tensor:
         """Every expert's answer to each token [E, M, O]."""
@@ -124,6 +134,8 @@ class Adapter:
 
     def expert_weights(self) -> list[Tensor]:
         """The experts' parameters, each stacked [E, ...]."""
+        if self.listed is not None:
+            return stacked_weights(self.listed)
         return [p for p in self.experts().parameters() if p.ndim > 1 and p.shape[0] == self.num_experts]
 
     # For adapters that must do something while the block runs; `ListAdapter` alone does.
