@@ -250,8 +250,8 @@ class ListAdapter(Adapter):
         if len({*map(id, self.members)}) < num_experts:
             raise NotAMixture("a module stands in its list twice: which of the two answered cannot be seen")
         if self.strayed:
-            raise NotAMixture("its experts read something else when it ran again: it keeps a state that is "
-                              "no attribute of its modules; pass an adapter")  # fmt: skip
+            raise NotAMixture("its experts read something else when it ran again: it keeps a state that its "
+                              "modules do not hold; pass an adapter")  # fmt: skip
         if self.width < num_experts:
             raise NotAMixture(
                 f"{num_experts} experts answer with a width of {self.width}: at least as many are needed "

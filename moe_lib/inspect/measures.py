@@ -85,9 +85,10 @@ ABOUT: dict[str, About] = {
         1.0,
     ),
     "answers alike": About(
-        "mean cosine of two experts' answers to the same tokens, each expert's mean removed",
+        "mean cosine of two experts' answers to the same tokens, each expert's mean removed; where a "
+        "multiple of the input makes up over 10 % of their variance, of what they add to it",
         "the same with tokens unpaired",
-        "1: the experts compute the same; also near 1 if each adds its input to its answer",
+        "1: the experts compute the same",
     ),
     "answers alike, by use": About(
         "the same, each pair weighted by the product of its loads", "the same with tokens unpaired",

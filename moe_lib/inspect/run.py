@@ -24,6 +24,7 @@ from moe_lib.inspect.measures import ABOUT, NOTHING, Value, expert_measures, loa
 from moe_lib.inspect.panel import Layer, Panel
 from moe_lib.inspect.places import by_name
 from moe_lib.inspect.recorder import Recorder
+from moe_lib.inspect.snapshot import unchanged
 from moe_lib.inspect.state import BlockState
 from moe_lib.inspect.tamper import Loss, costs
 
@@ -107,7 +108,8 @@ def inspect_moe(
                     kept.append((inputs, given))
             stream.labels = stream.decoder_labels = None
             if causal:
-                losses = costs(recorder, call, loss, kept, causal == "every expert")
+                with unchanged(model):
+                    losses = costs(recorder, call, loss, kept, causal == "every expert")
         finally:
             recorder.detach()
         panel = panel_of(recorder, title or type(model).__name__, names)

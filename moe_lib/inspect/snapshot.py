@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter)
-Held = list[tuple[Any, Any]]  # containers, and what they hold
+GENERATORS = (torch.Generator, np.random.Generator, random.Random)
+OTHERS = ("torch", "transformers", "accelerate", "lightning", "pytorch_lightning")  # their objects stay as is
+Held = list[tuple[Any, Any]]  # containers, arrays and random generators, and what they hold
 
 
 def random_states() -> list[Tensor]:
@@ -29,16 +31,43 @@ def set_random_states(states: list[Tensor]) -> None:
 
 
 def contents(module: nn.Module) -> Held:
-    """Of the attributes of a module and of all inside it, and of the containers among them."""
+    """Of a module and all inside it: attributes, and what containers and plain objects there hold."""
     held: dict[int, tuple[Any, Any]] = {}
     waiting: list[Any] = [vars(each) for each in module.modules()]
     while waiting:
-        container = waiting.pop()
-        if id(container) not in held:
-            held[id(container)] = container, copy.copy(container)
-            parts = container.values() if isinstance(container, dict) else container
-            waiting += [part for part in parts if type(part) in CONTAINERS]
+        part = waiting.pop()
+        if id(part) in held:
+            continue
+        if type(part) in CONTAINERS:
+            held[id(part)] = part, copy.copy(part)
+            waiting += part.values() if isinstance(part, dict) else part
+        elif isinstance(part, tuple):
+            waiting += part
+        elif isinstance(part, (np.ndarray, *GENERATORS)):
+            held[id(part)] = part, copy.deepcopy(_state(part))
+        elif _is_plain(part):
+            slots = [name for kind in type(part).__mro__ for name in getattr(kind, "__slots__", ())]
+            waiting += [vars(part)] if hasattr(part, "__dict__") else []
+            if slots:
+                before = {name: getattr(part, name) for name in slots if hasattr(part, name)}
+                held[id(part)] = part, before
+                waiting += before.values()
     return [*held.values()]
+
+
+def _is_plain(part: Any) -> bool:
+    """An object of a class of one's own, which may count or collect something."""
+    kind = type(part)
+    ours = kind.__module__.partition(".")[0] not in ("builtins", "functools", "weakref", *OTHERS)
+    return ours and not isinstance(part, nn.Module | Tensor | type)
+
+
+def _state(part: Any) -> Any:
+    if isinstance(part, np.ndarray):
+        return part
+    if isinstance(part, np.random.Generator):
+        return part.bit_generator.state
+    return part.get_state() if isinstance(part, torch.Generator) else part.getstate()
 
 
 def copied(value: Any) -> Any:
@@ -54,20 +83,35 @@ def with_copies(held: Held) -> Held:
     def once(value: Any) -> Any:
         return copies.setdefault(id(value), copied(value)) if isinstance(value, Tensor) else value
 
-    return [
-        (each, {k: once(v) for k, v in old.items()} if isinstance(old, dict) else old) for each, old in held
-    ]
+    def part_copied(old: Any) -> Any:
+        if isinstance(old, dict):
+            return {key: once(value) for key, value in old.items()}
+        return [once(value) for value in old] if isinstance(old, list | deque) else old
+
+    return [(part, part_copied(before)) for part, before in held]
 
 
 def put_back(held: Held) -> None:
-    for container, before in held:
-        container.clear()
-        (container.extend if isinstance(container, list | deque) else container.update)(before)
+    for part, before in held:
+        if type(part) in CONTAINERS:
+            part.clear()
+            (part.extend if isinstance(part, list | deque) else part.update)(before)
+        elif isinstance(part, np.ndarray):
+            part[...] = before
+        elif isinstance(part, np.random.Generator):
+            part.bit_generator.state = before
+        elif isinstance(part, torch.Generator):
+            part.set_state(before)
+        elif isinstance(part, random.Random):
+            part.setstate(before)
+        else:
+            for name, value in before.items():
+                setattr(part, name, value)
 
 
 @contextmanager
 def unchanged(module: nn.Module, start: Held | None = None) -> Iterator[None]:
-    """Attributes, buffers, lists and random states are afterwards what they were; meanwhile as in `start`.
+    """What a module holds, and random states, are afterwards what they were; meanwhile as in `start`.
 
     Tensors are copies meanwhile: one that is written to could not be used in a backward pass any more.
     """

@@ -6,8 +6,10 @@ Shapes: N tokens, M read by an expert, K slots, D width, E experts, C capacity, 
 import copy
 import io
 import math
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from list_moes import Block, D, E, counts, looked, tokens
@@ -172,16 +174,27 @@ def test_the_output_with_the_answers_is_the_mixture(training):
 # ------------------------------------------------------------------------- blocks that change themselves
 
 
+class Slots:
+    __slots__ = ("bias",)
+
+    def __init__(self):
+        self.bias = torch.zeros(E)
+
+
+ELSEWHERE = SimpleNamespace(bias=torch.zeros(E))
+
+
 class Balanced(Block):
     """A bias against the load, changed in each training step; held by a buffer, or by another object."""
 
     def __init__(self, held):
         super().__init__()
         self.bias = nn.Buffer(torch.zeros(E))
-        self.other = None if held == "buffer" else SimpleNamespace(bias=torch.zeros(E))
+        self.statistics = {"object": SimpleNamespace(bias=torch.zeros(E)), "slots": Slots()}.get(held)
+        self.held = held
 
     def forward(self, x_ND):
-        holder = self.other or self
+        holder = ELSEWHERE if self.held == "global" else self.statistics or self
         weight_NE = self.gate(x_ND).softmax(-1)
         self.chosen = (weight_NE + holder.bias).topk(2, -1).indices
         holder.bias = holder.bias - 0.3 * (self.chosen.flatten().bincount(minlength=E) / len(x_ND) - 0.5)
@@ -192,8 +205,9 @@ class Balanced(Block):
         return out_ND
 
 
-def test_a_bias_that_training_moves_is_that_of_the_step():
-    model = nn.Sequential(Balanced("buffer")).train()
+@pytest.mark.parametrize("held", ["buffer", "object", "slots"])
+def test_a_bias_that_training_moves_is_that_of_the_step(held):
+    model = nn.Sequential(Balanced(held)).train()
     with watch(model, every=1) as w:
         for step in range(4):
             model(tokens(seed=step)).sum().backward()
@@ -202,9 +216,56 @@ def test_a_bias_that_training_moves_is_that_of_the_step():
 
 
 def test_a_state_that_cannot_be_taken_back_is_named():
-    panel, _ = looked(nn.Sequential(Balanced("object")), tokens(), tokens(seed=1))
+    panel, _ = looked(nn.Sequential(Balanced("global")), tokens(), tokens(seed=1))
     assert panel.layers == []
-    assert "it keeps a state that is no attribute of its modules" in panel.unread[0]
+    assert "it keeps a state that its modules do not hold" in panel.unread[0]
+
+
+class Statistics:
+    """A helper that is no module: tensors, an array, counters and random generators."""
+
+    def __init__(self):
+        self.load_E, self.calls, self.history, self.totals = torch.zeros(E), 0, [], [torch.zeros(())]
+        self.array_E, self.draw = np.zeros(E), torch.Generator().manual_seed(0)
+        self.others = np.random.default_rng(0), random.Random(0)
+
+    def update(self, chosen_NK):
+        self.load_E += chosen_NK.flatten().bincount(minlength=E)
+        self.array_E += 1
+        self.totals[0] += 1
+        self.calls += 1
+        self.history.append(
+            [*torch.rand(2, generator=self.draw), self.others[0].random(), self.others[1].random()]
+        )
+
+
+class Counting(Block):
+    def __init__(self):
+        super().__init__()
+        self.statistics = Statistics()
+
+    def forward(self, x_ND):
+        output_ND = super().forward(x_ND)
+        self.statistics.update(self.chosen)
+        return output_ND
+
+
+@pytest.mark.parametrize("how", ["watch", "inspect", "causal"])
+def test_helper_objects_are_those_of_an_unwatched_model(how):
+    found = []
+    for looked_at in (False, True):
+        model = nn.Sequential(Counting(), Counting()).train()
+        if not looked_at:
+            model(tokens())
+        elif how == "watch":
+            looked(model, tokens())
+        else:
+            inspect_moe(model, [tokens()], causal=how == "causal", loss=lambda out, *_: out.square().mean())
+        found.append(
+            [(*s.load_E, s.calls, *s.totals, s.history, *s.array_E) for s in (b.statistics for b in model)]
+        )
+    assert found[0] == found[1]
+    assert found[0][0][4] == 1
 
 
 # -------------------------------------------------------------------------------------- false alarms
