@@ -141,6 +141,9 @@ class Adapter:
     # For adapters that must do something while the block runs; `ListAdapter` alone does.
 
     members: Sequence[nn.Module] = ()  # experts to be hooked with `note`
+    before: Sequence[
+        Sequence[nn.Module]
+    ] = ()  # of their other layers; the first are hooked with `note_before`
     replaying = False  # the block's own calls are not the model's
 
     def begin(self, args: tuple, kwargs: dict) -> None:
@@ -148,6 +151,9 @@ class Adapter:
 
     def note(self, e: int, args: Any, output: Any) -> Any:
         """After member e: what replaces its output; None: nothing."""
+
+    def note_before(self, e: int, args: Any) -> None:
+        """Before the first layer of member e."""
 
     def end(self, call: Call) -> None:
         """After the block, also if it failed: its output is None then."""

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -42,6 +44,17 @@ from moe_lib.inspect.snapshot import (
     with_copies,
 )
 
+ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
+    F.silu, F.gelu, partial(F.gelu, approximate="tanh"), F.relu, F.leaky_relu, F.elu, F.mish, torch.tanh,
+    torch.sigmoid, F.softplus, lambda hidden: F.relu(hidden).square(), lambda hidden: hidden,
+]  # fmt: skip
+JOINS: dict[int, list[Callable[..., Tensor]]] = {  # by the number of lists: of one, or of a gate and another
+    1: ACTIVATIONS,
+    2: [
+        *(lambda gate, up, act=act: act(gate) * up for act in ACTIVATIONS),
+        *(lambda up, gate, act=act: act(gate) * up for act in ACTIVATIONS),
+    ],
+}
 KINDS = "moe|moa|mixtureofexperts|experts"
 MOE_CLASS = re.compile(rf"({KINDS})(block|layer|ffn|mlp|feedforward)?$|sparsemlp$", re.I)
 
@@ -106,7 +119,8 @@ class ListAdapter(Adapter):
     `holder` is the module that holds the list, if it is not the block itself; `which` of its lists it is.
     """
 
-    ran: dict[int, list[Tensor]]  # what each expert read
+    ran: dict[int, list[Tensor]]  # what each expert read,
+    ran_before: dict[int, list[Tensor]]  # and its first layer, if that is in another list
     read_sums: dict[int, Tensor]  # of what each expert read in the model's own call, if it is replayed
     parts: list[int]  # which leaves of the block's output are mixtures,
     tangent: Tensor | None  # of their sum
@@ -120,7 +134,13 @@ class ListAdapter(Adapter):
         self.list_name, self.members = found[which]
         self.holder = holder
         self.num_lists = len(found)
-        self.twins = sum(len(members) == len(self.members) for _, members in found) - 1
+        # Lists as long, which may hold first layers of the same experts: up, or gate and up.
+        others = [members for _, members in found if members is not self.members]
+        self.before = [members for members in others if len(members) == len(self.members)]
+        self.joins: Callable[..., Tensor] | None = (
+            None  # what the members read of the answers of those before
+        )
+        self.judged = False  # whether there is one
         self.open: ExitStack | None = None  # leaving it ends the tagging
         self.forget()
         self.called = False  # was an expert, ever?
@@ -147,10 +167,14 @@ class ListAdapter(Adapter):
 
     def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
         read = tokens_MD.view(-1, *self.row) if self.row else tokens_MD
-        return rows(self.members[e](read[None] if self.sequences else read))
+        read = read[None] if self.sequences else read
+        if self.joins is not None:
+            read = self.joins(*(layers[e](read) for layers in self.before))
+        return rows(self.members[e](read))
 
     def expert_weights(self) -> list[Tensor]:
-        return stacked_weights(self.members)
+        lists = [self.members, *(self.before if self.joins is not None else [])]
+        return [weight for layers in lists for weight in stacked_weights(layers)]
 
     # ------------------------------------------------------------------------------------ tagging
 
@@ -180,6 +204,12 @@ class ListAdapter(Adapter):
         self.width = flat.shape[1]
         flat[:, e :: self.num_experts] = 1  # in every period, to see what changes single features
         return replaced(output, forward_ad.make_dual(answer, tag))
+
+    def note_before(self, e: int, args: Any) -> None:
+        """Before the first of the layers of expert e, if it may consist of several."""
+        if self.open is not None:
+            read = forward_ad.unpack_dual(first_tensor(args)).primal
+            self.ran_before.setdefault(e, []).append(read)
 
     def end(self, call: Call) -> None:
         """Reads the tags of the block's output."""
@@ -228,6 +258,7 @@ class ListAdapter(Adapter):
             self.open.close()
             self.open = None
         self.ran, self.read_sums, self.tangent, self.replay_with = {}, {}, None, None
+        self.ran_before = {}
         self.sequential, self.width, self.strayed, self.unchecked = False, 0, False, ""
 
     def dispatch(self, call: Call) -> Dispatch:
@@ -243,6 +274,10 @@ class ListAdapter(Adapter):
         several = self.parts[1:]
         output = torch.stack([leaves[at] for at in self.parts]).sum(0) if several else leaves[self.parts[0]]
         output_NO, tags_NO = (_rows(tensor, self.width) for tensor in (output, self.tangent))
+        self._judge(call)
+        if self.joins is not None:
+            self.ran, (read, *_) = self.ran_before, next(iter(self.ran_before.values()))
+            self.row, self.sequences = tuple(read.shape[-1:]), read.ndim == 3
         given_ND = _rows(call.tokens, self.row[-1])
         longest = max(len(rows(part)) for parts in self.ran.values() for part in parts)
         if self.sequential:
@@ -272,6 +307,22 @@ class ListAdapter(Adapter):
         weights_NK = weights_NK.where(finite_N1, torch.nan)  # not counted
         return Dispatch(tokens_ND, indices_NK, weights_NK, output_NO, in_order=in_order)
 
+    def _judge(self, call: Call) -> None:
+        """Do the members read what a known function makes of the answers of the layers in other lists?
+
+        What they read in this call decides; whether the output is then the mixture is checked as ever.
+        """
+        num_before = len(self.before)
+        if self.judged or num_before not in JOINS or self.ran.keys() != self.ran_before.keys():
+            return
+        self.judged = True
+        read = {e: (torch.cat(parts), torch.cat(self.ran_before[e])) for e, parts in self.ran.items()}
+        with unchanged(self.block), suppress(Exception):  # they take something else
+            given = {e: [layers[e](first) for layers in self.before] for e, (_, first) in read.items()}
+            fits = [join for join in JOINS[num_before]
+                    if all(_fits(join(*given[e]), last) for e, (last, _) in read.items())]  # fmt: skip
+            self.joins = fits[0] if fits else None
+
     def _why_no_tags(self) -> str:
         if torch.is_inference_mode_enabled():
             return "inference mode hides its experts' weights: use torch.no_grad instead"
@@ -299,8 +350,10 @@ class ListAdapter(Adapter):
             self.reads_input = True in same and False not in same
         if self.reads_input:
             return given_ND, True
-        if self.twins:
-            self.unchecked = f"its experts are made of {self.twins + 1} lists, and only the last was read"
+        if self.before and self.joins is None:
+            self.unchecked = (
+                f"its experts are made of {len(self.before) + 1} lists, and only the last was read"
+            )
             return torch.cat(parts), False
         if whole:
             return parts[0], True
@@ -334,6 +387,12 @@ def _same_rows(one_RD: Tensor, other_RD: Tensor) -> bool | None:
     sums = one_RD.float().sum(0), other_RD.float().sum(0)
     same = torch.allclose(*sums, rtol=1e-3, atol=1e-3, equal_nan=True)
     return True if same else None if len(one_RD) != len(other_RD) else False
+
+
+def _fits(one: Tensor, other: Tensor) -> bool:
+    tolerance = 1e-4 if other.dtype.itemsize >= 4 else 2e-2
+    same = one.shape == other.shape
+    return same and bool((one - other).float().norm() <= tolerance * other.float().norm())
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

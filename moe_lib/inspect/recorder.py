@@ -67,6 +67,9 @@ class Recorder:
             for e, member in enumerate(adapter.members):
                 note = partial(self._safely, self._member, block, e)
                 hooks.append(member.register_forward_hook(note, with_kwargs=True))
+            for e, member in enumerate(adapter.before[0] if adapter.before else ()):
+                note = partial(self._safely, self._before, block, e)
+                hooks.append(member.register_forward_pre_hook(note, with_kwargs=True))
             holder = module if any(hasattr(module, name) for name in ROUTER_NAMES) else parent
             router = router_of(holder, [name for name in ROUTER_NAMES if name not in adapter.watch])
             if router is not None:
@@ -133,6 +136,10 @@ class Recorder:
     def _member(self, block: Block, e: int, module: nn.Module, args: Any, kwargs: dict, output: Any) -> Any:
         replayed = self.busy is block and block.adapter.replaying
         return block.adapter.note(e, (args, kwargs), output) if replayed or not self._idle() else None
+
+    def _before(self, block: Block, e: int, module: nn.Module, args: Any, kwargs: dict) -> None:
+        if (self.busy is block and block.adapter.replaying) or not self._idle():
+            block.adapter.note_before(e, (args, kwargs))
 
     def _ends(self, block: Block, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if self._idle() or (call := self.calls.pop(block.name, None)) is None:

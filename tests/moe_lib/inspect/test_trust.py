@@ -672,9 +672,72 @@ def test_what_is_not_one_list_of_experts_is_said():
     model = TwoLists()
     layer = read(model)
     assert layer.state.count_E.tolist() == counts(model)
-    assert "experts are made of 2 lists" in layer.explanation
-    for name in ("input separation", "answers alike", "mixture error"):
-        assert math.isnan(layer[name])
+    assert layer["mixture error"] < 1e-5
+    assert [alarm.kind for alarm in inspect_moe(nn.Sequential(model), [tokens()]).alarms] == ["arbitrary"]
+
+
+class Layers(nn.Module):
+    """Experts as lists of their layers; `join` makes of the first ones' answers what the last reads."""
+
+    def __init__(self, join, lists, extra=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.join, self.lists, self.extra = nn.Linear(D, E), join, lists, extra
+        for name in lists:
+            sizes = (2 * D, D) if name == lists[-1] else (D, 2 * D)
+            setattr(self, name, nn.ModuleList(nn.Linear(*sizes) for _ in range(E)))
+
+    def whole(self, e, x_MD):
+        *first, last = (getattr(self, name)[e] for name in self.lists)
+        return last(self.join(*(layer(x_MD) for layer in first)))
+
+    def forward(self, x_ND):
+        weight_NK, self.chosen = self.gate(x_ND).softmax(-1).topk(2, -1)
+        out_ND = torch.zeros_like(x_ND)
+        for e in range(E):
+            row, slot = torch.where(self.chosen == e)
+            out_ND = out_ND.index_add(0, row, self.whole(e, x_ND[row]) * weight_NK[row, slot, None])
+        return out_ND + self.extra
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("join", "lists"), [
+    (F.relu, ("w1", "w2")), (F.gelu, ("fc_in", "fc_out")), (lambda a, b: F.silu(a) * b, ("w1", "w3", "w2")),
+    (lambda a, b: a * F.gelu(b), ("up", "gates", "down")),
+])  # fmt: skip
+def test_experts_in_lists_of_their_layers_are_computed_again(join, lists, training):
+    model = Layers(join, lists)
+    panel = (
+        looked(nn.Sequential(model), tokens())[0]
+        if training
+        else inspect_moe(nn.Sequential(model), [tokens()])
+    )
+    (layer,) = panel.layers
+    assert layer.state.count_E.tolist() == counts(model)
+    assert layer.explanation == "the mixture of what was observed is the block's output"
+    assert layer["mixture error"] < 1e-5
+    assert layer["input separation"] == pytest.approx(separation(tokens(), model), rel=1e-4)
+    answers = [model.whole(e, tokens()).detach() for e in range(E)]
+    answers = [(a - a.mean(0)).flatten() for a in answers]
+    pairs = [F.cosine_similarity(answers[a], answers[b], dim=0) for a in range(E) for b in range(a)]
+    assert layer["answers alike"] == pytest.approx(float(sum(pairs) / len(pairs)), abs=0.07)
+
+
+def separation(x_ND, model):
+    """Share of the variance between first choices."""
+    apart_ND, first_N = x_ND - x_ND.mean(0), model.chosen[:, 0]
+    groups = [apart_ND[first_N == e] for e in range(E)]
+    between = sum(len(group) * group.mean(0).square().sum() for group in groups)
+    return float(between / apart_ND.square().sum())
+
+
+def test_layers_that_are_joined_unusually_are_not_guessed():
+    for join in (torch.sin, lambda hidden: hidden.relu() + 0.01):
+        layer = read(Layers(join, ("w1", "w2")))
+        assert "experts are made of 2 lists, and only the last was read" in layer.explanation
+        assert math.isnan(layer["answers alike"])
+    layer = read(Layers(F.relu, ("w1", "w2"), extra=1.0))
+    assert "differs from the mixture" in layer.explanation
 
 
 # ------------------------------------------------------------------------------------------ watching
