@@ -141,9 +141,7 @@ class Adapter:
     # For adapters that must do something while the block runs; `ListAdapter` alone does.
 
     members: Sequence[nn.Module] = ()  # experts to be hooked with `note`
-    before: Sequence[
-        Sequence[nn.Module]
-    ] = ()  # of their other layers; the first are hooked with `note_before`
+    before: Sequence[Sequence[nn.Module]] = ()  # their other layers; the first: hooked with `note_before`
     replaying = False  # the block's own calls are not the model's
 
     def begin(self, args: tuple, kwargs: dict) -> None:

@@ -20,7 +20,8 @@ from moe_lib.inspect.adapters import (
     parameter_names,
     rows,
 )  # fmt: skip
-from moe_lib.inspect.lists import ListAdapter, expert_lists
+from moe_lib.inspect.lists import expert_lists
+from moe_lib.inspect.tagging import ListAdapter
 
 
 class MoELibAdapter(Adapter):

@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_map
 from moe_lib.inspect.adapters import Adapter
 from moe_lib.inspect.alarms import early_warning
 from moe_lib.inspect.find import confirm, find_blocks
-from moe_lib.inspect.lists import NoDropout
 from moe_lib.inspect.panel import Panel, plain
 from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.run import eager, nothing_found, panel_of
 from moe_lib.inspect.snapshot import copied
+from moe_lib.inspect.tagging import NoDropout
 
 
 class Watch:
