@@ -150,8 +150,8 @@ class Adapter:
     def note(self, e: int, args: Any, output: Any) -> Any:
         """After member e: what replaces its output; None: nothing."""
 
-    def note_before(self, e: int, args: Any) -> None:
-        """Before the first layer of member e."""
+    def note_before(self, e: int, args: Any, output: Any) -> None:
+        """After the first layer of member e."""
 
     def end(self, call: Call) -> None:
         """After the block, also if it failed: its output is None then."""

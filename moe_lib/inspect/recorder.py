@@ -65,11 +65,11 @@ class Recorder:
                 child = partial(self._child, block, name)
                 hooks.append(module.get_submodule(name).register_forward_hook(child))
             for e, member in enumerate(adapter.members):
-                note = partial(self._safely, self._member, block, e)
+                note = partial(self._safely, self._member, block, partial(adapter.note, e))
                 hooks.append(member.register_forward_hook(note, with_kwargs=True))
             for e, member in enumerate(adapter.before[0] if adapter.before else ()):
-                note = partial(self._safely, self._before, block, e)
-                hooks.append(member.register_forward_pre_hook(note, with_kwargs=True))
+                note = partial(self._safely, self._member, block, partial(adapter.note_before, e))
+                hooks.append(member.register_forward_hook(note, with_kwargs=True))
             holder = module if any(hasattr(module, name) for name in ROUTER_NAMES) else parent
             router = router_of(holder, [name for name in ROUTER_NAMES if name not in adapter.watch])
             if router is not None:
@@ -133,13 +133,10 @@ class Recorder:
             value = output[block.scores_at] if isinstance(output, tuple | list) else output
             block.scores_NE = value.detach().reshape(-1, value.shape[-1])
 
-    def _member(self, block: Block, e: int, module: nn.Module, args: Any, kwargs: dict, output: Any) -> Any:
+    def _member(self, block: Block, note: Callable[[Any, Any], Any], module: nn.Module, args: Any,
+                kwargs: dict, output: Any) -> Any:  # fmt: skip
         replayed = self.busy is block and block.adapter.replaying
-        return block.adapter.note(e, (args, kwargs), output) if replayed or not self._idle() else None
-
-    def _before(self, block: Block, e: int, module: nn.Module, args: Any, kwargs: dict) -> None:
-        if (self.busy is block and block.adapter.replaying) or not self._idle():
-            block.adapter.note_before(e, (args, kwargs))
+        return note((args, kwargs), output) if replayed or not self._idle() else None
 
     def _ends(self, block: Block, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if self._idle() or (call := self.calls.pop(block.name, None)) is None:

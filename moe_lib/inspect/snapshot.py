@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,19 @@ import torch
 from torch import Tensor, nn
 
 CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter)
-GENERATORS = (torch.Generator, np.random.Generator, random.Random)
+ATOMS = {int, float, bool, str, bytes, type(None), Tensor, nn.Parameter}
 OTHERS = ("torch", "transformers", "accelerate", "lightning", "pytorch_lightning")  # their objects stay as is
-Held = list[tuple[Any, Any]]  # containers, arrays and random generators, and what they hold
+Held = list[tuple[Any, Any]]  # what holds something, and what it held
+KINDS: tuple[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], Any]], ...] = (  # how to read and to set
+    (np.ndarray, np.copy, lambda array, before: array.__setitem__(..., before)),
+    (torch.Generator, torch.Generator.get_state, torch.Generator.set_state),
+    (random.Random, random.Random.getstate, random.Random.setstate),
+    (
+        np.random.Generator,
+        lambda generator: copy.deepcopy(generator.bit_generator.state),
+        lambda generator, before: setattr(generator.bit_generator, "state", before),
+    ),
+)
 
 
 def random_states() -> list[Tensor]:
@@ -36,17 +46,17 @@ def contents(module: nn.Module) -> Held:
     waiting: list[Any] = [vars(each) for each in module.modules()]
     while waiting:
         part = waiting.pop()
-        if id(part) in held:
+        if type(part) in ATOMS or id(part) in held:
             continue
         if type(part) in CONTAINERS:
             held[id(part)] = part, copy.copy(part)
             waiting += part.values() if isinstance(part, dict) else part
         elif isinstance(part, tuple):
             waiting += part
-        elif isinstance(part, (np.ndarray, *GENERATORS)):
-            held[id(part)] = part, copy.deepcopy(_state(part))
+        elif kind := next((kind for kind in KINDS if isinstance(part, kind[0])), None):
+            held[id(part)] = part, kind[1](part)
         elif _is_plain(part):
-            slots = [name for kind in type(part).__mro__ for name in getattr(kind, "__slots__", ())]
+            slots = _slots(part)
             waiting += [vars(part)] if hasattr(part, "__dict__") else []
             if slots:
                 before = {name: getattr(part, name) for name in slots if hasattr(part, name)}
@@ -55,19 +65,18 @@ def contents(module: nn.Module) -> Held:
     return [*held.values()]
 
 
+def _slots(part: Any) -> list[str]:
+    """Names of the attributes that are not in a dictionary."""
+    given = [getattr(base, "__slots__", ()) for base in type(part).__mro__]
+    names = [name for each in given for name in ((each,) if isinstance(each, str) else each)]
+    return [name for name in names if not name.startswith("__")]
+
+
 def _is_plain(part: Any) -> bool:
     """An object of a class of one's own, which may count or collect something."""
     kind = type(part)
     ours = kind.__module__.partition(".")[0] not in ("builtins", "functools", "weakref", *OTHERS)
     return ours and not isinstance(part, nn.Module | Tensor | type)
-
-
-def _state(part: Any) -> Any:
-    if isinstance(part, np.ndarray):
-        return part
-    if isinstance(part, np.random.Generator):
-        return part.bit_generator.state
-    return part.get_state() if isinstance(part, torch.Generator) else part.getstate()
 
 
 def copied(value: Any) -> Any:
@@ -96,17 +105,14 @@ def put_back(held: Held) -> None:
         if type(part) in CONTAINERS:
             part.clear()
             (part.extend if isinstance(part, list | deque) else part.update)(before)
-        elif isinstance(part, np.ndarray):
-            part[...] = before
-        elif isinstance(part, np.random.Generator):
-            part.bit_generator.state = before
-        elif isinstance(part, torch.Generator):
-            part.set_state(before)
-        elif isinstance(part, random.Random):
-            part.setstate(before)
+        elif kind := next((kind for kind in KINDS if isinstance(part, kind[0])), None):
+            kind[2](part, before)
         else:
-            for name, value in before.items():
-                setattr(part, name, value)
+            for name in _slots(part):  # of frozen ones, too
+                if name in before:
+                    object.__setattr__(part, name, before[name])
+                elif hasattr(part, name):
+                    object.__delattr__(part, name)
 
 
 @contextmanager

@@ -165,8 +165,8 @@ class ListAdapter(Adapter):
         flat[:, e :: self.num_experts] = 1  # in every period, to see what changes single features
         return replaced(output, forward_ad.make_dual(answer, tag))
 
-    def note_before(self, e: int, args: Any) -> None:
-        """Before the first of the layers of expert e, if it may consist of several."""
+    def note_before(self, e: int, args: Any, output: Any) -> None:
+        """What the first of the layers of expert e read, if it may consist of several."""
         if self.open is not None:
             read = forward_ad.unpack_dual(first_tensor(args)).primal
             self.ran_before.setdefault(e, []).append(read)

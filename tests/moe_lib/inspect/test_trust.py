@@ -7,6 +7,7 @@ import copy
 import io
 import math
 import random
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -175,10 +176,18 @@ def test_the_output_with_the_answers_is_the_mixture(training):
 
 
 class Slots:
-    __slots__ = ("bias",)
+    __slots__ = ("__weakref__", "bias", "last")
 
     def __init__(self):
         self.bias = torch.zeros(E)
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Of a class that forbids setting attributes; it holds itself."""
+
+    load_E: torch.Tensor
+    others: list
 
 
 ELSEWHERE = SimpleNamespace(bias=torch.zeros(E))
@@ -227,12 +236,14 @@ class Statistics:
     def __init__(self):
         self.load_E, self.calls, self.history, self.totals = torch.zeros(E), 0, [], [torch.zeros(())]
         self.array_E, self.draw = np.zeros(E), torch.Generator().manual_seed(0)
+        self.frozen = Frozen(torch.zeros(E), [self])
         self.others = np.random.default_rng(0), random.Random(0)
 
     def update(self, chosen_NK):
         self.load_E += chosen_NK.flatten().bincount(minlength=E)
         self.array_E += 1
         self.totals[0] += 1
+        self.frozen.load_E.add_(1)
         self.calls += 1
         self.history.append(
             [*torch.rand(2, generator=self.draw), self.others[0].random(), self.others[1].random()]
@@ -262,10 +273,13 @@ def test_helper_objects_are_those_of_an_unwatched_model(how):
         else:
             inspect_moe(model, [tokens()], causal=how == "causal", loss=lambda out, *_: out.square().mean())
         found.append(
-            [(*s.load_E, s.calls, *s.totals, s.history, *s.array_E) for s in (b.statistics for b in model)]
+            [
+                (*s.load_E, s.calls, *s.totals, *s.frozen.load_E, s.history, *s.array_E)
+                for s in (b.statistics for b in model)
+            ]
         )
     assert found[0] == found[1]
-    assert found[0][0][4] == 1
+    assert found[0][0][4] == 1  # calls
 
 
 # -------------------------------------------------------------------------------------- false alarms
