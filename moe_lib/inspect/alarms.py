@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from moe_lib.inspect.panel import Layer
+from moe_lib.inspect.measures import Layer
 
 
 class Kind(NamedTuple):

@@ -8,8 +8,7 @@ import io
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from moe_lib.inspect.measures import ABOUT, Value
-from moe_lib.inspect.panel import Comparison, Layer, Panel
+from moe_lib.inspect.measures import ABOUT, Layer, Value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +23,7 @@ LISTED = 20  # alarms, at most
 
 def body(shown: Any) -> str:
     """What a notebook shows, and a page holds: of a panel the picture, the remarks and the table."""
-    if isinstance(shown, Comparison):
+    if hasattr(shown, "before"):  # of a comparison both panels
         caption = (
             "Each block's measures before and after, and the share of a token's experts that stayed the same."
         )
@@ -68,7 +67,7 @@ def _image(figure: Figure, caption: str) -> str:
     )
 
 
-def _remarks(panel: Panel) -> str:
+def _remarks(panel: Any) -> str:
     alarms = [f"{alarm.layer}: {alarm.what}" for alarm in panel.alarms]
     if len(alarms) > LISTED:
         alarms[LISTED:] = [f"and {len(alarms) - LISTED} more; see panel.alarms"]

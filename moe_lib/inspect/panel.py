@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_lib.inspect.alarms import KINDS, Alarm, alarms_of
-from moe_lib.inspect.measures import ABOUT, NOTHING, Value, balance_losses, explain_balance_loss
+from moe_lib.inspect.measures import ABOUT, NOTHING, Layer, Value, balance_losses, explain_balance_loss
 from moe_lib.inspect.state import BlockState
 
 if TYPE_CHECKING:
@@ -38,33 +38,6 @@ def plain(value: Any) -> Any:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-@dataclass
-class Layer:
-    """One block's numbers."""
-
-    name: str
-    family: str
-    num_experts: int
-    top_k: int
-    num_tokens: int
-    load_E: list[float]  # sums to 1
-    weight_E: list[float]  # mean weight; sums to 1
-    measures: dict[str, Value]
-    explanation: str = ""  # of the mixture check
-    notes: list[str] = field(default_factory=list)
-    class_expert: dict[str, list[float]] = field(default_factory=dict)  # share of a class's slots by expert
-    dropped_E: list[float] = field(default_factory=list)  # cost of dropping each expert, if asked for
-    state: BlockState | None = field(default=None, repr=False)
-
-    @property
-    def soft(self) -> bool:
-        """Does every token that is served use all experts? As `BlockState.soft`; also without a state."""
-        return self.top_k == self.num_experts and self["unfilled"] <= self["dropped"] + 1e-9
-
-    def __getitem__(self, measure: str) -> float:
-        return self.measures[measure].value
 
 
 class Shown:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_lib.inspect.measures import ABOUT
+from moe_lib.inspect.measures import ABOUT, Layer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from moe_lib.inspect.panel import Comparison, Layer, Panel
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#777777"  # Okabe and Ito
 COLUMNS = 4
@@ -54,7 +53,7 @@ def _drawn(layers: list[Layer]) -> list[str]:
     return [name for name in some if any(not math.isnan(layer[name]) for layer in layers)]
 
 
-def panel_figure(panel: Panel) -> Figure:
+def panel_figure(panel: Any) -> Figure:
     """Above: the load of every expert of every block. Below: each block's measures beside their nulls."""
     layers = panel.layers
     if not layers:
@@ -76,7 +75,7 @@ def panel_figure(panel: Panel) -> Figure:
     return figure
 
 
-def comparison_figure(comparison: Comparison) -> Figure:
+def comparison_figure(comparison: Any) -> Figure:
     """Every measure before and after, block by block; last, the share of experts kept."""
     before, after = comparison.before.layers, comparison.after.layers
     shown: list[tuple[str, list[Line]]] = [

@@ -20,8 +20,8 @@ from moe_lib.inspect.adapters import Adapter, parameter_names
 from moe_lib.inspect.alarms import limits
 from moe_lib.inspect.block import Block
 from moe_lib.inspect.find import REMEDY, confirm, find_blocks
-from moe_lib.inspect.measures import ABOUT, NOTHING, Value, expert_measures, load, routing_measures
-from moe_lib.inspect.panel import Layer, Panel
+from moe_lib.inspect.measures import ABOUT, NOTHING, Layer, Value, expert_measures, load, routing_measures
+from moe_lib.inspect.panel import Panel
 from moe_lib.inspect.places import by_name
 from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.snapshot import unchanged
