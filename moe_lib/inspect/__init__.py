@@ -9,8 +9,7 @@ Needs torch and numpy; pictures need matplotlib, tables pandas: `pip install moe
 
 from moe_lib.inspect.adapters import Adapter, Call, Dispatch, rows
 from moe_lib.inspect.alarms import THRESHOLDS, Alarm, early_warning
-from moe_lib.inspect.layer import Layer
-from moe_lib.inspect.measures import ABOUT
+from moe_lib.inspect.measures import ABOUT, Layer
 from moe_lib.inspect.panel import Comparison, Panel
 from moe_lib.inspect.run import inspect_moe
 from moe_lib.inspect.watching import CollapseCallback, Watch, watch

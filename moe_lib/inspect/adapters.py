@@ -8,16 +8,11 @@ Shapes: N tokens, M some of them, D width, O output width, E experts, K chosen p
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
-import random
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -69,14 +64,14 @@ class Adapter:
                 return Dispatch(rows(call.tokens), indices_NK, weights_NK, rows(call.output))
 
             def answer(self, e, tokens_MD):
-                return self.block.experts[e](tokens_MD)
+                return tokens_MD @ self.block.experts.weight[e]
 
-    `num_experts` and `expert_weights` follow from the parameters where these are stacked along their first
-    dimension; else override them too.
+    `num_experts` and `expert_weights` follow where `experts` is a list of modules, and `answer` too; or where
+    parameters are stacked along their first dimension. Else override them.
     """
 
     classes: ClassVar[tuple[str, ...]] = ()
-    watch: ClassVar[tuple[str, ...]] = ()
+    watch: tuple[str, ...] = ()
     mixes: bool = True  # the output is weights times answers, token by token
     scales_inputs: bool = False  # weights multiply what an expert reads, not what it answers
     answer_dtype: torch.dtype | None = None  # of the answers that were observed, if they were
@@ -94,7 +89,15 @@ class Adapter:
 
     @property
     def num_experts(self) -> int:
+        if self.listed is not None:
+            return len(self.listed)
         return int(next(p.shape[0] for p in self.experts().parameters() if p.ndim > 2))
+
+    @property
+    def listed(self) -> nn.ModuleList | None:
+        """The experts, if they are modules in a list."""
+        holders = self.experts(), getattr(self.experts(), "experts", None)
+        return next((each for each in holders if isinstance(each, nn.ModuleList)), None)
 
     def experts(self) -> nn.Module:
         found = getattr(self.block, "experts", self.block)
@@ -105,7 +108,9 @@ class Adapter:
 
     def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
         """Expert e's answer to each token [M, O], unweighted."""
-        raise NotImplementedError
+        if self.listed is None:
+            raise NotImplementedError
+        return self.listed[e](tokens_MD)
 
     def answers(self, tokens_MD: Tensor) -> Tensor:
         """Every expert's answer to each token [E, M, O]."""
@@ -129,11 +134,14 @@ class Adapter:
 
     def expert_weights(self) -> list[Tensor]:
         """The experts' parameters, each stacked [E, ...]."""
+        if self.listed is not None:
+            return stacked_weights(self.listed)
         return [p for p in self.experts().parameters() if p.ndim > 1 and p.shape[0] == self.num_experts]
 
     # For adapters that must do something while the block runs; `ListAdapter` alone does.
 
     members: Sequence[nn.Module] = ()  # experts to be hooked with `note`
+    before: Sequence[Sequence[nn.Module]] = ()  # their other layers; the first: hooked with `note_before`
     replaying = False  # the block's own calls are not the model's
 
     def begin(self, args: tuple, kwargs: dict) -> None:
@@ -141,6 +149,9 @@ class Adapter:
 
     def note(self, e: int, args: Any, output: Any) -> Any:
         """After member e: what replaces its output; None: nothing."""
+
+    def note_before(self, e: int, args: Any, output: Any) -> None:
+        """After the first layer of member e."""
 
     def end(self, call: Call) -> None:
         """After the block, also if it failed: its output is None then."""
@@ -197,69 +208,6 @@ def router_scores(output: Any, num_experts: int) -> tuple[int, Tensor | None]:
             if not bool(((first_NE == 0) | first_NE.isinf()).any(1).all()):
                 return at, scores_NE
     return -1, None
-
-
-def random_states() -> list[Tensor]:
-    """Of the CPU, and of the GPU in use."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
-
-
-CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter)
-
-
-Held = list[tuple[Any, Any]]  # containers, and what they hold
-
-
-def contents(module: nn.Module) -> Held:
-    """Of the attributes of a module and of all inside it, and of the containers among them."""
-    held: dict[int, tuple[Any, Any]] = {}
-    waiting: list[Any] = [vars(each) for each in module.modules()]
-    while waiting:
-        container = waiting.pop()
-        if id(container) not in held:
-            held[id(container)] = container, copy.copy(container)
-            parts = container.values() if isinstance(container, dict) else container
-            waiting += [part for part in parts if type(part) in CONTAINERS]
-    return [*held.values()]
-
-
-def with_copies(held: Held) -> Held:
-    """The same with a copy of each tensor that is no parameter."""
-    copies: dict[int, Tensor] = {}
-
-    def copied(value: Any) -> Any:
-        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
-            return value
-        return copies.setdefault(id(value), value.detach().clone())
-
-    return [
-        (each, {k: copied(v) for k, v in old.items()} if isinstance(old, dict) else old) for each, old in held
-    ]
-
-
-def put_back(held: Held) -> None:
-    for container, before in held:
-        container.clear()
-        (container.extend if isinstance(container, list | deque) else container.update)(before)
-
-
-@contextmanager
-def unchanged(module: nn.Module, start: Held | None = None) -> Iterator[None]:
-    """Attributes, buffers, lists and random states are afterwards what they were; meanwhile as in `start`.
-
-    Tensors are copies meanwhile: one that is written to could not be used in a backward pass any more.
-    """
-    held = contents(module)
-    put_back(with_copies(held) if start is None else start)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    others = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(others[0])
-        np.random.set_state(others[1])  # noqa: NPY002
-        put_back(held)
 
 
 def stacked_weights(experts: Any) -> list[Tensor]:

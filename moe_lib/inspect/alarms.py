@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moe_lib.inspect.layer import Layer
+from moe_lib.inspect.measures import Layer
 
 
 class Kind(NamedTuple):
@@ -81,8 +81,8 @@ KINDS = {
     "alike": Kind(
         "answers alike, by use", 0.3, False, lambda value, null, _: value - max(null, 0.0),
         "the experts in use compute nearly the same: mean cosine of their answers {value:.2f}",
-        "are they copies of one layer, or does each add its input? Start them apart or train longer; if they "
-        "stay alike, one dense layer does the same for less",
+        "are they copies of one layer? Start them apart or train longer; if they stay alike, one dense layer "
+        "does the same for less",
     ),
     "blind": Kind(
         "I(x;E)", 0.1, True, _blind,

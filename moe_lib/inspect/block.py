@@ -12,12 +12,14 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from moe_lib.inspect.adapters import Adapter, Dispatch, first_tensor, random_states
+from moe_lib.inspect.adapters import Adapter, Dispatch, first_tensor
+from moe_lib.inspect.snapshot import random_states
 from moe_lib.inspect.state import BlockState
 
 EXAMINED = 64  # tokens of each block whose mixture and experts' answers are computed again,
 ANSWERS = 512  # as long as all experts together give no more answers; but at least
 LEAST = 8
+PASSED_ON = 0.1  # share of the answers' variance: with less, a common input raises no alarm
 FITTED = 8  # features; with fewer a path's share could explain anything
 
 
@@ -38,12 +40,19 @@ class Block:
         self.examined = 0  # tokens
         self.computable = True  # can its experts' answers to its tokens be computed again?
         self.sequences = False  # do the experts read more than one token?
+        self.costs: dict[str, float] = {}  # of tampering with its routing, by measure; see ABOUT
+        self.dropped_E: list[float] = []  # cost of dropping each expert
         self.alike: tuple[Tensor, Tensor] | None = None  # cosines of answers [E, E]; of unpaired ones
         self.width_BT: tuple[int, int] | None = None  # the block's own input, if it has three dimensions
 
     def fresh(self) -> Block:
         """The same, with nothing seen yet."""
         return Block(self.name, copy.copy(self.adapter), self.parent)
+
+    @property
+    def mixes(self) -> bool:
+        """Can its output be mixed anew?"""
+        return self.adapter.mixes and self.computable
 
     @property
     def label(self) -> str:
@@ -75,7 +84,11 @@ class Block:
         output = seen.tokens_ND if seen.output_NO is None else seen.output_NO
         dtypes = [seen.tokens_ND.dtype, answers_EMO.dtype, adapter.answer_dtype, output.dtype]
         tolerance = 2e-2 if any(d is not None and d.itemsize < 4 for d in dtypes) else 1e-3
-        self.alike, self.computable = cosines(answers_EMO.float(), seed), seen.in_order
+        added_EMO, share = without_input(answers_EMO.float(), sample_MD.float(), tolerance)
+        if share:
+            said = f"experts pass on what they read, {share:.0%} of their answers' variance: "
+            self.notes[f"{said}they are compared by what they add to it"] = None
+        self.alike, self.computable = cosines(added_EMO, seed), seen.in_order
         if drawn:
             why = "the experts' answers are random"
         elif not seen.in_order:
@@ -143,6 +156,24 @@ def _depend(answers_EMO: Tensor, adapter: Adapter, sample_MD: Tensor, tolerance:
     half = len(sample_MD) // 2
     whole_EMO, alone_EMO = answers_EMO[:, half:].float(), adapter.answers(sample_MD[half:]).float()
     return half > 0 and bool((whole_EMO - alone_EMO).norm() > tolerance * whole_EMO.norm())
+
+
+def without_input(answers_EMO: Tensor, read_MD: Tensor, tolerance: float) -> tuple[Tensor, float]:
+    """What experts add to a multiple of their input, if that is much of their answers; and how much it is.
+
+    Experts x + f(x) share x, whatever f is. Centring over experts would take a common f away, too, which is
+    what is looked for. Experts that add nothing are judged by their answers.
+    """
+    if read_MD.shape != answers_EMO.shape[1:]:
+        return answers_EMO, 0.0
+    apart_EMO, apart_MD = answers_EMO - answers_EMO.mean(1, keepdim=True), read_MD - read_MD.mean(0)
+    along_E = (apart_EMO * apart_MD).sum((1, 2)) / apart_MD.square().sum().clamp(min=1e-30)
+    explained_EMO = along_E[:, None, None] * apart_MD
+    squares_E = apart_EMO.square().sum((1, 2)).clamp(min=1e-30)
+    share_E = explained_EMO.square().sum((1, 2)) / squares_E
+    if not share_E.mean() > PASSED_ON or share_E.max() >= 1 - tolerance**2:
+        return answers_EMO, 0.0
+    return apart_EMO - explained_EMO, float(share_E.mean())
 
 
 def cosines(answers_EMO: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,9 @@ from moe_lib.inspect.adapters import (
     from_dense,
     parameter_names,
     rows,
-    stacked_weights,
 )  # fmt: skip
-from moe_lib.inspect.lists import ListAdapter, expert_lists
+from moe_lib.inspect.lists import expert_lists
+from moe_lib.inspect.tagging import ListAdapter
 
 
 class MoELibAdapter(Adapter):
@@ -165,58 +165,50 @@ class Llama4Adapter(Adapter):
 
 
 class ParallelExpertsAdapter(Adapter):
-    """Tokens sorted by expert, then one grouped product: JetMoe, and GraniteMoe in transformers 4."""
+    """Tokens sorted by expert, then one grouped product: JetMoe, and GraniteMoe in transformers 4.
 
-    watch = ("router",)
+    JetMoe's attention has them in a child: they make the queries, their answers, and read the heads.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
+        self.pair: Any = self._pair(block)
+        self.mixes = self.pair is block
+        self.watch = ("router",) if self.mixes else ("experts.router",)
+
+    @staticmethod
+    def _pair(block: nn.Module) -> nn.Module | None:
+        """What holds the two grouped layers."""
+        inner = getattr(block, "experts", None)
+        if type(inner).__name__ == "JetMoeMoA":  # it has no forward of its own
+            return inner
+        parts = [type(getattr(block, name, None)).__name__ for name in ("input_linear", "output_linear")]
+        grouped = hasattr(block, "router") and all(part.endswith("ParallelExperts") for part in parts)
+        return block if grouped and type(block).__name__ != "JetMoeMoA" else None
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
-        parts = [type(getattr(block, name, None)).__name__ for name in ("input_linear", "output_linear")]
-        called = type(block).__name__ != "JetMoeMoA"  # has no forward of its own: see below
-        return called and hasattr(block, "router") and all(part.endswith("ParallelExperts") for part in parts)
+        return cls._pair(block) is not None
 
     def experts(self) -> nn.Module:
-        return nn.ModuleList([self.block.input_linear, self.block.output_linear])  # type: ignore[list-item]
+        return nn.Sequential(self.pair.input_linear, self.pair.output_linear)
 
     def dispatch(self, call: Call) -> Dispatch:
-        _, token_S, gate_S, sizes, logits_NE = call.seen["router"]
+        _, token_S, gate_S, sizes, logits_NE = call.seen[self.watch[0]]
         tokens_ND = rows(call.tokens)
         expert_S = torch.repeat_interleave(torch.tensor(sizes)).to(token_S.device)
         dense_NE = gate_S.new_zeros(len(tokens_ND), self.num_experts)
         indices_NK, weights_NK = from_dense(dense_NE.index_put((token_S, expert_S), gate_S))
         bias = getattr(self.block, "bias", None)
-        output_NO = rows(call.output) - (0 if bias is None else bias)
+        output_NO = rows(call.output) - (0 if bias is None else bias) if self.mixes else None
         return Dispatch(tokens_ND, indices_NK, weights_NK, output_NO, logits_NE)
 
     def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
-        block: Any = self.block
-        gate_MH, up_MH = (tokens_MD @ block.input_linear.weight[e].T).chunk(2, 1)
-        return (block.activation(gate_MH) * up_MH) @ block.output_linear.weight[e].T
-
-
-class AttentionExpertsAdapter(ParallelExpertsAdapter):
-    """JetMoe's attention: experts make the queries and read the heads; their answers are the queries."""
-
-    watch = ("experts.router",)
-    mixes = False
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__(block)
-        self.pair: Any = block.experts
-
-    @classmethod
-    def matches(cls, block: nn.Module) -> bool:
-        return type(getattr(block, "experts", None)).__name__ == "JetMoeMoA"
-
-    def experts(self) -> nn.Module:
-        return nn.ModuleList([self.pair.input_linear, self.pair.output_linear])
-
-    def dispatch(self, call: Call) -> Dispatch:
-        call.seen["router"] = call.seen["experts.router"]
-        return super().dispatch(call)._replace(output_NO=None)
-
-    def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
-        return tokens_MD @ self.pair.input_linear.weight[e].T
+        hidden_MH = tokens_MD @ self.pair.input_linear.weight[e].T
+        if not self.mixes:
+            return hidden_MH
+        gate_MH, up_MH = hidden_MH.chunk(2, 1)
+        return (self.pair.activation(gate_MH) * up_MH) @ self.pair.output_linear.weight[e].T
 
 
 class CombineTensorAdapter(Adapter):
@@ -228,18 +220,9 @@ class CombineTensorAdapter(Adapter):
     watch = ("gate",)
     gates = ("Top2Gating", "TopNGating", "Top2Gate")
 
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__(block)
-        inner = [self.experts(), getattr(self.experts(), "experts", None)]
-        self.list = next((each for each in inner if isinstance(each, nn.ModuleList)), None)
-
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
         return type(getattr(block, "gate", None)).__name__ in cls.gates and hasattr(block, "experts")
-
-    @property
-    def num_experts(self) -> int:
-        return super().num_experts if self.list is None else len(self.list)
 
     def dispatch(self, call: Call) -> Dispatch:
         several = [
@@ -250,12 +233,9 @@ class CombineTensorAdapter(Adapter):
         return Dispatch(rows(call.tokens), indices_NK, weights_NK, rows(call.output))
 
     def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
-        if self.list is not None:
-            return self.list[e](tokens_MD)
+        if self.listed is not None:
+            return super().answer(e, tokens_MD)
         return self.experts()(tokens_MD.expand(self.num_experts, *tokens_MD.shape))[e]
-
-    def expert_weights(self) -> list[Tensor]:
-        return super().expert_weights() if self.list is None else stacked_weights(self.list)
 
 
 class TorchtitanAdapter(Adapter):
@@ -303,6 +283,6 @@ class SoftMoEAdapter(ListAdapter):
 
 
 FAMILIES: tuple[type[Adapter], ...] = (
-    MoELibAdapter, Llama4Adapter, ParallelExpertsAdapter, AttentionExpertsAdapter, CombineTensorAdapter,
-    TorchtitanAdapter, SoftMoEAdapter, StackedAdapter,
+    MoELibAdapter, Llama4Adapter, ParallelExpertsAdapter, CombineTensorAdapter, TorchtitanAdapter,
+    SoftMoEAdapter, StackedAdapter,
 )  # fmt: skip

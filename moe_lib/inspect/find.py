@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from moe_lib.inspect.adapters import Adapter, reason_of, unchanged
+from moe_lib.inspect.adapters import Adapter, reason_of
 from moe_lib.inspect.block import Block
 from moe_lib.inspect.families import FAMILIES
-from moe_lib.inspect.lists import MOE_CLASS, ListAdapter
+from moe_lib.inspect.lists import named_as_mixture
 from moe_lib.inspect.measures import entropy
 from moe_lib.inspect.recorder import ROUTER_NAMES, Recorder, router_of
+from moe_lib.inspect.snapshot import unchanged
 from moe_lib.inspect.state import BlockState
+from moe_lib.inspect.tagging import ListAdapter
 
 LIKE_MOE = re.compile("moe|mixture|expert|switch", re.I)
 NOT_CALLED = "its forward was not called"
@@ -45,7 +47,7 @@ def find_blocks(model: nn.Module, adapters: Sequence[type[Adapter]] = ()) -> tup
             found[name] = block
     unread = [
         name for name, module in modules.items()
-        if ((name and _named_as_mixture(module)) or _stacked_behind_a_gate(module))
+        if ((name and _looks_like_one(module)) or _stacked_behind_a_gate(module))
         and not any(_inside(name, other) or _inside(other, name) for other in found)
     ]  # fmt: skip
     outermost = [name for name in unread if not any(o != name and _inside(name, o) for o in unread)]
@@ -58,9 +60,8 @@ def _lists(block: Block) -> ListAdapter:
     return block.adapter
 
 
-def _named_as_mixture(module: nn.Module) -> bool:
-    called = type(module).__name__
-    return MOE_CLASS.search(called) is not None and not called.endswith("MoeMLP")  # a dense layer's
+def _looks_like_one(module: nn.Module) -> bool:
+    return named_as_mixture(module) and not type(module).__name__.endswith("MoeMLP")  # a dense layer's
 
 
 def _stacked_behind_a_gate(module: nn.Module) -> bool:
@@ -92,7 +93,7 @@ def confirm(recorder: Recorder, run: Callable[[], Any]) -> None:
             for first in inner:
                 block, reason = _best_list(recorder, first, reasons[first.name], run)
                 named = _lists(block).named_as_experts
-                if reason == NOT_CALLED and _lists(block).like is None and named:
+                if reason == NOT_CALLED and not _lists(block).called and named:
                     reason = ""  # nor was any of its experts: they may be later
                 if reason and named:
                     block, reason = _outer(recorder, block, reason, run)

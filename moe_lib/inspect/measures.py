@@ -6,6 +6,7 @@ Shapes: N tokens, M examined, D width, O output width, E experts, K slots per to
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -85,9 +86,10 @@ ABOUT: dict[str, About] = {
         1.0,
     ),
     "answers alike": About(
-        "mean cosine of two experts' answers to the same tokens, each expert's mean removed",
+        "mean cosine of two experts' answers to the same tokens, each expert's mean removed; where a "
+        "multiple of the input makes up over 10 % of their variance, of what they add to it",
         "the same with tokens unpaired",
-        "1: the experts compute the same; also near 1 if each adds its input to its answer",
+        "1: the experts compute the same",
     ),
     "answers alike, by use": About(
         "the same, each pair weighted by the product of its loads", "the same with tokens unpaired",
@@ -116,6 +118,33 @@ ABOUT: dict[str, About] = {
 
 
 NOTHING = Value(math.nan, math.nan)
+
+
+@dataclass
+class Layer:
+    """One block's numbers."""
+
+    name: str
+    family: str
+    num_experts: int
+    top_k: int
+    num_tokens: int
+    load_E: list[float]  # sums to 1
+    weight_E: list[float]  # mean weight; sums to 1
+    measures: dict[str, Value]
+    explanation: str = ""  # of the mixture check
+    notes: list[str] = field(default_factory=list)
+    class_expert: dict[str, list[float]] = field(default_factory=dict)  # share of a class's slots by expert
+    dropped_E: list[float] = field(default_factory=list)  # cost of dropping each expert, if asked for
+    state: BlockState | None = field(default=None, repr=False)
+
+    @property
+    def soft(self) -> bool:
+        """Does every token that is served use all experts? As `BlockState.soft`; also without a state."""
+        return self.top_k == self.num_experts and self["unfilled"] <= self["dropped"] + 1e-9
+
+    def __getitem__(self, measure: str) -> float:
+        return self.measures[measure].value
 
 
 def load(state: BlockState) -> Tensor:

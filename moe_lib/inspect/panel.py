@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_lib.inspect.alarms import KINDS, Alarm, alarms_of
-from moe_lib.inspect.layer import Layer
-from moe_lib.inspect.measures import ABOUT, NOTHING, Value, balance_losses, explain_balance_loss
+from moe_lib.inspect.measures import ABOUT, NOTHING, Layer, Value, balance_losses, explain_balance_loss
 from moe_lib.inspect.state import BlockState
 
 if TYPE_CHECKING:
@@ -42,15 +41,14 @@ def _number(value: float | None) -> float:
 
 
 class Shown:
-    """What a panel and a comparison have in common: a picture, a part of a page, and a page."""
+    """What a panel and a comparison have in common: in a notebook, their last line shows them."""
 
     title: str
 
-    def figure(self) -> Figure:
-        raise NotImplementedError
-
     def _repr_html_(self) -> str:
-        raise NotImplementedError
+        from moe_lib.inspect.page import body
+
+        return body(self)
 
     def to_html(self, path: str | Path) -> Path:
         """One page that needs no other file."""
@@ -62,7 +60,7 @@ class Shown:
 
 @dataclass
 class Panel(Shown):
-    """The blocks of a model on some data. In a notebook, its last line shows the picture and the table."""
+    """The blocks of a model on some data."""
 
     layers: list[Layer]
     unread: list[str] = field(default_factory=list)  # looks like a mixture of experts, and was not read
@@ -102,11 +100,14 @@ class Panel(Shown):
 
     def balance_losses(self) -> dict[str, float]:
         """A load-balancing loss on these tokens: as published, and with each of the usual mistakes."""
-        return balance_losses([layer.state for layer in self.layers if layer.state is not None])
+        return balance_losses(self._states())
 
     def explain_balance_loss(self, value: float, rtol: float = 1e-3) -> list[str]:
         """Which formulas give the value that your model reports on these tokens."""
-        return explain_balance_loss([la.state for la in self.layers if la.state is not None], value, rtol)
+        return explain_balance_loss(self._states(), value, rtol)
+
+    def _states(self) -> list[BlockState]:
+        return [layer.state for layer in self.layers if layer.state is not None]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and strings; None for what is no finite number."""
@@ -135,14 +136,12 @@ class Panel(Shown):
         """One row a block, one column a measure, as numbers; with `nulls` a second level of columns."""
         import pandas as pd
 
-        parts = {
-            part: pd.DataFrame({la.name: {k: getattr(v, part) for k, v in la.measures.items()}
-                                for la in self.layers}).T
-            for part in ("value", "null")
-        }  # fmt: skip
-        if not nulls:
-            return parts["value"].dropna(axis=1, how="all")
-        return pd.concat(parts, axis=1).swaplevel(axis=1).sort_index(axis=1).dropna(axis=1, how="all")
+        cells = {
+            la.name: {(k, part): getattr(v, part) for k, v in la.measures.items() for part in Value._fields}
+            for la in self.layers
+        }
+        frame = pd.DataFrame(cells).T.dropna(axis=1, how="all")
+        return frame.sort_index(axis=1) if nulls else frame.xs("value", axis="columns", level=1)  # type: ignore[return-value]
 
     def numbers(self) -> dict[str, float]:
         """Flat, for a logger: "block/measure", and the number of alarms."""
@@ -153,11 +152,6 @@ class Panel(Shown):
         from moe_lib.inspect.pictures import panel_figure
 
         return panel_figure(self)
-
-    def _repr_html_(self) -> str:
-        from moe_lib.inspect.page import panel_body
-
-        return panel_body(self)
 
     def __str__(self) -> str:
         lines = [f"{self.title or 'panel'}: {len(self.layers)} blocks, {len(self.alarms)} alarms"]
@@ -208,11 +202,6 @@ class Comparison(Shown):
         from moe_lib.inspect.pictures import comparison_figure
 
         return comparison_figure(self)
-
-    def _repr_html_(self) -> str:
-        from moe_lib.inspect.page import comparison_body
-
-        return comparison_body(self)
 
 
 def _saturation(a: BlockState | None, b: BlockState | None) -> Value:

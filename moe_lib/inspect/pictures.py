@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_lib.inspect.layer import Layer
-from moe_lib.inspect.measures import ABOUT
+from moe_lib.inspect.measures import ABOUT, Layer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#777777"  # Okabe and Ito
 COLUMNS = 4
@@ -141,8 +141,8 @@ def _draw_strip(axis: Axes, name: str, lines: Sequence[Line], legend: bool) -> N
             marker="D" if null and few else "" if null else "o", mfc="none" if null else colour,
             ms=5 if few else 2.5,
         )  # fmt: skip
-    known = [value for _, _, values in lines for value in values if not math.isnan(value)]
-    low, high = min(*known, 0.0), max(*known, ABOUT[name].axis if name in ABOUT else 1.0)
+    known = [value for _, _, values in lines for value in values if math.isfinite(value)]
+    low, high = min([*known, 0.0]), max([*known, ABOUT[name].axis if name in ABOUT else 1.0])
     axis.set_ylim(low - 0.04 * (high - low), high + 0.12 * (high - low))
     unit = ", nats" if name in ABOUT and "nats" in ABOUT[name].formula else ""
     axis.set_title(name + unit, fontsize=10)

@@ -21,10 +21,10 @@ from moe_lib.inspect.adapters import (
     reason_of,
     replaced,
     router_scores,
-    unchanged,
 )  # fmt: skip
 from moe_lib.inspect.block import Block
 from moe_lib.inspect.places import Stream
+from moe_lib.inspect.snapshot import unchanged
 
 ROUTER_NAMES = ("gate", "router", "gating", "wg", "gate_network", "gating_network")
 
@@ -44,7 +44,6 @@ class Recorder:
         self.model = model
         self.blocks, self.unread = blocks, unread
         self.seed = seed
-        self.on = True
         self.busy: Block | None = None  # whose experts we call ourselves: such calls are not counted
         self.quiet = False  # whatever goes wrong is noted; nothing is raised
         self.handles: list[Any] = []
@@ -66,7 +65,10 @@ class Recorder:
                 child = partial(self._child, block, name)
                 hooks.append(module.get_submodule(name).register_forward_hook(child))
             for e, member in enumerate(adapter.members):
-                note = partial(self._safely, self._member, block, e)
+                note = partial(self._safely, self._member, block, partial(adapter.note, e))
+                hooks.append(member.register_forward_hook(note, with_kwargs=True))
+            for e, member in enumerate(adapter.before[0] if adapter.before else ()):
+                note = partial(self._safely, self._member, block, partial(adapter.note_before, e))
                 hooks.append(member.register_forward_hook(note, with_kwargs=True))
             holder = module if any(hasattr(module, name) for name in ROUTER_NAMES) else parent
             router = router_of(holder, [name for name in ROUTER_NAMES if name not in adapter.watch])
@@ -103,7 +105,7 @@ class Recorder:
     def _idle(self) -> bool:
         in_backward = torch._C._current_graph_task_id() != -1  # checkpointing recomputes: counted before
         others = Recorder.working not in (None, self)
-        return not self.on or self.busy is not None or in_backward or others
+        return self.busy is not None or in_backward or others
 
     def _batch_starts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._idle():
@@ -131,9 +133,10 @@ class Recorder:
             value = output[block.scores_at] if isinstance(output, tuple | list) else output
             block.scores_NE = value.detach().reshape(-1, value.shape[-1])
 
-    def _member(self, block: Block, e: int, module: nn.Module, args: Any, kwargs: dict, output: Any) -> Any:
+    def _member(self, block: Block, note: Callable[[Any, Any], Any], module: nn.Module, args: Any,
+                kwargs: dict, output: Any) -> Any:  # fmt: skip
         replayed = self.busy is block and block.adapter.replaying
-        return block.adapter.note(e, (args, kwargs), output) if replayed or not self._idle() else None
+        return note((args, kwargs), output) if replayed or not self._idle() else None
 
     def _ends(self, block: Block, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if self._idle() or (call := self.calls.pop(block.name, None)) is None:

@@ -20,17 +20,18 @@ from moe_lib.inspect.adapters import Adapter, parameter_names
 from moe_lib.inspect.alarms import limits
 from moe_lib.inspect.block import Block
 from moe_lib.inspect.find import REMEDY, confirm, find_blocks
-from moe_lib.inspect.layer import Layer
-from moe_lib.inspect.measures import ABOUT, NOTHING, Value, expert_measures, load, routing_measures
+from moe_lib.inspect.measures import ABOUT, NOTHING, Layer, Value, expert_measures, load, routing_measures
 from moe_lib.inspect.panel import Panel
 from moe_lib.inspect.places import by_name
 from moe_lib.inspect.recorder import Recorder
+from moe_lib.inspect.snapshot import unchanged
 from moe_lib.inspect.state import BlockState
-from moe_lib.inspect.tamper import Costs, Loss, costs
+from moe_lib.inspect.tamper import Loss, costs
 
 CAUSAL_BATCHES = 4
 SHOWN = 100  # classes whose experts are listed, the largest; all are counted
 Labels = None | str | Callable[[Any], Tensor | None]
+Names = Mapping[int, str] | Sequence[str] | None
 
 
 @torch.inference_mode(False)
@@ -40,7 +41,7 @@ def inspect_moe(
     labels: Labels = None,
     *,
     adapters: Sequence[type[Adapter]] = (),
-    names: Mapping[int, str] | Sequence[str] | None = None,
+    names: Names = None,
     ignore_index: int = -100,
     causal: bool | str = False,
     loss: Loss | None = None,
@@ -84,8 +85,7 @@ def inspect_moe(
     check(batches, max_batches, thresholds)
     model = getattr(model, "_orig_mod", model)
     recorder = Recorder(model, *find_blocks(model, adapters), sequence_first, seed)
-    takes = _parameters(model)
-    call = run if run is not None else lambda inputs: _call(model, inputs, labels, takes)
+    call = run if run is not None else lambda inputs: _call(model, inputs, labels)
     data = itertools.islice(map(_pair, batches), max_batches)
     kept: list[tuple[Any, Any]] = []
     with evaluating(model), torch.no_grad(), eager():
@@ -97,7 +97,7 @@ def inspect_moe(
         if not recorder.blocks:
             raise ValueError(nothing_found(recorder.unread))
         recorder.attach()
-        stream, found = recorder.stream, None
+        stream, losses = recorder.stream, (math.nan, math.nan)
         try:
             for inputs, given in itertools.chain([first], data):
                 stream.labels, stream.decoder_labels = _labels(model, labels, inputs, given, ignore_index)
@@ -108,37 +108,34 @@ def inspect_moe(
                     kept.append((inputs, given))
             stream.labels = stream.decoder_labels = None
             if causal:
-                found = costs(recorder, call, loss, kept, causal == "every expert", seed)
+                with unchanged(model):
+                    losses = costs(recorder, call, loss, kept, causal == "every expert")
         finally:
             recorder.detach()
-        return panel_of(recorder, title or type(model).__name__, names, found, thresholds)
+        panel = panel_of(recorder, title or type(model).__name__, names)
+    panel.thresholds = dict(thresholds or {})
+    panel.loss, panel.loss_permuted = losses
+    return panel
 
 
-def panel_of(recorder: Recorder, title: str, names: Mapping[int, str] | Sequence[str] | None = None,
-             found: Costs | None = None, thresholds: dict[str, float] | None = None) -> Panel:  # fmt: skip
+def panel_of(recorder: Recorder, title: str, names: Names = None) -> Panel:
     """The panel of what a recorder has seen so far, summed over ranks."""
-    named = names if names is None or isinstance(names, Mapping) else dict(enumerate(names))
+    named = dict(names if isinstance(names, Mapping) else enumerate(names or ()))
+    panel = Panel([], [f"{entry}: {REMEDY}" for entry in recorder.unread], title)
     states = _over_ranks([block.state.finish() for block in recorder.blocks])
-    read = [(b, state) for b, state in zip(recorder.blocks, states, strict=True) if state.tokens]
-    unread = [f"{entry}: {REMEDY}" for entry in recorder.unread]
     for block, state in zip(recorder.blocks, states, strict=True):
-        if not state.tokens:
+        if state.tokens:
+            panel.layers.append(_layer(block, state, named, recorder.seed))
+        else:
             why = "no value is finite" if state.not_finite else "; ".join(block.notes) or "did not run"
-            unread.append(f"{block.label}: {why}")
-    layers = [_layer(block, state, named or {}, found, recorder.seed) for block, state in read]
-    losses = (math.nan, math.nan) if found is None else (found.loss, found.permuted)
-    return Panel(layers, unread, title, *losses, dict(thresholds or {}))
+            panel.unread.append(f"{block.label}: {why}")
+    return panel
 
 
 @torch.no_grad()
-def _layer(
-    block: Block, state: BlockState, names: Mapping[int, str], costs: Costs | None, seed: int
-) -> Layer:
+def _layer(block: Block, state: BlockState, names: Mapping[int, str], seed: int) -> Layer:
     measures = routing_measures(state, seed) | expert_measures(block)
-    dropped_E: list[float] = []
-    if costs is not None and block.name in costs.by_block:
-        measures |= {name: Value(cost, 0.0) for name, cost in costs.by_block[block.name].items()}
-        dropped_E = costs.dropped.get(block.name, [])
+    measures |= {name: Value(cost, 0.0) for name, cost in block.costs.items()}
     notes = list(block.notes)
     if state.not_finite:
         notes.append(f"{int(state.not_finite)} tokens with values that are not finite were not counted")
@@ -156,7 +153,7 @@ def _layer(
         load(state).tolist(), (state.weight_E / served).tolist(),
         {name: measures.get(name, NOTHING) for name in ABOUT}, block.explanation, notes,
         {f"{called[c]} ({c})" if often[called[c]] > 1 else called[c]: row_E for c, row_E in shown.items()},
-        dropped_E, state,
+        block.dropped_E, state,
     )  # fmt: skip
 
 
@@ -177,19 +174,14 @@ def nothing_found(unread: list[str]) -> str:
     return f"no mixture-of-experts block was recognised ({listed}): {REMEDY}"
 
 
-def _parameters(model: nn.Module) -> set[str] | None:
-    """The names that the model's forward takes; None: any."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return {p.name for p in parameters}
-
-
-def _call(model: nn.Module, inputs: Any, labels: Labels, takes: set[str] | None) -> Any:
+def _call(model: nn.Module, inputs: Any, labels: Labels) -> Any:
     if not isinstance(inputs, Mapping):
         return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
-    if takes is None:  # the entry that the labels come from is not the model's, unless its name says so
-        takes = {*inputs} - ({labels} if isinstance(labels, str) and labels != "labels" else set())
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes = {p.name for p in parameters}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        # The entry that the labels come from is not the model's, unless its name says so.
+        takes = {name for name in inputs if name != labels or name == "labels"}
     return model(**{name: value for name, value in inputs.items() if name in takes})
 
 

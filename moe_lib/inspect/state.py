@@ -32,24 +32,6 @@ class Place(NamedTuple):
     follows_N: Tensor | None = None  # is the next token its successor?
 
 
-class Waiting(NamedTuple):
-    """What one call leaves to be tallied."""
-
-    indices_NK: Tensor
-    size_NK: Tensor  # absolute weights
-    scores_NE: Tensor | None
-    reads_N: Tensor | None  # which tokens are in read_MD
-    read_MD: Tensor | None  # what the experts read
-    valid_N: Tensor | None
-    labels_N: Tensor | None
-    position_N: Tensor | None
-    follows_N: Tensor | None
-
-    def fits(self, other: Waiting) -> bool:
-        same = all((a is None) == (b is None) for a, b in zip(self, other, strict=True))
-        return same and self.indices_NK.shape[1] == other.indices_NK.shape[1]
-
-
 class Kept(NamedTuple):
     """Some tokens: the same ones in every model that reads the same data."""
 
@@ -156,7 +138,7 @@ class BlockState(Tables):
         self.num_slots = 0  # K, the most that a token had
         self.stride = 1  # of the features read
         self.inputs_ED: Tensor | None = None  # sums; the last of its E + 1 rows: read by no expert
-        self.waiting: list[Waiting] = []
+        self.waiting: list[dict[str, Tensor]] = []  # what calls leave to be tallied, with the same entries
         self.num_waiting = 0  # entries
         self.class_key = torch.zeros(0, dtype=torch.long)  # class * E + expert
         self.class_count = torch.zeros(0, dtype=torch.float64)
@@ -183,31 +165,32 @@ class BlockState(Tables):
     def update(self, seen: Dispatch, place: Place) -> None:
         """One call's dispatch; tallied once enough waits. Copies what the model may change later."""
         size, tokens_ND, scores_NE = len(seen.indices_NK), seen.tokens_ND, seen.scores_NE
-        scores_NE = scores_NE.clone() if scores_NE is not None and len(scores_NE) == size else None
-        reads_N = read_MD = None
+        call = {"indices_NK": seen.indices_NK.clone(), "size_NK": seen.weights_NK.abs()}
+        call |= {name: value for name, value in place._asdict().items() if value is not None}
+        if scores_NE is not None and len(scores_NE) == size:
+            call["scores_NE"] = scores_NE.clone()
         if seen.in_order and tokens_ND.is_floating_point() and len(tokens_ND) == size:
             self.stride = stride = -(-tokens_ND.shape[1] // MAX_WIDTH)
-            reads_N = sampled(size, tokens_ND.device)
-            read_MD = tokens_ND[:: -(-size // READ), ::stride].to(torch.float32, copy=True)
-        call = Waiting(seen.indices_NK.clone(), seen.weights_NK.abs(), scores_NE, reads_N, read_MD, *place)
-        if self.waiting and not call.fits(self.waiting[0]):
+            call["reads_N"] = sampled(size, tokens_ND.device)
+            call["read_MD"] = tokens_ND[:: -(-size // READ), ::stride].to(torch.float32, copy=True)
+        if self.waiting and not _alike(call, self.waiting[0]):
             self._tally()
         self.waiting.append(call)
-        self.num_waiting += size * self.num_experts + (0 if read_MD is None else read_MD.numel())
+        self.num_waiting += size * self.num_experts + (call["read_MD"].numel() if "read_MD" in call else 0)
         if self.num_waiting >= WAITING:
             self._tally()
 
     def _tally(self) -> None:
-        """Add the waiting calls to the tables; they have the same entries and number of slots."""
+        """Add the waiting calls to the tables."""
         if not self.waiting:
             return
         waiting, self.waiting, self.num_waiting = self.waiting, [], 0
-        call = Waiting(*(None if p[0] is None else torch.cat(p) for p in zip(*waiting, strict=True)))  # type: ignore[arg-type]
-        indices_NK, size_NK, num_experts = call.indices_NK, call.size_NK.float(), self.num_experts
+        call = {name: torch.cat([each[name] for each in waiting]) for name in waiting[0]}
+        indices_NK, size_NK, num_experts = call["indices_NK"], call["size_NK"].float(), self.num_experts
         chosen_NK = (indices_NK >= 0) & (indices_NK < num_experts)
         finite_N = size_NK.isfinite().all(1)
-        if call.read_MD is not None:
-            finite_N[call.reads_N] &= call.read_MD.sum(1).isfinite()
+        if "read_MD" in call:
+            finite_N[call["reads_N"]] &= call["read_MD"].sum(1).isfinite()
         all_finite = bool(finite_N.all())  # the usual case needs no copies
         chosen_NK &= size_NK.any(1, keepdim=True)  # no weight at all: not served
         indices_NK = indices_NK.where(chosen_NK, num_experts)  # the last column: no expert
@@ -216,16 +199,16 @@ class BlockState(Tables):
         incidence_NE = incidence_NE.scatter_(1, indices_NK, 1.0)[:, :num_experts]
         first_N = indices_NK.gather(1, size_NK.argmax(1, keepdim=True)).squeeze(1)
         served_N = chosen_NK.any(1)
-        valid_N = torch.ones_like(served_N) if call.valid_N is None else call.valid_N
+        valid_N = call.get("valid_N", torch.ones_like(served_N))
         found = {"padding": (~valid_N).sum(), "not_finite": (valid_N & ~finite_N).sum()}
         valid_N = valid_N & finite_N
         used_N = valid_N & served_N
         self.num_slots = max(self.num_slots, indices_NK.shape[1])
         found |= {"tokens": valid_N.sum(), "dropped": (valid_N & ~served_N).sum()}
-        if call.follows_N is not None:
-            found |= _pairs(incidence_NE, first_N, used_N, call.follows_N)
-        if call.scores_NE is not None:
-            scores_NE = call.scores_NE.float()
+        if "follows_N" in call:
+            found |= _pairs(incidence_NE, first_N, used_N, call["follows_N"])
+        if "scores_NE" in call:
+            scores_NE = call["scores_NE"].float()
             if not all_finite:
                 scores_NE = scores_NE.where(finite_N[:, None], 0)
             if self.shares is None:
@@ -236,10 +219,11 @@ class BlockState(Tables):
             found |= _scores(scores_NE, self.shares, incidence_NE, valid_N, indices_NK, used_NK)
             if self.may_be_distances:
                 found["opposed"] = _among_best(-scores_NE, indices_NK, used_NK)
-        if call.read_MD is not None:
-            expert_M = first_N.where(used_N, num_experts)[call.reads_N]
-            found |= self._inputs(call.read_MD, expert_M, None if all_finite else finite_N[call.reads_N])
-        everyone, labels_N, position_N = bool(used_N.all()), call.labels_N, call.position_N
+        if "read_MD" in call:
+            reads_N = call["reads_N"]
+            expert_M = first_N.where(used_N, num_experts)[reads_N]
+            found |= self._inputs(call["read_MD"], expert_M, None if all_finite else finite_N[reads_N])
+        everyone, labels_N, position_N = bool(used_N.all()), call.get("labels_N"), call.get("position_N")
         if not everyone:
             indices_NK, size_NK, chosen_NK = indices_NK[used_N], size_NK[used_N], chosen_NK[used_N]
             incidence_NE, first_N = incidence_NE[used_N], first_N[used_N]
@@ -320,6 +304,11 @@ class BlockState(Tables):
         cell = row * self.num_experts + self.class_key % self.num_experts
         flat = added(cell, self.class_count, len(classes) * self.num_experts)
         return classes, flat.view(-1, self.num_experts)
+
+
+def _alike(call: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Can they be tallied together?"""
+    return call.keys() == other.keys() and call["indices_NK"].shape[1] == other["indices_NK"].shape[1]
 
 
 def _pairs(inside_NE: Tensor, first_N: Tensor, used_N: Tensor, follows_N: Tensor) -> dict[str, Tensor]:

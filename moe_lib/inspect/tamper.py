@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -84,54 +83,37 @@ def permute(seed: int) -> Change:
     return change
 
 
-@dataclass
-class Costs:
-    """Increases of the loss, nats."""
-
-    loss: float  # of the model as it is
-    permuted: float  # routing permuted in all blocks at once
-    by_block: dict[str, dict[str, float]]  # by measure; see ABOUT
-    dropped: dict[str, list[float]]  # by block, for each expert; if asked for
-
-
 @torch.no_grad()
 def costs(recorder: Recorder, run: Callable[[Any], Any], loss: Loss | None, batches: list[tuple[Any, Any]],
-          every_expert: bool = False, seed: int = 0) -> Costs:  # fmt: skip
-    """Run the model on the batches with one change of routing after the other."""
+          every_expert: bool = False) -> tuple[float, float]:  # fmt: skip
+    """The model's loss, and what permuting the routing of all blocks adds; by block: see `Block.costs`."""
 
-    def loss_with(changes: dict[str, Change]) -> float:
-        """Mean loss; `changes` by block."""
+    def loss_with(changes: dict[Block, Change]) -> float:
+        """Mean over the batches."""
 
         def tampered(block: Block, seen: Dispatch, valid_N: Tensor | None) -> Tensor | None:
-            if (change := changes.get(block.name)) is None or not seen.in_order:
+            if block not in changes or not seen.in_order:
                 return None
             real = slice(None) if valid_N is None else valid_N  # padding stays as it is
             indices_NK, weights_NK = seen.indices_NK.clone(), seen.weights_NK.clone()
+            change = changes[block]
             indices_NK[real], weights_NK[real] = change(seen.indices_NK[real], seen.weights_NK[real])
             after_NO = block.adapter.mix(seen.tokens_ND, indices_NK, weights_NK)
             return after_NO - block.adapter.mix(seen.tokens_ND, seen.indices_NK, seen.weights_NK)
 
-        recorder.tamper, recorder.on = tampered if changes else None, bool(changes)
-        try:
-            losses = [float((loss or default_loss)(run(given), given, labels)) for given, labels in batches]
-        finally:
-            recorder.tamper, recorder.on = None, True
+        recorder.tamper = tampered
+        losses = [float((loss or default_loss)(run(given), given, labels)) for given, labels in batches]
         return sum(losses) / len(losses)
 
-    clean = loss_with({})
-    found = Costs(clean, math.nan, {}, {})
-    for block in recorder.blocks:
-        mixes = block.calls and block.adapter.mixes and block.computable
-        if not mixes or block.adapter.num_experts < 2:
-            continue
+    clean, permuted = loss_with({}), permute(recorder.seed)
+    mixing = [b for b in recorder.blocks if b.calls and b.mixes and b.adapter.num_experts > 1]
+    for block in mixing:
         first, second, *_ = block.state.finish().weight_E.argsort(descending=True).tolist()
-        changes = {"permuting": permute(seed), "swapping": swap(first, second), "dropping": drop(first)}
-        found.by_block[block.name] = {
-            f"cost of {name}": loss_with({block.name: change}) - clean for name, change in changes.items()
-        }
+        changes = {"permuting": permuted, "swapping": swap(first, second), "dropping": drop(first)}
+        block.costs = {f"cost of {name}": loss_with({block: c}) - clean for name, c in changes.items()}
         if every_expert:
-            each = [loss_with({block.name: drop(e)}) - clean for e in range(block.adapter.num_experts)]
-            found.dropped[block.name] = each
-    if found.by_block:
-        found.permuted = loss_with({name: permute(seed) for name in found.by_block}) - clean
-    return found
+            experts = range(block.adapter.num_experts)
+            block.dropped_E = [loss_with({block: drop(e)}) - clean for e in experts]
+    every = loss_with(dict.fromkeys(mixing, permuted)) - clean if mixing else math.nan
+    recorder.tamper = None
+    return clean, every

@@ -21,10 +21,11 @@ from torch.utils._pytree import tree_map
 from moe_lib.inspect.adapters import Adapter
 from moe_lib.inspect.alarms import early_warning
 from moe_lib.inspect.find import confirm, find_blocks
-from moe_lib.inspect.lists import NoDropout, copied
 from moe_lib.inspect.panel import Panel, plain
 from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.run import eager, nothing_found, panel_of
+from moe_lib.inspect.snapshot import copied
+from moe_lib.inspect.tagging import NoDropout
 
 
 class Watch:
@@ -198,9 +199,9 @@ def watch(model: nn.Module, every: int = 100, adapters: Sequence[type[Adapter]] 
     """Watch a model while it trains: hooks are there in every `every`-th forward pass only.
 
     Training is as it would be without it, with one exception: at a look, blocks with lists of experts run a
-    second time, and the model once more at the first look. What they write into their modules' attributes
-    (buffers, numbers, lists) is taken back; what they write elsewhere (globals, objects that are no modules)
-    is not. What cannot be read is listed or noted; only if nothing looks like a mixture is a ValueError
+    second time, and the model once more at the first look. What they write into what their modules hold
+    (buffers, numbers, lists, objects of one's own) is taken back; what they write elsewhere (globals) is not.
+    What cannot be read is listed or noted; only if nothing looks like a mixture is a ValueError
     raised, at the first look.
 
     Args:

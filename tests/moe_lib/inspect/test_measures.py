@@ -237,6 +237,48 @@ def test_alike_experts_are_seen_by_answers_and_weights():
     assert same.notes == ["experts' answers and the mixture: from a sample of 64 tokens"]
 
 
+class Residual(nn.Module):
+    """Experts x + f(x); the fs share some of their weights."""
+
+    def __init__(self, common, scale):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stacked = nn.Parameter(torch.randn(4, 16, 16))
+        with torch.no_grad():
+            self.stacked.copy_(scale * torch.lerp(self.stacked, self.stacked[:1], common))
+
+    def forward(self, x_ND):
+        weight_NK, index_NK = x_ND[:, :4].softmax(1).topk(2, 1)
+        self.chosen = weight_NK, index_NK
+        answers_NKO = torch.einsum("nd,nkdo->nko", x_ND, self.stacked[index_NK]).tanh() + x_ND[:, None]
+        return (answers_NKO * weight_NK[..., None]).sum(1)
+
+
+class ResidualAdapter(LinearsAdapter):
+    classes = ("Residual",)
+
+    def answer(self, e, tokens_MD):
+        return tokens_MD + (tokens_MD @ self.block.stacked[e]).tanh()
+
+
+@pytest.mark.parametrize("scale", [0.03, 0.3])  # of what is added
+@pytest.mark.parametrize("common", [0.0, 0.8, 1.0])
+def test_experts_that_pass_their_input_on_are_judged_by_what_they_add(common, scale):
+    model, x_ND = Residual(common, scale), torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    panel = inspect_moe(model, [x_ND], adapters=[ResidualAdapter])
+    added = [(x_ND @ w).tanh().detach() for w in model.stacked]
+    added = [(f_NO - f_NO.mean(0)).flatten() for f_NO in added]
+    pairs = [torch.cosine_similarity(a, b, dim=0) for a, b in itertools.combinations(added, 2)]
+    assert panel[0]["answers alike"] == pytest.approx(float(sum(pairs) / len(pairs)), abs=0.07)
+    assert ("alike" in {alarm.kind for alarm in panel.alarms}) == (common > 0)
+    assert any("experts pass on what they read" in note for note in panel[0].notes)
+
+
+def test_experts_that_add_nothing_to_their_input_are_alike():
+    panel = inspect_moe(Residual(1.0, 0.0), [torch.randn(64, 16)], adapters=[ResidualAdapter])
+    assert panel[0]["answers alike"] == pytest.approx(1)
+
+
 def test_an_idle_expert_does_not_count_as_a_different_one():
     """Two experts in use that are copies, two idle ones that are not: by use they are alike."""
     torch.manual_seed(0)

@@ -6,8 +6,11 @@ Shapes: N tokens, M read by an expert, K slots, D width, E experts, C capacity, 
 import copy
 import io
 import math
+import random
+from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from list_moes import Block, D, E, counts, looked, tokens
@@ -172,16 +175,35 @@ def test_the_output_with_the_answers_is_the_mixture(training):
 # ------------------------------------------------------------------------- blocks that change themselves
 
 
+class Slots:
+    __slots__ = ("__weakref__", "bias", "last")
+
+    def __init__(self):
+        self.bias = torch.zeros(E)
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Of a class that forbids setting attributes; it holds itself."""
+
+    load_E: torch.Tensor
+    others: list
+
+
+ELSEWHERE = SimpleNamespace(bias=torch.zeros(E))
+
+
 class Balanced(Block):
     """A bias against the load, changed in each training step; held by a buffer, or by another object."""
 
     def __init__(self, held):
         super().__init__()
         self.bias = nn.Buffer(torch.zeros(E))
-        self.other = None if held == "buffer" else SimpleNamespace(bias=torch.zeros(E))
+        self.statistics = {"object": SimpleNamespace(bias=torch.zeros(E)), "slots": Slots()}.get(held)
+        self.held = held
 
     def forward(self, x_ND):
-        holder = self.other or self
+        holder = ELSEWHERE if self.held == "global" else self.statistics or self
         weight_NE = self.gate(x_ND).softmax(-1)
         self.chosen = (weight_NE + holder.bias).topk(2, -1).indices
         holder.bias = holder.bias - 0.3 * (self.chosen.flatten().bincount(minlength=E) / len(x_ND) - 0.5)
@@ -192,8 +214,9 @@ class Balanced(Block):
         return out_ND
 
 
-def test_a_bias_that_training_moves_is_that_of_the_step():
-    model = nn.Sequential(Balanced("buffer")).train()
+@pytest.mark.parametrize("held", ["buffer", "object", "slots"])
+def test_a_bias_that_training_moves_is_that_of_the_step(held):
+    model = nn.Sequential(Balanced(held)).train()
     with watch(model, every=1) as w:
         for step in range(4):
             model(tokens(seed=step)).sum().backward()
@@ -202,9 +225,61 @@ def test_a_bias_that_training_moves_is_that_of_the_step():
 
 
 def test_a_state_that_cannot_be_taken_back_is_named():
-    panel, _ = looked(nn.Sequential(Balanced("object")), tokens(), tokens(seed=1))
+    panel, _ = looked(nn.Sequential(Balanced("global")), tokens(), tokens(seed=1))
     assert panel.layers == []
-    assert "it keeps a state that is no attribute of its modules" in panel.unread[0]
+    assert "it keeps a state that its modules do not hold" in panel.unread[0]
+
+
+class Statistics:
+    """A helper that is no module: tensors, an array, counters and random generators."""
+
+    def __init__(self):
+        self.load_E, self.calls, self.history, self.totals = torch.zeros(E), 0, [], [torch.zeros(())]
+        self.array_E, self.draw = np.zeros(E), torch.Generator().manual_seed(0)
+        self.frozen = Frozen(torch.zeros(E), [self])
+        self.others = np.random.default_rng(0), random.Random(0)
+
+    def update(self, chosen_NK):
+        self.load_E += chosen_NK.flatten().bincount(minlength=E)
+        self.array_E += 1
+        self.totals[0] += 1
+        self.frozen.load_E.add_(1)
+        self.calls += 1
+        self.history.append(
+            [*torch.rand(2, generator=self.draw), self.others[0].random(), self.others[1].random()]
+        )
+
+
+class Counting(Block):
+    def __init__(self):
+        super().__init__()
+        self.statistics = Statistics()
+
+    def forward(self, x_ND):
+        output_ND = super().forward(x_ND)
+        self.statistics.update(self.chosen)
+        return output_ND
+
+
+@pytest.mark.parametrize("how", ["watch", "inspect", "causal"])
+def test_helper_objects_are_those_of_an_unwatched_model(how):
+    found = []
+    for looked_at in (False, True):
+        model = nn.Sequential(Counting(), Counting()).train()
+        if not looked_at:
+            model(tokens())
+        elif how == "watch":
+            looked(model, tokens())
+        else:
+            inspect_moe(model, [tokens()], causal=how == "causal", loss=lambda out, *_: out.square().mean())
+        found.append(
+            [
+                (*s.load_E, s.calls, *s.totals, *s.frozen.load_E, s.history, *s.array_E)
+                for s in (b.statistics for b in model)
+            ]
+        )
+    assert found[0] == found[1]
+    assert found[0][0][4] == 1  # calls
 
 
 # -------------------------------------------------------------------------------------- false alarms
@@ -611,9 +686,72 @@ def test_what_is_not_one_list_of_experts_is_said():
     model = TwoLists()
     layer = read(model)
     assert layer.state.count_E.tolist() == counts(model)
-    assert "experts are made of 2 lists" in layer.explanation
-    for name in ("input separation", "answers alike", "mixture error"):
-        assert math.isnan(layer[name])
+    assert layer["mixture error"] < 1e-5
+    assert [alarm.kind for alarm in inspect_moe(nn.Sequential(model), [tokens()]).alarms] == ["arbitrary"]
+
+
+class Layers(nn.Module):
+    """Experts as lists of their layers; `join` makes of the first ones' answers what the last reads."""
+
+    def __init__(self, join, lists, extra=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.join, self.lists, self.extra = nn.Linear(D, E), join, lists, extra
+        for name in lists:
+            sizes = (2 * D, D) if name == lists[-1] else (D, 2 * D)
+            setattr(self, name, nn.ModuleList(nn.Linear(*sizes) for _ in range(E)))
+
+    def whole(self, e, x_MD):
+        *first, last = (getattr(self, name)[e] for name in self.lists)
+        return last(self.join(*(layer(x_MD) for layer in first)))
+
+    def forward(self, x_ND):
+        weight_NK, self.chosen = self.gate(x_ND).softmax(-1).topk(2, -1)
+        out_ND = torch.zeros_like(x_ND)
+        for e in range(E):
+            row, slot = torch.where(self.chosen == e)
+            out_ND = out_ND.index_add(0, row, self.whole(e, x_ND[row]) * weight_NK[row, slot, None])
+        return out_ND + self.extra
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("join", "lists"), [
+    (F.relu, ("w1", "w2")), (F.gelu, ("fc_in", "fc_out")), (lambda a, b: F.silu(a) * b, ("w1", "w3", "w2")),
+    (lambda a, b: a * F.gelu(b), ("up", "gates", "down")),
+])  # fmt: skip
+def test_experts_in_lists_of_their_layers_are_computed_again(join, lists, training):
+    model = Layers(join, lists)
+    panel = (
+        looked(nn.Sequential(model), tokens())[0]
+        if training
+        else inspect_moe(nn.Sequential(model), [tokens()])
+    )
+    (layer,) = panel.layers
+    assert layer.state.count_E.tolist() == counts(model)
+    assert layer.explanation == "the mixture of what was observed is the block's output"
+    assert layer["mixture error"] < 1e-5
+    assert layer["input separation"] == pytest.approx(separation(tokens(), model), rel=1e-4)
+    answers = [model.whole(e, tokens()).detach() for e in range(E)]
+    answers = [(a - a.mean(0)).flatten() for a in answers]
+    pairs = [F.cosine_similarity(answers[a], answers[b], dim=0) for a in range(E) for b in range(a)]
+    assert layer["answers alike"] == pytest.approx(float(sum(pairs) / len(pairs)), abs=0.07)
+
+
+def separation(x_ND, model):
+    """Share of the variance between first choices."""
+    apart_ND, first_N = x_ND - x_ND.mean(0), model.chosen[:, 0]
+    groups = [apart_ND[first_N == e] for e in range(E)]
+    between = sum(len(group) * group.mean(0).square().sum() for group in groups)
+    return float(between / apart_ND.square().sum())
+
+
+def test_layers_that_are_joined_unusually_are_not_guessed():
+    for join in (torch.sin, lambda hidden: hidden.relu() + 0.01):
+        layer = read(Layers(join, ("w1", "w2")))
+        assert "experts are made of 2 lists, and only the last was read" in layer.explanation
+        assert math.isnan(layer["answers alike"])
+    layer = read(Layers(F.relu, ("w1", "w2"), extra=1.0))
+    assert "differs from the mixture" in layer.explanation
 
 
 # ------------------------------------------------------------------------------------------ watching
