@@ -284,7 +284,14 @@ BARE = {"torch", "torchvision", "numpy", "scipy", "sklearn"}
 BARE |= {"filelock", "PIL"}  # PIL comes with torchvision
 # What moe_study may import beside the bare machine's packages: pictures, tables and pages of results.
 STUDY_ONLY = {
-    *("moe_study.report", "moe_study.notebook", "moe_study.claims", "moe_study.verdicts", "moe_study.rates"),
+    *(
+        "moe_study.report",
+        "moe_study.notebook",
+        "moe_study.claims",
+        "moe_study.columns",
+        "moe_study.verdicts",
+        "moe_study.rates",
+    ),
     *("moe_study.tour", "moe_study.trust", "moe_study.theory"),
 }
 
