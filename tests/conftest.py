@@ -24,3 +24,18 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path / "results"))
     monkeypatch.setenv("MOE_FIGURES_DIR", str(tmp_path / "figures"))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Results of digits runs: from the results folder TRAINED (`make test` fills one), else trained here."""
+    folder = os.environ.get("TRAINED") or str(tmp_path_factory.mktemp("trained"))
+
+    def results(runs):
+        from moe_study import study
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MOE_RESULTS_DIR", folder)
+            return study.ensure(runs, workers=1, quiet=True)
+
+    return results

@@ -213,7 +213,9 @@ def _pays(found: Sequence[Verdict], mixtures: Sequence[Verdict]) -> Answer:
 
     def listed(units: Sequence[Verdict]) -> str:
         """ "against a constant gate on A (by 3.6 points) and B (by 2.5 points)", control by control."""
-        by_control = grouped(units, lambda v: against(v).replace("SNNL with ", ""))
+        by_control = grouped(
+            units, lambda v: against(v).removesuffix(f" {v.where}").replace("SNNL with ", "")
+        )
         return "; ".join(f"{control} on {_list(own)}" for control, own in by_control.items())
 
     words = {
@@ -268,7 +270,8 @@ def _list(units: Sequence[Verdict], *notes: Callable[[Verdict], str]) -> str:
     for v in units:
         stage = "" if v.confirmatory else "exploratory"
         said = "; ".join(filter(None, [f"by {_amount(v, _gain(v))}", *(note(v) for note in notes), stage]))
-        parts.append(f"{place(v)}{' with SNNL' * (v.claim.wording == BESIDE)} ({said})")
+        where = f", {v.where.removeprefix('in ')}" * (bool(v.where) and against not in notes)
+        parts.append(f"{place(v)}{where}{' with SNNL' * (v.claim.wording == BESIDE)} ({said})")
     return _and(parts)
 
 

@@ -17,17 +17,8 @@ from moe_study.data import ROOT
 
 def start(run: study.Run, processes: int, **environment: str) -> subprocess.Popen:
     line = [sys.executable, "-m", "moe_study", "run", "--profile", run.profile, "--study", run.study]
-    line += [
-        "--dataset",
-        run.dataset,
-        "--arm",
-        run.arm,
-        "--shard",
-        "1/99",
-        "--ddp",
-        "--workers",
-        str(processes),
-    ]
+    line += ["--dataset", run.dataset, "--arm", run.arm, "--shard", "1/99", "--ddp"]
+    line += ["--workers", str(processes)]
     outside = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"} | environment
     return subprocess.Popen(line, env=outside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -40,19 +31,10 @@ def workers(launcher: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "dataset", "arm"), [("snnl", "digits", "snnl"), ("ac-vision", "digits", "ac")]
-)
-def test_numbers_are_those_of_one_process(name, dataset, arm, folders, monkeypatch):
-    """To 1e-6, over all epochs; digits have a batch in which two processes get unequal parts."""
-    run = study.runs("digits", name, dataset, arm)[0]
-    process = start(run, 2)
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, said
+def check_numbers(run: study.Run, processes: int, alone: dict) -> None:
+    """To 1e-6, over all epochs; digits have a batch in which the processes get unequal parts."""
     shared = study.read(run)
-    assert shared["processes"] == 2
-    monkeypatch.setenv("MOE_RESULTS_DIR", str(folders / "alone"))
-    [alone] = study.ensure([run], workers=1, quiet=True)
+    assert shared["processes"] == processes
     for part in ("train", "validation"):
         assert shared["history"][part].keys() == alone["history"][part].keys()
         for key, column in alone["history"][part].items():
@@ -61,7 +43,16 @@ def test_numbers_are_those_of_one_process(name, dataset, arm, folders, monkeypat
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_started_anew_from_the_checkpoint(folders):
+def test_numbers_are_those_of_one_process(folders, trained):
+    run = study.runs("digits", "ac-vision", "digits", "ac")[0]
+    process = start(run, 2)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    check_numbers(run, 2, *trained([run]))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_started_anew_from_the_checkpoint(folders, trained):
     run = study.runs("digits", "snnl", "digits", "snnl")[0]
     process = start(run, 3)
     checkpoint = run.workspace / "checkpoint.pt"
@@ -72,7 +63,7 @@ def test_a_killed_worker_is_started_anew_from_the_checkpoint(folders):
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
     assert said.count("epoch 1/") == 1  # of two starts the second one went on
-    assert study.read(run)["processes"] == 3
+    check_numbers(run, 3, *trained([run]))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

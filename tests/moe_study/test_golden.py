@@ -5,7 +5,6 @@ it alone; one that is raises the study's version and rewrites it: python tests/m
 """
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,10 +46,8 @@ def rendered(results):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_RESULTS_DIR", os.environ.get("TRAINED") or str(tmp_path_factory.mktemp("results")))
-        yield study.ensure(RUNS, quiet=True)
+def results(trained):
+    return trained(RUNS)
 
 
 def test_losses_are_the_recorded_ones(results):
@@ -63,7 +60,7 @@ def test_losses_are_the_recorded_ones(results):
 
 
 def test_tables_do_not_depend_on_the_last_bits(results, monkeypatch, tmp_path):
-    """Initial weights perturbed by 1e-15, as another CPU's rounding would: the same rounded tables."""
+    """Initial weights of one seed perturbed by 1e-15, as another CPU's rounding would: the same tables."""
     monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path))
     initialise = tasks.initialise
 
@@ -77,7 +74,12 @@ def test_tables_do_not_depend_on_the_last_bits(results, monkeypatch, tmp_path):
                 weight += 1e-15 * noise
 
     monkeypatch.setattr(tasks, "initialise", perturbed)
-    shaken = [store.compact({"run": asdict(run)} | study.execute(run, "cpu")) for run in RUNS]
+    shaken = [
+        result
+        if run.seed != arms.SEEDS[0]
+        else store.compact({"run": asdict(run)} | study.execute(run, "cpu"))
+        for run, result in zip(RUNS, results, strict=True)
+    ]
     for before, after in zip(rendered(results), rendered(shaken), strict=True):
         assert before.to_string() == after.to_string()
 

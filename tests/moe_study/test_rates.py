@@ -11,9 +11,6 @@ from moe_study.claims import BY_KEY
 from moe_study.data import ROOT
 from moe_study.report import verdicts as words
 
-REPEATS = 1000
-ERROR = 3 * (0.05 * 0.95 / REPEATS) ** 0.5  # of a rate of 5 %
-
 
 @pytest.fixture(scope="module")
 def known():
@@ -22,8 +19,15 @@ def known():
         return rates.residuals(study.results(study.runs("core", "snnl")))
 
 
-def share(found_RU, word):
-    return (found_RU == rates.WORDS.index(word)).mean(0)
+@pytest.fixture(scope="module")
+def committed():
+    return store.read(ROOT / "results" / "planted" / "verdicts.json")
+
+
+def shares(committed, word, effect, seeds):
+    """How often each unit got that word."""
+    rows = committed["rates"]
+    return [row["words"][word] for row in rows if (row["effect"], row["seeds"]) == (effect, seeds)]
 
 
 def test_residuals_are_the_real_differences_about_their_mean(known):
@@ -40,23 +44,23 @@ def test_residuals_are_the_real_differences_about_their_mean(known):
 
 
 @pytest.mark.parametrize("seeds", rates.SEED_COUNTS)
-def test_without_an_effect_little_is_supported(seeds, known):
+def test_without_an_effect_little_is_supported(seeds, committed):
     """Each unit, as the residuals were; any unit of a study, where they are as the test assumes."""
-    assert share(rates.simulate(known, 0.0, seeds, REPEATS), "supported").max() <= 0.05 + ERROR
-    found_RU = rates.simulate(known, 0.0, seeds, REPEATS, symmetric=True)
-    assert (found_RU == rates.WORDS.index("supported")).any(1).mean() <= 0.05 + ERROR
-    assert share(found_RU, "contradicted").max() <= 0.05 + ERROR
+    error = 3 * (0.05 * 0.95 / committed["studies"]) ** 0.5  # of a rate of 5 %
+    assert max(shares(committed, "supported", 0.0, seeds)) <= 0.05 + error
+    (of_any,) = [row for row in committed["false_support"] if row["seeds"] == seeds]
+    assert of_any["symmetric"] <= 0.05 + error
 
 
 def test_an_effect_of_the_margin_is_rarely_called_smaller(known):
-    found_RU = rates.simulate(known, 1.0, 20, REPEATS, symmetric=True)
-    small = share(found_RU, "smaller than claimed") + share(found_RU, "contradicted")
-    assert small.max() <= 0.05 + ERROR
+    found_RU = rates.simulate(known, 1.0, 20, 1000, symmetric=True)
+    small = np.isin(found_RU, [rates.WORDS.index(word) for word in ("smaller than claimed", "contradicted")])
+    assert small.mean(0).max() <= 0.05 + 3 * (0.05 * 0.95 / 1000) ** 0.5
 
 
-def test_power_grows_with_effect_and_seeds(known):
+def test_power_grows_with_effect_and_seeds(committed):
     supported = {
-        (seeds, effect): share(rates.simulate(known, effect, seeds, 200), "supported").mean()
+        (seeds, effect): np.mean(shares(committed, "supported", effect, seeds))
         for seeds in rates.SEED_COUNTS
         for effect in rates.EFFECTS
     }
@@ -89,8 +93,12 @@ def test_what_is_written_and_shown(known, folders, monkeypatch):
 
 
 @pytest.mark.slow
-def test_committed_rates_are_what_the_command_writes(known):
-    path = ROOT / "results" / "planted" / "verdicts.json"
-    committed = store.read(path)
-    assert store.compact(rates.rates(known, committed["studies"])) == committed["rates"]
-    assert store.compact(rates.false_support(known, committed["studies"])) == committed["false_support"]
+def test_committed_rates_are_what_the_command_writes(known, committed, monkeypatch):
+    """Of ten seeds, and of two effects; each number of seeds and effect has draws of its own."""
+    monkeypatch.setattr(rates, "SEED_COUNTS", (10,))
+    monkeypatch.setattr(rates, "EFFECTS", (0.0, 1.0))
+    found = store.compact(rates.rates(known, committed["studies"]))
+    kept = [row for row in committed["rates"] if row["seeds"] == 10 and row["effect"] in rates.EFFECTS]
+    assert found == kept
+    of_any = store.compact(rates.false_support(known, committed["studies"]))
+    assert of_any == [row for row in committed["false_support"] if row["seeds"] == 10]

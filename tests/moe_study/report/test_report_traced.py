@@ -273,10 +273,16 @@ def explained(group, terms, difference, interval, seeds=None, p=None, confidence
 
 # ------------------------------------------------------------------------------------------ the tables
 
+# Studies of one data set are told apart by their models.
+SPECIAL = {"collapse-top1": " with one expert per image", "collapse-wide": " with 16 experts"}
+SPECIAL["ac-language-everywhere"] = ", every mixture"
+
 
 def candidates(groups, header, row):
     """Groups that a row can be of."""
-    title = row.get("data set", "").split(" with ")[0] or None
+    title = row.get("data set")
+    for special in SPECIAL.values():
+        title = title and title.removesuffix(special)
     studies = {row["study"]} if "study" in header else {name for name, _ in groups}
     return [key for key in groups if key[0] in studies and title in (None, key[1])]
 
@@ -311,11 +317,6 @@ def check_contrasts(groups, header, rows):
             if 0.0 in (low, high):  # rounded to zero, from which side is not to be seen
                 continue
             assert (row["reading"] == "interval includes 0") == inside, row
-
-
-# Studies of one data set are told apart by their models.
-SPECIAL = {"collapse-top1": " with one expert per image", "collapse-wide": " with 16 experts"}
-SPECIAL["ac-language-everywhere"] = ", every mixture"
 
 
 @functools.cache
