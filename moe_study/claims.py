@@ -67,6 +67,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+from moe_study import store
 from moe_study.columns import (
     COLUMNS,
     LANGUAGE_COLUMNS,
@@ -112,7 +113,7 @@ class Measure:
         Raises:
             ValueError: the value is not finite; names data set, arm, seed and measure.
         """
-        primary = result.get("primary_endpoint", "best_cross_entropy")
+        primary = store.primary_endpoint(result)
         value = self.column.of(result, endpoint or primary)
         if value is None and endpoint in (None, primary):
             value = math.nan

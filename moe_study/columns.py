@@ -38,7 +38,7 @@ class Column(NamedTuple):
 
         A function has a value at the file's primary endpoint alone.
         """
-        primary = result.get("primary_endpoint", "best_cross_entropy")
+        primary = store.primary_endpoint(result)
         endpoint = endpoint or self.endpoint or primary
         if not isinstance(self.source, str):
             return self.source(result) if endpoint == primary else None

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ PRIMARY_ENDPOINT = "last_epoch"
 ENDPOINTS = (PRIMARY_ENDPOINT, "best_accuracy", "best_cross_entropy")
 
 
+def primary_endpoint(result: Mapping[str, Any]) -> str:
+    """The one that a result file's own measures describe."""
+    return result.get("primary_endpoint", "best_cross_entropy")
+
+
 def at_endpoint(result: dict[str, Any], name: str) -> dict[str, Any]:
     """What a result file holds of one endpoint: every measure of its own primary one, fewer of the others.
 
@@ -51,7 +56,7 @@ def at_endpoint(result: dict[str, Any], name: str) -> dict[str, Any]:
     """
     if name not in ENDPOINTS:
         raise ValueError(f"unknown endpoint {name!r}; known: {', '.join(ENDPOINTS)}")
-    if name == result.get("primary_endpoint", "best_cross_entropy"):
+    if name == primary_endpoint(result):
         return result
     if name == "last_epoch" and "last_epoch" in result:
         return {"task": result["last_epoch"]}

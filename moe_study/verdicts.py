@@ -210,7 +210,7 @@ def endpoint_of(claim: Claim, results: Sequence[Result]) -> str:
     own = [dict(r) for r in results if r["run"]["arm"] in {claim.treatment, *claim.controls}]
     if all(m.of(r, store.PRIMARY_ENDPOINT) is not None for r in own for m in measures):
         return store.PRIMARY_ENDPOINT
-    primary = {r.get("primary_endpoint", "best_cross_entropy") for r in own}
+    primary = {store.primary_endpoint(r) for r in own}
     if len(primary) > 1:
         raise ValueError(f"results of different primary endpoints do not belong together: {sorted(primary)}")
     return primary.pop()

@@ -17,12 +17,10 @@ from moe_study.configs.dose import Panel
 from moe_study.report.plots import captioned, hide_from, new_figure, note
 from moe_study.report.tables import comparisons, contrast, paired, show
 
+DOSE_MEASURES = ("accuracy", "cross-entropy", "H(E|c)", "I(x;E)")  # shown of each dose
 BETTER = {"accuracy": 1, "cross-entropy": -1}  # of the others neither way is
 # Pale enough for black text: orange better, purple worse; where neither way is better, more or less.
 DOSE_COLOURS = ListedColormap(mpl.colormaps["PuOr_r"](np.linspace(0.19, 0.81, 255)))
-
-
-DOSE_MEASURES = ("accuracy", "cross-entropy", "H(E|c)", "I(x;E)")  # shown of each dose
 
 
 def dose_effects(

@@ -153,7 +153,7 @@ def endpoints_in_words(profile: str, study_name: str) -> str:
     for dataset, runs in selection.evidence(profile, study_name).items():
         arms_of: dict[bool, list[str]] = {True: [], False: []}
         for result in study.results(runs):
-            last = result.get("primary_endpoint", "best_cross_entropy") == store.PRIMARY_ENDPOINT
+            last = store.primary_endpoint(result) == store.PRIMARY_ENDPOINT
             arms_of[last].append(f"`{result['run']['arm']}`")
         if arms_of[False]:
             newer = ", ".join(dict.fromkeys(arms_of[True]))
