@@ -85,16 +85,6 @@ OUTSIDE = {  # data sets that are in no family of units
     "digit_domains": "shows the machinery",
     "docs": "shows the machinery",
 }
-# Confirming study -> exploring one. Claims were committed before any result of the former was seen.
-CONFIRMATORY = {
-    "snnl-confirm": "snnl",
-    "collapse": "collapse",
-    "collapse-top1": "collapse-top1",
-    "collapse-wide": "collapse-wide",
-    "ac-language-confirm": "ac-language",
-    "ac-language-everywhere": "ac-language-everywhere",
-    "ac-vision-confirm": "ac-vision",
-}
 
 
 @dataclass(frozen=True)
@@ -168,7 +158,7 @@ class Published(NamedTuple):
 class Claim:
     key: str
     source: Literal["SNNL-MoE", "AC router", "this study"]
-    study: str  # the exploring one; `CONFIRMATORY` names the one that confirms
+    study: str  # the exploring one; `arms.CONFIRMATORY` names the one that confirms
     wording: str
     measure: Measure
     treatment: str

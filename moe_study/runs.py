@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moe_study.configs import ac_language, ac_vision, collapse, crossed, dose, snnl
-from moe_study.configs.arms import PROFILES
+from moe_study.configs.arms import CONFIRMATORY, PROFILES
 from moe_study.configs.run import Plan, Run, StudyError
 from moe_study.data import text
 
@@ -51,11 +51,13 @@ def runs(
 
 
 def evidence(profile: str, study: str, dataset: str | None = None) -> list[Run]:
-    """What speaks for a study: on each data set the runs of its confirmation, "<study>-confirm", where all of
-    them are finished, else its own; a data set of the confirmation alone, asked for by name, as planned.
+    """What speaks for a study: on each data set the runs of its confirmation where all of them are finished,
+    else its own; a data set of the confirmation alone, asked for by name, as planned.
     Raises as `runs` does."""
-    confirming = STUDIES.get(f"{study}-confirm", lambda profile: iter(()))(profile)
-    confirmed = [run for run in confirming if dataset in (None, run.dataset)]
+    confirming = [name for name, confirms in CONFIRMATORY.items() if study == confirms != name]
+    confirmed = [
+        run for name in confirming for run in STUDIES[name](profile) if dataset in (None, run.dataset)
+    ]
     if dataset and confirmed and not any(run.dataset == dataset for run in runs(profile, study)):
         return confirmed
     own = runs(profile, study, dataset)
@@ -94,6 +96,7 @@ NOTEBOOKS = {
     "collapse-map": "11_collapse",
     "ac-vision": "20_ac_vision",
     "ac-vision-confirm": "20_ac_vision",
+    "ac-vision-trained": "20_ac_vision",
     "ac-language": "21_ac_language",
     "ac-language-confirm": "21_ac_language",
     "crossed": "30_snnl_x_ac",

@@ -270,6 +270,8 @@ class VisionTask(nn.Module):
             self.snnl = LayerwiseSNNL(objective.snnl)
         initialise(self, seed)
         self.to(device=dataset.train.images_NCHW.device, dtype=dtype)
+        if config.stem == "conv":
+            self.model.embed.to(memory_format=torch.channels_last)
 
     def batches(self, epoch: int) -> Iterator[ImageBatch]:
         """The training set in the order of (seed, epoch), ragged last batch included."""

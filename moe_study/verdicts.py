@@ -19,7 +19,6 @@ from moe_study.claims import (
     BLIND,
     BY_KEY,
     CLAIMS,
-    CONFIRMATORY,
     CROSS_ENTROPY,
     NOT_TRAINED_ABOVE,
     OUTSIDE,
@@ -30,6 +29,7 @@ from moe_study.claims import (
 )
 from moe_study.collapse import collapse
 from moe_study.columns import look_up
+from moe_study.configs.arms import CONFIRMATORY
 
 Word = Literal["supported", "contradicted", "smaller than claimed", "undecided", "not testable here", "pilot"]
 Result = Mapping[str, Any]

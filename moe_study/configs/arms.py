@@ -22,6 +22,17 @@ TUNING_SEEDS = (1, 2)
 # Of confirmatory runs. No result of these seeds was seen before claims, margins, primary endpoint, arms and
 # numbers of seeds were committed; a confirmatory set is never extended after a look.
 CONFIRMATORY_SEEDS = tuple(range(101, 121))
+# Confirming study -> the exploring one whose claims it decides.
+CONFIRMATORY = {
+    "snnl-confirm": "snnl",
+    "collapse": "collapse",
+    "collapse-top1": "collapse-top1",
+    "collapse-wide": "collapse-wide",
+    "ac-language-confirm": "ac-language",
+    "ac-language-everywhere": "ac-language-everywhere",
+    "ac-vision-confirm": "ac-vision",
+    "ac-vision-trained": "ac-vision",
+}
 
 
 # ------------------------------------------------------------------------------------------- arms

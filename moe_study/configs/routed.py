@@ -9,6 +9,7 @@ from moe_lib.models.transformer import TransformerConfig
 from moe_lib.models.vision import VisionConfig
 from moe_lib.moe import ACConfig
 from moe_study.configs.arms import (
+    CONFIRMATORY,
     CONFIRMATORY_SEEDS,
     SEEDS,
     TUNING_SEEDS,
@@ -72,7 +73,7 @@ class RoutedStudy:
     tuned_in_full: bool = False  # tuning takes all of the epochs, not a third
 
     def arms(self, own: RoutedSettings) -> dict[str, RoutedArm]:
-        return routed_arms(self.name.removesuffix("-confirm"), own)
+        return routed_arms(CONFIRMATORY.get(self.name, self.name), own)
 
     def runs(self, profile: str) -> Iterator[Run]:
         """The main arms seed by seed, then the controls."""
@@ -101,7 +102,7 @@ class RoutedStudy:
                 yield Run(
                     profile, study, dataset, arm, seed, VERSIONS[study], model, objective,
                     replace(own.train, epochs=epochs, learning_rate=rate),
-                    train_images=own.train_images, epoch_tokens=own.epoch_tokens,
+                    train_images=own.train_images, epoch_tokens=own.epoch_tokens, augment=own.augment,
                 )  # fmt: skip
 
     @property
@@ -109,13 +110,19 @@ class RoutedStudy:
         return {self.name: self.runs, f"{self.name}-tuning": self.tuning_runs}
 
 
-def confirming(name: str, settings: Settings, counts: SeedCounts, arms: Sequence[str]) -> RoutedStudy:
-    """A confirmation on seeds that nobody has seen: three learning rates for each of `arms` at the full
+def confirming(
+    name: str,
+    settings: Settings,
+    counts: SeedCounts,
+    arms: Sequence[str],
+    tried: Sequence[float] = (3e-3, 1e-2, 3e-2),
+) -> RoutedStudy:
+    """A confirmation on seeds that nobody has seen: learning rates `tried` for each of `arms` at the full
     budget, of which all arms get the one of the lowest validation cross-entropy at the last epoch."""
-    grid = rates((3e-3, 1e-2, 3e-2), arms)
     return RoutedStudy(
-        name=name, settings=settings, counts=counts, grid=grid, seeds=CONFIRMATORY_SEEDS, tuned_in_full=True
-    )
+        name=name, settings=settings, counts=counts, grid=rates(tried, arms), seeds=CONFIRMATORY_SEEDS,
+        tuned_in_full=True,
+    )  # fmt: skip
 
 
 def rates(tried: Sequence[float], arms: Sequence[str]) -> Grid:

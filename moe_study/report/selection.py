@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from moe_study import study, verdicts
-from moe_study.claims import CLAIMS, CONFIRMATORY
+from moe_study.claims import CLAIMS
+from moe_study.configs.arms import CONFIRMATORY
 from moe_study.report.plots import DATASET_TITLES
 from moe_study.verdicts import Verdict
 
