@@ -6,12 +6,14 @@ import base64
 import html
 import io
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_lib.inspect.measures import ABOUT, Layer, Value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from moe_lib.inspect.panel import Comparison, Panel
 
 STYLE = """<style>
 table.moe { border-collapse: collapse; font: 13px sans-serif } table.moe th, table.moe td { padding: 2px 8px;
@@ -21,25 +23,28 @@ li.alarm { color: #a33a00; font-weight: 600 } figcaption { color: #444; font-siz
 LISTED = 20  # alarms, at most
 
 
-def body(shown: Any) -> str:
-    """What a notebook shows, and a page holds: of a panel the picture, the remarks and the table."""
-    if hasattr(shown, "before"):  # of a comparison both panels
-        caption = (
-            "Each block's measures before and after, and the share of a token's experts that stayed the same."
-        )
-        parts = f"<h3>after</h3>{body(shown.after)}<h3>before</h3>{body(shown.before)}"
-        return f"{STYLE}{_image(shown.figure(), caption)}{parts}"
-    if not shown.layers:
-        return f"<p>no block was read</p>{_remarks(shown)}"
-    mark = "" if len(shown.layers) == 1 else "; a white mark: the experts right of it are never chosen"
+def comparison_body(comparison: Comparison) -> str:
+    """What a notebook shows, and a page holds: the picture, and both panels."""
+    caption = (
+        "Each block's measures before and after, and the share of a token's experts that stayed the same."
+    )
+    after, before = panel_body(comparison.after), panel_body(comparison.before)
+    return f"{STYLE}{_image(comparison.figure(), caption)}<h3>after</h3>{after}<h3>before</h3>{before}"
+
+
+def panel_body(panel: Panel) -> str:
+    """What a notebook shows, and a page holds: the picture, the remarks and the table."""
+    if not panel.layers:
+        return f"<p>no block was read</p>{_remarks(panel)}"
+    mark = "" if len(panel.layers) == 1 else "; a white mark: the experts right of it are never chosen"
     caption = (
         f"Load of every expert (above{mark}), and each block's measures beside their nulls, the values they "
         "take when nothing was learned."
     )
-    tokens = ", ".join(sorted({str(layer.num_tokens) for layer in shown.layers}))
+    tokens = ", ".join(sorted({str(layer.num_tokens) for layer in panel.layers}))
     return (
-        f"{STYLE}<h3>{html.escape(shown.title)}: {len(shown.layers)} blocks, {tokens} tokens</h3>"
-        f"{_remarks(shown)}{_image(shown.figure(), caption)}{_table(shown.layers)}"
+        f"{STYLE}<h3>{html.escape(panel.title)}: {len(panel.layers)} blocks, {tokens} tokens</h3>"
+        f"{_remarks(panel)}{_image(panel.figure(), caption)}{_table(panel.layers)}"
     )
 
 
@@ -67,7 +72,7 @@ def _image(figure: Figure, caption: str) -> str:
     )
 
 
-def _remarks(panel: Any) -> str:
+def _remarks(panel: Panel) -> str:
     alarms = [f"{alarm.layer}: {alarm.what}" for alarm in panel.alarms]
     if len(alarms) > LISTED:
         alarms[LISTED:] = [f"and {len(alarms) - LISTED} more; see panel.alarms"]

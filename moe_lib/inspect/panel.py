@@ -46,9 +46,7 @@ class Shown:
     title: str
 
     def _repr_html_(self) -> str:
-        from moe_lib.inspect.page import body
-
-        return body(self)
+        raise NotImplementedError
 
     def to_html(self, path: str | Path) -> Path:
         """One page that needs no other file."""
@@ -153,6 +151,11 @@ class Panel(Shown):
 
         return panel_figure(self)
 
+    def _repr_html_(self) -> str:
+        from moe_lib.inspect.page import panel_body
+
+        return panel_body(self)
+
     def __str__(self) -> str:
         lines = [f"{self.title or 'panel'}: {len(self.layers)} blocks, {len(self.alarms)} alarms"]
         lines += [f"  {self.loss_line}"] if self.loss_line else []
@@ -202,6 +205,11 @@ class Comparison(Shown):
         from moe_lib.inspect.pictures import comparison_figure
 
         return comparison_figure(self)
+
+    def _repr_html_(self) -> str:
+        from moe_lib.inspect.page import comparison_body
+
+        return comparison_body(self)
 
 
 def _saturation(a: BlockState | None, b: BlockState | None) -> Value:
