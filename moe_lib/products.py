@@ -1,4 +1,4 @@
-"""Matrix products by the fastest library at hand, in blocks of rows, and how torch sees them.
+"""Matrix products by the fastest library at hand, and how torch sees them.
 
 Shapes: N or R rows, D width, K summed over, J columns.
 """
@@ -90,12 +90,3 @@ def add_product(out_RJ: Tensor, a_RK: Tensor, b_KJ: Tensor) -> None:
         out_RJ.add_(linear(a_RK, b_KJ.T, None))
     else:
         out_RJ.addmm_(a_RK, b_KJ)
-
-
-BLOCK = 2**17  # numbers of the widest matrix that a block of rows leads to: half a MiB in float32
-
-
-def blocks_of_rows(x_ND: Tensor, width: int) -> list[slice]:
-    """Cuts x where the work on its rows forms `width` numbers a row; on a GPU into one block, of all rows."""
-    size = 1 << max(6, (BLOCK // width).bit_length() - 1) if on_host(x_ND) else max(1, len(x_ND))
-    return [slice(top, top + size) for top in range(0, max(1, len(x_ND)), size)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter)
 ATOMS = {int, float, bool, str, bytes, type(None), Tensor, nn.Parameter}
+STRUCTURE = vars(nn.Module()).keys() - {"_buffers"}  # parameters, children, hooks: no call changes them
 OTHERS = ("torch", "transformers", "accelerate", "lightning", "pytorch_lightning")  # their objects stay as is
 Held = list[tuple[Any, Any]]  # what holds something, and what it held
 KINDS: tuple[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], Any]], ...] = (  # how to read and to set
@@ -43,7 +44,10 @@ def set_random_states(states: list[Tensor]) -> None:
 def contents(module: nn.Module) -> Held:
     """Of a module and all inside it: attributes, and what containers and plain objects there hold."""
     held: dict[int, tuple[Any, Any]] = {}
-    waiting: list[Any] = [vars(each) for each in module.modules()]
+    waiting: list[Any] = []
+    for each in module.modules():
+        held[id(vars(each))] = vars(each), {**vars(each)}
+        waiting += [value for name, value in vars(each).items() if name not in STRUCTURE]
     while waiting:
         part = waiting.pop()
         if type(part) in ATOMS or id(part) in held:

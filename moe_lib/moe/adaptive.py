@@ -14,13 +14,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from moe_lib.moe.routing import CosineRouter, Routing, route
+from moe_lib.moe.routing import CosineRouter, Routing
 from moe_lib.moe.scaling import (
     Dispersion,
     Normalize,
     check_scale_options,
     cluster_dispersion,
-    scaled_scores,
     scales_of_dispersion,
 )
 from moe_lib.products import at_least_float32, traced
@@ -128,14 +127,7 @@ class AdaptiveClusteringRouter(CosineRouter):
             self.seen_E.zero_()
 
     def forward(self, tokens_ND: Tensor, previous: Routing | None = None) -> Routing:
-        if previous is None or self.config.mixed or self.config.matched:
-            return self.route_and_scale(tokens_ND, previous)[0]
-        tokens_ND = self._tokens(tokens_ND)
-        with torch.autocast(tokens_ND.device.type, enabled=False):
-            assignment_N, rows_ED = self._assign(tokens_ND, previous)
-            directions_ED = self._directions(tokens_ND.dtype)
-            scores_NE = scaled_scores(tokens_ND, assignment_N, rows_ED, directions_ED)
-        return route(scores_NE, self.top_k)
+        return self.route_and_scale(tokens_ND, previous)[0]
 
     def experts_see(self, tokens_ND: Tensor, previous: Routing | None = None) -> tuple[Routing, Tensor]:
         """The decision, and the tokens: with `scale_experts`, as they are scaled for the decision."""

@@ -254,12 +254,9 @@ class CosineRouter(nn.Module):
     def forward(self, tokens_ND: Tensor, previous: Routing | None = None) -> Routing:
         tokens_ND = self._tokens(tokens_ND)
         with torch.autocast(tokens_ND.device.type, enabled=False):
-            scores_NE = tokens_ND @ self._directions(tokens_ND.dtype).T
+            directions_ED = F.normalize(self.embeddings_ED.to(tokens_ND.dtype), dim=1)
+            scores_NE = tokens_ND @ directions_ED.T
         return route(scores_NE, self.top_k)
-
-    def _directions(self, dtype: torch.dtype) -> Tensor:
-        """[E, D]: the embeddings at unit length."""
-        return F.normalize(self.embeddings_ED.to(dtype), dim=1)
 
     def _tokens(self, tokens_ND: Tensor) -> Tensor:
         return at_least_float32(check_tokens(tokens_ND, self.embeddings_ED.shape[1]))

@@ -6,12 +6,12 @@ diagonal, and large along the features on which the cluster is tight.
 Source: Nielsen, Teo, Abdullaev, Nguyen, "Tight Clusters Make Specialized Experts", ICLR 2025 (arXiv
 2502.15315) and its public code.
 
-Shapes: N tokens, R of a block, D width, E experts, and so clusters.
+Shapes: N tokens, D width, E experts, and so clusters.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,15 +26,7 @@ from moe_lib.checks import (
     check_option,
     readable,
 )
-from moe_lib.products import (
-    add_product,
-    at_least_float32,
-    blocks_of_rows,
-    differentiable_gradient,
-    on_host,
-    product,
-    traced,
-)
+from moe_lib.products import at_least_float32, on_host, traced
 
 Dispersion = Literal["mad", "variance"]
 Normalize = Literal["feature", "row", "global", "none"]
@@ -157,52 +149,3 @@ def scales_of_dispersion(
     elif normalize == "global":
         scales_ED = scales_ED / mean
     return scales_ED.where(valid_E1, mean if normalize == "none" else one)
-
-
-def scaled_scores(
-    tokens_ND: Tensor, assignment_N: Tensor, scales_ED: Tensor, embeddings_ED: Tensor
-) -> Tensor:
-    """[N, E]: (M_k h)^T e of each token h, k its cluster and M_k its scaling matrix, with each expert's
-    embedding e."""
-    scores = _plain_scores if traced() else _ScaledScores.apply
-    return scores(tokens_ND, assignment_N, scales_ED, embeddings_ED)
-
-
-def _plain_scores(
-    tokens_ND: Tensor, assignment_N: Tensor, scales_ED: Tensor, embeddings_ED: Tensor
-) -> Tensor:
-    return (scales_ED.index_select(0, assignment_N) * tokens_ND) @ embeddings_ED.T
-
-
-class _ScaledScores(torch.autograd.Function):
-    """By blocks of tokens, whose scaled forms are not kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, tokens_ND: Tensor, assignment_N: Tensor, scales_ED: Tensor, embeddings_ED: Tensor
-    ) -> Tensor:
-        tokens_ND, embeddings_ED = tokens_ND.contiguous(), embeddings_ED.contiguous()
-        scores_NE = tokens_ND.new_empty(len(tokens_ND), len(embeddings_ED))
-        # Of twice as many rows as in backward, which holds two such matrices.
-        for rows in blocks_of_rows(tokens_ND, max(1, tokens_ND.shape[1] // 2)):
-            scaled_RD = scales_ED.index_select(0, assignment_N[rows]).mul_(tokens_ND[rows])
-            scores_NE[rows] = product(scaled_RD, embeddings_ED.T)
-        ctx.save_for_backward(tokens_ND, assignment_N, scales_ED, embeddings_ED)
-        return scores_NE
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tokens_ND, assignment_N, scales_ED, embeddings_ED = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is asked for
-            return differentiable_gradient(_plain_scores, ctx.saved_tensors, grads[0])
-        grad_NE = grads[0].contiguous()
-        dtokens_ND, dembeddings_ED = torch.empty_like(tokens_ND), torch.zeros_like(embeddings_ED)
-        dscales_ED = torch.zeros_like(scales_ED) if ctx.needs_input_grad[2] else None
-        for rows in blocks_of_rows(tokens_ND, tokens_ND.shape[1]):
-            scales_RD = scales_ED.index_select(0, assignment_N[rows])
-            dscaled_RD = product(grad_NE[rows], embeddings_ED)
-            torch.mul(dscaled_RD, scales_RD, out=dtokens_ND[rows])
-            add_product(dembeddings_ED, grad_NE[rows].T, scales_RD.mul_(tokens_ND[rows]))
-            if dscales_ED is not None:
-                dscales_ED.index_add_(0, assignment_N[rows], dscaled_RD.mul_(tokens_ND[rows]))
-        return dtokens_ND, None, dscales_ED, dembeddings_ED
