@@ -74,6 +74,12 @@ def _class_gates(probs_NE: Tensor, labels_N: Tensor, num_classes: int) -> tuple[
     return one_hot_NC.T @ probs_NE, one_hot_NC.sum(0)
 
 
+def _given_class(gates_CE: Tensor, counts_C: Tensor) -> float:
+    """H(E|class)."""
+    shares_CE = gates_CE / counts_C.clamp(min=1)[:, None]
+    return ((counts_C / counts_C.sum()) @ _entropy(shares_CE)).item()
+
+
 def routing_entropy(probs_NE: Tensor, labels_N: Tensor, num_classes: int) -> RoutingEntropy:
     """Entropies of the gate and its information on input and class.
 
@@ -88,8 +94,7 @@ def routing_entropy(probs_NE: Tensor, labels_N: Tensor, num_classes: int) -> Rou
     gates_CE, counts_C = _class_gates(probs_NE, labels_N, num_classes)
     marginal = _entropy(probs_NE.mean(0)).item()
     per_sample = _entropy(probs_NE).mean().item()
-    gates_given_class_CE = gates_CE / counts_C.clamp(min=1)[:, None]
-    class_conditional = ((counts_C / counts_C.sum()) @ _entropy(gates_given_class_CE)).item()
+    class_conditional = _given_class(gates_CE, counts_C)
     load_E = gates_CE.sum(0)
     mix_EC = gates_CE.T / load_E.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
     return RoutingEntropy(
@@ -120,11 +125,11 @@ def information_class_null(
     """
     check_count(draws, "draws")
     probs_NE, labels_N = _gates_and_labels(probs_NE, labels_N, num_classes)
-    null = 0.0
+    given_class = 0.0
     for _ in range(draws):
         order_N = torch.randperm(len(labels_N), generator=generator).to(labels_N.device)
-        null += routing_entropy(probs_NE, labels_N[order_N], num_classes).information_class / draws
-    return null
+        given_class += _given_class(*_class_gates(probs_NE, labels_N[order_N], num_classes)) / draws
+    return _entropy(probs_NE.mean(0)).item() - given_class
 
 
 class Load(NamedTuple):
