@@ -103,6 +103,6 @@ TRAINED_SETTINGS: routed.Settings = {
 TRAINED_ARMS = (*ROUTED_MAIN_ARMS, "hash")
 TRAINED_COUNTS: routed.SeedCounts = {"core": {"cifar10": [(TRAINED_ARMS, 10)]}}
 TRAINED = routed.confirming(
-    "ac-vision-trained", TRAINED_SETTINGS, TRAINED_COUNTS, TRAINED_ARMS, tried=(2.5e-3, 5e-3, 1e-2)
+    "ac-vision-trained", TRAINED_SETTINGS, TRAINED_COUNTS, TRAINED_ARMS, tried=(5e-3, 1e-2, 2e-2)
 )
 STUDIES = STUDY.plans | CONFIRMING.plans | TRAINED.plans
