@@ -6,14 +6,13 @@ import base64
 import html
 import io
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_lib.inspect.measures import ABOUT, Layer, Value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from moe_lib.inspect.panel import Comparison, Panel
 
 STYLE = """<style>
 table.moe { border-collapse: collapse; font: 13px sans-serif } table.moe th, table.moe td { padding: 2px 8px;
@@ -23,7 +22,7 @@ li.alarm { color: #a33a00; font-weight: 600 } figcaption { color: #444; font-siz
 LISTED = 20  # alarms, at most
 
 
-def comparison_body(comparison: Comparison) -> str:
+def comparison_body(comparison: Any) -> str:
     """What a notebook shows, and a page holds: the picture, and both panels."""
     caption = (
         "Each block's measures before and after, and the share of a token's experts that stayed the same."
@@ -32,7 +31,7 @@ def comparison_body(comparison: Comparison) -> str:
     return f"{STYLE}{_image(comparison.figure(), caption)}<h3>after</h3>{after}<h3>before</h3>{before}"
 
 
-def panel_body(panel: Panel) -> str:
+def panel_body(panel: Any) -> str:
     """What a notebook shows, and a page holds: the picture, the remarks and the table."""
     if not panel.layers:
         return f"<p>no block was read</p>{_remarks(panel)}"
@@ -72,7 +71,7 @@ def _image(figure: Figure, caption: str) -> str:
     )
 
 
-def _remarks(panel: Panel) -> str:
+def _remarks(panel: Any) -> str:
     alarms = [f"{alarm.layer}: {alarm.what}" for alarm in panel.alarms]
     if len(alarms) > LISTED:
         alarms[LISTED:] = [f"and {len(alarms) - LISTED} more; see panel.alarms"]
