@@ -265,7 +265,7 @@ def without_children(monkeypatch):
 
 
 @pytest.mark.usefixtures("without_children")
-def test_the_file_and_the_figure(tmp_path, capsys):
+def test_the_file_of_the_losses(tmp_path, capsys):
     assert bench.main(["snnl", "--quick", "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "snnl.json").read_text())
     assert content["quick"]
@@ -282,19 +282,17 @@ def test_the_file_and_the_figure(tmp_path, capsys):
         assert row["faster_than_fastest_peer"] == min(peers)
         assert row["memory_saving"] == 1
     assert content["correctness"]
-    assert (tmp_path / "snnl.png").read_bytes()[:4] == b"\x89PNG"
     assert "N=600 D=16: " in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("without_children")
 @pytest.mark.parametrize("name", ["moe", "router"])
-def test_files_and_figures_of_layers(name, tmp_path):
+def test_files_of_layers(name, tmp_path):
     assert bench.main([name, "--quick", "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / f"{name}.json").read_text())
     for row in content["rows"]:
         assert row["contestants"]["ours"]["times_ours"]["median"] == 1
         assert row["limit_milliseconds"] > 0
-    assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.usefixtures("without_children")
