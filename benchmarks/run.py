@@ -42,7 +42,7 @@ class Bench:
 
 def benches() -> dict[str, Bench]:
     return {
-        "snnl": Bench(bench_snnl.rows, {"correctness": bench_snnl.correctness}),
+        "snnl": Bench(bench_snnl.rows),
         "moe": Bench(bench_moe.rows),
         "router": Bench(bench_moe.router_rows),
         "attacks": Bench(bench_attacks.rows),
