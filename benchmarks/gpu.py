@@ -176,18 +176,6 @@ def workers(
     return found
 
 
-def figure(content: dict[str, Any]) -> Any:
-    from moe_study.report import plots
-
-    drawn, axes = plots.new_figure(5, 3, 1, 1)
-    found = content["workers"]
-    axes[0, 0].plot(
-        [one["workers"] for one in found], [one["images_per_second"] for one in found], "o-", color="k"
-    )
-    axes[0, 0].set(xlabel="runs at a time", title="images a second, all together", ylim=(0, None))
-    return drawn
-
-
 def _train_for(device: str, batch: int, seconds: float, threads: int, barrier: Any, queue: Any) -> None:
     together = threading.Barrier(threads, action=barrier.wait)
 

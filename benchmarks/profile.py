@@ -75,24 +75,3 @@ def missed(machine: Machine) -> list[dict[str, Any]]:
                     }
                 )
     return found
-
-
-def figure(content: dict[str, Any]) -> Any:
-    """A bar a contestant, cut by kind; the milliseconds of a step stand beside its name."""
-    from moe_study.report import plots
-
-    entries = content["profiles"]
-    drawn, axes = plots.new_figure(10, 1.5 + 0.4 * max(1, len(entries)))
-    axis = axes[0, 0]
-    for place, entry in enumerate(entries):
-        left = 0.0
-        for number, (kind, share) in enumerate(entry["shares"].items()):
-            axis.barh(
-                place, share, left=left, color=plots.PALETTE[number + 1], label=kind if not place else None
-            )
-            left += share
-    labels = [f"{e['row']}: {e['contestant']} ({e['milliseconds']:.1f} ms)" for e in entries]
-    axis.set_yticks(range(len(entries)), labels)
-    axis.set(xlim=(0, 1), ylim=(len(entries) - 0.4, -0.6), xlabel="share of a step's processor time")
-    drawn.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return drawn

@@ -1,6 +1,7 @@
 """Ours against its peers, on this machine: python -m benchmarks NAME... [--out DIR] [--quick].
 
-Writes DIR/NAME.json (by default under results/bench) and, where matplotlib is installed, DIR/NAME.png.
+Writes DIR/NAME.json, by default under results/bench. The benchmark "scaling" also draws DIR/scaling.png where
+matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,27 +35,27 @@ from moe_study.data import ROOT
 @dataclass(frozen=True)
 class Bench:
     rows: Callable[[bool], list[Row]]  # from whether it is a quick look
-    checks: Mapping[str, Callable[[Machine], Any]]  # what else goes into the file, by its key
-    figure: Callable[[dict[str, Any]], Any]  # from the file's content
+    checks: Mapping[str, Callable[[Machine], Any]] = field(default_factory=dict)  # by its key in the file
     fits: Mapping[str, Callable[[list[dict[str, Any]]], Any]] = field(default_factory=dict)  # of the rows
+    figure: Callable[[dict[str, Any]], Any] | None = None  # from the file's content
 
 
 def benches() -> dict[str, Bench]:
     return {
-        "snnl": Bench(bench_snnl.rows, {"correctness": bench_snnl.correctness}, scaling_figure),
-        "moe": Bench(bench_moe.rows, {}, rows_figure),
-        "router": Bench(bench_moe.router_rows, {}, rows_figure),
-        "attacks": Bench(bench_attacks.rows, {}, rows_figure),
-        "gpu": Bench(bench_gpu.rows, {}, rows_figure),
-        "workers": Bench(lambda quick: [], {"workers": bench_gpu.workers}, bench_gpu.figure),
-        "train": Bench(bench_train.rows, {}, rows_figure),
+        "snnl": Bench(bench_snnl.rows),
+        "moe": Bench(bench_moe.rows),
+        "router": Bench(bench_moe.router_rows),
+        "attacks": Bench(bench_attacks.rows),
+        "gpu": Bench(bench_gpu.rows),
+        "workers": Bench(lambda quick: [], {"workers": bench_gpu.workers}),
+        "train": Bench(bench_train.rows),
         "scaling": Bench(
             bench_scaling.rows,
             {"throughput": bench_scaling.throughput},
-            bench_scaling.figure,
             {"exponents": bench_scaling.exponents},
+            bench_scaling.figure,
         ),
-        "profile": Bench(lambda quick: [], {"profiles": bench_profile.missed}, bench_profile.figure),
+        "profile": Bench(lambda quick: [], {"profiles": bench_profile.missed}),
     }
 
 
@@ -74,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         keep = partial(store.write, out / f"{name}.json")
         keep(measure(name, machine, arguments.quick, arguments.rows, keep))
         print(f"wrote {out / name}.json")
-        save_figure(benches()[name].figure, out / f"{name}.json")
+        if (figure := benches()[name].figure) is not None:
+            save_figure(figure, out / f"{name}.json")
     return 0
 
 
@@ -181,83 +183,6 @@ def _memory(bench: str, quick: bool, machine: Machine, number: str, name: str) -
     row = benches()[bench].rows(quick)[int(number)]
     contestant = next(contestant for contestant in row.contestants if contestant.name == name)
     return memory_of_a_step(contestant.build(machine.device), machine.device)
-
-
-# ---------------------------------------------------------------------------------------- figures
-
-CONTESTANT_STYLE = {  # colour (an index into plots.PALETTE), marker
-    "ours": (1, "s"),
-    "ours, panels": (3, "^"),
-    "ours, streaming": (5, "v"),
-    "authors": (2, "o"),
-    "cleverhans": (4, "D"),
-    "NCALoss": (6, "P"),
-}
-
-
-def scaling_figure(content: dict[str, Any]) -> Any:
-    """Time and memory of a step against N, where the other sizes stay the same, with the physical limit."""
-    from moe_study.report import plots
-
-    rows = [row for row in content["rows"] if row["layers"] == 1 and " T=" not in row["row"]]
-    figure, axes = plots.new_figure(10, 4, 1, 2)
-    for axis, key in zip(axes[0], PANELS, strict=True):
-        for name, (colour, marker) in CONTESTANT_STYLE.items():
-            sizes, values = _measured_of(name, key, rows, [row["N"] for row in rows])
-            if sizes:
-                axis.plot(sizes, values, color=plots.PALETTE[colour], marker=marker, ms=4, label=name)
-        axis.set(xscale="log", yscale="log", xlabel="N (samples)")
-        axis.set_xticks([row["N"] for row in rows], [str(row["N"]) for row in rows], fontsize=8)
-        axis.minorticks_off()
-    axes[0, 0].plot(
-        [row["N"] for row in rows], [row["limit_milliseconds"] for row in rows], "k:", label="physical limit"
-    )
-    return _named(figure, axes[0])
-
-
-def rows_figure(content: dict[str, Any]) -> Any:
-    """Time and memory of a step of every contestant, a line a row, with the physical limit."""
-    from moe_study.report import plots
-
-    rows = content["rows"]
-    names = list(dict.fromkeys(name for row in rows for name in row["contestants"]))
-    figure, axes = plots.new_figure(10, 1.5 + 0.4 * len(rows), 1, 2)
-    for axis, key in zip(axes[0], PANELS, strict=True):
-        for number, name in enumerate(names):
-            places, values = _measured_of(name, key, rows, range(len(rows)))
-            if places:
-                color = plots.PALETTE[1 + number % (len(plots.PALETTE) - 1)]
-                style = {"color": color, "marker": "soDPv^X"[number % 7], "label": name}
-                axis.plot(values, places, ls="", ms=6, alpha=0.8, **style)
-        axis.set(xscale="log", ylim=(len(rows) - 0.5, -0.5))
-        axis.set_yticks(range(len(rows)), [row["row"] for row in rows] if key == "milliseconds" else [])
-        low, high = axis.get_xlim()
-        if high / low > 30:  # decades are labelled enough
-            axis.xaxis.set_minor_formatter("")
-    limits = [row["limit_milliseconds"] for row in rows]
-    axes[0, 0].plot(limits, range(len(rows)), "k|", ms=12, label="physical limit")
-    return _named(figure, axes[0])
-
-
-PANELS = {"milliseconds": "time of value and gradient (ms)", "memory_mb": "memory of a step (MB)"}
-
-
-def _measured_of(
-    name: str, key: str, rows: Sequence[dict[str, Any]], places: Sequence[int]
-) -> tuple[list[int], list[float]]:
-    """Places and values of the rows in which a contestant has one."""
-    values = [row["contestants"].get(name, {}).get(key) for row in rows]
-    known = [(place, value) for place, value in zip(places, values, strict=True) if value]
-    return [place for place, _ in known], [value for _, value in known]
-
-
-def _named(figure: Any, axes: Sequence[Any]) -> Any:
-    """With the panels' titles, and the contestants' names below."""
-    for axis, title in zip(axes, PANELS.values(), strict=True):
-        axis.set_title(title)
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
-    return figure
 
 
 def save_figure(figure: Callable[[dict[str, Any]], Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The soft nearest neighbor loss against its peers: what is compared, and where each is right.
+"""The soft nearest neighbor loss against its peers.
 
 Peers are written down from their formulas (see `tests` for what each is compared with):
     authors     Agarap and Azcarraga's public code: cosine distance, eps in both fractions
@@ -13,8 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import Contestant, Machine, Row, Step, Work
+from benchmarks.measure import Contestant, Row, Step, Work
 from moe_lib.snnl import LayerwiseSNNL, SNNLConfig, soft_nearest_neighbor_loss
 from moe_lib.snnl.autograd import DENSE_UP_TO
 from moe_lib.snnl.dense import Distance, Route
@@ -192,83 +191,3 @@ def _build(
 
     replayed = Replayed(work, enabled=replay)
     return lambda: replayed(*layers)
-
-
-# ---------------------------------------------------------------------------------- correctness
-
-
-def correctness(machine: Machine) -> list[dict[str, Any]]:
-    """Every contestant in float32, where such losses go wrong; the exact value is summed pair by pair."""
-    found = []
-    for title, layers, labels_N, temperatures in _hard_cases():
-        for name, loss, cosine, mean_all in _contestants():
-            temperature = temperatures[0] if cosine else temperatures[1]
-            features_ND = layers.to(machine.device).requires_grad_()
-            value = loss([features_ND], labels_N.to(machine.device), temperature)
-            gradient_is_finite = False
-            if value.requires_grad:
-                (grad_ND,) = torch.autograd.grad(value, features_ND)
-                gradient_is_finite = bool(grad_ND.isfinite().all())
-            exact = exact_loss(layers, labels_N, temperature, cosine, mean_all)
-            found.append(
-                {
-                    "case": title,
-                    "contestant": name,
-                    "temperature": temperature,
-                    "value": value.item(),
-                    "exact": exact,
-                    "error": abs(value.item() - exact) / abs(exact) if exact else abs(value.item()),
-                    "gradient_is_finite": gradient_is_finite,
-                }
-            )
-    return found
-
-
-def _contestants() -> list[tuple[str, Loss, bool, bool]]:
-    """Name, loss, whether the distance is cosine, whether its mean is over all samples."""
-    all_of_them: list[tuple[str, Loss, bool, bool]] = [
-        ("ours", partial(ours, distance="cosine"), True, False),
-        ("ours, squared Euclidean", partial(ours, distance="sqeuclidean"), False, False),
-        ("ours, streaming", partial(ours, distance="cosine", route="streaming"), True, False),
-        ("authors", authors, True, True),
-        ("cleverhans", cleverhans, False, True),
-    ]
-    return [*all_of_them, ("NCALoss", nca, False, False)] if has_nca() else all_of_them
-
-
-def _hard_cases() -> Iterator[tuple[str, Tensor, Tensor, tuple[float, float]]]:
-    """Title, features, labels, and the temperatures for cosine and for squared Euclidean distance."""
-    draw = torch.Generator().manual_seed(1)
-    features_ND = torch.randn(60, 16, generator=draw)
-    labels_N = torch.arange(60) % 5
-    yield "usual temperature", features_ND, labels_N, (0.5, 32.0)
-    yield "small temperature", features_ND, labels_N, (0.005, 0.1)
-    alone_N = labels_N.clone()
-    alone_N[0] = 5
-    yield "single-member class", features_ND, alone_N, (0.5, 32.0)
-    near_ND = F.one_hot(labels_N, 16) * 6 + 0.3 * features_ND
-    yield "well separated classes", near_ND, labels_N, (0.05, 4.0)
-
-
-def exact_loss(
-    features_ND: Tensor, labels_N: Tensor, temperature: float, cosine: bool, mean_all: bool
-) -> float:
-    """Pair by pair, in float64 and in logarithms; an anchor without positives counts 0."""
-    points = features_ND.double().tolist()
-    if cosine:
-        points = [[value / math.hypot(*point) for value in point] for point in points]
-    losses = []
-    for i, point in enumerate(points):
-        scores: dict[bool, list[float]] = {True: [], False: []}
-        for j, other in enumerate(points):
-            if i != j:
-                square = math.fsum((a - b) ** 2 for a, b in zip(point, other, strict=True))
-                scores[bool(labels_N[i] == labels_N[j])].append(-square / (2 if cosine else 1) / temperature)
-        if scores[True]:
-            losses.append(_log_sum_exp(scores[True] + scores[False]) - _log_sum_exp(scores[True]))
-    return math.fsum(losses) / (len(points) if mean_all else max(len(losses), 1))
-
-
-def _log_sum_exp(values: list[float]) -> float:
-    largest = max(values)
-    return largest + math.log(math.fsum(math.exp(value - largest) for value in values))

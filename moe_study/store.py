@@ -15,7 +15,7 @@ import platform
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -220,54 +220,6 @@ def read(path: Path) -> dict[str, Any]:
 # -------------------------------------------------------------------------------- files of runs
 
 REMEDY = "delete it and run again, or restore it (`git checkout` if it is committed)"
-_SHARE = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
-_POSITIVE = {"type": ["number", "null"], "minimum": 0}
-_SCORE = {
-    "type": ["object", "null"],
-    "properties": {"accuracy": _SHARE, "calibration_error": _SHARE, "cross_entropy": _POSITIVE},
-}
-_COLUMNS = {
-    "type": "object",
-    "additionalProperties": {"type": "array", "items": {"type": ["number", "null"]}},
-}
-# What a run's file holds, as a JSON schema. Measures differ between studies, so unknown keys are allowed.
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "required": ["id", "run"],
-    "properties": {
-        "id": {"type": "string", "pattern": "^[0-9a-f]{10}$"},
-        "digest": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
-        "run": {"type": "object", "required": ["profile", "study", "dataset", "arm", "seed", "version"]},
-        "commit": {"type": ["string", "null"]},
-        "dirty": {"type": ["boolean", "null"]},
-        "versions": {"type": "object", "additionalProperties": {"type": "string"}},
-        "machine": {"type": "string"},
-        "device": {"type": "string"},
-        "threads": {"type": "integer", "minimum": 1},
-        "same_as": {"type": "string"},
-        "history": {"type": "object", "properties": {"train": _COLUMNS, "validation": _COLUMNS}},
-        "best_epoch": {"type": "integer", "minimum": 0},
-        "primary_endpoint": {"enum": list(ENDPOINTS)},
-        "endpoints": {
-            "type": "object",
-            "propertyNames": {"enum": list(ENDPOINTS)},
-            "additionalProperties": {"type": "object", "properties": {"task": _SCORE}},
-        },
-        "task": _SCORE,
-        "last_epoch": _SCORE,
-        "correct": {
-            "type": ["object", "null"],
-            "properties": {"count": {"type": "integer", "minimum": 0}, "bits": {"type": "string"}},
-        },
-        "domains": {
-            "type": ["object", "null"],
-            "properties": {"accuracy": {"type": "array", "items": _SHARE}},
-        },
-        "num_parameters": {"type": "integer", "minimum": 1},
-        "wall_seconds": _POSITIVE,
-        "peak_memory_mb": _POSITIVE,
-    },
-}
 
 
 def content_digest(content: dict[str, Any]) -> str:
@@ -310,7 +262,7 @@ def read_run(path: Path, run_id: str, configuration: dict[str, Any]) -> dict[str
 
 def _fault(content: dict[str, Any], run_id: str, configuration: dict[str, Any]) -> str | None:
     """What is wrong with a run's content, or None."""
-    missing = [key for key in SCHEMA["required"] if key not in content]
+    missing = [key for key in ("id", "run") if key not in content]
     if missing:
         return f"lacks {', '.join(missing)}"
     if content["id"] != run_id:
@@ -322,10 +274,6 @@ def _fault(content: dict[str, Any], run_id: str, configuration: dict[str, Any]) 
         return "states no digest of its content, as a whole file does"
     if content.get("digest", _older().get(run_id)) not in (found, found[:16]):
         return "was changed after it was written: its content has another digest than was recorded"
-    try:
-        _schema()(content)
-    except ValueError as error:  # fastjsonschema's own is one
-        return f"breaks the schema: {str(error)[:200]}"
     return None
 
 
@@ -335,16 +283,6 @@ OLDER = ROOT / "results" / "digests.json"  # of the files that do not state thei
 @functools.cache
 def _older() -> dict[str, str]:
     return json.loads(OLDER.read_bytes()) if OLDER.exists() else {}
-
-
-@functools.cache
-def _schema() -> Callable[[Any], Any]:
-    """Raises ValueError on what breaks `SCHEMA`; checks nothing on a machine without the package."""
-    try:
-        import fastjsonschema  # nbformat brings it along; jsonschema takes seconds to import
-    except ImportError:
-        return lambda content: content
-    return fastjsonschema.compile(SCHEMA)
 
 
 # Options that the configurations no longer have, with the value that every recorded run had.

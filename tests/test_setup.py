@@ -360,7 +360,6 @@ def test_core_imports_core_and_a_bare_machine_alone():
         extra = outside - set(sys.stdlib_module_names) - BARE
         optional = {  # if they are there
             "moe_study.engine": {"tqdm"},
-            "moe_study.store": {"fastjsonschema"},
             "moe_lib.snnl.fused": {"triton"},
         }
         assert extra <= optional.get(name, set()), name

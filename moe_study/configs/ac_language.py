@@ -20,7 +20,6 @@ than in the last block alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 from moe_lib.models.language import LanguageConfig
@@ -31,10 +30,11 @@ from moe_study.configs.arms import (
     CONFIRMATORY_SEEDS,
     ROUTED_CONTROLS,
     ROUTED_MAIN_ARMS,
+    RoutedArm,
     RoutedSettings,
     routed_arms,
 )
-from moe_study.configs.run import VERSIONS, Run
+from moe_study.configs.study import Study
 from moe_study.train import TrainConfig
 
 SETTINGS: routed.Settings = {
@@ -43,8 +43,7 @@ SETTINGS: routed.Settings = {
             LanguageConfig(replace(routed.SMALL, depth=2, moe_blocks=(0, 1)), context=32),
             ACConfig(),
             TrainConfig(epochs=2, batch_size=32, learning_rate=1e-2, precision="float64", warmup=0.1),
-            epoch_tokens=24 * 1024,
-            test_tokens=2**13,
+            options={"epoch_tokens": 24 * 1024, "test_tokens": 2**13},
         )
     },
     "core": {  # chosen by "ac-language-tuning"
@@ -52,7 +51,7 @@ SETTINGS: routed.Settings = {
             LanguageConfig(TransformerConfig(depth=3, moe_blocks=(0, 1, 2))),
             ACConfig(),
             TrainConfig(epochs=8, batch_size=32, learning_rate=1e-2, warmup=0.1),
-            epoch_tokens=256 * 1024,  # 8 epochs: 2 MB of text
+            options={"epoch_tokens": 256 * 1024},  # 8 epochs: 2 MB of text
         )
     },
     # The shape of the authors' small model, with the arm's router in the last block alone; ten passes over
@@ -68,7 +67,7 @@ SETTINGS: routed.Settings = {
             ),
             ACConfig(),
             TrainConfig(epochs=10, batch_size=128, learning_rate=3e-3, precision="bfloat16", warmup=0.1),
-            test_tokens=2**21,  # all of it
+            options={"test_tokens": 2**21},  # all of it
         )
     },
 }
@@ -78,12 +77,12 @@ SEED_COUNTS: routed.SeedCounts = {
     "core": {"wikitext2": [(ROUTED_MAIN_ARMS, 10), (CONTROLS, 5)]},
     "paper": {"wikitext2": [((*ROUTED_MAIN_ARMS, "hash", "hash-token"), 10), (CONTROLS, 5)]},
 }
-STUDY = routed.RoutedStudy(
-    name="ac-language",
-    settings=SETTINGS,
-    counts=SEED_COUNTS,
+STUDY = routed.study(
+    "ac-language",
+    SETTINGS,
+    SEED_COUNTS,
     # The best of the first three was the highest, for every arm: hence the fourth.
-    grid=routed.rates((1e-3, 3e-3, 1e-2, 3e-2), ROUTED_MAIN_ARMS),
+    lambda own: routed.rates((1e-3, 3e-3, 1e-2, 3e-2), ROUTED_MAIN_ARMS, routed.short(own)),
 )
 
 # ------------------------------------------------------------------------------- past the plateau
@@ -94,7 +93,7 @@ CONFIRM_SETTINGS: routed.Settings = {
             LanguageConfig(TransformerConfig(depth=3, moe_blocks=(0, 1, 2), router_blocks=(2,))),
             ACConfig(),
             TrainConfig(epochs=8, batch_size=32, learning_rate=1e-2, warmup=0.1),
-            epoch_tokens=1_349_000,  # 8 epochs: the whole text once
+            options={"epoch_tokens": 1_349_000},  # 8 epochs: the whole text once
         )
     }
 }
@@ -103,22 +102,18 @@ CONFIRM_COUNTS: routed.SeedCounts = {"core": {"wikitext2": [(CONFIRM_ARMS, 10), 
 CONFIRMING = routed.confirming("ac-language-confirm", CONFIRM_SETTINGS, CONFIRM_COUNTS, CONFIRM_ARMS)
 
 
-def everywhere_runs(profile: str) -> Iterator[Run]:
-    """Learned routing in all blocks against none in any, seed by seed; the rate is that of "…-confirm"."""
-    if profile != "core":
-        return
-    name = "ac-language-everywhere"
-    ((dataset, own),) = CONFIRM_SETTINGS[profile].items()
-    arms = routed_arms("ac-language", own)
-    for seed in CONFIRMATORY_SEEDS[:10]:
-        for arm in ("linear", "hash", "hash-token"):
-            model, objective = arms[arm]
-            if arm != "linear":
-                model = replace(model, trunk=replace(model.trunk, router_blocks=None))
-            yield Run(
-                profile, name, dataset, arm, seed, VERSIONS[name], model, objective, own.train,
-                **own.run_options(),
-            )  # fmt: skip
+def everywhere_arms(own: RoutedSettings) -> dict[str, RoutedArm]:
+    """Learned routing in all blocks, and none in any."""
+    trunk = replace(own.model.trunk, router_blocks=None)
+    hashed = routed_arms("ac-language", replace(own, model=replace(own.model, trunk=trunk)))
+    return hashed | {"linear": routed_arms("ac-language", own)["linear"]}
 
 
-STUDIES = STUDY.plans | CONFIRMING.plans | {"ac-language-everywhere": everywhere_runs}
+EVERYWHERE = Study(
+    name="ac-language-everywhere",
+    settings=CONFIRM_SETTINGS,  # the rate is that of "…-confirm"
+    arms=everywhere_arms,
+    counts={"core": {"wikitext2": [(("linear", "hash", "hash-token"), 10)]}},
+    seeds=CONFIRMATORY_SEEDS,
+)
+STUDIES = STUDY.plans | CONFIRMING.plans | EVERYWHERE.plans

@@ -54,11 +54,11 @@ SEED_COUNTS: routed.SeedCounts = {
         name: [((*ROUTED_MAIN_ARMS, "hash"), 10), (ROUTED_CONTROLS, 5)] for name in ("cifar10", "cifar100")
     },
 }
-STUDY = routed.RoutedStudy(
-    name="ac-vision",
-    settings=SETTINGS,
-    counts=SEED_COUNTS,
-    grid=routed.rates((1e-3, 3e-3, 1e-2), ROUTED_MAIN_ARMS),
+STUDY = routed.study(
+    "ac-vision",
+    SETTINGS,
+    SEED_COUNTS,
+    lambda own: routed.rates((1e-3, 3e-3, 1e-2), ROUTED_MAIN_ARMS, routed.short(own)),
 )
 
 # ------------------------------------------------------------------- where position means nothing
@@ -74,8 +74,7 @@ CONFIRM_SETTINGS: routed.Settings = {
             ),
             routed.SWIN_FORM,
             TrainConfig(epochs=10, batch_size=256, learning_rate=1e-2, warmup=0.1),
-            attack_images=2000,
-            corrupted_images=10_000,
+            options={"attack_images": 2000, "corrupted_images": 10_000},
         )
     }
 }
@@ -94,9 +93,7 @@ TRAINED_SETTINGS: routed.Settings = {
             ),
             routed.SWIN_FORM,
             TrainConfig(epochs=14, batch_size=256, learning_rate=5e-3, warmup=0.1),
-            attack_images=2000,
-            corrupted_images=10_000,
-            augment=True,
+            options={"attack_images": 2000, "corrupted_images": 10_000, "augment": True},
         )
     }
 }

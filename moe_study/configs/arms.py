@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moe_lib.models.classifier import ClassifierConfig
@@ -49,6 +50,7 @@ class Settings:
     balance: float = 0.01  # weight of the load-balancing loss
     auxiliary: float = 1.0  # weight of the auxiliary cross-entropy
     learning_rates: tuple[tuple[str, float], ...] = ()  # arms that differ from train.learning_rate
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the runs
 
     def training(self, arm: str) -> TrainConfig:
         """Of one arm: at its own learning rate, if it has one."""
@@ -110,19 +112,11 @@ class RoutedSettings:
     train: TrainConfig
     objective: RoutedObjective = RoutedObjective()
     factor: float = 1.0  # crossed: of the SNNL
-    train_images: int | None = None
-    epoch_tokens: int | None = None
-    attack_images: int = 512
-    corrupted_images: int = 1024
-    augment: bool = False
-    test_tokens: int = 2**18
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the runs
 
-    def run_options(self) -> dict[str, Any]:
-        """What a run takes from the settings beside model, objective and training."""
-        names = (
-            "train_images", "epoch_tokens", "test_tokens", "attack_images", "corrupted_images", "augment"
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+    def training(self, arm: str) -> TrainConfig:
+        """The same for every arm."""
+        return self.train
 
 
 RoutedArm = tuple[VisionConfig | LanguageConfig, RoutedObjective]

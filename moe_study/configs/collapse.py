@@ -25,14 +25,14 @@ was claimed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from moe_lib.models.classifier import ClassifierConfig
 from moe_lib.snnl import SNNLConfig
-from moe_study.configs.arms import FACTORS, MAIN_ARMS, TUNING_SEEDS, Settings, snnl_arms
+from moe_study.configs.arms import MAIN_ARMS, Settings, snnl_arms
 from moe_study.configs.run import VERSIONS, Plan, Run
+from moe_study.configs.study import SeedCounts, Study, Tried, trained, with_factors
 from moe_study.tasks import Objective
 from moe_study.train import TrainConfig
 
@@ -176,70 +176,59 @@ MAPS["paper"] = replace(MAPS["core"], seeds=tuple(range(501, 511)))
 # ----------------------------------------------------------------------------------------------- plans
 
 
-@dataclass(frozen=True, kw_only=True)
-class Confirming:
-    """One of the confirmatory studies: every arm on seeds that nobody has seen; two of them with digits."""
+def confirming(
+    name: str,
+    settings: dict[str, dict[str, Settings]],
+    arms: Callable[[Settings], dict[str, tuple[ClassifierConfig, Objective]]],
+    seeds: Sequence[int],
+    tuned: Sequence[str],
+    with_snnl: Sequence[str],
+) -> Study[Settings]:
+    """Every arm on seeds that nobody has seen; two of them with digits.
 
-    settings: dict[str, dict[str, Settings]]  # by profile and data set
-    arms: Callable[[Settings], dict[str, tuple[ClassifierConfig, Objective]]]
-    seeds: tuple[int, ...]
-    tuned: tuple[str, ...]  # arms to which only the rate is to be found
-    tuned_factor: tuple[str, ...]  # arms whose factor of SNNL is to be found too
+    Tuning, at the full budget: every arm at every learning rate, for arms differ in the one they want; the
+    weight of the balance loss at each.
 
-
-_SOFT_TUNED = ("base", "dense", "uniform-gate", "uniform-snnl")
-CONFIRMING = {
-    "collapse": Confirming(
-        settings=COLLAPSE_SETTINGS, arms=collapse_arms, seeds=COLLAPSE_SEEDS,
-        tuned=_SOFT_TUNED, tuned_factor=("snnl", "dense-snnl"),
-    ),
-    "collapse-top1": Confirming(
-        settings=TOP1_SETTINGS, arms=top1_arms, seeds=TOP1_SEEDS,
-        tuned=("base", "hash-gate"), tuned_factor=("snnl", "hash-snnl"),
-    ),
-    "collapse-wide": Confirming(
-        settings=WIDE_SETTINGS, arms=collapse_arms, seeds=WIDE_SEEDS,
-        tuned=("base", "dense", "uniform-gate"), tuned_factor=("snnl", "dense-snnl", "uniform-snnl"),
-    ),
-}  # fmt: skip
-
-
-def confirming_runs(study: str, profile: str) -> Iterator[Run]:
-    """One of `CONFIRMING`: all arms, seed by seed."""
-    plan = CONFIRMING[study]
-    seeds = plan.seeds[:2] if profile == "digits" else plan.seeds
-    for dataset, settings in plan.settings.get(profile, {}).items():
-        for seed in seeds:
-            for arm, (model, objective) in plan.arms(settings).items():
-                yield Run(
-                    profile, study, dataset, arm, seed, VERSIONS[study], model, objective,
-                    settings.training(arm), independent_experts=arm in MAIN_ARMS,
-                )  # fmt: skip
-
-
-def tuning_runs(study: str, profile: str) -> Iterator[Run]:
-    """The grid behind the settings of one of `CONFIRMING`, at the full budget, on two seeds outside.
-
-    Every arm at every learning rate, for arms differ in the one they want; the factor of SNNL and the weight
-    of the balance loss at each.
+    Args:
+        tuned: arms to which only the rate is to be found.
+        with_snnl: arms whose factor of SNNL is to be found too.
     """
-    if profile != "core":
-        return
-    plan = CONFIRMING[study]
-    for dataset, settings in plan.settings[profile].items():
-        grid: list[tuple[str, Settings]] = [(arm, settings) for arm in plan.tuned]
-        for factor in FACTORS:
-            tried = replace(settings, factor=factor, dense_factor=factor)
-            grid += [(arm, tried) for arm in plan.tuned_factor]
-        grid += [("base-balance", replace(settings, balance=weight)) for weight in COLLAPSE_BALANCE_WEIGHTS]
-        for seed in TUNING_SEEDS:
-            for rate in COLLAPSE_RATES:
-                for arm, tried in grid:
-                    model, objective = plan.arms(tried)[arm]
-                    yield Run(
-                        profile, f"{study}-tuning", dataset, arm, seed, VERSIONS[f"{study}-tuning"], model,
-                        objective, replace(settings.train, learning_rate=rate),
-                    )  # fmt: skip
+
+    def grid(own: Settings) -> Tried[Settings]:
+        tried: Tried[Settings] = []
+        for rate in COLLAPSE_RATES:
+            at_rate = trained(own, learning_rate=rate)
+            tried += with_factors(at_rate, tuned, with_snnl)
+            tried += [("base-balance", replace(at_rate, balance=w)) for w in COLLAPSE_BALANCE_WEIGHTS]
+        return tried
+
+    counts: SeedCounts = {
+        profile: {
+            dataset: [(tuple(arms(own)), 2 if profile == "digits" else len(seeds))]
+            for dataset, own in sets.items()
+        }
+        for profile, sets in settings.items()
+    }
+    return Study(
+        name=name, settings=settings, arms=arms, counts=counts, seeds=seeds, trained_alone=MAIN_ARMS,
+        grid=grid, tuned_on=tuple(settings["core"]),
+    )  # fmt: skip
+
+
+CONFIRMING = (
+    confirming(
+        "collapse", COLLAPSE_SETTINGS, collapse_arms, COLLAPSE_SEEDS,
+        tuned=("base", "dense", "uniform-gate", "uniform-snnl"), with_snnl=("snnl", "dense-snnl"),
+    ),
+    confirming(
+        "collapse-top1", TOP1_SETTINGS, top1_arms, TOP1_SEEDS,
+        tuned=("base", "hash-gate"), with_snnl=("snnl", "hash-snnl"),
+    ),
+    confirming(
+        "collapse-wide", WIDE_SETTINGS, collapse_arms, WIDE_SEEDS,
+        tuned=("base", "dense", "uniform-gate"), with_snnl=("snnl", "dense-snnl", "uniform-snnl"),
+    ),
+)  # fmt: skip
 
 
 def map_runs(profile: str) -> Iterator[Run]:
@@ -257,7 +246,6 @@ def map_runs(profile: str) -> Iterator[Run]:
 
 
 STUDIES: dict[str, Plan] = {
-    **{name: partial(confirming_runs, name) for name in CONFIRMING},
+    **{name: plan for one in CONFIRMING for name, plan in one.plans.items()},
     "collapse-map": map_runs,
-    **{f"{name}-tuning": partial(tuning_runs, name) for name in CONFIRMING},
 }

@@ -23,11 +23,11 @@ SEED_COUNTS: routed.SeedCounts = {
     "paper": {"cifar10": [(CROSSED_ARMS, 10)]},
 }
 FACTORS = (0.1, 1.0, 10.0)
-STUDY = routed.RoutedStudy(
-    name="crossed",
-    settings=SETTINGS,
-    counts=SEED_COUNTS,
+STUDY = routed.study(
+    "crossed",
+    SETTINGS,
+    SEED_COUNTS,
     # three factors of the SNNL, at the rate of the AC study
-    grid=lambda own: [("snnl", own.train.learning_rate, replace(own, factor=factor)) for factor in FACTORS],
+    lambda own: [("snnl", replace(routed.short(own), factor=factor)) for factor in FACTORS],
 )
 STUDIES = STUDY.plans

@@ -12,21 +12,16 @@ one, and also the learned one with SNNL; CIFAR-10 stays undecided.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 
 from moe_lib.models.classifier import ClassifierConfig
 from moe_study.configs.arms import (
     CONFIRMATORY_SEEDS,
-    FACTORS,
     MAIN_ARMS,
-    SEEDS,
-    TUNING_SEEDS,
     Settings,
     snnl_arms,
 )
-from moe_study.configs.run import VERSIONS, Plan, Run
+from moe_study.configs.study import SeedCounts, Study, Tried, trained, with_factors
 from moe_study.train import TrainConfig
 
 _CNN = ClassifierConfig(extractor="cnn", code_dim=128, num_experts=4, expert_hidden=512)
@@ -59,8 +54,7 @@ SETTINGS["paper"] = {
 MECHANISM_ARMS = ("dense", "dense-snnl", "base-balance", "snnl-shuffled")
 OTHER_ARMS = ("base-aux", "uniform-gate", "raw", "snnl-pretrained", "ce-pretrained")
 
-# profile -> data set -> groups of arms and how many of SEEDS each gets
-SEED_COUNTS: dict[str, dict[str, list[tuple[Sequence[str], int]]]] = {
+SEED_COUNTS: SeedCounts = {
     "digits": {"digits": [(MAIN_ARMS, 3), ((*MECHANISM_ARMS, *OTHER_ARMS), 2)]},
     "core": {
         "fashion_mnist": [(MAIN_ARMS, 10), (MECHANISM_ARMS, 5), (OTHER_ARMS, 3)],
@@ -74,8 +68,7 @@ SEED_COUNTS: dict[str, dict[str, list[tuple[Sequence[str], int]]]] = {
 }
 
 CONFIRMATORY_CONTROLS = ("dense", "dense-snnl", "snnl-shuffled", "base-balance", "uniform-gate")
-# profile -> data set -> groups of arms and how many of CONFIRMATORY_SEEDS each gets
-CONFIRMATORY_SEED_COUNTS: dict[str, dict[str, list[tuple[Sequence[str], int]]]] = {
+CONFIRMATORY_SEED_COUNTS: SeedCounts = {
     "core": {
         "fashion_mnist": [(MAIN_ARMS, 20)],
         "cifar10": [(MAIN_ARMS, 20), (CONFIRMATORY_CONTROLS, 10)],
@@ -93,64 +86,26 @@ BALANCE_WEIGHTS = (0.001, 0.01, 0.1)
 AUXILIARY_WEIGHTS = (0.1, 0.3, 1.0)
 
 
-def snnl_runs(study: str, profile: str) -> Iterator[Run]:
-    """The SNNL study or its confirmation, seed by seed, so that an unfinished profile still has pairs."""
-    seeds, counts = {
-        "snnl": (SEEDS, SEED_COUNTS),
-        "snnl-confirm": (CONFIRMATORY_SEEDS, CONFIRMATORY_SEED_COUNTS),
-    }[study]
-    for dataset, groups in counts.get(profile, {}).items():
-        settings = SETTINGS[profile][dataset]
-        arms = snnl_arms(settings)
-        for position, seed in enumerate(seeds):
-            for names, count in groups:
-                for arm in names if position < count else ():
-                    model, objective = arms[arm]
-                    yield Run(
-                        profile, study, dataset, arm, seed, VERSIONS[study], model, objective,
-                        settings.training(arm),
-                        independent_experts=arm in MAIN_ARMS,
-                        tsne=arm in MAIN_ARMS and seed == seeds[0],
-                    )  # fmt: skip
+def grid(own: Settings) -> Tried[Settings]:
+    """The same three learning rates for every main arm, the factor x three: 20,000 training images and 4
+    epochs. Controls with a weight of their own get three weights at the base's rate."""
+    short = trained(replace(own, options={"train_images": 20_000}), epochs=4)
+    tried: Tried[Settings] = []
+    for rate in LEARNING_RATES:
+        tried += with_factors(trained(short, learning_rate=rate), ("base", "dense"), ("snnl", "dense-snnl"))
+    short = trained(short, learning_rate=1e-3)
+    tried += [("base-balance", replace(short, balance=weight)) for weight in BALANCE_WEIGHTS]
+    tried += [("base-aux", replace(short, auxiliary=weight)) for weight in AUXILIARY_WEIGHTS]
+    # Does the rate that is best for the short budget hold for the whole one? With base alone.
+    return tried + [("base", trained(own, learning_rate=rate)) for rate in LEARNING_RATES]
 
 
-def tuning_runs(profile: str) -> Iterator[Run]:
-    """The grid behind `SETTINGS`: the same three learning rates for every main arm, the factor x three.
-
-    20,000 training images and 4 epochs, on two seeds outside the study; decided on validation
-    cross-entropy alone. Controls with a weight of their own get three weights at the base's rate.
-    """
-    for dataset in TUNING_DATASETS if profile == "core" else ():
-        settings = SETTINGS[profile][dataset]
-        grid: list[tuple[str, float, Settings]] = []
-        for rate in LEARNING_RATES:
-            grid += [(arm, rate, settings) for arm in ("base", "dense")]
-            for factor in FACTORS:
-                tried = replace(settings, factor=factor, dense_factor=factor)
-                grid += [(arm, rate, tried) for arm in ("snnl", "dense-snnl")]
-        for weight in BALANCE_WEIGHTS:
-            grid.append(("base-balance", 1e-3, replace(settings, balance=weight)))
-        for weight in AUXILIARY_WEIGHTS:
-            grid.append(("base-aux", 1e-3, replace(settings, auxiliary=weight)))
-        for seed in TUNING_SEEDS:
-            for arm, rate, tried in grid:
-                model, objective = snnl_arms(tried)[arm]
-                yield Run(
-                    profile, "snnl-tuning", dataset, arm, seed, VERSIONS["snnl-tuning"], model, objective,
-                    replace(settings.train, learning_rate=rate, epochs=4),
-                    train_images=20_000,
-                )  # fmt: skip
-            # Does the rate that is best for the short budget hold for the whole one? With base alone.
-            for rate in LEARNING_RATES:
-                model, objective = snnl_arms(settings)["base"]
-                yield Run(
-                    profile, "snnl-tuning", dataset, "base", seed, VERSIONS["snnl-tuning"], model, objective,
-                    replace(settings.train, learning_rate=rate),
-                )  # fmt: skip
-
-
-STUDIES: dict[str, Plan] = {
-    "snnl": partial(snnl_runs, "snnl"),
-    "snnl-confirm": partial(snnl_runs, "snnl-confirm"),
-    "snnl-tuning": tuning_runs,
-}
+STUDY = Study(
+    name="snnl", settings=SETTINGS, arms=snnl_arms, counts=SEED_COUNTS, trained_alone=MAIN_ARMS,
+    drawn=MAIN_ARMS, grid=grid, tuned_on=TUNING_DATASETS,
+)  # fmt: skip
+CONFIRMING = Study(
+    name="snnl-confirm", settings=SETTINGS, arms=snnl_arms, counts=CONFIRMATORY_SEED_COUNTS,
+    seeds=CONFIRMATORY_SEEDS, trained_alone=MAIN_ARMS, drawn=MAIN_ARMS,
+)  # fmt: skip
+STUDIES = STUDY.plans | CONFIRMING.plans

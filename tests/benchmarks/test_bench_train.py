@@ -82,4 +82,3 @@ def test_a_quick_look_writes_every_row(tmp_path, monkeypatch):
     content = json.loads((tmp_path / "train.json").read_text())
     assert len(content["rows"]) == 4
     assert all(row["faster_than_fastest_peer"] > 0 for row in content["rows"])
-    assert (tmp_path / "train.png").exists()

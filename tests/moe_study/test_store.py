@@ -41,11 +41,13 @@ def changed(run, change, stamp):
     run.path.write_text(json.dumps(content))
 
 
-CHANGES = {
+VALUES = {
     "accuracy": lambda c: c["task"].update(accuracy=0.59),
-    "impossible accuracy": lambda c: c["task"].update(accuracy=7.5),
-    "negative cross-entropy": lambda c: c["task"].update(cross_entropy=-1.0),
     "history of text": lambda c: c["history"]["validation"].update(accuracy=["x"]),
+    "endpoint": lambda c: c.update(primary_endpoint="luckiest"),
+    "commit": lambda c: c.update(commit=7),
+}
+IDENTITY = {
     "version": lambda c: c["run"].update(version=9),
     "setting": lambda c: c["run"]["train"].update(learning_rate=0.5),
     "unknown option": lambda c: c["run"].update(extra=1),
@@ -53,18 +55,17 @@ CHANGES = {
     "no id": lambda c: c.pop("id"),
     "no run": lambda c: c.pop("run"),
     "nothing": lambda c: c.clear(),
-    "endpoint": lambda c: c.update(primary_endpoint="luckiest"),
-    "commit": lambda c: c.update(commit=7),
 }
+CHANGES = VALUES | IDENTITY
 
 
-@pytest.mark.parametrize("stamp", ["as before", "anew", "none"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    ("change", "stamp"),
+    [(c, s) for c in CHANGES for s in ("as before", "anew", "none") if c in IDENTITY or s != "anew"],
+)
 def test_an_edited_result_file_is_named_with_the_remedy(change, stamp, finished):
+    """Unless it is a value that was changed, and the digest made anew."""
     changed(finished, CHANGES[change], stamp)
-    if change == "accuracy" and stamp == "anew":
-        study.read(finished)  # within its range, and whoever changed it made the digest anew
-        return
     with pytest.raises(store.StoreError, match=r"delete it and run again") as raised:
         study.read(finished)
     assert str(finished.path) in str(raised.value)
@@ -115,8 +116,8 @@ def test_a_copied_result_is_named(finished):
 
 
 def test_a_file_that_changes_is_checked_again(finished):
-    changed(finished, CHANGES["impossible accuracy"], "anew")
-    with pytest.raises(store.StoreError, match=r"breaks the schema.*accuracy"):
+    changed(finished, CHANGES["accuracy"], "as before")
+    with pytest.raises(store.StoreError, match="was changed after it was written"):
         study.read(finished)
 
 
