@@ -13,7 +13,6 @@ from moe_lib.inspect.measures import ABOUT, Layer, Value
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 STYLE = """<style>
 table.moe { border-collapse: collapse; font: 13px sans-serif } table.moe th, table.moe td { padding: 2px 8px;
 text-align: right; white-space: nowrap } table.moe tr:nth-child(even) { color: #666 }

@@ -110,7 +110,7 @@ def _mean_of_pairs(values_EE: Sequence[Sequence[float]], usage_E: Tensor | None)
     weights = [usage[a] * usage[b] for a, b in pairs]
     if not sum(weights) > 0:
         return math.nan
-    return sum(w * values_EE[a][b] for w, (a, b) in zip(weights, pairs, strict=True)) / sum(weights)
+    return sum(w * values_EE[a][b] for w, (a, b) in zip(weights, pairs, strict=True) if w) / sum(weights)
 
 
 def linear_cka(x_NA: Tensor, y_NB: Tensor) -> float:
@@ -118,7 +118,8 @@ def linear_cka(x_NA: Tensor, y_NB: Tensor) -> float:
 
     Source: Nguyen, Raghu, Kornblith, "Do Wide and Deep Networks Learn the Same Things?", ICLR 2021, with
     the unbiased HSIC of Song et al., JMLR 2012. 1 for equal representations up to rotation and
-    scale, 0 in expectation for independent ones; slightly negative values occur. NaN if one is constant.
+    scale, 0 in expectation for independent ones; slightly negative values occur. NaN if one is constant, or
+    differs in one sample alone: nothing is left of it without the diagonal.
     """
     check_floating(x_NA, "x", "N, A")
     check_floating(y_NB, "y", "N, B")
@@ -139,7 +140,8 @@ def linear_cka(x_NA: Tensor, y_NB: Tensor) -> float:
         whole = ((x_NA @ x_NA.T) * (y_NB @ y_NB.T)).sum() if few else (x_NA.T @ y_NB).square().sum()
         x_N, y_N = x_NA.square().sum(1), y_NB.square().sum(1)  # the diagonals; minus these are the row sums
         cross = whole - x_N @ y_N + x_N.sum() * y_N.sum() / ((n - 1) * (n - 2))
-        return ((cross - 2 * (x_N @ y_N) / (n - 2)) / (n * (n - 3))).item()
+        found = (cross - 2 * (x_N @ y_N) / (n - 2)).item()
+        return found / (n * (n - 3)) if abs(found) > 1e-12 * float(whole + x_N @ y_N) else 0.0  # rounding
 
     scale = hsic(x_NA, x_NA) * hsic(y_NB, y_NB)
     return hsic(x_NA, y_NB) / math.sqrt(scale) if scale > 0 else math.nan

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -198,6 +198,10 @@ class AdaptiveClusteringRouter(CosineRouter):
         weight_E = (valid_E & ~self.seen_E) + NEWEST_STEP * (valid_E & self.seen_E)
         self.running_ED.lerp_(dispersion_ED.to(self.running_ED.dtype), weight_E[:, None].to(self.running_ED))
         self.seen_E |= valid_E
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy needs no averages of the step in progress, which torch.func's cannot be copied."""
+        return {name: value for name, value in vars(self).items() if name != "_before"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keeps the running averages in float32 or better, whatever the weights are cast to."""

@@ -95,9 +95,12 @@ def load_balancing_loss(routing: Routing) -> Tensor:
     """
     _check_decisions(routing)
     num_experts = routing.probs_NE.shape[1]
-    chosen_NKE = F.one_hot(routing.indices_NK, num_experts).to(routing.probs_NE.dtype)
-    share_E = chosen_NKE.mean((0, 1)) if not parallel.active() else parallel.mean_of_rows(chosen_NKE.mean(1))
-    return num_experts * (share_E * parallel.mean_of_rows(routing.probs_NE)).sum()
+    chosen_M = routing.indices_NK.flatten()
+    count_E = routing.probs_NE.new_zeros(num_experts).index_add(
+        0, chosen_M, routing.probs_NE.new_ones(len(chosen_M))
+    )
+    count_E = parallel.total(count_E)
+    return num_experts * (count_E / count_E.sum() * parallel.mean_of_rows(routing.probs_NE)).sum()
 
 
 def router_z_loss(routing: Routing) -> Tensor:
@@ -246,10 +249,13 @@ class CosineRouter(nn.Module):
         check_choice(num_experts, top_k)
         check_count(dim, "dim")
         self.top_k = top_k
-        self.embeddings_ED = nn.Parameter(nn.init.orthogonal_(torch.empty(num_experts, dim)))
+        self.embeddings_ED = nn.Parameter(torch.empty(num_experts, dim))
+        CosineRouter.reset_parameters(self)
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        nn.init.orthogonal_(self.embeddings_ED)
+        drawn_ED = at_least_float32(torch.empty_like(self.embeddings_ED))  # torch draws it in no half type
+        self.embeddings_ED.copy_(nn.init.orthogonal_(drawn_ED))
 
     def forward(self, tokens_ND: Tensor, previous: Routing | None = None) -> Routing:
         tokens_ND = self._tokens(tokens_ND)

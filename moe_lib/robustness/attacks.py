@@ -129,6 +129,11 @@ def _check(images_NCHW: Tensor, labels_N: Tensor, eps: float) -> Tensor:
     if not 0 <= eps <= 1:
         raise ValueError(f"eps must lie in [0, 1], in units of intensity (2 / 255, not 2), got {eps}")
     check_floating(images_NCHW, "images", "N, C, H, W", finite=False)
+    if images_NCHW.dtype.itemsize < 4:
+        raise ValueError(
+            f"images must be float32 or float64, got {images_NCHW.dtype}, in which small steps are lost: let "
+            "`predict` cast them for a model in half precision"
+        )
     if not images_NCHW.numel():
         raise ValueError(f"images must not be empty, got {list(images_NCHW.shape)}")
     labels_N = check_labels(labels_N, len(images_NCHW), like=images_NCHW)

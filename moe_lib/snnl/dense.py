@@ -56,7 +56,9 @@ def plain(
     else:
         x_ND = features_ND - features_ND.mean(0)  # no distance changes, and less cancels
         square_N = x_ND.square().sum(1)
-        distance_NN = (square_N[:, None] + square_N - 2 * x_ND @ x_ND.T).relu()
+        distance_NN = square_N[:, None] + square_N - 2 * x_ND @ x_ND.T
+        # Not below 0; a gradient of 0 at 0 would be wrong in second derivatives.
+        distance_NN = distance_NN + (-distance_NN).relu().detach()
     score_NN = -distance_NN / temperature
 
     lowest = torch.finfo(score_NN.dtype).min / 4  # finite, so that an empty side leaves a gradient of 0

@@ -465,3 +465,19 @@ def test_experts_that_tie_share_a_sample_and_none_is_dead():
     found = metrics.load(probs_NE, torch.tensor([0, 1]))
     assert found.share == pytest.approx([0.375, 0.375, 0.125, 0.125])
     assert found.dead_experts == 0
+
+
+def test_cka_of_what_differs_in_one_sample_is_undefined():
+    """Without the diagonal nothing is left of it: rounding must not decide."""
+    once_NA = torch.zeros(50, 3)
+    once_NA[1] = torch.tensor([3.0, -1.0, 2.0])
+    for one, other in ((once_NA, once_NA), (once_NA, 2 * once_NA + 1), (torch.eye(50), torch.eye(50))):
+        assert math.isnan(metrics.linear_cka(one, other))
+
+
+def test_an_expert_that_is_never_used_counts_for_nothing_in_cka():
+    logits_NEC = torch.randn(200, 4, 3, generator=torch.Generator().manual_seed(0))
+    logits_NEC[:, 3] = 1.0  # constant: its CKA with any other is undefined
+    usage_E = torch.tensor([0.4, 0.3, 0.3, 0.0])
+    expected = metrics.expert_cka(logits_NEC[:, :3], usage_E=usage_E[:3])
+    assert metrics.expert_cka(logits_NEC, usage_E=usage_E) == pytest.approx(expected, rel=1e-12)

@@ -3,6 +3,7 @@
 Shapes: N tokens, D width, E experts (and clusters), K chosen.
 """
 
+import copy
 import dataclasses
 from functools import partial
 
@@ -1100,3 +1101,16 @@ def test_activation_checkpointing_counts_a_step_once(reentrant):
         results.append(found)
     for plain, checkpointed in zip(*results, strict=True):
         assert torch.equal(plain, checkpointed)
+
+
+def test_a_causal_router_can_be_copied_after_a_functional_gradient():
+    tokens_ND, assignment_N = clustered()
+    router, previous = router_of(causal=True).eval(), decision(assignment_N)
+
+    def loss(parameters):
+        return torch.func.functional_call(router, parameters, (tokens_ND, previous)).weights_NK.sum()
+
+    torch.func.grad(loss)(dict(router.named_parameters()))
+    twin = copy.deepcopy(router)
+    for name, value in router.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value)

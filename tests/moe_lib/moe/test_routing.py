@@ -10,6 +10,7 @@ import reference_ac
 import torch
 
 from moe_lib.moe import (
+    CosineRouter,
     HashRouter,
     LinearRouter,
     MLPRouter,
@@ -298,3 +299,13 @@ def test_a_hash_router_needs_a_key_for_every_token():
         router(random_tokens(), keys_N=torch.zeros(8, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"num_keys must be .*at least 1, got 0"):
         HashRouter(4, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_embeddings_are_drawn_in_half_types(dtype):
+    with torch.device("meta"):
+        router = CosineRouter(8, 4)
+    router = router.to(dtype).to_empty(device="cpu")
+    router.reset_parameters()
+    gram_EE = router.embeddings_ED.float() @ router.embeddings_ED.float().T
+    torch.testing.assert_close(gram_EE, torch.eye(4), rtol=0, atol=0.02)

@@ -329,3 +329,11 @@ def test_attacks_work_under_inference_mode(attack):
     expected = attacked()
     with torch.inference_mode():
         assert torch.equal(attacked(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_images_in_half_precision_are_refused(dtype):
+    """Steps of a part of 1 / 255 would be rounded away."""
+    images_NCHW, labels_N = torch.rand(2, 1, 4, 4).to(dtype), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="must be float32 or float64, got torch"):
+        fgsm(lambda x: x.flatten(1)[:, :2], images_NCHW, labels_N, 1 / 255)

@@ -269,6 +269,26 @@ def test_second_derivatives_by_finite_differences(distance, reduction):
     assert torch.autograd.gradgradcheck(loss, (features_ND.requires_grad_(), temperature))
 
 
+def test_second_derivatives_where_samples_coincide():
+    """The distance is 0 there, and its slope, but not its curvature: against differences of the gradient."""
+    features_ND = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.5]], dtype=torch.float64)
+    labels_N = torch.tensor([0, 0, 1, 1])
+
+    def loss(x_ND):
+        return soft_nearest_neighbor_loss(x_ND, labels_N, 1.0, "sqeuclidean")
+
+    def gradient(x_ND):
+        x_ND = x_ND.clone().requires_grad_()
+        return torch.autograd.grad(loss(x_ND), x_ND)[0].flatten()
+
+    steps = 1e-5 * torch.eye(8, dtype=torch.float64).view(8, 4, 2)
+    expected = torch.stack([(gradient(features_ND + s) - gradient(features_ND - s)) / 2e-5 for s in steps])
+    twice = torch.func.jacrev(torch.func.jacrev(loss))
+    ours = torch.autograd.functional.hessian(loss, features_ND), twice(features_ND)
+    for found in ours:
+        torch.testing.assert_close(found.reshape(8, 8), expected, rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.usefixtures("small_tiles")
 def test_without_gradients_the_value_is_the_same(route):
