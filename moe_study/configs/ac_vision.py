@@ -15,7 +15,9 @@ one and a little worse than a cosine one.
 
 "ac-vision-trained" asks on CIFAR-10 whether fixed experts still win once the models are past their plateau:
 all images, flips and crops, 14 epochs, convolutions in front of the tokens. Its rate is chosen in the same
-way, by "ac-vision-trained-tuning".
+way, by "ac-vision-trained-tuning", which takes 169 core-minutes. In pilots (validation data, one tuning seed)
+no form was found in which a linear router is ahead of fixed experts by more than a point: not with four
+experts instead of sixteen, nor with images shifted around their edges. This is the form that learns fastest.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ TRAINED_SETTINGS: routed.Settings = {
                 stem="conv",
             ),
             routed.SWIN_FORM,
-            TrainConfig(epochs=14, batch_size=256, learning_rate=5e-3, warmup=0.1),
+            TrainConfig(epochs=14, batch_size=256, learning_rate=1e-2, warmup=0.1),
             options={"attack_images": 2000, "corrupted_images": 10_000, "augment": True},
         )
     }

@@ -166,10 +166,14 @@ def test_collapse_settings_are_what_tuning_chose(name, dataset, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "tried"),
-    [("ac-language-confirm", ac_language.CONFIRM_ARMS), ("ac-vision-confirm", ac_vision.CONFIRM_ARMS)],
+    [
+        ("ac-language-confirm", ac_language.CONFIRM_ARMS),
+        ("ac-vision-confirm", ac_vision.CONFIRM_ARMS),
+        ("ac-vision-trained", ac_vision.TRAINED_ARMS),
+    ],
 )
 def test_the_rate_of_a_confirmation_is_what_tuning_chose(name, tried, monkeypatch):
-    """The rule of both studies: one rate for all arms, by the mean over arms and seeds at the last epoch."""
+    """The rule of these studies: one rate for all arms, by the mean over arms and seeds at the last epoch."""
     monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
     scores = defaultdict(list)
     for run in study.runs("core", f"{name}-tuning"):

@@ -35,6 +35,8 @@ WHOLE |= {"collapse-top1": {"domains": 100}, "collapse-wide": {"fashion_mnist": 
 WHOLE |= {"ac-language-confirm": {"wikitext2": 90}, "ac-vision-confirm": {"shifted_domains": 50}}
 STUDIES["ac-language-everywhere"] = "ac-language-everywhere"
 WHOLE["ac-language-everywhere"] = {"wikitext2": 30}
+STUDIES["ac-vision-trained"] = "ac-vision"
+WHOLE["ac-vision-trained"] = {"cifar10": 40}
 NO_UNIT = ("mnist", "digits", "digit_domains", "docs")
 
 
