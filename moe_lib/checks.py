@@ -69,7 +69,7 @@ def check_labels(
         raise ValueError(
             f"{name} must have shape [{count}], got {list(labels.shape)}: of one-hot labels take .argmax(1)"
         )
-    if labels.ndim != 1 or len(labels) != count:
+    if labels.ndim != 1 or labels.shape[0] != count:
         raise ValueError(f"{name} must have shape [{count}], one for each row, got {list(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"{name} must be integers, got {labels.dtype}: convert with .long()")

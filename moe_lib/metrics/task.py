@@ -34,6 +34,8 @@ def task_score(log_probs_NC: Tensor, labels_N: Tensor) -> TaskScore:
         raise ValueError("log_probs must hold logarithms of probabilities of one sample or more, without NaN")
     labels_N = check_labels(labels_N, len(log_probs_NC), log_probs_NC.shape[1], like=log_probs_NC)
     log_probs_NC = log_probs_NC.double()
+    if (log_probs_NC.logsumexp(1).abs() > 1e-2).any():
+        raise ValueError("log_probs must be normalised: give scores.log_softmax(1)")
     confidence_N, predicted_N = log_probs_NC.exp().max(1)
     correct_N = (predicted_N == labels_N).double()
     return TaskScore(

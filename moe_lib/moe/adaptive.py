@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ class AdaptiveClusteringRouter(CosineRouter):
             self.register_buffer("derangement_E", _derangement(num_experts))
         if config.causal:
             num_rows = 1 if config.pooled else num_experts
-            self.register_buffer("running_ED", torch.zeros(num_rows, dim))
+            self.register_buffer("running_ED", at_least_float32(torch.zeros(num_rows, dim)))
             self.register_buffer("seen_E", torch.zeros(num_rows, dtype=torch.bool))
 
     def reset_parameters(self) -> None:
@@ -159,7 +159,7 @@ class AdaptiveClusteringRouter(CosineRouter):
 
     def _assign(self, tokens_ND: Tensor, previous: Routing) -> tuple[Tensor, Tensor]:
         """[N] clusters of the tokens, and [E, D] the rows of M."""
-        expected, found = (len(tokens_ND), len(self.embeddings_ED)), tuple(previous.probs_NE.shape)
+        expected, found = (tokens_ND.shape[0], len(self.embeddings_ED)), tuple(previous.probs_NE.shape)
         if found != expected:
             raise ValueError(f"previous must hold a decision [N, E] = {expected}, got {found}")
         assignment_N = previous.first_choices()
@@ -174,12 +174,14 @@ class AdaptiveClusteringRouter(CosineRouter):
         num_experts = len(self.embeddings_ED)
         observed_ND = tokens_ND if config.gradient else tokens_ND.detach()
         if config.causal:
-            again = self.training and _in_backward()
-            if not again:
-                self._before = self.running_ED.clone(), self.seen_E.clone()
-                if self.training:
+            if not self.training:
+                dispersion_ED, valid_E = self.running_ED, self.seen_E
+            else:
+                if not _in_backward():
+                    before = self.running_ED.clone(), self.seen_E.clone()
                     self._count_step(*self._batch_dispersion(observed_ND, assignment_N))
-            dispersion_ED, valid_E = self._before
+                    self._before = before
+                dispersion_ED, valid_E = self._before
         else:
             dispersion_ED, valid_E = self._batch_dispersion(observed_ND, assignment_N)
         rows_ED = scales_of_dispersion(
@@ -198,10 +200,6 @@ class AdaptiveClusteringRouter(CosineRouter):
         weight_E = (valid_E & ~self.seen_E) + NEWEST_STEP * (valid_E & self.seen_E)
         self.running_ED.lerp_(dispersion_ED.to(self.running_ED.dtype), weight_E[:, None].to(self.running_ED))
         self.seen_E |= valid_E
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy needs no averages of the step in progress, which torch.func's cannot be copied."""
-        return {name: value for name, value in vars(self).items() if name != "_before"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keeps the running averages in float32 or better, whatever the weights are cast to."""

@@ -137,12 +137,14 @@ def _has_grouped_products(experts: Stacked, choices: int) -> bool:
     calls of single products cost more than the products.
     """
     w1_EDH, b1_EH, w2_EHO, _ = experts
+    if traced() and on_host(w1_EDH):
+        return False
     if any(size * w1_EDH.element_size() % 16 for size in (*w1_EDH.shape[1:], w2_EHO.shape[2])):
         return False
     if w1_EDH.is_cuda:
         return w1_EDH.dtype == torch.bfloat16 and torch.cuda.get_device_capability(w1_EDH.device) >= (9, 0)
     few = 0 < choices <= FEW_ROWS * len(b1_EH)
-    return few and w1_EDH.dtype == torch.float32 and on_host(w1_EDH) and not traced()
+    return few and w1_EDH.dtype == torch.float32 and on_host(w1_EDH)
 
 
 def _by_grouped_products(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moe_lib.checks import check_count
 from moe_lib.moe.dispatch import Stacked, mixture
-from moe_lib.moe.routing import LinearRouter, Routing, check_choice, check_tokens
+from moe_lib.moe.routing import LinearRouter, Routing, UniformRouter, check_choice, check_tokens
 
 
 class Experts(nn.Module):
@@ -43,7 +43,7 @@ class Experts(nn.Module):
         # The first layers share their input, so they are one GEMM.
         w1_DF = self.w1_EDH.transpose(0, 1).reshape(dim, num_experts * hidden_dim)
         hidden_NF = torch.addmm(self.b1_EH.flatten(), x_ND, w1_DF).relu()
-        hidden_ENH = hidden_NF.view(len(x_ND), num_experts, hidden_dim).transpose(0, 1)
+        hidden_ENH = hidden_NF.view(x_ND.shape[0], num_experts, hidden_dim).transpose(0, 1)
         return torch.baddbmm(self.b2_EO[:, None], hidden_ENH, self.w2_EHO).transpose(0, 1)
 
     def expert(self, e: int, x_ND: Tensor) -> Tensor:
@@ -88,6 +88,11 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         check_choice(num_experts, top_k, renormalize)
+        if isinstance(router, UniformRouter) and top_k not in (None, num_experts):
+            raise ValueError(
+                f"top_k must not be {top_k} behind a UniformRouter: all experts tie, and every token would "
+                "go to the first ones; use a HashRouter"
+            )
         self.top_k, self.renormalize = top_k, renormalize
         self.router = LinearRouter(dim, num_experts) if router is None else router
         self.experts = Experts(dim, num_experts, hidden_dim, dim if out_dim is None else out_dim)

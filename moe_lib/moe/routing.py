@@ -96,10 +96,8 @@ def load_balancing_loss(routing: Routing) -> Tensor:
     _check_decisions(routing)
     num_experts = routing.probs_NE.shape[1]
     chosen_M = routing.indices_NK.flatten()
-    count_E = routing.probs_NE.new_zeros(num_experts).index_add(
-        0, chosen_M, routing.probs_NE.new_ones(len(chosen_M))
-    )
-    count_E = parallel.total(count_E)
+    one_M = torch.ones_like(chosen_M, dtype=routing.probs_NE.dtype)
+    count_E = parallel.total(routing.probs_NE.new_zeros(num_experts).index_add(0, chosen_M, one_M))
     return num_experts * (count_E / count_E.sum() * parallel.mean_of_rows(routing.probs_NE)).sum()
 
 
@@ -189,7 +187,7 @@ class UniformRouter(nn.Module):
 
     def forward(self, tokens_ND: Tensor, previous: Routing | None = None) -> Routing:
         check_floating(tokens_ND, "tokens", "N, D", finite=False)
-        return route(tokens_ND.new_zeros(len(tokens_ND), self.num_experts))
+        return route(tokens_ND.new_zeros(tokens_ND.shape[0], self.num_experts))
 
 
 class HashRouter(nn.Module):
@@ -228,11 +226,11 @@ class HashRouter(nn.Module):
             raise ValueError(
                 f"keys must hold one key per token, [{len(tokens_ND)}], for a HashRouter; got None"
             )
-        keys_N = check_labels(keys_N, len(tokens_ND), self.num_keys, name="keys", like=tokens_ND)
+        keys_N = check_labels(keys_N, tokens_ND.shape[0], self.num_keys, name="keys", like=tokens_ND)
         indices_NK = self.experts_RK[keys_N]
         dtype = at_least_float32(tokens_ND).dtype
         # exp(-1e4) is exactly 0, so that the softmax is exactly 1 / K for each chosen expert.
-        logits_NE = tokens_ND.new_full((len(tokens_ND), self.num_experts), -1e4, dtype=dtype)
+        logits_NE = tokens_ND.new_full((tokens_ND.shape[0], self.num_experts), -1e4, dtype=dtype)
         logits_NE = logits_NE.scatter(1, indices_NK, 0.0)
         weights_NK = torch.full_like(indices_NK, 1 / self.top_k, dtype=dtype)
         return Routing(logits_NE, logits_NE.softmax(1), indices_NK, weights_NK)

@@ -76,7 +76,9 @@ def adaptive_scales(
     check_count(num_experts, "num_experts")
     check_scale_options(dispersion, eps, normalize, max_ratio)
     check_floating(tokens_ND, "tokens", "N, D")
-    assignment_N = check_labels(assignment_N, len(tokens_ND), num_experts, name="assignment", like=tokens_ND)
+    assignment_N = check_labels(
+        assignment_N, tokens_ND.shape[0], num_experts, name="assignment", like=tokens_ND
+    )
     with torch.autocast(tokens_ND.device.type, enabled=False):
         dispersion_ED, valid_E = cluster_dispersion(
             at_least_float32(tokens_ND), assignment_N, num_experts, dispersion

@@ -44,12 +44,12 @@ def losses(
     route: Route,
 ) -> Tensor:
     """[L] losses of L layers [N, D_l] of one type (float32 or float64) and device; [L, N] for "none"."""
-    if not len(labels_N):  # connected to the features, as a sum over nothing is
+    if not labels_N.shape[0]:  # connected to the features, as a sum over nothing is
         return torch.stack([x_ND.sum(1) if reduction == "none" else x_ND.sum() for x_ND in layers])
     if traced():
         return _plain_losses(distance, reduction, temperature, labels_N, *layers)
     if route == "auto":
-        route = choose(len(labels_N), labels_N.device.type)
+        route = choose(labels_N.shape[0], labels_N.device.type)
     learned = isinstance(temperature, Tensor) and temperature.requires_grad
     options = Options(distance, reduction, route, torch.is_grad_enabled(), learned)
     return _SNNL.apply(options, temperature, labels_N, *layers)

@@ -43,7 +43,7 @@ def plain(
 ) -> Tensor:
     """The loss of one layer: a scalar, or [N] for "none"."""
     same_NN = labels_N[:, None] == labels_N
-    itself_NN = torch.eye(len(labels_N), dtype=torch.bool, device=labels_N.device)
+    itself_NN = torch.eye(labels_N.shape[0], dtype=torch.bool, device=labels_N.device)
     positive_NN, negative_NN = same_NN & ~itself_NN, ~same_NN
     has_positive_N = positive_NN.any(1)
 
@@ -318,6 +318,7 @@ def direct(
         if not options.wanted:
             continue
         slope += (half_RN * distance_RN).sum() * (base2 / temperature)
+        half_RN.masked_fill_(distance_RN == 0, 0)  # no force, and there may be many
         for pairs_P2 in half_RN.nonzero().split(max(1, DIRECT_BLOCK // v_ND.shape[1])):
             i_P, j_P = rows_R[pairs_P2[:, 0]], pairs_P2[:, 1]
             force_P1 = half_RN[pairs_P2[:, 0], j_P, None] * (-2 * half * base2)

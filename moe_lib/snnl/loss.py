@@ -87,7 +87,7 @@ def _losses_of_layers(
     check_temperature(temperature)
     layers = [_computable(features_ND) for features_ND in layers]
     for features_ND in layers:
-        labels_N = check_labels(labels_N, len(features_ND), like=features_ND)
+        labels_N = check_labels(labels_N, features_ND.shape[0], like=features_ND)
     own = None
     if parallel.active():  # the samples of all processes; of "none" the own anchors' part
         labels_N, own = parallel.gather(labels_N)

@@ -15,7 +15,7 @@ one and a little worse than a cosine one.
 
 "ac-vision-trained" asks on CIFAR-10 whether fixed experts still win once the models are past their plateau:
 all images, flips and crops, 14 epochs, convolutions in front of the tokens. Its rate is chosen in the same
-way, by "ac-vision-trained-tuning", which takes 169 core-minutes. In pilots (validation data, one tuning seed)
+way, by "ac-vision-trained-tuning", which takes 171 core-minutes. In pilots (validation data, one tuning seed)
 no form was found in which a linear router is ahead of fixed experts by more than a point: not with four
 experts instead of sixteen, nor with images shifted around their edges. This is the form that learns fastest.
 """

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from moe_lib.models.transformer import Projection
+from moe_lib.models.transformer import Projection, TransformerConfig
+from moe_lib.models.vision import VisionConfig, VisionTransformer
 from moe_lib.moe import ACConfig, AdaptiveClusteringRouter, HashRouter, MoE, route
 from moe_lib.snnl import soft_nearest_neighbor_loss
 
 pytestmark = pytest.mark.slow
+SIZE = torch.export.Dim("size", min=2, max=4096)
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +61,10 @@ class TestLoss:
                 return soft_nearest_neighbor_loss(x_ND, labels_N, 0.5)
 
         inputs = normal(20, 6), torch.arange(20) % 3
-        exported = torch.export.export(Loss(), inputs).module()
-        torch.testing.assert_close(exported(*inputs), Loss()(*inputs))
+        shapes = {"x_ND": {0: SIZE}, "labels_N": {0: SIZE}}
+        exported = torch.export.export(Loss(), inputs, dynamic_shapes=shapes).module()
+        for given in (inputs, (normal(33, 6), torch.arange(33) % 4)):
+            torch.testing.assert_close(exported(*given), Loss()(*given))
 
     @pytest.mark.parametrize("distance", ["cosine", "sqeuclidean"])
     def test_torch_func(self, distance):
@@ -106,10 +110,33 @@ class TestLayer:
             compiled(normal(20, 6), None, keys_N)[0], layer(normal(20, 6), None, keys_N)[0]
         )
 
-    def test_exported(self):
-        layer, x_ND = layer_of("linear", 2), normal(20, 64)
-        exported = torch.export.export(layer, (x_ND,)).module()
-        torch.testing.assert_close(exported(x_ND)[0], layer(x_ND)[0])
+    @pytest.mark.parametrize("kind", ["linear", "ac"])
+    def test_exported(self, kind):
+        """Two layers, the second told of the first's decision; for any number of rows."""
+
+        class Layers(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = layer_of("linear", 2), layer_of(kind, 2)
+
+            def forward(self, x_ND):
+                hidden_ND, routing = self.first(x_ND)
+                return self.second(hidden_ND, routing)[0]
+
+        layers = Layers()
+        exported = torch.export.export(layers, (normal(20, 64),), dynamic_shapes=({0: SIZE},)).module()
+        for x_ND in (normal(20, 64), normal(300, 64)):
+            torch.testing.assert_close(exported(x_ND), layers(x_ND))
+
+    def test_a_model_exported(self):
+        model = VisionTransformer(
+            VisionConfig(TransformerConfig(depth=2, moe_blocks=(0, 1), router="hash"), patch=4), (3, 8, 8), 5
+        )
+        images_NCHW = normal(4, 3, 8, 8)
+        shapes = {"images_NCHW": {0: SIZE}}
+        exported = torch.export.export(model, (images_NCHW,), dynamic_shapes=shapes).module()
+        for given_NCHW in (images_NCHW, normal(9, 3, 8, 8)):
+            torch.testing.assert_close(exported(given_NCHW)[0], model(given_NCHW).log_probs_NC)
 
     @pytest.mark.parametrize("top_k", [2, None])
     def test_torch_func(self, top_k):

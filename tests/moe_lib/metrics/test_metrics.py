@@ -481,3 +481,8 @@ def test_an_expert_that_is_never_used_counts_for_nothing_in_cka():
     usage_E = torch.tensor([0.4, 0.3, 0.3, 0.0])
     expected = metrics.expert_cka(logits_NEC[:, :3], usage_E=usage_E[:3])
     assert metrics.expert_cka(logits_NEC, usage_E=usage_E) == pytest.approx(expected, rel=1e-12)
+
+
+def test_scores_that_are_no_log_probabilities_are_refused():
+    with pytest.raises(ValueError, match="log_softmax"):
+        metrics.task_score(torch.tensor([[-10.0, -12.0], [-9.0, -8.0]]), torch.tensor([0, 1]))

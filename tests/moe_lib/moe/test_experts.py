@@ -565,3 +565,10 @@ def test_no_size_changes_what_is_computed(monkeypatch, top_k, constant, value):
     expected = values_and_gradients(plain, *doubles)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+
+
+def test_a_constant_gate_has_no_best_experts():
+    """All tie: every token would go to the first ones."""
+    with pytest.raises(ValueError, match="top_k must not be 1 behind a UniformRouter"):
+        MoE(8, 4, 16, top_k=1, router=UniformRouter(4))
+    MoE(8, 4, 16, top_k=4, router=UniformRouter(4))
