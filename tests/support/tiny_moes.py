@@ -1,9 +1,6 @@
-"""Tiny models of every family that the inspector reads, and independent counts of what their experts did.
+"""Tiny models of every family that the inspector reads, and plain hooks that see what their experts did."""
 
-Counts come from plain hooks: rows that each expert module was given, or the indices that a router returned.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -116,54 +113,6 @@ def _mixtures(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, nn.
         if router is not None and experts is not None:
             members = [m for m in experts.children() if any(True for _ in m.parameters())]
             yield name.removesuffix(".experts"), module, router, experts, members  # JetMoe's attention
-
-
-def count_choices(model: nn.Module) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """Hook every block with plain hooks: by its name, how often each expert was chosen; and how to stop."""
-    found: dict[str, Tensor] = {}
-    handles = []
-    for name, module, router, experts, members in _mixtures(model):
-        kind = type(module).__name__
-        if len(members) > 1 and len({type(m) for m in members}) == 1:
-            found[name] = torch.zeros(len(members))
-            for e, member in enumerate(members):
-                handles.append(member.register_forward_pre_hook(_rows(found[name], e, kind)))
-        else:
-            count = next((p.shape[0] for p in experts.parameters() if p.ndim > 2), 4)
-            found[name] = torch.zeros(count)
-            handles.append(router.register_forward_hook(_returned(found[name], kind)))
-
-    def stop() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return found, stop
-
-
-def _rows(count_E: Tensor, e: int, kind: str) -> Callable:
-    def hook(module: nn.Module, args: tuple) -> None:
-        rows = args[0].reshape(-1, args[0].shape[-1])
-        # NllbMoe in transformers 5 hands a token over several times: distinct rows are tokens.
-        count_E[e] += len(rows.unique(dim=0)) if kind == "NllbMoeSparseMLP" else len(rows)
-
-    return hook
-
-
-def _returned(count_E: Tensor, kind: str) -> Callable:
-    def hook(module: nn.Module, args: tuple, output: object) -> None:
-        if isinstance(output, Tensor):  # Dbrx in transformers 5: logits alone
-            count_E.add_(output.topk(2, -1).indices.flatten().bincount(minlength=len(count_E)))
-        elif (
-            isinstance(output[3:4], tuple) and output[3:4] and isinstance(output[3], list)
-        ):  # sizes by expert
-            count_E.add_(torch.tensor(output[3]))
-        elif kind == "Llama4TextMoe":
-            count_E.add_((output[0] > 0).reshape(-1, len(count_E)).sum(0))
-        else:
-            chosen = next(t for t in output if isinstance(t, Tensor) and t.dtype == torch.int64)
-            count_E.add_(chosen.flatten().bincount(minlength=len(count_E)))
-
-    return hook
 
 
 def observe(model: nn.Module) -> dict[str, list[tuple[Tensor, Tensor]]]:
