@@ -36,22 +36,12 @@ def two_clusters_with_wrong_labels():
 # ----------------------------------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.3, 1.0, 20.0])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_equals_the_loops(distance, reduction, temperature):
-    features_ND, labels_N = sample(14, 5, 6)  # class sizes 1 to 4
-    loss = soft_nearest_neighbor_loss(features_ND, labels_N, temperature, distance, reduction)
-    expected = reference.snnl(features_ND, labels_N, temperature, distance, reduction)
-    np.testing.assert_allclose(loss, expected, rtol=1e-10, atol=1e-12)
-
-
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    num_samples=st.integers(1, 9),
+    num_samples=st.integers(1, 14),
     dim=st.integers(1, 5),
-    num_classes=st.integers(1, 4),
-    log_temperature=st.floats(-4, 4),
+    num_classes=st.integers(1, 6),
+    log_temperature=st.floats(-5, 4),
     scale=st.sampled_from([1e-3, 1.0, 30.0]),
     distance=st.sampled_from(DISTANCES),
     reduction=st.sampled_from(REDUCTIONS),
@@ -84,33 +74,19 @@ def test_defaults_are_cosine_temperature_one_and_mean_over_anchors_with_a_positi
     assert expected != pytest.approx(reference.snnl(features_ND, labels_N, 1.0, "cosine", "mean_all"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_float32_to_1e_5(distance):
-    features_ND, labels_N = sample(20, 8, 4, dtype=torch.float32)
-    loss = soft_nearest_neighbor_loss(features_ND, labels_N, 0.5, distance)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(reference.snnl(features_ND, labels_N, 0.5, distance), rel=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_half_precision_features_are_computed_in_float32(distance, dtype):
+@pytest.mark.parametrize("temperature", [0.1, 0.5])  # the first asks for more digits under "sqeuclidean"
+def test_features_of_up_to_float32_are_computed_in_float32(temperature, distance, dtype):
     features_ND, labels_N = sample(20, 8, 4, dtype=dtype)
     features_ND.requires_grad_()
-    loss = soft_nearest_neighbor_loss(features_ND, labels_N, 0.1, distance)
-    expected = reference.snnl(features_ND.detach().double(), labels_N, 0.1, distance)
+    loss = soft_nearest_neighbor_loss(features_ND, labels_N, temperature, distance)
+    expected = reference.snnl(features_ND.detach().double(), labels_N, temperature, distance)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     assert features_ND.grad.dtype == dtype
     assert features_ND.grad.isfinite().all()
-
-
-def test_autocast_does_not_reach_the_loss():
-    features_ND, labels_N = sample(20, 8, 4, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = soft_nearest_neighbor_loss(features_ND, labels_N, 0.1)
-    assert torch.equal(loss, soft_nearest_neighbor_loss(features_ND, labels_N, 0.1))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 8.0])
@@ -187,31 +163,7 @@ def test_sqeuclidean_survives_a_common_offset_in_float32():
     torch.testing.assert_close(moved, plain, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e25])
-def test_cosine_ignores_scale_also_where_squares_leave_float32(scale):
-    features_ND, labels_N = sample(10, 4, 3, dtype=torch.float32)
-    loss = soft_nearest_neighbor_loss(features_ND * scale, labels_N, 0.5)
-    torch.testing.assert_close(loss, soft_nearest_neighbor_loss(features_ND, labels_N, 0.5))
-
-
 # -------------------------------------------------------------------------------- degenerate cases
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize(
-    "labels", [[0, 1, 2, 3, 4], [2, 2, 2, 2, 2], [7]], ids=["no positive", "one class", "one sample"]
-)
-def test_zero_with_zero_gradients(labels, distance, reduction):
-    features_ND, _ = sample(len(labels), 3, 1)
-    features_ND.requires_grad_()
-    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    loss = soft_nearest_neighbor_loss(features_ND, torch.tensor(labels), temperature, distance, reduction)
-    assert torch.equal(loss, torch.zeros_like(loss))
-    assert loss.shape == (torch.Size([len(labels)]) if reduction == "none" else torch.Size([]))
-    loss.sum().backward()
-    assert torch.equal(features_ND.grad, torch.zeros_like(features_ND))
-    assert temperature.grad.item() == 0
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -334,14 +286,6 @@ def test_unusable_temperatures(temperature):
     for value in (temperature, torch.tensor(float(temperature))):
         with pytest.raises(ValueError, match="temperature"):
             soft_nearest_neighbor_loss(features_ND, labels_N, value)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_features_that_are_not_finite(value):
-    features_ND, labels_N = sample(4, 3, 2)
-    features_ND[1, 2] = value
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        soft_nearest_neighbor_loss(features_ND, labels_N)
 
 
 @pytest.mark.parametrize(

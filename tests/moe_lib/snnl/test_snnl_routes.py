@@ -209,17 +209,20 @@ def test_zero_with_zero_gradients(labels, reduction, route):
         loss = soft_nearest_neighbor_loss(
             features_ND, torch.tensor(labels), temperature, distance, reduction, route
         )
+        assert loss.shape == ((len(labels),) if reduction == "none" else ())
         assert torch.equal(loss, torch.zeros_like(loss))
         grads = torch.autograd.grad(loss.sum(), (features_ND, temperature))
         assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
 
 
+@pytest.mark.parametrize("zeros", [[], [2, 7]])
 @pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.usefixtures("small_tiles")
-def test_rows_of_zeros_and_extreme_lengths_under_cosine(route, scale):
+def test_rows_of_zeros_and_extreme_lengths_under_cosine(route, scale, zeros):
+    """The squares of such lengths leave float32."""
     features_ND, labels_N = sample(12, 4, 3, 1, torch.float32)
-    features_ND[[2, 7]] = 0
+    features_ND[zeros] = 0
     features_ND.requires_grad_()
     scaled_ND = features_ND * torch.tensor(scale)
     loss = soft_nearest_neighbor_loss(scaled_ND, labels_N, 0.5, route=route)
@@ -227,7 +230,7 @@ def test_rows_of_zeros_and_extreme_lengths_under_cosine(route, scale):
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     wanted_ND = torch.autograd.grad(plain(features_ND, labels_N, 0.5, "cosine", "mean"), features_ND)[0]
-    wanted_ND[[2, 7]] *= scale  # they have no direction to keep: their gradient is that of length 1
+    wanted_ND[zeros] *= scale  # they have no direction to keep: their gradient is that of length 1
     torch.testing.assert_close(features_ND.grad, wanted_ND, rtol=1e-4, atol=1e-6)
 
 
@@ -303,12 +306,13 @@ def test_without_gradients_the_value_is_the_same(route):
 def test_autocast_reaches_neither_value_nor_gradient(route):
     features_ND, labels_N = sample(40, 16, 4, 0, torch.float32)
     features_ND.requires_grad_()
-    grads = []
+    found = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            alone = soft_nearest_neighbor_loss(features_ND.detach(), labels_N, 0.1, route=route)
             loss = soft_nearest_neighbor_loss(features_ND, labels_N, 0.1, route=route)
-            grads.append(torch.autograd.grad(loss, features_ND)[0])
-    assert torch.equal(*grads)
+            found.append([alone, loss, *torch.autograd.grad(loss, features_ND)])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("route", ROUTES)
