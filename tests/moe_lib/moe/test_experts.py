@@ -125,16 +125,18 @@ def test_a_router_that_chooses_itself_is_obeyed(top_k):
     np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize(
-    ("narrow", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)]
+    ("gate", "dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float64), (torch.float64, torch.float32)],
 )
-def test_weights_of_a_narrower_type_are_widened(narrow, wide):
-    """By a router of somebody's own; the sum has the experts' type."""
-    routing = fixed_routing(top_k=2)
-    given = routing._replace(weights_NK=routing.weights_NK.to(narrow))
-    layer, x_ND = moe_layer(router=FixedRouter(given), dtype=wide), tokens(dtype=wide)
+def test_weights_of_another_type_leave_the_sum_in_that_of_the_experts(gate, dtype, top_k):
+    """From a router of somebody's own."""
+    routing = fixed_routing(top_k=top_k)
+    given = routing._replace(probs_NE=routing.probs_NE.to(gate), weights_NK=routing.weights_NK.to(gate))
+    layer, x_ND = moe_layer(router=FixedRouter(given), dtype=dtype), tokens(dtype=dtype)
     out_NO, _ = layer(x_ND)
-    assert out_NO.dtype == wide
+    assert out_NO.dtype == dtype
     expected_NO = reference.moe(x_ND, given.indices_NK, given.weights_NK.double(), *stacked(layer.experts))
     np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-5, atol=1e-5)
 
@@ -161,15 +163,6 @@ def test_out_dim_defaults_to_dim():
 def test_one_expert_is_a_plain_network():
     layer, x_ND = moe_layer(num_experts=1), tokens()
     torch.testing.assert_close(layer(x_ND)[0], layer.experts.expert(0, x_ND))
-
-
-@pytest.mark.parametrize("top_k", [None, 2])
-def test_float32_to_1e_5(top_k):
-    layer = moe_layer(top_k=top_k, router=FixedRouter(fixed_routing()))
-    exact_NO = layer(tokens())[0]
-    torch.testing.assert_close(
-        layer.float()(tokens(dtype=torch.float32))[0].double(), exact_NO, rtol=1e-5, atol=1e-5
-    )
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
@@ -203,18 +196,6 @@ def test_layer_passes_gradcheck(top_k):
     assert torch.autograd.gradcheck(output, (x_ND.requires_grad_(), *values))
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_dispatch_has_the_gradients_of_the_dense_form(top_k):
-    layer, x_ND = moe_layer(top_k=top_k), tokens().requires_grad_()
-    out_NO, used = layer(x_ND)
-    dense_NO = torch.einsum("ne,neo->no", used.dense_weights(), layer.experts(x_ND))
-    inputs = [x_ND, *layer.parameters()]
-    sparse = torch.autograd.grad(out_NO.square().sum(), inputs, retain_graph=True)
-    dense = torch.autograd.grad(dense_NO.square().sum(), inputs)
-    for a, b in zip(sparse, dense, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 # -------------------------------------------------------------------------------- degenerate cases
 
 
@@ -226,9 +207,9 @@ def test_experts_without_tokens_work_forward_and_backward():
     out_NO, _ = layer(x_ND)
     torch.testing.assert_close(out_NO, layer.experts.expert(3, x_ND))
     out_NO.square().sum().backward()
-    gradients_E = layer.experts.w2_EHO.grad.abs().sum((1, 2))
-    assert gradients_E[3] > 0
-    assert not gradients_E[[0, 1, 2, 4]].any()
+    for weight in layer.experts.parameters():
+        assert weight.grad[3].any()
+        assert not weight.grad[[0, 1, 2, 4]].any()
     assert x_ND.grad.isfinite().all()
 
 
@@ -256,24 +237,10 @@ def test_tokens_do_not_influence_each_other(top_k):
 # ----------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize(
-    ("num_experts", "top_k", "message"),
-    [(0, None, "num_experts.*0"), (4, 0, "top_k.*0"), (4, 5, "top_k.*4.*5"), (4, -1, "-1")],
-)
-def test_impossible_numbers_are_named(num_experts, top_k, message):
-    with pytest.raises(ValueError, match=message):
-        MoE(4, num_experts, 6, top_k=top_k)
-
-
 def test_a_router_that_chooses_fewer_is_refused():
     layer = MoE(4, 3, 6, top_k=2, router=LinearRouter(4, 3, top_k=1))
     with pytest.raises(ValueError, match=r"top_k = 2.*chooses 1"):
         layer(tokens(dtype=torch.float32))
-
-
-def test_no_experts_at_all():
-    with pytest.raises(ValueError, match="num_experts"):
-        Experts(4, 0, 6, 3)
 
 
 @pytest.mark.parametrize("router", [UniformRouter(3), UniformRouter(8), LinearRouter(4, 3, top_k=2)])
@@ -295,27 +262,6 @@ ROUTERS = {
         4, 3, top_k, ACConfig(gradient=True, scale_experts=True, matched=True)
     ),
 }
-
-
-def test_an_idle_expert_between_busy_ones_gets_no_gradient_and_the_others_the_dense_forms():
-    """Expert 1 and the last one have no token at all, expert 2 has one."""
-    logits_NE = tokens(9, 5, seed=1)
-    logits_NE[:, [1, 4]] -= 50
-    logits_NE[:, 2] -= 50
-    logits_NE[3, 2] += 100
-    layer, x_ND = moe_layer(top_k=2, router=FixedRouter(route(logits_NE))), tokens(9).requires_grad_()
-    out_NO, used = layer(x_ND)
-    counts = torch.bincount(used.indices_NK.flatten(), minlength=5).tolist()
-    assert counts[1:] == [0, 1, counts[3], 0]
-    expected_NO = reference.moe(x_ND, used.indices_NK, used.weights_NK, *stacked(layer.experts))
-    np.testing.assert_allclose(out_NO.detach(), expected_NO, rtol=1e-10, atol=1e-12)
-    dense_NO = sum(used.dense_weights()[:, e, None] * layer.experts.expert(e, x_ND) for e in range(5))
-    inputs = [x_ND, *layer.experts.parameters()]
-    sparse = torch.autograd.grad(out_NO.square().sum(), inputs)
-    dense = torch.autograd.grad(dense_NO.square().sum(), inputs)
-    for a, b in zip(sparse, dense, strict=True):
-        torch.testing.assert_close(a, b)
-    assert not any(gradient[[1, 4]].any() for gradient in sparse[1:])
 
 
 def test_the_order_of_a_tokens_choices_does_not_matter():
@@ -453,16 +399,6 @@ def test_fast_and_plain_forms_agree(dtype, tolerance, sizes, chosen, idle, seed)
             torch.testing.assert_close(one.double(), other, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("top_k", [2, 4])
-def test_a_layer_of_usual_size(top_k):
-    layer = MoE(64, 4, 128, 32, top_k)
-    experts = [weight.detach() for weight in layer.experts.stacked()]
-    arguments = tokens(400, 64, dtype=torch.float32), tokens(400, 4, 1, torch.float32), top_k, experts
-    found = values_and_gradients(expert_kernels.mixture, *arguments)
-    for one, other in zip(found, values_and_gradients(plain, *arguments), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("top_k", [2, 5])
 def test_inputs_alone_are_differentiated_where_weights_are_frozen(top_k):
     layer, x_ND = moe_layer(top_k=top_k), tokens().requires_grad_()
@@ -554,12 +490,12 @@ def test_grouped_products_agree(device, dtype, rtol):
         torch.testing.assert_close(one.double(), other, rtol=rtol, atol=rtol * other.abs().max().item())
 
 
-@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("top_k", [None, 2, 4])
 @pytest.mark.parametrize(("constant", "value"), [("CACHED", 0), ("FEW_ROWS", 0), ("FEW_ROWS", 2**30)])
 def test_no_size_changes_what_is_computed(monkeypatch, top_k, constant, value):
     monkeypatch.setattr(expert_kernels, constant, value)
-    x_ND, logits_NE = tokens(40, 8, dtype=torch.float32), tokens(40, 4, 1, dtype=torch.float32)
-    experts = [weight.detach() for weight in MoE(8, 4, 16, 12).experts.stacked()]
+    x_ND, logits_NE = tokens(400, 64, dtype=torch.float32), tokens(400, 4, 1, dtype=torch.float32)
+    experts = [weight.detach() for weight in MoE(64, 4, 128, 32).experts.stacked()]
     found = values_and_gradients(expert_kernels.mixture, x_ND, logits_NE, top_k, experts)
     doubles = x_ND.double(), logits_NE.double(), top_k, [weight.double() for weight in experts]
     expected = values_and_gradients(plain, *doubles)

@@ -10,10 +10,13 @@ import reference_ac
 import torch
 
 from moe_lib.moe import (
+    AdaptiveClusteringRouter,
     CosineRouter,
+    Experts,
     HashRouter,
     LinearRouter,
     MLPRouter,
+    MoE,
     Routing,
     UniformRouter,
     joined,
@@ -166,19 +169,24 @@ def test_no_token_and_one_token(num_tokens):
 
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "message"),
-    [(0, None, "num_experts"), (-1, None, "-1"), (3, 0, "top_k"), (3, -2, "-2"), (3, 4, "top_k.*3.*4")],
-)
+    [
+        (0, None, "num_experts.*0"), (-1, None, "num_experts.*-1"), (3, 0, "top_k.*0"), (3, -2, "top_k.*-2"),
+        (3, 4, "top_k.*3.*4"),
+    ],
+)  # fmt: skip
 def test_impossible_numbers_are_named(num_experts, top_k, message):
-    with pytest.raises(ValueError, match=message):
-        LinearRouter(4, num_experts, top_k)
-    with pytest.raises(ValueError, match=message):
-        MLPRouter(4, num_experts, 8, top_k)
+    makers = [
+        lambda e, k: LinearRouter(4, e, k), lambda e, k: MLPRouter(4, e, 8, k),
+        lambda e, k: CosineRouter(4, e, k), lambda e, k: AdaptiveClusteringRouter(4, e, k),
+        lambda e, k: MoE(4, e, 6, top_k=k),
+    ]  # fmt: skip
     if top_k is None:
-        with pytest.raises(ValueError, match=message):
-            UniformRouter(num_experts)
+        makers += [lambda e, _: UniformRouter(e), lambda e, _: Experts(4, e, 6, 3)]
     else:
+        makers += [lambda e, k: route(torch.zeros(2, e), k)]
+    for make in makers:
         with pytest.raises(ValueError, match=message):
-            route(torch.zeros(2, num_experts), top_k)
+            make(num_experts, top_k)
 
 
 # --------------------------------------------------------------------------- load-balancing loss
