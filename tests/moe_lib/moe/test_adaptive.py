@@ -86,41 +86,29 @@ def rows_of(router, assignment_N, tokens_ND, num_experts=E):
 # ------------------------------------------------------------------------------------- statistics
 
 
-@pytest.mark.parametrize("dispersion", ["mad", "variance"])
-@pytest.mark.parametrize("normalize", NORMALIZE)
-@pytest.mark.parametrize("max_ratio", [10.0, 1.5, 0.5, None])
-def test_scales_equal_the_loops(dispersion, normalize, max_ratio):
-    tokens_ND, assignment_N = clustered()
-    for eps in (0.0, 1e-4, 0.3):
-        options = {"dispersion": dispersion, "eps": eps, "normalize": normalize, "max_ratio": max_ratio}
-        expected_ED = reference_ac.adaptive_scales(tokens_ND, assignment_N, E, **options)
-        np.testing.assert_allclose(
-            adaptive_scales(tokens_ND, assignment_N, E, **options), expected_ED, rtol=1e-10
-        )
-
-
 @given(
-    assignment=st.lists(st.integers(0, E - 1), max_size=9),
+    assignment=st.lists(st.integers(0, E - 1), max_size=24),
     dispersion=st.sampled_from(["mad", "variance"]),
+    eps=st.sampled_from([1e-4, 0.0, 0.3]),
     normalize=st.sampled_from(NORMALIZE),
-    max_ratio=st.sampled_from([10.0, 1.5, 0.7, None]),
+    max_ratio=st.sampled_from([10.0, 1.5, 0.5, None]),
     scale=st.sampled_from([1e-3, 1.0, 1e3]),
     constant_feature=st.booleans(),
 )
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=300)
 def test_scales_equal_the_loops_whatever_the_clusters(
-    assignment, dispersion, normalize, max_ratio, scale, constant_feature
+    assignment, dispersion, eps, normalize, max_ratio, scale, constant_feature
 ):
     """Empty, one-token and two-token clusters, no tokens at all, features that do not vary."""
     assignment_N = torch.tensor(assignment, dtype=torch.int64)
     tokens_ND = random(len(assignment), D) * scale
-    if constant_feature:
+    if constant_feature and eps:
         tokens_ND[:, 1] = 0.5  # exact in binary, so that the mean is too
-    options = {"dispersion": dispersion, "normalize": normalize, "max_ratio": max_ratio}
+    options = {"dispersion": dispersion, "eps": eps, "normalize": normalize, "max_ratio": max_ratio}
     scales_ED = adaptive_scales(tokens_ND, assignment_N, E, **options)
     assert (scales_ED > 0).all()
     expected_ED = reference_ac.adaptive_scales(tokens_ND, assignment_N, E, **options)
-    np.testing.assert_allclose(scales_ED, expected_ED, rtol=1e-9)
+    np.testing.assert_allclose(scales_ED, expected_ED, rtol=1e-10)
 
 
 @pytest.mark.parametrize("dispersion", ["mad", "variance"])
@@ -742,14 +730,6 @@ def test_a_fresh_start_forgets_the_averages():
 # ----------------------------------------------------------------------------------------- losses
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_z_loss_equals_the_loops(seed):
-    routing = route(3 * random(11, 5, seed=seed), top_k=2)
-    assert router_z_loss(routing).item() == pytest.approx(
-        reference_ac.router_z_loss(routing.logits_NE), rel=1e-12
-    )
-
-
 def test_z_loss_of_known_scores():
     zeros = route(torch.zeros(3, 4, dtype=torch.float64))
     assert router_z_loss(zeros).item() == pytest.approx(np.log(4) ** 2)
@@ -772,18 +752,6 @@ def test_z_loss_of_half_precision_scores_is_float32():
     loss = router_z_loss(route(logits_NE))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(reference_ac.router_z_loss(logits_NE.double()), rel=1e-6)
-
-
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_losses_of_ac_decisions_equal_the_loops(top_k):
-    tokens_ND, assignment_N = clustered()
-    routing = router_of(top_k=top_k)(tokens_ND, decision(assignment_N))
-    assert load_balancing_loss(routing).item() == pytest.approx(
-        reference.load_balancing_loss(routing.probs_NE, routing.indices_NK), rel=1e-12
-    )
-    assert router_z_loss(routing).item() == pytest.approx(
-        reference_ac.router_z_loss(routing.logits_NE), rel=1e-12
-    )
 
 
 # ----------------------------------------------------------------------------------------- layers

@@ -209,14 +209,6 @@ def test_balance_is_the_number_of_experts_for_collapse(num_experts):
     assert load_balancing_loss(route(logits_NE, top_k=1)).item() == pytest.approx(num_experts)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_balance_equals_the_loops(top_k, seed):
-    routing = route(random_logits(11, 4, seed), top_k)
-    expected = reference.load_balancing_loss(routing.probs_NE, routing.indices_NK)
-    assert load_balancing_loss(routing).item() == pytest.approx(expected, rel=1e-12)
-
-
 def test_balance_is_constant_for_a_soft_mixture_and_not_for_its_top_1():
     routing = route(random_logits())
     assert load_balancing_loss(routing).item() == pytest.approx(1, rel=1e-12)
@@ -236,9 +228,10 @@ def test_a_step_down_the_balance_gradient_unloads_the_busiest_expert():
 # ------------------------------------------------------------------------------ several, and all losses
 
 
-@pytest.mark.parametrize("top_k", [None, 1, 3])
-def test_the_losses_of_a_decision_equal_the_loops(top_k):
-    routing = route(3 * random_logits(11, 4), top_k)
+@pytest.mark.parametrize("top_k", [None, 1, 2, 3, 4])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_losses_of_a_decision_equal_the_loops(seed, top_k):
+    routing = route(3 * random_logits(11, 4, seed), top_k)
     balance = reference.load_balancing_loss(routing.probs_NE, routing.indices_NK)
     assert load_balancing_loss(routing).item() == pytest.approx(balance, rel=1e-12)
     z_loss = reference_ac.router_z_loss(routing.logits_NE)
