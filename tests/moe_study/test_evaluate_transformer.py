@@ -34,6 +34,7 @@ from moe_lib.models.language import LanguageOutput
 from moe_lib.models.transformer import Seen, moe_layers, watching
 from moe_lib.moe import ACConfig, AdaptiveClusteringRouter, MoE, Routing, adaptive_routers, route
 from moe_lib.rng import generator
+from moe_lib.snnl import SNNLConfig
 from moe_study import evaluate_transformer, store
 from moe_study.data.text import Corpus, head, load, swap_words
 from moe_study.evaluate_transformer import (
@@ -51,6 +52,8 @@ from moe_study.evaluate_transformer import (
     without,
     without_weight_gradients,
 )
+from moe_study.tasks import RoutedObjective
+from moe_study.train import TrainConfig, fit
 
 CAUSAL = {"router": "ac", "ac": ACConfig(causal=True)}
 INDEPENDENT = {"linear": {"router": "linear"}, "cosine": {"router": "cosine"}, "ac-causal": CAUSAL}
@@ -343,8 +346,11 @@ def with_averages(task):
 
 @pytest.mark.parametrize("options", INDEPENDENT.values(), ids=INDEPENDENT)
 def test_images_and_sequences_do_not_depend_on_company_where_they_should_not(options):
-    images = VisionExperiment(with_averages(vision_task_of(**options)), 8, 8)._company()
-    sequences = LanguageExperiment(with_averages(language_task_of(**options)), 64)
+    """One at a time, or 256 at once."""
+    vision = vision_task_of(batch_size=256, dataset=tiny_dataset(512, 256), **options)
+    language = language_task_of(corpus_of(2060, 40, 1030), batch_size=256, **options)
+    images = VisionExperiment(with_averages(vision), 8, 8)._company()
+    sequences = LanguageExperiment(with_averages(language), 1030)
     for found in (images, sequences._alone(), sequences._later()):
         assert found.changed_choice == 0
         assert found.largest_change < 1e-12
@@ -388,6 +394,10 @@ def state_of(task):
     return {name: value.clone() for name, value in task.state_dict().items()}
 
 
+def changes(task, before):
+    return {name for name, value in task.state_dict().items() if not torch.equal(value, before[name])}
+
+
 @pytest.mark.parametrize("options", [CAUSAL, {"router": "ac"}], ids=["ac-causal", "ac"])
 def test_no_measure_changes_a_model(options, monkeypatch):
     """Not even a fresh one, which is in training mode: its running averages would be the test set's."""
@@ -399,19 +409,60 @@ def test_no_measure_changes_a_model(options, monkeypatch):
         task = experiment.task
         before = state_of(task)
         experiment.initial()
-        assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
+        assert changes(task, before) == set()
         task.train()
-        task.losses(next(task.batches(0)), 0)
+        first, second = list(task.batches(0))[:2]
+        task.losses(first, 0)
+        kept = {f"model.blocks.2.feed_forward.router.{name}" for name in ("running_ED", "seen_E")}
+        assert changes(task, before) == (kept if options == CAUSAL else set())
         task.eval()
         before = state_of(task)
+        task.losses(second, 0)
         experiment.validation()
         experiment.endpoint()
-        first = experiment.final()
-        assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
+        found = experiment.final()
+        assert changes(task, before) == set()
         assert all(parameter.grad is None for parameter in task.parameters())
         assert hooks(task) == []
-        assert all(router.config == options.get("ac", ACConfig()) for router in adaptive_routers(task))
-        assert json.dumps(experiment.final()) == json.dumps(first)
+        assert [router.config for router in adaptive_routers(task)] == [options.get("ac", ACConfig())] * 2
+        assert json.dumps(experiment.final()) == json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    "kind", ["images, causal AC, learned SNNL", "sequences, cosine", "sequences, causal AC"]
+)
+def test_a_killed_run_ends_with_the_same_numbers(kind, tmp_path):
+    """Running averages and the learned temperature of the SNNL travel with the checkpoint."""
+    config = TrainConfig(epochs=3, batch_size=8, learning_rate=0.01, warmup=0.3, precision="float64")
+    snnl = SNNLConfig(factor=0.1, schedule="learned", layers=("stem",))
+    options = CAUSAL if "AC" in kind else {"router": "cosine"}
+
+    def run(checkpoint=None, stop_after=None):
+        if "images" in kind:
+            experiment = VisionExperiment(vision_task_of(RoutedObjective(snnl=snnl), **options), 8, 8)
+        else:
+            experiment = LanguageExperiment(language_task_of(epoch_tokens=24, **options), 64)
+
+        def stop(epoch, history):
+            if epoch == stop_after:
+                raise KeyboardInterrupt
+
+        task, measure = experiment.task, experiment.validation
+        history, best = fit(task, config, measure, label="tiny", checkpoint=checkpoint, on_epoch=stop)
+        return task, history, best
+
+    whole, expected, best = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "checkpoint.pt", stop_after=1)
+    resumed, found, found_best = run(tmp_path / "checkpoint.pt")
+    assert (found.train, found.validation) == (expected.train, expected.validation)
+    assert best.keys() == found_best.keys() == {"best_cross_entropy", "best_accuracy"}
+    pairs = [(best[name], found_best[name]) for name in best]
+    for state, other in ((whole.state_dict(), resumed.state_dict()), *pairs):
+        assert state.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in state.items())
+    averages = [value.any() for name, value in best["best_cross_entropy"].items() if "running" in name]
+    assert any(averages) == ("AC" in kind)
 
 
 def test_validation_and_test_scores_of_images_by_hand():

@@ -14,7 +14,7 @@ from small_models import language_task as task_of
 
 from moe_lib.models.language import LanguageConfig, LanguageOutput
 from moe_lib.models.transformer import watching
-from moe_lib.moe import ACConfig, adaptive_routers
+from moe_lib.moe import ACConfig
 from moe_lib.snnl import SNNLConfig
 from moe_study.data.text import Corpus
 from moe_study.tasks import RoutedObjective
@@ -68,13 +68,6 @@ def test_the_whole_forward_equals_the_loops(options):
     assert all((counts >= 2).sum() >= 2 for counts in clusters), "one cluster alone: M = I, nothing is shown"
     for routing, gates_NE in zip(output.routings, gates, strict=True):
         np.testing.assert_allclose(routing.probs_NE.detach(), gates_NE, rtol=1e-7, atol=1e-9)
-
-
-def test_the_first_moe_layer_is_ordinary_and_the_next_is_not():
-    ac, cosine = language_model(router="ac"), language_model(router="cosine")
-    first, second = ac(read()).routings, cosine(read()).routings
-    torch.testing.assert_close(first[0].probs_NE, second[0].probs_NE)
-    assert (first[1].probs_NE - second[1].probs_NE).abs().max() > 1e-3
 
 
 def test_the_chain_passes_over_blocks_without_experts():
@@ -152,22 +145,6 @@ def test_in_the_papers_form_they_matter():
     others_BT[1:] = read(3, 5, seed=2)
     assert (model(later_BT).log_probs_BTV[0, :3] - expected_TV[:3]).abs().max() > 1e-4
     assert (model(others_BT).log_probs_BTV[0] - expected_TV).abs().max() > 1e-4
-
-
-@every_causal_router
-def test_one_sequence_at_a_time_equals_256(options):
-    model = trained(language_model(**options))
-    tokens_BT = read(256, 5, seed=1)
-    whole_BTV = model(tokens_BT).log_probs_BTV
-    alone_BTV = torch.cat([model(sequence_T[None]).log_probs_BTV for sequence_T in tokens_BT])
-    torch.testing.assert_close(alone_BTV, whole_BTV, rtol=1e-10, atol=1e-12)
-
-
-def test_the_papers_form_depends_on_the_size_of_the_batch():
-    model = trained(language_model(router="ac"))
-    tokens_BT = read(32, 5, seed=1)
-    alone_TV = model(tokens_BT[:1]).log_probs_BTV[0]
-    assert (alone_TV - model(tokens_BT).log_probs_BTV[0]).abs().max() > 1e-3
 
 
 # -------------------------------------------------------------------------------------- the batches
@@ -303,59 +280,6 @@ def test_scoring_does_not_depend_on_the_batch_size():
 
 
 # ----------------------------------------------------------------------------------------- training
-
-
-def test_evaluation_leaves_running_averages_alone_and_training_does_not():
-    task = task_of(router="ac", ac=ACConfig(causal=True))
-    first, second = list(task.batches(0))[:2]
-    task.train()
-    task.losses(first, 0)
-    before = {name: value.clone() for name, value in task.state_dict().items()}
-    assert any("running" in name and value.any() for name, value in before.items())
-    task.eval()
-    task.losses(second, 0)
-    task.score(task.corpus.test.tokens_N)
-    assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
-    task.train()
-    task.losses(second, 0)
-    changed = {name for name, value in task.state_dict().items() if not torch.equal(value, before[name])}
-    router = "model.blocks.2.feed_forward.router."
-    assert f"{router}running_ED" in changed
-    assert changed <= {f"{router}running_ED", f"{router}seen_E"}
-    assert len(adaptive_routers(task.model)) == 2
-
-
-@pytest.mark.parametrize(
-    "options", [{"router": "cosine"}, {"router": "ac", "ac": ACConfig(causal=True)}], ids=str
-)
-def test_a_killed_run_ends_with_the_same_numbers(options, tmp_path):
-    config = TrainConfig(epochs=3, batch_size=3, learning_rate=0.01, warmup=0.2, precision="float64")
-
-    def run(stop_after=None):
-        task = task_of(epoch_tokens=24, **options)
-
-        def stop(epoch, history):
-            if epoch == stop_after:
-                raise KeyboardInterrupt
-
-        def measure():
-            losses_M, right_M = task.score(task.corpus.validation.tokens_N)
-            return {"cross_entropy": losses_M.mean().item(), "accuracy": right_M.double().mean().item()}
-
-        checkpoint = None if stop_after is None else tmp_path / "checkpoint.pt"
-        history, best = fit(task, config, measure, label="tiny", checkpoint=checkpoint, on_epoch=stop)
-        return task, history, best
-
-    whole, expected, best = run()
-    with pytest.raises(KeyboardInterrupt):
-        run(stop_after=1)
-    resumed, found, found_best = run(stop_after=99)
-    assert (found.train, found.validation) == (expected.train, expected.validation)
-    assert best.keys() == found_best.keys() == {"best_cross_entropy", "best_accuracy"}
-    pairs = [(best[name], found_best[name]) for name in best]
-    for state, other in ((whole.state_dict(), resumed.state_dict()), *pairs):
-        assert state.keys() == other.keys()
-        assert all(torch.equal(value, other[name]) for name, value in state.items())
 
 
 def test_a_text_that_repeats_itself_is_learned():

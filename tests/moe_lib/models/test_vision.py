@@ -1,4 +1,4 @@
-"""The vision transformer against plain loops; what may and what may not change a prediction; its task.
+"""The vision transformer against plain loops; its task.
 
 Shapes: N images, T tokens of an image, D width, E experts, C classes.
 """
@@ -15,13 +15,11 @@ from small_models import vision_task as task_of
 
 from moe_lib.models.transformer import TransformerConfig
 from moe_lib.models.vision import VisionConfig, VisionTransformer
-from moe_lib.moe import ACConfig, adaptive_routers
+from moe_lib.moe import ACConfig
 from moe_lib.snnl import SNNLConfig
 from moe_study.tasks import RoutedObjective
-from moe_study.train import TrainConfig, fit
 
 CAUSAL = {"router": "ac", "ac": ACConfig(causal=True)}
-INDEPENDENT = {"linear": {"router": "linear"}, "cosine": {"router": "cosine"}, "ac-causal": CAUSAL}
 
 
 def images(count=3, channels=2, side=(4, 8), seed=0):
@@ -74,36 +72,6 @@ def test_the_whole_forward_equals_the_loops(options):
         np.testing.assert_allclose(routing.probs_NE.detach(), gates_NE, rtol=1e-7, atol=1e-9)
     clusters = [np.bincount(gates_NE.argmax(1), minlength=4) for gates_NE in gates[:-1]]
     assert all((counts >= 2).sum() >= 2 for counts in clusters), "one cluster alone: M = I, nothing is shown"
-
-
-def test_the_first_moe_layer_is_that_of_the_cosine_model():
-    ac, cosine = (model_of(config_of(router=router, moe_blocks=(1, 2))) for router in ("ac", "cosine"))
-    first, second = ac(images()).routings, cosine(images()).routings
-    torch.testing.assert_close(first[0], second[0])
-    assert (first[1].probs_NE - second[1].probs_NE).abs().max() > 1e-3
-
-
-# ---------------------------------------------------------------------------------- what may matter
-
-
-@pytest.mark.parametrize("options", INDEPENDENT.values(), ids=INDEPENDENT)
-def test_one_image_at_a_time_equals_256(options):
-    model = trained(model_of(config_of(**options)))
-    images_NCHW = images(256, seed=1)
-    whole = model(images_NCHW)
-    alone = [model(image_CHW[None]) for image_CHW in images_NCHW[:64]]
-    log_probs_NC = torch.cat([output.log_probs_NC for output in alone])
-    torch.testing.assert_close(log_probs_NC, whole.log_probs_NC[:64], rtol=1e-10, atol=1e-12)
-    for layer, routing in enumerate(whole.routings):
-        chosen = torch.cat([output.routings[layer].indices_NK for output in alone])
-        assert torch.equal(chosen, routing.indices_NK[: 64 * 8])
-
-
-def test_in_the_papers_form_the_company_matters():
-    model = trained(model_of(config_of(router="ac")))
-    whole_NC = model(images(256, seed=1)).log_probs_NC
-    alone_NC = torch.cat([model(image_CHW[None]).log_probs_NC for image_CHW in images(256, seed=1)[:8]])
-    assert (alone_NC - whole_NC[:8]).abs().max() > 1e-3
 
 
 # -------------------------------------------------------------------------------------------- task
@@ -163,58 +131,6 @@ def test_a_split_is_predicted_in_batches_of_the_training_size():
         for i, field in enumerate(routing):
             assert torch.equal(field, torch.cat([part.routings[layer][i] for part in parts]))
     assert not output.log_probs_NC.requires_grad
-
-
-def test_evaluation_leaves_running_averages_alone_and_training_does_not():
-    task = task_of(**CAUSAL)
-    first, second = list(task.batches(0))[:2]
-    task.losses(first, 0)
-    before = {name: value.clone() for name, value in task.state_dict().items()}
-    assert any("running" in name and value.any() for name, value in before.items())
-    task.eval()
-    task.predict(task.dataset.test)
-    task.losses(second, 0)
-    assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
-    task.train()
-    task.losses(second, 0)
-    changed = {name for name, value in task.state_dict().items() if not torch.equal(value, before[name])}
-    assert "model.blocks.2.feed_forward.router.running_ED" in changed
-    assert all(name.startswith("model.blocks.2.feed_forward.router.") for name in changed)
-    assert len(adaptive_routers(task.model)) == 2
-
-
-def test_a_killed_run_ends_with_the_same_numbers(tmp_path):
-    """Running averages and the learned temperature of the SNNL travel with the checkpoint."""
-    config = TrainConfig(epochs=2, batch_size=8, learning_rate=0.01, warmup=0.3, precision="float64")
-    snnl = SNNLConfig(factor=0.1, schedule="learned", layers=("stem",))
-
-    def run(checkpoint=None, stop_after=None):
-        task = task_of(RoutedObjective(snnl=snnl), **CAUSAL)
-
-        def stop(epoch, history):
-            if epoch == stop_after:
-                raise KeyboardInterrupt
-
-        def measure():
-            output = task.predict(task.dataset.validation)
-            labels_N = task.dataset.validation.labels_N
-            loss = torch.nn.functional.nll_loss(output.log_probs_NC, labels_N)
-            right_N = output.log_probs_NC.argmax(1) == labels_N
-            return {"cross_entropy": loss.item(), "accuracy": right_N.double().mean().item()}
-
-        history, best = fit(task, config, measure, label="tiny", checkpoint=checkpoint, on_epoch=stop)
-        return task, history, best
-
-    whole, expected, best = run()
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "checkpoint.pt", stop_after=1)
-    resumed, found, found_best = run(tmp_path / "checkpoint.pt")
-    assert (found.train, found.validation) == (expected.train, expected.validation)
-    pairs = [(best[name], found_best[name]) for name in ("best_cross_entropy", "best_accuracy")]
-    for state, other in ((whole.state_dict(), resumed.state_dict()), *pairs):
-        assert state.keys() == other.keys()
-        assert all(torch.equal(value, other[name]) for name, value in state.items())
-    assert any("running" in name and value.any() for name, value in best["best_cross_entropy"].items())
 
 
 @pytest.mark.parametrize("options", [{"router": "ac"}, CAUSAL], ids=["ac", "ac-causal"])

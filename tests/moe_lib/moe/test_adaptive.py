@@ -596,8 +596,9 @@ def trained_router(steps=3, **options):
     return router
 
 
-CAUSAL = [{}, {"shuffled": True}, {"matched": True}, {"pooled": True, "normalize": "row"}]
-every_causal_form = pytest.mark.parametrize("options", CAUSAL, ids=["ac", "shuffled", "matched", "pooled"])
+CAUSAL = [{}, {"shuffled": True}, {"matched": True}, {"pooled": True, "normalize": "row"}, {"mixed": True}]
+CAUSAL_IDS = ["ac", "shuffled", "matched", "pooled", "mixed"]
+every_causal_form = pytest.mark.parametrize("options", CAUSAL, ids=CAUSAL_IDS)
 
 
 def test_causal_averages_equal_the_loops():
