@@ -4,11 +4,11 @@ Shapes: N tokens, K slots, B sequences, T positions, E experts, C classes.
 """
 
 import itertools
-import math
 import random
 from collections import Counter
 
 import pytest
+import reference_panel
 import torch
 from torch import nn
 
@@ -48,78 +48,15 @@ def seen_by_state(parts=1, **options):
     return state.finish()
 
 
-def entropy(shares):
-    return -sum(p * math.log(p) for p in shares if p > 0)
-
-
-def by_loops(seed=0, **options):
-    indices_NK, weights_NK, valid_N, labels_N, tokens_ND = planted(seed, **options)
-    sets, rows_of, first = {}, {}, {}
-    tokens = dropped = 0
-    for n in range(N):
-        if not valid_N[n]:
-            continue
-        tokens += 1
-        chosen = {int(e): float(w) for e, w in zip(indices_NK[n], weights_NK[n], strict=True) if e >= 0}
-        if not chosen:
-            dropped += 1
-            continue
-        total = sum(chosen.values())
-        sets[n] = set(chosen)
-        rows_of[n] = {e: w / total for e, w in chosen.items()}
-        first[n] = max(chosen, key=chosen.get)
-    count = Counter(e for chosen in sets.values() for e in chosen)
-    slots = sum(count.values())
-    mean = Counter()
-    for row in rows_of.values():
-        for e, w in row.items():
-            mean[e] += w / len(rows_of)
-    overlaps = []
-    for b, t in itertools.product(range(B), range(T - 1)):
-        x, y = b * T + t, b * T + t + 1
-        if x in sets and y in sets:
-            overlaps.append(len(sets[x] & sets[y]) / max(len(sets[x]), len(sets[y])))
-    pairs = [
-        (sum({a, b} <= s for s in sets.values()) / min(count[a], count[b]))
-        for a, b in itertools.combinations(range(E), 2)
-        if min(count[a], count[b])
-    ]
-    joint = Counter((int(labels_N[n]), e) for n in sets for e in sets[n] if labels_N[n] >= 0)
-    total = sum(joint.values())
-    classes, experts = Counter(), Counter()
-    for (c, e), m in joint.items():
-        classes[c] += m / total
-        experts[e] += m / total
-    middle = torch.stack([tokens_ND[n] for n in sets]).mean(0)
-    between = sum(
-        len(g) * float((torch.stack(g).mean(0) - middle).square().sum())
-        for e in range(E)
-        if (g := [tokens_ND[n] for n in sets if first[n] == e])
-    )
-    within = sum(float((tokens_ND[n] - middle).square().sum()) for n in sets)
-    return {
-        "effective experts": math.exp(entropy(m / slots for m in count.values())),
-        "never chosen": sum(count[e] == 0 for e in range(E)),
-        "largest load": max(count.values()) / slots,
-        "dropped": dropped / tokens,
-        "unfilled": 1 - slots / (tokens * indices_NK.shape[1]),
-        "H(E)": entropy(mean.values()),
-        "H(E|x)": sum(entropy(row.values()) for row in rows_of.values()) / len(rows_of),
-        "I(x;E)": entropy(mean.values()) - sum(entropy(r.values()) for r in rows_of.values()) / len(rows_of),
-        "I(c;E)": sum(
-            m / total * math.log(m / total / classes[c] / experts[e]) for (c, e), m in joint.items()
-        ),
-        "switching": 1 - sum(overlaps) / len(overlaps),
-        "co-activation": max(pairs),
-        "input separation": between / within,
-    }
-
-
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_measures_are_the_loops(seed, parts):
     found = routing_measures(seen_by_state(parts, seed=seed))
-    for name, value in by_loops(seed).items():
+    indices_NK, weights_NK, valid_N, labels_N, tokens_ND = planted(seed)
+    index_NK = indices_NK.where(indices_NK >= 0, E)
+    weight_NE = torch.zeros(N, E + 1).scatter(1, index_NK, weights_NK)[:, :E]
+    given = weight_NE > 0, weight_NE, labels_N, follows(B, T), valid_N, tokens_ND
+    for name, value in reference_panel.measures(*given)[1].items():
         assert found[name].value == pytest.approx(value, rel=1e-5), name
 
 

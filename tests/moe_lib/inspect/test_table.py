@@ -6,12 +6,9 @@ Shapes: N tokens, E experts, B sequences, T positions.
 """
 
 import importlib.util
-import itertools
-import math
-from collections import Counter
 
-import numpy as np
 import pytest
+import reference_panel
 import tiny_moes
 import torch
 
@@ -24,46 +21,6 @@ pytestmark = [
         importlib.util.find_spec("transformers") is None, reason="transformers is not installed: .[test-hf]"
     ),
 ]
-
-
-def entropy(shares):
-    return -sum(p * math.log(p) for p in shares if p > 0)
-
-
-def by_loops(served_NE, weight_NE, label_N, length):
-    """Every measure that counts, in Python's float64; a token's weights are made to sum to 1."""
-    num_tokens, num_experts = served_NE.shape
-    chosen = [set(np.flatnonzero(row).tolist()) for row in served_NE]
-    used = [n for n in range(num_tokens) if chosen[n]]
-    weights = {n: np.abs(weight_NE[n]) / np.abs(weight_NE[n]).sum() for n in used}
-    count_E = [sum(e in s for s in chosen) for e in range(num_experts)]
-    slots, top_k = sum(count_E), max(map(len, chosen))
-    marginal = entropy([sum(weights[n][e] for n in used) / len(used) for e in range(num_experts)])
-    per_token = sum(entropy(weights[n]) for n in used) / len(used)
-    pairs = [(n, n + 1) for n in range(num_tokens - 1) if (n + 1) % length and chosen[n] and chosen[n + 1]]
-    kept = [len(chosen[n] & chosen[m]) / max(len(chosen[n]), len(chosen[m])) for n, m in pairs]
-    joint = Counter((label_N[n], e) for n in used for e in chosen[n])
-    together = [
-        sum({a, b} <= s for s in chosen) / min(count_E[a], count_E[b])
-        for a, b in itertools.combinations(range(num_experts), 2)
-        if count_E[a] and count_E[b]
-    ]
-    by_label = Counter()
-    for (label, _), count in joint.items():
-        by_label[label] += count
-    found = {
-        "never chosen": count_E.count(0),
-        "largest load": max(count_E) / slots,
-        "dropped": 1 - len(used) / num_tokens,
-        "effective experts": math.exp(entropy([count / slots for count in count_E])),
-        "H(E)": marginal,
-        "H(E|x)": per_token,
-        "I(x;E)": marginal - per_token,
-        "I(c;E)": sum(m / slots * math.log(m * slots / by_label[c] / count_E[e])
-                      for (c, e), m in joint.items()),
-        "switching": 1 - sum(kept) / len(kept),
-    }  # fmt: skip
-    return count_E, found | ({"co-activation": max(together)} if top_k > 1 else {})
 
 
 def logits(model, data):
@@ -90,7 +47,8 @@ def test_every_measure_is_the_loops(family, dtype):
         served_NE, weight_NE = (torch.cat(parts).numpy() for parts in zip(*calls, strict=True))
         ids = "decoder_input_ids" if "decoder_input_ids" in data[0] and "decoder" in name else "input_ids"
         label_N = torch.cat([batch[ids].flatten() for batch in data]).tolist()
-        count_E, expected = by_loops(served_NE, weight_NE, label_N, data[0][ids].shape[1])
+        follows_N = (torch.arange(1, len(label_N) + 1) % data[0][ids].shape[1] != 0).tolist()
+        count_E, expected = reference_panel.measures(served_NE, weight_NE, label_N, follows_N)
         assert layer.state.count_E.tolist() == count_E
         assert layer["never chosen"] == expected.pop("never chosen")
         assert layer.load_E == pytest.approx([count / sum(count_E) for count in count_E], abs=1e-12)
