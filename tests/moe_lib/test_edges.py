@@ -123,18 +123,6 @@ def test_routers_and_layer(given_matrix, top_k):
 
 
 @fixed
-@given(matrices(columns=(1, E)), st.sampled_from([torch.int64, torch.int32, torch.uint8]))
-def test_routing_measures(given_matrix, integer):
-    logits_NE, generator = given_matrix
-    labels_N = labels_of(len(logits_NE), generator)
-    probs_NE = moe_lib.route(logits_NE).probs_NE
-    entropy = moe_lib.routing_entropy(probs_NE, labels_N.to(integer), C)
-    expected = reference.routing_entropy(probs_NE, labels_N, C)
-    np.testing.assert_allclose(entropy[:6], list(expected)[:6], atol=1e-6)
-    assert moe_lib.load(probs_NE, labels_N).effective_experts >= 1 - 1e-6
-
-
-@fixed
 @given(
     matrices(rows=(21, 40), columns=(1, 5)),
     st.sampled_from(["knn", "pixels"]),

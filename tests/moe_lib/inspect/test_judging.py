@@ -176,12 +176,6 @@ def test_classes_of_one_name_are_told_apart():
     assert set(found) == {"a (0)", "a (1)", "b"}
 
 
-def test_other_numbers_of_experts_are_not_compared():
-    panels = [inspect_moe(MoE(D, num_experts, 4, top_k=1), [tokens()]) for num_experts in (4, 6)]
-    with pytest.raises(ValueError, match="must be of the same blocks"):
-        panels[0].compare(panels[1])
-
-
 def test_infinite_losses_make_valid_json(tmp_path):
     data = [(tokens(), torch.arange(200) % 2)]
     panel = inspect_moe(Classifier(), data, causal=True, loss=lambda *_: torch.tensor(math.inf))

@@ -153,17 +153,17 @@ def test_experts_may_be_mixtures(training):
 class Choice(nn.Module):
     """Experts choose tokens, best first, after a norm; or read buffers that are padded with zeros."""
 
-    def __init__(self, padded, normed=True):
+    def __init__(self, padded, normed=True, share=2):
         super().__init__()
         torch.manual_seed(0)
         self.norm = nn.LayerNorm(D) if normed else nn.Identity()
         self.router = nn.Linear(D, E)
         self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(E))
-        self.padded = padded
+        self.padded, self.share = padded, share
 
     def forward(self, x_ND):
         h_ND = self.norm(x_ND)
-        weight_NE, size = self.router(h_ND).softmax(-1), len(x_ND) // 2
+        weight_NE, size = self.router(h_ND).softmax(-1), len(x_ND) // self.share
         out_ND, self.weight_NE = torch.zeros_like(x_ND), torch.zeros_like(weight_NE)
         best_N = weight_NE.argmax(1)
         for e, expert in enumerate(self.experts):
@@ -186,11 +186,16 @@ def separation(read_ND, weight_NE):
     return float(between / apart_ND.square().sum())
 
 
-@pytest.mark.parametrize(("padded", "normed"), [(False, True), (False, False), (True, False)])
-def test_what_experts_read_is_put_back_in_order(padded, normed):
-    model = Choice(padded, normed)
+@pytest.mark.parametrize(
+    ("padded", "normed", "share"), [(False, True, 2), (False, False, 2), (False, True, 4), (True, False, 2)]
+)
+def test_what_experts_read_is_put_back_in_order(padded, normed, share):
+    model = Choice(padded, normed, share)
     layer = read(model)
     expected = separation(model.norm(tokens()), model.weight_NE)
+    assert layer.state.count_E.tolist() == (model.weight_NE > 0).sum(0).tolist()
+    assert layer["dropped"] == pytest.approx(float((model.weight_NE == 0).all(1).double().mean()))
+    assert (layer["dropped"] > 0) == (share == 4)
     assert layer["input separation"] == pytest.approx(expected, abs=1e-6)
     assert layer["mixture error"] < 1e-5
 
@@ -262,21 +267,6 @@ def test_keywords_and_losses_before_the_output(training):
 
 def test_experts_that_take_more_than_tokens_are_not_read():
     assert "0 (Inside): Weighted.forward() missing 1 required" in unread(nn.Sequential(Inside()))
-
-
-class Einsum(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gate = nn.Linear(D, E)
-        self.w_in, self.w_out = nn.Parameter(torch.randn(E, D, 8)), nn.Parameter(torch.randn(E, 8, D))
-
-    def forward(self, x_ND):
-        hidden_ENH = torch.einsum("nd,edh->enh", x_ND, self.w_in).relu()
-        return torch.einsum("ne,enh,ehd->nd", self.gate(x_ND).softmax(-1), hidden_ENH, self.w_out)
-
-
-def test_a_model_of_stacked_weights_is_named():
-    assert "(the model (Einsum)): write an Adapter" in unread(Einsum())
 
 
 class Picky(nn.Module):

@@ -107,8 +107,9 @@ def test_two_panels_are_compared(tmp_path):
     stored = Panel.from_json(tmp_path / "after.json")
     assert all(math.isnan(v.value) for v in after.compare(stored).saturation())
     assert (after.compare(stored).table() == 0).all(axis=None)
-    with pytest.raises(ValueError, match="must be of the same blocks"):
-        panel(num_layers=2).compare(before)
+    for options in ({"num_layers": 2}, {"num_experts": 6}):
+        with pytest.raises(ValueError, match="must be of the same blocks"):
+            panel(**options).compare(before)
 
 
 @pytest.mark.parametrize(

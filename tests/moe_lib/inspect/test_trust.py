@@ -573,10 +573,12 @@ def test_a_block_that_reads_other_tokens_stops_nothing(then, labels):
 ])  # fmt: skip
 def test_padding_by_position_and_by_addition_is_not_counted(batch):
     model = Language()
-    layer = inspect_moe(model, [batch], "tokens")[0]
-    real = model.one.chosen[MASK.flatten().bool()]
-    assert layer.state.count_E.tolist() == real.flatten().bincount(minlength=E).tolist()
-    assert len(layer.class_expert) == len(IDS[MASK.bool()].unique())
+    panel = inspect_moe(model, [batch], "tokens")
+    for layer, block in zip(panel.layers, (model.one, model.two), strict=True):
+        real = block.chosen[MASK.flatten().bool()]
+        assert layer.state.count_E.tolist() == real.flatten().bincount(minlength=E).tolist()
+        assert (layer.num_tokens, int(layer.state.padding)) == (len(real), B * T - len(real))
+        assert len(layer.class_expert) == len(IDS[MASK.bool()].unique())
 
 
 def test_masks_that_are_not_clear_are_refused():

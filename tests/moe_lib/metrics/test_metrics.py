@@ -40,19 +40,24 @@ def random_experts(num_experts=3, dim=3, hidden=4, out=2, seed=0):
 # ------------------------------------------------------------------------------- routing entropy
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    num_samples=st.integers(1, 12),
+    num_samples=st.integers(1, 14),
     num_experts=st.integers(1, 5),
     num_classes=st.integers(1, 4),
-    sharpness=st.sampled_from([0.0, 1.0, 5.0, 1000.0]),  # uniform to one-hot
+    sharpness=st.sampled_from([0.0, 1.0, 5.0, 1000.0, 1e19]),  # uniform to one-hot
     seed=st.integers(0, 2**31),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    integer=st.sampled_from([torch.int64, torch.int32, torch.uint8]),
 )
-def test_entropies_equal_the_loops(num_samples, num_experts, num_classes, sharpness, seed):
+def test_entropies_equal_the_loops(num_samples, num_experts, num_classes, sharpness, seed, dtype, integer):
     probs_NE, labels_N = random_gates(num_samples, num_experts, num_classes, seed, sharpness)
+    probs_NE, labels_N = probs_NE.to(dtype), labels_N.to(integer)
     measured = metrics.routing_entropy(probs_NE, labels_N, num_classes)
     expected = reference.routing_entropy(probs_NE, labels_N, num_classes)
-    np.testing.assert_allclose(measured[:6], expected, rtol=1e-9, atol=1e-12)
+    rtol, atol = (1e-9, 1e-12) if dtype == torch.float64 else (1e-5, 1e-6)
+    np.testing.assert_allclose(measured[:6], expected, rtol=rtol, atol=atol)
+    assert metrics.load(probs_NE, labels_N).effective_experts >= 1 - 1e-6
 
 
 def test_entropies_with_an_absent_class_and_a_dead_expert():
@@ -61,12 +66,6 @@ def test_entropies_with_an_absent_class_and_a_dead_expert():
     probs_NE = torch.cat([probs_NE, torch.zeros(23, 1)], 1)
     measured = metrics.routing_entropy(probs_NE, labels_N, 5)
     np.testing.assert_allclose(measured[:6], reference.routing_entropy(probs_NE, labels_N, 5), rtol=1e-9)
-
-
-def test_entropies_of_float32_gates():
-    probs_NE, labels_N = random_gates()
-    measured = metrics.routing_entropy(probs_NE.float(), labels_N, 3)
-    np.testing.assert_allclose(measured[:6], reference.routing_entropy(probs_NE, labels_N, 3), rtol=1e-5)
 
 
 def test_entropies_of_a_uniform_gate():
