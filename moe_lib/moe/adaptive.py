@@ -173,17 +173,16 @@ class AdaptiveClusteringRouter(CosineRouter):
         config = self.config
         num_experts = len(self.embeddings_ED)
         observed_ND = tokens_ND if config.gradient else tokens_ND.detach()
-        if config.causal:
-            if not self.training:
-                dispersion_ED, valid_E = self.running_ED, self.seen_E
-            else:
-                if not _in_backward():
-                    before = self.running_ED.clone(), self.seen_E.clone()
-                    self._count_step(*self._batch_dispersion(observed_ND, assignment_N))
-                    self._before = before
-                dispersion_ED, valid_E = self._before
-        else:
+        if not config.causal:
             dispersion_ED, valid_E = self._batch_dispersion(observed_ND, assignment_N)
+        elif not self.training:
+            dispersion_ED, valid_E = self.running_ED, self.seen_E
+        else:
+            if not _in_backward():
+                before = self.running_ED.clone(), self.seen_E.clone()
+                self._count_step(*self._batch_dispersion(observed_ND, assignment_N))
+                self._before = before
+            dispersion_ED, valid_E = self._before
         rows_ED = scales_of_dispersion(
             dispersion_ED, valid_E, config.eps, config.normalize, config.max_ratio
         ).expand(num_experts, -1)

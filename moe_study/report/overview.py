@@ -174,15 +174,13 @@ def crossed_table(profile: str) -> pd.DataFrame:
     )
 
 
-# Studies whose settings were chosen there.
-LAST_EPOCH = ("collapse", "ac-language-confirm", "ac-vision-confirm", "ac-vision-trained")
-
-
 def tuning_table(profile: str) -> pd.DataFrame:
     """Validation cross-entropy of every setting tried, at its best epoch and at the last, mean over
     the tuning seeds; and by which of the two the setting was chosen."""
     rows = []
     for name in (name for name in study.STUDIES if name.endswith("-tuning")):
+        tuned_study = name.removesuffix("-tuning")
+        chosen_by = "the last epoch" if tuned_study in arms.CONFIRMATORY else "the best epoch"
         for runs in selection.finished_runs(profile, name).values():
             results = study.results(runs)
             objectives = [result["run"]["objective"] for result in results]
@@ -194,14 +192,14 @@ def tuning_table(profile: str) -> pd.DataFrame:
                 weight = next(filter(None, weights), 0.0)
                 rows.append(
                     {
-                        "study": name.removesuffix("-tuning"),
+                        "study": tuned_study,
                         "data set": DATASET_TITLES[run["dataset"]],
                         "arm": run["arm"],
                         "training images": run["train_images"] or "all",
                         "epochs": run["train"]["epochs"],
                         "learning rate": run["train"]["learning_rate"],
                         "weight of the extra loss": weight,
-                        "chosen by": "the last epoch" if name.startswith(LAST_EPOCH) else "the best epoch",
+                        "chosen by": chosen_by,
                         "validation cross-entropy": result["history"]["best_cross_entropy"],
                         "at the last epoch": look_up(result, "history.validation.cross_entropy")[-1],
                     }
