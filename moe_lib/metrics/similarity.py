@@ -118,8 +118,8 @@ def linear_cka(x_NA: Tensor, y_NB: Tensor) -> float:
 
     Source: Nguyen, Raghu, Kornblith, "Do Wide and Deep Networks Learn the Same Things?", ICLR 2021, with
     the unbiased HSIC of Song et al., JMLR 2012. 1 for equal representations up to rotation and
-    scale, 0 in expectation for independent ones; slightly negative values occur. NaN if one is constant, or
-    differs in one sample alone: nothing is left of it without the diagonal.
+    scale, 0 in expectation for independent ones; slightly negative values occur. NaN where the HSIC of one
+    with itself is 0: it is constant, only one sample differs from the rest, or all are equally far apart.
     """
     check_floating(x_NA, "x", "N, A")
     check_floating(y_NB, "y", "N, B")
