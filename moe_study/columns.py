@@ -23,6 +23,7 @@ class Column(NamedTuple):
     decimals: int = 4
     unit: str = ""  # "points": a share of 1, shown in percentage points
     endpoint: str | None = None  # None: the file's own primary one
+    whole_run: bool = False  # it is of all epochs, and so the same at every endpoint
 
     @property
     def scale(self) -> float:
@@ -36,12 +37,12 @@ class Column(NamedTuple):
     def of(self, result: Result, endpoint: str | None = None) -> float | None:
         """The value at an endpoint, or else at the column's own; None where the file has none there.
 
-        A function has a value at the file's primary endpoint alone.
+        A function has a value at the file's primary endpoint alone, unless it is of the whole run.
         """
         primary = store.primary_endpoint(result)
         endpoint = endpoint or self.endpoint or primary
         if not isinstance(self.source, str):
-            return self.source(result) if endpoint == primary else None
+            return self.source(result) if self.whole_run or endpoint == primary else None
         there = store.at_endpoint(result, endpoint)
         if endpoint != primary and self.source.split(".")[0] not in there:
             return None
@@ -246,7 +247,7 @@ def batch_dependence(path: str, result: Result) -> float | None:
 ROUTED_COLUMNS: Columns = {
     **at_three_endpoints("cross-entropy", 4, "nats"),
     **at_three_endpoints("accuracy", 2, "points"),
-    "validation area": Column(validation_area, 4, "nats"),
+    "validation area": Column(validation_area, 4, "nats", whole_run=True),
     "H(E|x)": Column(partial(layer_mean, "per_sample"), 3),
     "H(E|c)": Column(partial(layer_mean, "class_conditional"), 3),
     "effective experts": Column(partial(layer_mean, "load.effective_experts"), 2),

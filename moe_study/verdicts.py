@@ -164,11 +164,15 @@ class Verdict:
     def depends_on_checkpoint(self) -> bool:
         return len(set(self.by_endpoint.values())) > 1
 
+    def below(self, margin: float) -> bool:
+        """Whether the 90 % interval lies wholly below a margin, whatever the word."""
+        signed_S = self.parts[0].signed_S
+        return len(signed_S) >= PILOT_BELOW and stats.t_interval(signed_S, 0.90)[1] < margin
+
     @property
     def smaller(self) -> bool:
         """Whether the 90 % interval lies wholly below the difference that counts, whatever the word."""
-        signed_S = self.parts[0].signed_S
-        return len(signed_S) >= PILOT_BELOW and stats.t_interval(signed_S, 0.90)[1] < self.margin
+        return self.below(self.margin)
 
 
 def pairs(
@@ -243,10 +247,14 @@ def _obstacle(
             said = "; ".join(_gate_text(gate) for gate in closed)
             return Obstacle("gate", f"learned routing is not shown to pay: {said}")
         if not gates:
-            return Obstacle("no control", "no control that learns nothing was run")
+            return Obstacle("no control", "no control that learns nothing was run on these seeds")
     if claim.resolves is not None:
         degrees = [getattr(collapse(r), claim.resolves) for r in own[control]]
         value_S, null_S = [d.value for d in degrees], [d.null for d in degrees]
+        if any(map(math.isnan, null_S)):
+            return Obstacle(
+                "no collapse", f"no null of the {claim.resolves} collapse of {control} was measured"
+            )
         if not _above(value_S, null_S):
             return Obstacle(
                 "no collapse",
@@ -427,7 +435,8 @@ def _family(units: Sequence[Verdict], by_endpoint: Mapping[str, Sequence[Verdict
 
         def against(other: Verdict) -> bool:
             signed_S = other.parts[0].signed_S
-            return len(signed_S) >= 2 and stats.t_interval(signed_S, 0.90)[1] < 0
+            wrong_side = len(signed_S) >= 2 and stats.t_interval(signed_S, 0.90)[1] < 0
+            return wrong_side or any(part.breaks for part in other.parts)
 
         others = {
             name: own[i]

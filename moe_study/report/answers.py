@@ -23,7 +23,7 @@ OBSTACLES = {  # kinds, as a reader needs them
     "gate": "learned routing is not shown to pay",
     "no collapse": "there is no such collapse to resolve",
     "floor": "they are no more alike than unrelated ones",
-    "no control": "no gate that learns nothing was run",
+    "no control": "no gate that learns nothing was run on these seeds",
 }
 
 
@@ -79,6 +79,11 @@ def _snnl(found: Sequence[Verdict], beside: Sequence[Verdict]) -> Answer:
         "smaller than would matter": [v for v in small if v.dataset not in v.claim.published],
         "undecided": of("undecided"),
     }
+    other = [v for v in accuracy.values() if v not in yes and v.depends_on_checkpoint]
+    for said, own in grouped(other, lambda v: _and(sorted({*v.by_endpoint.values()} - {v.word}))).items():
+        below.append(
+            f"On {_names(own)} the verdict depends on the checkpoint rule: at another epoch, {said}."
+        )
     if rest := [f"{said} on {_names(units)}" for said, units in kinds.items() if units]:
         seen = [v for units in kinds.values() for v in units if _apart(v) and _gain(v) > 0]
         unsure = f"; before correction for the number of claims it is seen on {_names(seen)}" if seen else ""
@@ -87,11 +92,6 @@ def _snnl(found: Sequence[Verdict], beside: Sequence[Verdict]) -> Answer:
     if more := of("supported", "-effective"):
         below.append(f"More experts are in use with it on {_names(more)}{_balance(more, accuracy)}.")
     below += [_alike(v) for v in of("contradicted", "-different")]
-    other = [v for v in accuracy.values() if v not in yes and v.depends_on_checkpoint]
-    for said, own in grouped(other, lambda v: _and(sorted({*v.by_endpoint.values()} - {v.word}))).items():
-        below.append(
-            f"On {_names(own)} the verdict depends on the checkpoint rule: at another epoch, {said}."
-        )
     below.append(_untested([v for v in found if v.word == "not testable here"]))
     return answer, below
 
@@ -175,7 +175,7 @@ def _ac(found: Sequence[Verdict]) -> Answer:
             else "a gain is neither shown nor excluded"
         )
         answer += f" Where learned routing pays ({_names(judged)}), {gain}."
-    below = []
+    below = [_chosen(judged)]
     tested = [v for v in rest if v not in kinds["not trained"]]
     for better, word in ((True, "Better"), (False, "Worse")):
         if apart := [v for v in tested if _apart(v) and (_gain(v) > 0) is better]:
@@ -194,8 +194,9 @@ def _ac(found: Sequence[Verdict]) -> Answer:
     if same := [v for v in (*gated, *unchecked) if place(v) not in differ]:
         controls = _and(list(dict.fromkeys(f"the {in_words(v.control)}" for v in same)))
         where = _names(same) if differ else "any of these"
-        below.append(f"No difference from {controls} is seen on {where}.")
-    return answer, [*below, _chosen(judged)]
+        what = " or ".join(dict.fromkeys(v.claim.measure.name for v in same))
+        below.append(f"No difference in {what} from {controls} is seen on {where}.")
+    return answer, below
 
 
 def _undecided(found: Sequence[Verdict], judged: Sequence[Verdict]) -> list[str]:
@@ -216,11 +217,11 @@ def _pays(found: Sequence[Verdict], mixtures: Sequence[Verdict]) -> Answer:
         by_control = grouped(
             units, lambda v: against(v).removesuffix(f" {v.where}").replace("SNNL with ", "")
         )
-        return "; ".join(f"{control} on {_list(own)}" for control, own in by_control.items())
+        return "; ".join(f"{control} on {_list(own, _faint)}" for control, own in by_control.items())
 
     words = {
         "supported": ("it is better", "Yes"),
-        "contradicted": ("it is worse", "No"),
+        "contradicted": ("it is worse", "No (not corrected for the number of claims)"),
         "smaller than claimed": ("it gains less than would matter", "Less than would matter"),
         "undecided": ("it is undecided", "Undecided"),
     }
@@ -236,7 +237,10 @@ def _pays(found: Sequence[Verdict], mixtures: Sequence[Verdict]) -> Answer:
         if (own := _of(mixtures, word))
     ]
     if dense:
-        below.append(f"Against a dense network of its size or active width, the mixture is {_and(dense)}.")
+        unsure = f"; undecided on {_list(own)}" if (own := _of(mixtures, "undecided")) else ""
+        below.append(
+            f"Against a dense network of its size or active width, the mixture is {_and(dense)}{unsure}."
+        )
     return answer, below
 
 
@@ -269,9 +273,11 @@ def _list(units: Sequence[Verdict], *notes: Callable[[Verdict], str]) -> str:
     parts = []
     for v in units:
         stage = "" if v.confirmatory else "exploratory"
-        said = "; ".join(filter(None, [f"by {_amount(v, _gain(v))}", *(note(v) for note in notes), stage]))
+        side = "" if v.word != "undecided" else "ahead " if _gain(v) > 0 else "behind "
+        said = [f"{side}by {_amount(v, _gain(v))}", *(note(v) for note in notes), stage]
         where = f", {v.where.removeprefix('in ')}" * (bool(v.where) and against not in notes)
-        parts.append(f"{place(v)}{where}{' with SNNL' * (v.claim.wording == BESIDE)} ({said})")
+        where += " with SNNL" * (v.claim.wording == BESIDE)
+        parts.append(f"{place(v)}{where} ({'; '.join(filter(None, said))})")
     return _and(parts)
 
 
@@ -288,6 +294,11 @@ def _little(verdict: Verdict) -> str:
 def _uncorrected(verdict: Verdict) -> str:
     """Of what *contradicted* asks less of than *supported*."""
     return "not corrected for the number of claims" * (verdict.word == "contradicted")
+
+
+def _faint(verdict: Verdict) -> str:
+    """Of *contradicted*, which asks the 90 % interval, where the 95 % one leaves it open."""
+    return "its 95 % interval includes 0" * (verdict.word == "contradicted" and not _apart(verdict))
 
 
 def _caveats(verdict: Verdict) -> list[str]:

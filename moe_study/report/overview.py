@@ -249,8 +249,9 @@ def core_minutes(results: Sequence[dict[str, Any]]) -> float:
 
 
 def on_gpus(results: Sequence[dict[str, Any]]) -> str:
-    """ "; 54 runs on NVIDIA H100", whose times are no core's since they shared it; "" if there are none."""
-    devices = Counter(r["device"] for r in results if r["device"] != "cpu")
+    """ "; 54 runs on NVIDIA H100", whose times are no core's since they shared it; "" if there are none. One
+    that another study had trained already does not count again."""
+    devices = Counter(r["device"] for r in results if r["device"] != "cpu" and "same_as" not in r)
     return "".join(
         f"; {count} run{'s' * (count > 1)} on {device}" for device, count in sorted(devices.items())
     )

@@ -14,7 +14,7 @@ from moe_study.claims import BY_KEY, PILOT_BELOW
 from moe_study.columns import COLUMNS, Columns
 from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
-from moe_study.verdicts import Cause, Verdict, Word
+from moe_study.verdicts import Cause, Part, Verdict, Word
 
 # Studies of one data set are told apart by what is special about the models of all but one of them.
 SPECIAL = {
@@ -51,11 +51,15 @@ def difference(verdict: Verdict) -> str:
     return verdict.claim.measure.shown(found.difference, found.low, found.high)
 
 
+def _qualified(verdict: Verdict, said: Word, factor: float = 1) -> str:
+    """A word at a multiple of the margin, and whether the difference is smaller than that all the same."""
+    smaller = said == "supported" and verdict.below(factor * verdict.margin)
+    return f"{said}, but smaller than {'claimed' if factor == 1 else 'that'}" if smaller else said
+
+
 def word(verdict: Verdict) -> str:
     """The word, and what must stand beside it."""
-    said: str = verdict.word
-    if verdict.word == "supported" and verdict.smaller:
-        said += ", but smaller than claimed"
+    said = _qualified(verdict, verdict.word)
     if verdict.depends_on_checkpoint:
         said += "; depends on the checkpoint rule"
     return said
@@ -104,11 +108,11 @@ def firmness(found: Sequence[Verdict]) -> pd.DataFrame:
                 "claim": claim.wording,
                 "contrast": contrast(verdict),
                 "verdict": verdict.word,
-                "at half the margin": verdict.at_half,
-                "at twice the margin": verdict.at_twice,
+                "at half the margin": _qualified(verdict, verdict.at_half, 0.5),
+                "at twice the margin": _qualified(verdict, verdict.at_twice, 2),
                 **{name.replace("_", " "): verdict.by_endpoint.get(name, "-") for name in store.ENDPOINTS},
                 "interval over seeds and images": "-" if images is None else claim.measure.shown(*images),
-                "seeds for 80 % power": str(verdict.seeds_needed or "-"),
+                "seeds for 80 % power, before correction": str(verdict.seeds_needed or "-"),
             }
         )
     return pd.DataFrame(rows).set_index(["data set", "claim"]) if rows else pd.DataFrame()
@@ -150,11 +154,16 @@ def reason(verdict: Verdict) -> str:
     conditions = "".join(
         f" {_capital(part.condition.wording)}: "
         f"{part.measure.shown(float((part.treatment_S - part.control_S).mean()))}, "
-        f"p {tables.shown_p(part.p)}."
+        f"p {tables.shown_p(part.p)}{_bound(part)}."
         for part in verdict.parts
         if part.condition is not None and len(part.treatment_S)
     )
     return f"{contrast(verdict)} {difference(verdict)}: {said[verdict.word]}.{conditions}"
+
+
+def _bound(part: Part) -> str:
+    """What a condition's p is against, if not 0."""
+    return f" against {part.measure.shown(part.measure.sign * part.bound)}" if part.bound else ""
 
 
 def cause(one: Cause, verdict: Verdict) -> str:
