@@ -264,8 +264,8 @@ def company_table(results: Sequence[Result]) -> pd.DataFrame:
     groups = found.groupby(["without", "arm"], sort=False)
     table = pd.DataFrame(
         {
-            "cross-entropy with it": groups["cross_entropy_together"].apply(spread, 4),
-            "more without": groups["more"].apply(spread, 4),
+            "cross-entropy in the batch": groups["cross_entropy_together"].apply(spread, 4),
+            "added without": groups["more"].apply(spread, 4),
             "choices changed": groups["changed_choice"].apply(spread, 3),
             "largest change": groups["largest_change"].max().map("{:.4f}".format),
         }
