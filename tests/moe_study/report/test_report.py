@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -1706,6 +1707,11 @@ def test_verdict_grid_draws_every_verdict(core):
     figure = verdict_plots.verdict_grid(first_screen.grid(found))
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert sum("[+" in text or "[-" in text for text in texts) == len(found)
+    assert figure.get_figwidth() * 96 <= 840  # as wide as a README shows: text keeps its size
+    assert min(text.get_fontsize() for text in figure.axes[0].texts) >= 9
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    edges = [text.get_window_extent(renderer) for text in figure.axes[0].texts]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0 for box in edges)
     check_drawn(figure, "verdict_grid")
 
 
