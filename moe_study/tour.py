@@ -155,8 +155,8 @@ def space_figure(seed: int) -> Figure:
     legend(figure, axes[0, 0], loc="outside right center", columns=1, title="cluster", markerscale=2)
     return captioned(
         figure,
-        "Tokens of two clusters as the AC router sees them, in two geometries (rows): unscaled (left), each "
-        "scaled by its own cluster's M (middle), and with tokens exchanged between clusters, so that nothing "
-        "but M knows the cluster (right). Fewer assigned wrongly in the middle than on the left: the scaling "
-        "helps. On the right few would mean that M gives the cluster away; half, that it tells nothing.",
+        "Tokens of two clusters as the AC router sees them, in two geometries (rows). Left: unscaled. Middle:"
+        " each scaled by its own cluster's M; what counts is how many are assigned wrongly, not whether the "
+        "colours lie apart. Right: the same M, tokens exchanged between the clusters, so that only M knows "
+        "the cluster: colours that lie apart there were told apart by M, not by the tokens.",
     )

@@ -32,7 +32,7 @@ WORD_COLOURS = {
 
 
 # Of the grid, in inches: as wide as a README shows, text of 9 points, an average letter of it.
-GRID_WIDTH, GRID_LEFT, LINE, LETTER = 8.7, 1.75, 0.165, 0.072
+GRID_WIDTH, GRID_LEFT, LINE, LETTER = 8.7, 1.75, 0.165, 0.069
 
 
 def verdict_grid(grid: dict[str, Any]) -> Figure:
