@@ -27,6 +27,7 @@ from moe_study.report.plots import PALETTE, captioned, legend, new_figure
 CLASS_COLOURS = PALETTE[1:5]
 CLASS_MARKERS = ("o", "s", "^", "D")
 LIMIT = 1.75  # of the plane that is drawn
+GREYS = ("#f2f2f2", "#d4d4d4", "#b0b0b0", "#8c8c8c")  # the ground of each expert
 
 
 def gates_table(gates: Mapping[str, Tensor], labels_N: Tensor, seed: int) -> pd.DataFrame:
@@ -100,19 +101,25 @@ def experts_figure(
     ticks = np.linspace(-LIMIT, LIMIT, 120)
     grid = torch.tensor(np.stack(np.meshgrid(ticks, ticks), -1).reshape(-1, 2))
     figure, axes = new_figure(8.4, 4 * len(trained), len(trained), 2)
-    greys = ListedColormap(["#f2f2f2", "#d4d4d4", "#b0b0b0", "#8c8c8c"])
-    grounds = [Patch(fc=grey, ec="#555555", label=f"expert {e}") for e, grey in enumerate(greys.colors)]
+    grounds = [Patch(fc=grey, ec="#555555", label=f"expert {e}") for e, grey in enumerate(GREYS)]
     for row, (arm, (extractor, mixture)) in zip(axes, trained.items(), strict=True):
         preferred = mixture(extractor(grid))[1].first_choices().reshape(len(ticks), len(ticks)).numpy()
         row[0].imshow(
-            preferred, origin="lower", extent=(-LIMIT, LIMIT) * 2, cmap=greys, vmin=0, vmax=3, alpha=0.9
+            preferred,
+            origin="lower",
+            extent=(-LIMIT, LIMIT) * 2,
+            cmap=ListedColormap(GREYS),
+            vmin=0,
+            vmax=3,
+            alpha=0.9,
         )
         _scatter(row[0], points_N2, labels_N)
         row[0].set(title=f"{arm}: who is asked where", xlabel="$x_1$", ylabel="$x_2$")
         _scatter(row[1], extractor(points_N2), labels_N)
         row[1].set(title=f"{arm}: the code", xlabel="code 1", ylabel="code 2")
-    for side, title, handles in (("left", "ground", grounds), ("right", "class", axes[0, 1].lines)):
-        figure.legend(handles=handles, title=title, loc=f"outside lower {side}", frameon=False, ncols=4)
+    below: Any = {"frameon": False, "ncols": 4}
+    figure.legend(handles=grounds, title="ground", loc="outside lower left", **below)
+    figure.legend(handles=axes[0, 1].lines, title="class", loc="outside lower right", **below)
     return captioned(
         figure,
         "Left: the ground is shaded by the expert with the largest gate there. A ground of one grey is "

@@ -163,12 +163,14 @@ def changed_choices(results: Sequence[Result]) -> Figure:
     )
 
 
+LOAD_ARMS = (*ROUTED_MAIN_ARMS, "hash")
+
+
 def expert_load(results: Sequence[Result]) -> Figure:
     """Share of the tokens that each expert is best for, one panel a MoE layer; experts are ordered by load in
     each run, then averaged over seeds. The dashed line is an even load, 1/E. Without the controls of the
     scaling matrix, so that each line can be told."""
-    shown = (*ROUTED_MAIN_ARMS, "hash")
-    grouped = arms_of(results, shown)
+    grouped = arms_of(results, LOAD_ARMS)
     layers = len(results[0]["routing"]["layers"])
     figure, axes = new_figure(3.1 * layers + 0.6, 3.2, 1, layers, sharey=True)
     for at, axis in enumerate(axes[0]):
@@ -187,7 +189,7 @@ def expert_load(results: Sequence[Result]) -> Figure:
         figure,
         "Are the experts used evenly? Share of the tokens of the busiest expert (left) to the idlest "
         "(right). The dashed line is an even load, 1/E; a curve that falls steeply is a collapsed layer. "
-        f"Means; {seeds_in_words(results, shown)}.",
+        f"Means; {seeds_in_words(results, LOAD_ARMS)}.",
     )
 
 
