@@ -93,7 +93,7 @@ def show(figure: Figure, path: str, runs: Sequence[study.Run] = (), files: Seque
     display(picture, metadata={provenance.KEY: about})
     below = (
         f"<p>{html.escape(caption)}</p>\n<details><summary>where it comes from</summary>"
-        f"figures/{html.escape(path)}.png, from {html.escape(source)}</details>"
+        f"figures/{html.escape(path)}.png, {'from ' * bool(sources)}{html.escape(source)}</details>"
     )
     display(HTML(below), metadata={provenance.KEY: {"caption_of": path}})
 

@@ -715,7 +715,7 @@ def check_slopes(groups, header, rows):
                     terms = {family[f]: w for f, w in zip(chosen, x / (x**2).sum(), strict=True)}
                     seeds = int(row["seeds"].split()[0])
                     group = groups[name, dataset]
-                    found |= bool(explained(group, terms, row["difference"], interval, seeds, row["p"]))
+                    found |= bool(explained(group, terms, row["slope"], interval, seeds, row["p"]))
         assert found, row
 
 
@@ -812,7 +812,7 @@ def check(groups, header, rows):
         check_reasons(groups, header, named)
     elif "true effect" in columns:
         check_rates(groups, header, named)
-    elif {"at", "difference"} <= columns:
+    elif "slope" in columns:
         check_slopes(groups, header, named)
     elif "difference" in columns:
         check_contrasts(groups, header, named)
