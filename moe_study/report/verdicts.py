@@ -226,6 +226,7 @@ def tally(found: Sequence[Verdict]) -> str:
 ARM_WORDS = {
     "base": "plain MoE",
     "snnl": "SNNL-MoE",
+    "snnl-weaker": "SNNL-MoE at a tenth of the factor",
     "dense": "a dense network",
     "dense-snnl": "a dense network with SNNL",
     "base-balance": "MoE with balance loss",
