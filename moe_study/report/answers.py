@@ -73,22 +73,23 @@ def _snnl(found: Sequence[Verdict], beside: Sequence[Verdict]) -> Answer:
         answer = f"Yes, in {len(yes)} of {len(accuracy)} settings: more accurate on {_list(yes)}."
     below = [*(f"On {place(v)}: {but(v)}." for v in yes if but(v)), _chosen([*accuracy.values()])]
     if no := of("contradicted"):
-        below.append(f"It makes the model less accurate on {_list(no)}.")
+        below.append(f"It makes the model less accurate on {_list(no, _checkpoint)}.")
     kinds = {
         "smaller than claimed": [v for v in small if v.dataset in v.claim.published],
         "smaller than would matter": [v for v in small if v.dataset not in v.claim.published],
         "undecided": of("undecided"),
     }
-    other = [v for v in accuracy.values() if v not in yes and v.depends_on_checkpoint]
-    for said, own in grouped(other, lambda v: _and(sorted({*v.by_endpoint.values()} - {v.word}))).items():
-        below.append(
-            f"On {_names(own)} the verdict depends on the checkpoint rule: at another epoch, {said}."
-        )
+    other = [v for units in kinds.values() for v in units if v.depends_on_checkpoint]
+    by_words = grouped(other, lambda v: _and(sorted({*v.by_endpoint.values()} - {v.word})))
+    depends = [
+        f"the verdict on {_names(own)} depends on the checkpoint rule: at another epoch, {said}"
+        for said, own in by_words.items()
+    ]
     if rest := [f"{said} on {_names(units)}" for said, units in kinds.items() if units]:
         seen = [v for units in kinds.values() for v in units if _apart(v) and _gain(v) > 0]
-        unsure = f"; before correction for the number of claims it is seen on {_names(seen)}" if seen else ""
+        unsure = [f"before correction for the number of claims it is seen on {_names(seen)}"] * bool(seen)
         the = "Elsewhere the" if yes else "The"
-        below.append(f"{the} gain, if there is one, is {_and(rest)}{unsure}.")
+        below.append("; ".join([f"{the} gain, if there is one, is {_and(rest)}", *unsure, *depends]) + ".")
     if more := of("supported", "-effective"):
         below.append(f"More experts are in use with it on {_names(more)}{_balance(more, accuracy)}.")
     below += [_alike(v) for v in of("contradicted", "-different")]
@@ -302,8 +303,11 @@ def _faint(verdict: Verdict) -> str:
 
 
 def _caveats(verdict: Verdict) -> list[str]:
-    said = ["less than claimed"] * verdict.smaller
-    return said + ["another checkpoint gives another verdict"] * verdict.depends_on_checkpoint
+    return [*["less than claimed"] * verdict.smaller, _checkpoint(verdict)]
+
+
+def _checkpoint(verdict: Verdict) -> str:
+    return "another checkpoint gives another verdict" * verdict.depends_on_checkpoint
 
 
 def _and(parts: Sequence[str]) -> str:

@@ -37,8 +37,8 @@ def readme_section() -> str:
     )
     if selection.whole_runs("core", "collapse"):
         parts.append(
-            "Mean gate weights of one seed, domains (rows) by experts (columns): with SNNL the load is more "
-            "even, but the gate tells the domains less apart.\n\n"
+            "Mean gate of each domain, one seed: with SNNL the load is more even, the domains are less told "
+            "apart.\n\n"
             f"![Mean gate of each domain without and with SNNL]({README_PICTURES['routing']})"
         )
     return "\n\n".join(parts) + f"\n\n{END}"
