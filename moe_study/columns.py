@@ -300,8 +300,8 @@ def frame_of(results: Iterable[Result], columns: Columns = COLUMNS) -> pd.DataFr
 
 
 def rounded(value: float, decimals: int) -> float:
-    """Never -0.0: what rounds to zero has no sign."""
-    return round(value, decimals) + 0.0
+    """Never -0.0: what rounds to zero has no sign. Ties do not depend on the order of a sum."""
+    return round(round(value, decimals + 8), decimals) + 0.0
 
 
 def signed(value: float, decimals: int) -> str:

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from moe_study import study
 from moe_study.engine import watched
-from moe_study.report import plots, provenance
+from moe_study.report import plots, provenance, selection
+from moe_study.report import verdicts as words
 
 # Every parameter of a notebook: its type, its least value, and both in words. Names of profiles and data sets
 # are checked where they are used.
@@ -92,7 +93,7 @@ def show(figure: Figure, path: str, runs: Sequence[study.Run] = (), files: Seque
     display(picture, metadata={provenance.KEY: about})
     below = (
         f"<p>{html.escape(caption)}</p>\n<details><summary>where it comes from</summary>"
-        f"figures/{html.escape(path)}.png, from {html.escape(source)}</details>"
+        f"figures/{html.escape(path)}.png, {'from ' * bool(sources)}{html.escape(source)}</details>"
     )
     display(HTML(below), metadata={provenance.KEY: {"caption_of": path}})
 
@@ -120,6 +121,14 @@ def arms_table(runs: Sequence[study.Run], descriptions: Mapping[str, str]) -> pd
         for arm in dict.fromkeys(run.arm for run in runs)
     ]
     return pd.DataFrame(rows).set_index("arm")
+
+
+def real_data(*explored: str) -> pd.DataFrame:
+    """What profile `core` found on real data, from the committed result files: its verdicts on the claims of
+    some studies. What could not be tested there is left out, and so are pilots."""
+    found = selection.current(selection.find_verdicts("core", explored))
+    table = words.table([v for v in found if v.word not in ("not testable here", "pilot")])
+    return table[["claim", "against", "verdict", "difference", "95 % interval", "seeds"]]
 
 
 def finished(runs: Sequence[study.Run], workers: int = 0, train: bool = True) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from moe_lib import MoE, metrics
@@ -21,11 +22,12 @@ from moe_lib.rng import generator
 from moe_lib.snnl import soft_nearest_neighbor_loss
 from moe_study import theory
 from moe_study.data.planted import ClusterConfig, feature_clusters
-from moe_study.report.plots import PALETTE, captioned, new_figure
+from moe_study.report.plots import PALETTE, captioned, legend, new_figure
 
 CLASS_COLOURS = PALETTE[1:5]
 CLASS_MARKERS = ("o", "s", "^", "D")
 LIMIT = 1.75  # of the plane that is drawn
+GREYS = ("#f2f2f2", "#d4d4d4", "#b0b0b0", "#8c8c8c")  # the ground of each expert
 
 
 def gates_table(gates: Mapping[str, Tensor], labels_N: Tensor, seed: int) -> pd.DataFrame:
@@ -71,7 +73,7 @@ def snnl_figure(points_N2: Tensor, labels_N: Tensor, temperatures: Sequence[floa
     figure, axes = new_figure(3.6 * len(temperatures) + 3.8, 3.6, 1, len(temperatures) + 1)
     _scatter(axes[0, 0], points_N2, labels_N)
     axes[0, 0].set_title("eight clusters, four classes")
-    axes[0, 0].legend(loc="center", title="class")
+    legend(figure, axes[0, 0], loc="outside left center", columns=1, title="class", markerscale=2)
     for axis, temperature in zip(axes[0, 1:], temperatures, strict=True):
         loss_N = soft_nearest_neighbor_loss(points_N2, labels_N, temperature, "sqeuclidean", "none")
         picture = axis.scatter(*points_N2.T.numpy(), c=loss_N, s=8, cmap="viridis", vmin=0, vmax=3)
@@ -99,22 +101,31 @@ def experts_figure(
     ticks = np.linspace(-LIMIT, LIMIT, 120)
     grid = torch.tensor(np.stack(np.meshgrid(ticks, ticks), -1).reshape(-1, 2))
     figure, axes = new_figure(8.4, 4 * len(trained), len(trained), 2)
-    greys = ListedColormap(["#f2f2f2", "#d4d4d4", "#b0b0b0", "#8c8c8c"])
+    grounds = [Patch(fc=grey, ec="#555555", label=f"expert {e}") for e, grey in enumerate(GREYS)]
     for row, (arm, (extractor, mixture)) in zip(axes, trained.items(), strict=True):
         preferred = mixture(extractor(grid))[1].first_choices().reshape(len(ticks), len(ticks)).numpy()
         row[0].imshow(
-            preferred, origin="lower", extent=(-LIMIT, LIMIT) * 2, cmap=greys, vmin=0, vmax=3, alpha=0.9
+            preferred,
+            origin="lower",
+            extent=(-LIMIT, LIMIT) * 2,
+            cmap=ListedColormap(GREYS),
+            vmin=0,
+            vmax=3,
+            alpha=0.9,
         )
-        for e in np.unique(preferred):
-            inside = np.argwhere(preferred == e)
-            y, x = ticks[np.median(inside, axis=0).astype(int)]
-            row[0].text(x, y, f"expert {e}", fontsize=8, ha="center", bbox={"fc": "white", "lw": 0, "pad": 1})
         _scatter(row[0], points_N2, labels_N)
         row[0].set(title=f"{arm}: who is asked where", xlabel="$x_1$", ylabel="$x_2$")
         _scatter(row[1], extractor(points_N2), labels_N)
         row[1].set(title=f"{arm}: the code", xlabel="code 1", ylabel="code 2")
-        row[1].legend(title="class", loc="best", fontsize=8)
-    return figure
+    below: Any = {"frameon": False, "ncols": 4}
+    figure.legend(handles=grounds, title="ground", loc="outside lower left", **below)
+    figure.legend(handles=axes[0, 1].lines, title="class", loc="outside lower right", **below)
+    return captioned(
+        figure,
+        "Left: the ground is shaded by the expert with the largest gate there. A ground of one grey is "
+        "routing collapse; grounds that follow the classes are specialists. Right: the code that the gate "
+        "sees, by class. Does a class lie together, and does one expert own it?",
+    )
 
 
 def space_figure(seed: int) -> Figure:
@@ -148,5 +159,11 @@ def space_figure(seed: int) -> Figure:
             axis.set(title=f"{title}\nassigned wrongly: {100 * error:.1f} %")
             axis.set(xlabel="feature 1 × its scale", ylabel="feature 2 × its scale")
             axis.set_aspect("equal", adjustable="datalim")
-    axes[0, 0].legend(title="cluster", loc="best", fontsize=8)
-    return figure
+    legend(figure, axes[0, 0], loc="outside right center", columns=1, title="cluster", markerscale=2)
+    return captioned(
+        figure,
+        "Tokens of two clusters as the AC router sees them, in two geometries (rows). Left: unscaled. Middle:"
+        " each scaled by its own cluster's M; what counts is how many are assigned wrongly, not whether the "
+        "colours lie apart. Right: the same M, tokens exchanged between the clusters, so that only M knows "
+        "the cluster: colours that lie apart there were told apart by M, not by the tokens.",
+    )

@@ -8,6 +8,9 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export MOE_RESULTS_DIR=${TRAINED:?a results folder that this code has filled} MOE_FIGURES_DIR=$scratch/figures
 
+# Notebooks show beside their own runs what profile core found.
+[ -e "$MOE_RESULTS_DIR/core" ] || ln -s "$PWD/results/core" "$MOE_RESULTS_DIR/core"
+
 run() {
   "$bin/pytest" "$@" --nbval-current-env --nbval-cell-timeout 900 -p no:cacheprovider -n "$cores" --dist loadscope
 }

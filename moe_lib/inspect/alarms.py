@@ -80,7 +80,7 @@ KINDS = {
     ),
     "alike": Kind(
         "answers alike, by use", 0.3, False, lambda value, null, _: value - max(null, 0.0),
-        "the experts in use compute nearly the same: mean cosine of their answers {value:.2f}",
+        "the experts in use answer much alike: mean cosine of their answers {value:.2f}; 1 is the same",
         "are they copies of one layer? Start them apart or train longer; if they stay alike, one dense layer "
         "does the same for less",
     ),

@@ -72,6 +72,10 @@ def panel_figure(panel: Any) -> Figure:
         values, nulls = zip(*(layer.measures[name] for layer in layers), strict=True)
         lines = [("null", GREY, nulls), ("this model", BLUE, values)]
         _draw_strip(figure.add_subplot(grid[1 + i // COLUMNS, i % COLUMNS]), name, lines, legend=i == 0)
+    figure.set_label(
+        "Load of every expert (above), and each measure beside its null (below). A load far from balanced is "
+        "routing collapse; a measure at its null is what chance alone would give."
+    )
     return figure
 
 
@@ -89,6 +93,7 @@ def comparison_figure(comparison: Any) -> Figure:
     figure = _figure(11, 2.5 * rows)
     for i, (name, lines) in enumerate(shown):
         _draw_strip(figure.add_subplot(rows, COLUMNS, i + 1), name, lines, legend=i in (0, len(shown) - 1))
+    figure.set_label("Every measure of each block before and after: where the lines part, it changed.")
     return figure
 
 
@@ -180,4 +185,5 @@ def history_figure(history: list[dict[str, float]], measure: str) -> Figure:
     else:
         bar: Any = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(names) - 1), "viridis")
         figure.colorbar(bar, ax=axis, label="block")
+    figure.set_label(f"How {measure} changed over training, a line for each block.")
     return figure

@@ -59,7 +59,7 @@ class Settings:
 
 
 def snnl_arms(settings: Settings) -> dict[str, tuple[ClassifierConfig, Objective]]:
-    """Every arm of the SNNL study, each one thing away from another."""
+    """Every arm of the SNNL study, each one thing away from another; SNNL's factor is each arm's own."""
     moe = settings.model
     dense = replace(moe, num_experts=1, expert_hidden=moe.num_experts * moe.expert_hidden)
     snnl = SNNLConfig(factor=settings.factor)
@@ -83,7 +83,7 @@ ARM_DESCRIPTIONS = {
     "base": "extractor, gate, experts; cross-entropy alone",
     "snnl": "base + SNNL on the extractor's code, jointly",
     "dense": "one expert of width E x H: no routing",
-    "dense-snnl": "dense + SNNL: what SNNL does without a mixture",
+    "dense-snnl": "dense + SNNL, at a factor of its own: what SNNL does without a mixture",
     "base-balance": "base + load-balancing loss, the standard remedy",
     "snnl-shuffled": "shuffled-label control: SNNL of labels permuted in each batch, same gradient norm",
     "base-aux": "base + auxiliary cross-entropy at the code: is it SNNL, or any supervision?",
@@ -91,7 +91,7 @@ ARM_DESCRIPTIONS = {
     "uniform-snnl": "snnl with a constant gate: does routing matter with SNNL?",
     "snnl-weaker": "snnl at a tenth of its factor",
     "hash-gate": "a fixed random expert per image: learns no routing; as many weights at work as with top-1",
-    "hash-snnl": "snnl with a fixed random expert per image",
+    "hash-snnl": "SNNL, at a factor of its own, with a fixed random expert per image",
     "raw": "MoE on pixels, without an extractor",
     "snnl-pretrained": "extractor trained with SNNL alone, then frozen (half the epochs each)",
     "ce-pretrained": "extractor trained with cross-entropy, then frozen (half the epochs each)",

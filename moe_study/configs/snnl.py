@@ -4,8 +4,8 @@
 - "snnl-tuning": the grid behind `SETTINGS`.
 
 `python -m moe_study run --profile core --study snnl` takes 414 core-minutes, "snnl-tuning" another 140. On
-cores alone "snnl-confirm" would take about 925: some 540 for CIFAR-10, six minutes a run, and the others as
-long per run as in "snnl"; most of those shared an H100. What came out (RESULTS.md, "Verdicts"): half of the
+cores alone "snnl-confirm" would take about 870: 484 for CIFAR-10, five minutes a run, and the others as long
+per run as in "snnl"; most of those shared an H100. What came out (RESULTS.md, "Verdicts"): half of the
 claimed gain on CIFAR-100, less than claimed on FashionMNIST; on CIFAR-100 a constant gate beats the learned
 one, and also the learned one with SNNL; CIFAR-10 stays undecided.
 """

@@ -5,6 +5,7 @@ Shapes: G domains, E experts, S seeds.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,10 +67,15 @@ def collapse_and_accuracy(results: Sequence[Result]) -> Figure:
     figure, axes = new_figure(8.4, 4.3)
     axis = axes[0, 0]
     lines = iter(("--", ":", "-."))
+    aside = []  # what some arms are, for the caption
     for arm, own in arms_of(results).items():
         colour, marker = arm_style(arm)
         accuracy_S = np.array([100 * r["task"]["accuracy"] for r in own])
-        if own[0]["run"]["model"]["num_experts"] == 1:
+        model = own[0]["run"]["model"]
+        if model.get("gate") == "uniform":
+            aside.append("a constant gate uses all experts")
+        if model["num_experts"] == 1:
+            aside.append("lines are the dense networks, which have no experts to lose")
             axis.axhline(accuracy_S.mean(), color=colour, lw=1.2, ls=next(lines, "-"), label=arm)
             continue
         effective_S = np.array([r["routing"]["load"]["effective_experts"] for r in own])
@@ -82,8 +88,8 @@ def collapse_and_accuracy(results: Sequence[Result]) -> Figure:
     return captioned(
         figure,
         "Is a model with more experts at work more accurate? To the right more experts are at work, upwards "
-        "accuracy rises; a constant gate uses all experts. Small marks are runs, large ones the means of "
-        f"arms; lines are the dense networks, which have no experts to lose; {seeds_in_words(results)}.",
+        "accuracy rises. Small marks are runs, large ones the means of arms; "
+        f"{'; '.join(dict.fromkeys([*aside, seeds_in_words(results)]))}.",
     )
 
 
@@ -104,7 +110,7 @@ def domain_routing(results: Sequence[Result]) -> Figure:
         gate_GE = np.array(result["domains"]["domain_expert"])
         if first_GE is None:
             first_GE = gate_GE = gate_GE[:, gate_GE.argmax(0).argsort(kind="stable")]
-        elif gate_GE.shape == first_GE.shape:
+        else:
             gate_GE = matched(gate_GE, first_GE)
         axis.imshow(gate_GE, **SHARES)
         write_values(axis, gate_GE)
@@ -113,7 +119,8 @@ def domain_routing(results: Sequence[Result]) -> Figure:
         axis.set_xticklabels(range(1, gate_GE.shape[1] + 1))
         axis.set_yticklabels(names if axis in axes[:, 0] else [], fontsize=9)
         accuracy = 100 * result["task"]["accuracy"]
-        axis.set_title(f"{arm}, seed {result['run']['seed']}\n{accuracy:.1f} % accurate", fontsize=10)
+        arm_named = textwrap.fill(in_words(arm), 24)
+        axis.set_title(f"{arm_named}\nseed {result['run']['seed']}: {accuracy:.1f} % accurate", fontsize=10)
     hide_from(axes, len(chosen))
     return captioned(
         figure,
@@ -130,9 +137,11 @@ def idea(results: Sequence[Result]) -> Figure:
     chosen = at_one_seed(arms_of(results, MAIN_ARMS))
     figure, axes = new_figure(4.8 * max(len(chosen), 1), 3.0, 1, max(len(chosen), 1))
     draw = np.random.default_rng(0)
+    measured = []
     for axis, (arm, result) in zip(axes[0], chosen.items(), strict=True):
         apart = result["run"]["objective"]["snnl"] is not None
-        weight_E = np.sort(np.mean(result["domains"]["domain_expert"], axis=0))[::-1]
+        gate_GE = np.array(result["domains"]["domain_expert"])
+        weight_E = np.sort(gate_GE.mean(0))[::-1]
         for at, angle in enumerate(np.pi * (0.5 + 2 * np.arange(3) / 3)):
             centre = 0.55 * np.array([np.cos(angle), np.sin(angle)]) * (1.0 if apart else 0.25)
             points_N2 = (
@@ -153,6 +162,8 @@ def idea(results: Sequence[Result]) -> Figure:
         for x, label in ((1.0, "features"), (2.5, "gate"), (4.47, "experts")):
             axis.text(x, 3.15, label, ha="center", fontsize=10)
         effective = np.exp(entr(weight_E).sum())
+        told_apart = entr(weight_E).sum() - entr(gate_GE).sum(1).mean()
+        measured.append(f"{in_words(arm)} {effective:.1f} effective experts and {told_apart:.2f} nats")
         accuracy = 100 * result["task"]["accuracy"]
         title = f"{in_words(arm)}: {accuracy:.1f} % accurate, {effective:.1f} effective experts"
         axis.set_title(title, fontsize=10)
@@ -162,9 +173,11 @@ def idea(results: Sequence[Result]) -> Figure:
     where = f" ({DATASET_TITLES[one['run']['dataset']]})" if one else ""
     return captioned(
         figure,
-        "The idea. A gate shares inputs out among experts by their features. Where classes overlap (left), "
-        "the gate tells them apart badly and a few experts get most of the work: collapse. SNNL pulls each "
-        "class together first (right), which should spread the work. Dots are drawn, colours are classes. "
-        "Percentages are the gate's mean weights, and effective experts the exponential of their entropy; "
-        f"they and accuracy are measured at {which_seed(chosen)}{where}.",
+        "The SNNL paper's idea, not a finding: a gate shares inputs out among experts by their features. "
+        "Where classes overlap (left), it tells them apart badly and a few experts get most of the work: "
+        "collapse. SNNL pulls each class together (right), so that the gate should tell more apart and "
+        "spread the work. Dots are drawn by hand, colours are classes. Measured are the percentages (the "
+        "gate's mean weights), effective experts (the exponential of their entropy), accuracy, and how far "
+        f"the gate tells domains apart (mutual information of domain and expert): {', '.join(measured)}, at "
+        f"{which_seed(chosen)}{where}.",
     )

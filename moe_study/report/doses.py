@@ -14,13 +14,13 @@ from matplotlib.patches import Rectangle
 from moe_study import stats
 from moe_study.columns import COLUMNS, shown_interval, signed
 from moe_study.configs.dose import Panel
-from moe_study.report.plots import captioned, hide_from, new_figure, note
+from moe_study.report.plots import FEWEST_SEEDS, captioned, hide_from, new_figure, note, too_few
 from moe_study.report.tables import comparisons, contrast, paired, show
 
 DOSE_MEASURES = ("accuracy", "cross-entropy", "H(E|c)", "I(x;E)")  # shown of each dose
 BETTER = {"accuracy": 1, "cross-entropy": -1}  # of the others neither way is
-# Pale enough for black text: orange better, purple worse; where neither way is better, more or less.
-DOSE_COLOURS = ListedColormap(mpl.colormaps["PuOr_r"](np.linspace(0.19, 0.81, 255)))
+# Pale enough for black text: purple better, orange worse; where neither way is better, more or less.
+DOSE_COLOURS = ListedColormap(mpl.colormaps["PuOr"](np.linspace(0.19, 0.81, 255)))
 
 
 def dose_effects(
@@ -58,7 +58,7 @@ def dose_trends(runs: pd.DataFrame, panels: Iterable[Panel], names: Sequence[str
                 slopes = np.polyfit(np.log10([float(f) for f in factors]), both.to_numpy().T, 1)[0]
                 found = stats.paired_comparison(slopes, np.zeros(len(slopes)))
                 rows.append({"measure": COLUMNS[name].title(name), "at": at} | show(found, COLUMNS[name]))
-    return comparisons(rows, ["measure", "at"])
+    return comparisons(rows, ["measure", "at"]).rename(columns={"difference": "slope"})
 
 
 def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Figure:
@@ -90,13 +90,17 @@ def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Fig
             difference = signed(column.scale * found.difference, decimals)
             interval = shown_interval(column.scale * found.low, column.scale * found.high, decimals)
             axis.text(x, y - 0.16, difference, ha="center", va="center")
+            if found.seeds < FEWEST_SEEDS:
+                continue
             axis.text(x, y + 0.24, interval, ha="center", va="center", fontsize=8)
             if found.low > 0 or found.high < 0:
                 axis.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, fill=False, ec="black", lw=1.5))
         known = np.abs(colours[np.isfinite(colours)])
         reach = max(known.max(initial=0.0), np.finfo(float).tiny)
         axis.imshow(colours, cmap=DOSE_COLOURS, vmin=-reach, vmax=reach, aspect="auto")
-        better = "orange: better" if name in BETTER else "orange: more"
+        better = "purple: better" if name in BETTER else "purple: more"
+        if name.startswith(("H(", "I(")):
+            column = column._replace(unit="nats")
         apart = ",\n" if len(columns) < 3 else ", "  # the panels are narrow
         axis.set_title(f"{column.title(name)}{apart}{better}", fontsize=10)
         axis.set_xticks(range(len(columns)), [heads[at] for at in columns])
@@ -111,9 +115,10 @@ def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Fig
     return captioned(
         figure,
         f"{panel.title.capitalize()}: difference from the control without the remedy, below it the 95 % t "
-        "interval; framed where that excludes 0. Orange is better, purple worse (where neither way is "
-        "better: more and less), the deeper the larger. Look for a slope or a block, since one cell in "
-        f"twenty is framed by chance. {seeds} paired seeds a cell.",
+        "interval; framed where that excludes 0. Purple is better, orange worse (where neither way is "
+        "better: more and less); the deeper, the larger, on a scale of each panel's own. Look for a slope or "
+        f"a block, since one cell in twenty is framed by chance. {seeds} paired seeds a cell"
+        f"{too_few(counts)}.",
     )
 
 

@@ -18,11 +18,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_study.columns import Result, signed
-from moe_study.report.plots import STYLE, captioned
+from moe_study.report.plots import STYLE, captioned, note
 
 Size = tuple[int, int, int]  # code width, E, H
 Cell = dict[tuple[str, int], Result]  # by arm and seed
 Quantity = Callable[[Cell], np.ndarray]  # values over the seeds that it is finished for
+LEAST_WIDTH = 5.5  # inches: room for the title of a row
 
 
 def _cells(results: Sequence[Result]) -> dict[Size, Cell]:
@@ -89,8 +90,8 @@ def cost_map(results: Sequence[Result]) -> Figure:
     )
     return captioned(
         _map(results, COSTS),
-        "What a learned gate costs: its accuracy minus that of a constant gate, without and with the balance "
-        f"loss, and what that loss changes. {said} {_differences(results)}",
+        "What a learned gate costs in accuracy against a constant one (`uniform-gate`), without and with the "
+        f"balance loss, row by row: {_drawn(results, COSTS)}. {said} {_differences(results)}",
     )
 
 
@@ -98,9 +99,20 @@ def gain_map(results: Sequence[Result]) -> Figure:
     """Accuracy in points: what SNNL adds to `base`, and learned against constant routing with SNNL."""
     return captioned(
         _map(results, GAINS),
-        "What SNNL adds to the accuracy of `base`, and learned minus constant routing with SNNL. "
-        f"{_differences(results)}",
+        "What SNNL adds to accuracy, and what learned routing adds with it, row by row: "
+        f"{_drawn(results, GAINS)}. {_differences(results)}",
     )
+
+
+def _with_values(results: Sequence[Result], quantities: dict[str, Quantity]) -> dict[str, Quantity]:
+    """Those that some cell has a value of: not every profile has every arm."""
+    cells = _cells(results).values()
+    return {title: of for title, of in quantities.items() if any(of(cell).size for cell in cells)}
+
+
+def _drawn(results: Sequence[Result], quantities: dict[str, Quantity]) -> str:
+    """The rows of a map, without the question behind each colon."""
+    return "; ".join(title.split(":")[0] for title in _with_values(results, quantities)) or "none finished"
 
 
 def _medians(results: Sequence[Result]) -> str:
@@ -143,16 +155,19 @@ def map_table(results: Sequence[Result]) -> pd.DataFrame:
 def _map(results: Sequence[Result], quantities: dict[str, Quantity], even: bool = False) -> Figure:
     """A row of panels for each quantity, with medians over seeds in the cells. Evenness lies in [0, 1];
     differences have colours that are even around 0."""
-    cells = _cells(results)
+    cells, quantities = _cells(results), _with_values(results, quantities)
+    if not quantities:
+        return note("no seed yet that has both arms of a difference")
     codes, experts, widths = (sorted({size[i] for size in cells}) for i in range(3))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(0.9 + 2.5 * len(codes), 0.3 + 2.1 * len(quantities)), layout="constrained")
+        size = max(0.9 + 2.5 * len(codes), LEAST_WIDTH), 0.3 + 2.1 * len(quantities)
+        figure = Figure(figsize=size, layout="constrained")
         for part, (title, quantity) in zip(
             figure.subfigures(len(quantities), 1, squeeze=False)[:, 0], quantities.items(), strict=True
         ):
-            values = {size: quantity(cell) for size, cell in cells.items()}
-            medians = {size: np.median(values_S) for size, values_S in values.items() if values_S.size}
-            bound = max(map(abs, medians.values()), default=1.0)
+            values = {at: quantity(cell) for at, cell in cells.items()}
+            medians = {at: np.median(values_S) for at, values_S in values.items() if values_S.size}
+            bound = max(map(abs, medians.values()))
             low, high, colours = (0, 1, "viridis") if even else (-bound, bound, "RdBu_r")
             axes = part.subplots(1, len(codes), squeeze=False)[0]
             for axis, code in zip(axes, codes, strict=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ ARM_STYLE = {  # colour, marker
     "base-aux": (PALETTE[6], "D"),
     "uniform-gate": (PALETTE[7], "P"),
     "uniform-snnl": ("#7b3294", "X"),
-    "snnl-weaker": ("#f2a27a", "s"),
+    "snnl-weaker": ("#3d3d3d", ">"),
     "hash-gate": ("#2f4b2f", "P"),
     "hash-snnl": ("#c51b8a", "X"),
     "raw": (PALETTE[0], "X"),
@@ -102,11 +102,30 @@ def captioned(figure: Figure, text: str) -> Figure:
     return figure
 
 
-def seeds_in_words(results: Sequence[Result], arms: Sequence[str] | None = None) -> str:
-    """Of these arms: "10 seeds an arm", "3 to 10 seeds an arm"."""
+FEWEST_SEEDS = 3  # of an interval or a band; with two the t interval is 13 standard errors to each side
+
+
+def interval(values_S: np.ndarray) -> tuple[float, float]:
+    """The mean's 95 % t interval; below `FEWEST_SEEDS` the mean alone."""
+    if len(values_S) < FEWEST_SEEDS:
+        return values_S.mean(), values_S.mean()
+    return stats.t_interval(values_S)
+
+
+def too_few(counts: Iterable[int], missing: str = "interval") -> str:
+    """For a caption, after numbers of seeds: what is not drawn of the least of them."""
+    return f" (no {missing} below {FEWEST_SEEDS} seeds)" if min(counts) < FEWEST_SEEDS else ""
+
+
+def seeds_in_words(
+    results: Sequence[Result], arms: Sequence[str] | None = None, drawn: str | None = None
+) -> str:
+    """Of these arms: "10 seeds an arm", "3 to 10 seeds an arm"; of the "interval" or "band" that is drawn,
+    whether some have too few seeds for it."""
     counts = sorted({len(group) for group in arms_of(results, arms).values()})
     many = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
-    return f"{many} seed{'s' if counts[-1] > 1 else ''} an arm"
+    few = too_few(counts, drawn) if drawn else ""
+    return f"{many} seed{'s' if counts[-1] > 1 else ''} an arm{few}"
 
 
 def median_run(results: Sequence[Result], path: str = "routing.load.effective_experts") -> Result:
@@ -120,18 +139,19 @@ TYPICAL_IN = {"task.accuracy": "accuracy", "routing.load.effective_experts": "ef
 
 def at_one_seed(grouped: Mapping[str, Sequence[Result]]) -> dict[str, Result]:
     """A run of each arm, all of one seed: the one whose ranks in accuracy and effective experts are closest
-    to the middle, over all arms. Arms that share no seed are shown at their own of median accuracy."""
-    distances: dict[str, Counter[int]] = {}
-    for arm, group in grouped.items():
-        distances[arm] = Counter()
+    to the middle in the first two arms, `base` and `snnl` where they are there, so that figures with more
+    arms show the same. Arms that share no seed are shown at their own of median accuracy."""
+    distance: Counter[int] = Counter()
+    for group in list(grouped.values())[:2]:
         for path in TYPICAL_IN:
             ordered = sorted(group, key=lambda result: look_up(result, path) or 0.0)
             for rank, result in enumerate(ordered):
-                distances[arm][result["run"]["seed"]] += abs(2 * rank - len(ordered) + 1)
-    shared = sorted(set.intersection(*map(set, distances.values()))) if distances else []
+                distance[result["run"]["seed"]] += abs(2 * rank - len(ordered) + 1)
+    seeds = [{result["run"]["seed"] for result in group} for group in grouped.values()]
+    shared = sorted(set.intersection(*seeds)) if seeds else []
     if not shared:
         return {arm: median_run(group, "task.accuracy") for arm, group in grouped.items()}
-    seed = min(shared, key=lambda one: sum(own[one] for own in distances.values()))
+    seed = min(shared, key=distance.__getitem__)
     return {arm: next(r for r in group if r["run"]["seed"] == seed) for arm, group in grouped.items()}
 
 
@@ -139,8 +159,8 @@ def which_seed(chosen: Mapping[str, Result]) -> str:
     """What `at_one_seed` chose, in words."""
     seeds = {result["run"]["seed"] for result in chosen.values()}
     if len(seeds) == 1:
-        medians = " and ".join(TYPICAL_IN.values())
-        return f"seed {seeds.pop()} in every arm, the one closest to the medians of {medians}"
+        medians, arms = (" and ".join(names) for names in (TYPICAL_IN.values(), list(chosen)[:2]))
+        return f"seed {seeds.pop()} in every arm, the closest to the medians of {medians} of {arms}"
     return "each arm's seed of median accuracy"
 
 
@@ -161,14 +181,14 @@ def arms_of(results: Sequence[Result], wanted: Sequence[str] | None = None) -> d
 
 def training_curves(results: Sequence[Result], arms: Sequence[str] | None = None) -> Figure:
     """Validation cross-entropy, accuracy and a measure of routing over epochs: mean, and range over seeds."""
+    measured = "effective_experts" in results[0]["history"]["validation"]
     panels = [
         ("cross_entropy", "validation cross-entropy (nats)", 1.0),
         ("accuracy", "validation accuracy (%)", 100.0),
+        ("effective_experts", "effective experts, validation", 1.0)
+        if measured
+        else ("information", "I(x;E), validation (nats)", 1.0),
     ]
-    if "effective_experts" in results[0]["history"]["validation"]:
-        panels.append(("effective_experts", "effective experts, validation", 1.0))
-    else:
-        panels.append(("information", "I(x;E), validation (nats)", 1.0))
     figure, axes = new_figure(9.8, 3.2, 1, 3)
     for axis, (key, title, scale) in zip(axes[0], panels, strict=True):
         for arm, group in arms_of(results, arms).items():
@@ -176,10 +196,11 @@ def training_curves(results: Sequence[Result], arms: Sequence[str] | None = None
         axis.set(xlabel="epoch", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
     legend(figure, axes[0, 0], 6)
+    routing = "more experts at work" if measured else "a gate that tells more images apart"
     return captioned(
         figure,
-        f"Training: does an arm learn faster (left), to a higher accuracy (middle), with more varied routing "
-        f"(right)? Lines are means over seeds, bands their range; {seeds_in_words(results)}.",
+        f"Training: does an arm learn faster (left), to a higher accuracy (middle), with {routing} (right)? "
+        f"Lines are means over seeds, bands their range; {seeds_in_words(results, arms, 'band')}.",
     )
 
 
@@ -189,7 +210,7 @@ def mean_and_range(axis: Any, arm: str, curves: Sequence[Sequence[float]], scale
     curves_SE = scale * np.array(curves, dtype=float)
     epochs = np.arange(1, curves_SE.shape[1] + 1)
     axis.plot(epochs, curves_SE.mean(0), color=colour, marker=marker, markersize=4, label=arm)
-    if len(curves) > 1:
+    if len(curves) >= FEWEST_SEEDS:
         axis.fill_between(epochs, curves_SE.min(0), curves_SE.max(0), color=colour, alpha=0.15, lw=0)
 
 
@@ -201,7 +222,7 @@ def live_curves(losses: Mapping[str, Sequence[float]]) -> Figure:
     axes[0, 0].set(xlabel="step", ylabel="training cross-entropy (nats)", xlim=(0, None), ylim=(0, None))
     if losses:
         axes[0, 0].legend()
-    return figure
+    return captioned(figure, "Training loss of each batch, step by step: the lower, the better an arm fits.")
 
 
 def _curve(validation: dict[str, list[float]], key: str) -> list[float]:
@@ -216,7 +237,7 @@ def seeds_and_mean(
 ) -> tuple[float, float]:
     """Every seed a dot, below them the mean and its 95 % t interval, which is returned."""
     axis.plot(values_S, np.full(len(values_S), row), "o", color=colour, alpha=0.4, markersize=size, mew=0)
-    ends = stats.t_interval(values_S) if len(values_S) > 1 else (values_S[0], values_S[0])
+    ends = interval(values_S)
     axis.plot(ends, [row + below] * 2, color=colour, lw=2, solid_capstyle="butt")
     axis.plot(values_S.mean(), row + below, marker, color=colour, markersize=6)
     return ends
@@ -238,11 +259,13 @@ def accuracy_by_arm(results: Sequence[Result]) -> Figure:
     return captioned(
         figure,
         "Test accuracy of every arm: each seed a dot, below them the mean and its 95 % t interval. Arms "
-        "whose dots lie apart differ; in brackets the number of seeds.",
+        f"whose dots lie apart differ; in brackets the number of seeds{too_few(map(len, grouped.values()))}.",
     )
 
 
-SHARES: Any = {"cmap": "viridis", "vmin": 0, "vmax": 1, "aspect": "auto"}  # of every heatmap of gates
+SHARES: Any = {  # of every heatmap of gates; resampling would smear many rows across experts
+    "cmap": "viridis", "vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"
+}  # fmt: skip
 
 
 def write_values(axis: Any, shares: np.ndarray) -> None:
@@ -252,17 +275,27 @@ def write_values(axis: Any, shares: np.ndarray) -> None:
         axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
 
 
+def matched_order(gates_GE: np.ndarray, first_GE: np.ndarray) -> np.ndarray:
+    """The experts in the order that is most like that of the first (Hungarian method); as they are, where
+    the first has more or fewer."""
+    if gates_GE.shape != first_GE.shape:
+        return np.arange(gates_GE.shape[1])
+    return linear_sum_assignment(first_GE.T @ gates_GE, maximize=True)[1]
+
+
 def matched(gates_GE: np.ndarray, first_GE: np.ndarray) -> np.ndarray:
-    """The columns (experts) in the order that is most like that of the first (Hungarian method)."""
-    return gates_GE[:, linear_sum_assignment(first_GE.T @ gates_GE, maximize=True)[1]]
+    """The columns (experts) in that order."""
+    return gates_GE[:, matched_order(gates_GE, first_GE)]
 
 
-def legend(figure: Figure, axis: Any, columns: int = 4, **options: Any) -> Any:
-    """Below the figure: what one of its axes names, each name once."""
-    handles, labels = axis.get_legend_handles_labels()
-    named = dict(zip(labels, handles, strict=True))
+def legend(figure: Figure, axes: Any, columns: int = 4, **options: Any) -> Any:
+    """Below the figure: what one of its axes names, or some of them, each name once."""
+    named: dict[str, Any] = {}
+    for axis in np.ravel(axes):
+        handles, labels = axis.get_legend_handles_labels()
+        named |= zip(labels, handles, strict=True)
     place: Any = {"loc": "outside lower center", "frameon": False, "ncols": columns}
-    return figure.legend(named.values(), named.keys(), **place, **options)
+    return figure.legend(named.values(), named.keys(), **(place | options))
 
 
 def target(path: str | Path) -> Path:

@@ -46,7 +46,7 @@ def in_words(found: Sequence[Source]) -> str:
         return f"results/{entry['file']}"
     arms = entry["arms"]
     joined = arms[0] if len(arms) == 1 else "{" + ",".join(arms) + "}"
-    return f"results/{folder}/{joined}-s*.json ({entry['runs']} files)"
+    return f"results/{folder}/{joined}-s[0-9]*.json ({entry['runs']} files)"
 
 
 def _folder(entry: Source) -> str:

@@ -11,21 +11,26 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from moe_study import stats
+from moe_study import store
 from moe_study.claims import claimed
 from moe_study.columns import VISION_COLUMNS, Result, frame_of
+from moe_study.configs.arms import ROUTED_MAIN_ARMS
+from moe_study.configs.run import Run
 from moe_study.report import tables
 from moe_study.report.plots import (
     ARM_STYLE,
+    FEWEST_SEEDS,
     arm_style,
     arms_of,
     captioned,
     hide_from,
+    interval,
     legend,
     new_figure,
     note,
     seeds_and_mean,
     seeds_in_words,
+    too_few,
 )
 
 
@@ -33,8 +38,8 @@ def draw_mean(axis: Any, arm: str, x: Sequence[float], values_SX: np.ndarray) ->
     """Mean over seeds against x, with its 95 % t interval as a band."""
     colour, marker = arm_style(arm)
     axis.plot(x, values_SX.mean(0), color=colour, marker=marker, markersize=4, label=arm)
-    if len(values_SX) > 1:
-        low, high = np.array([stats.t_interval(column) for column in values_SX.T]).T
+    if len(values_SX) >= FEWEST_SEEDS:
+        low, high = np.array([interval(column) for column in values_SX.T]).T
         axis.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
 
 
@@ -70,8 +75,19 @@ def corruption_by_severity(
     return captioned(
         figure,
         f"Robustness to corruption, as the difference from `{first}` at the same seed: above the line is "
-        "better. Means "
-        f"and 95 % t intervals over seeds; {seeds_in_words(results, arms)}.",
+        f"better. {_severity_0(grouped[first][0])} Means and 95 % t intervals over seeds; "
+        f"{seeds_in_words(results, arms, 'interval')}.",
+    )
+
+
+def _severity_0(result: Result) -> str:
+    """What the first point is, since a table may give another accuracy."""
+    images = result["run"].get("corrupted_images", Run.corrupted_images)  # older files lack the option
+    last = store.primary_endpoint(result) == store.PRIMARY_ENDPOINT
+    epoch = "last epoch" if last else "epoch of the lowest validation cross-entropy"
+    return (
+        f"Severity 0 is the accuracy on the {images:,} test images that were then corrupted, at the {epoch}: "
+        "it need not equal the accuracy in a table."
     )
 
 
@@ -103,9 +119,10 @@ def swap_curve(results: Sequence[Result], arms: Sequence[str] | None = None) -> 
     return captioned(
         figure,
         "What swapped words cost: cross-entropy in the text with some words replaced by <unk>, minus that in "
-        "the clean text. A curve that rises is a model that suffers; one below zero predicts the remaining "
-        "words better. Left, only the words left alone are scored, as the verdicts do. Means, 95 % t "
-        f"intervals; {seeds_in_words(results)}.",
+        "the clean text. A curve that rises is a model that suffers. Left, only the words left alone are "
+        "scored, as the verdicts do: below zero they are predicted better. Right, all targets are scored: a "
+        "curve may fall because <unk> itself is easy to predict. Means, 95 % t intervals; "
+        f"{seeds_in_words(results, arms, 'interval')}.",
     )
 
 
@@ -146,10 +163,14 @@ def changed_choices(results: Sequence[Result]) -> Figure:
     )
 
 
+LOAD_ARMS = (*ROUTED_MAIN_ARMS, "hash")
+
+
 def expert_load(results: Sequence[Result]) -> Figure:
     """Share of the tokens that each expert is best for, one panel a MoE layer; experts are ordered by load in
-    each run, then averaged over seeds. The dashed line is an even load, 1/E."""
-    grouped = arms_of(results)
+    each run, then averaged over seeds. The dashed line is an even load, 1/E. Without the controls of the
+    scaling matrix, so that each line can be told."""
+    grouped = arms_of(results, LOAD_ARMS)
     layers = len(results[0]["routing"]["layers"])
     figure, axes = new_figure(3.1 * layers + 0.6, 3.2, 1, layers, sharey=True)
     for at, axis in enumerate(axes[0]):
@@ -163,12 +184,12 @@ def expert_load(results: Sequence[Result]) -> Figure:
         axis.set(title=f"MoE layer {at + 1}", xlabel="expert, by load", ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("share of tokens (%)")
-    legend(figure, axes[0, 0], 5)
+    legend(figure, axes[0, 0], len(grouped))
     return captioned(
         figure,
         "Are the experts used evenly? Share of the tokens of the busiest expert (left) to the idlest "
         "(right). The dashed line is an even load, 1/E; a curve that falls steeply is a collapsed layer. "
-        f"Means; {seeds_in_words(results)}.",
+        f"Means; {seeds_in_words(results, LOAD_ARMS)}.",
     )
 
 
@@ -212,11 +233,12 @@ def paired_differences(results: Sequence[Result], study: str) -> Figure:
         axis.locator_params(axis="x", nbins=5)
     hide_from(axes, len(measures))
     axes[0, 0].set_yticks(range(len(pairs)), [f"{a} - {b}" for a, b in pairs])
+    few = too_few(len(both) for both in found.values() if both is not None)
     return captioned(
         figure,
         "The claimed measures, treatment minus each control, paired by seed: dots are seeds, below them "
-        "the mean and its "
-        "95 % t interval. The claim asks for the shaded side; an interval that crosses 0 says nothing.",
+        f"the mean and its 95 % t interval{few}. The claim asks for the shaded side; an interval that "
+        "crosses 0 leaves the sign open.",
     )
 
 
@@ -237,8 +259,8 @@ def crossed_lines(results: Sequence[Result]) -> Figure:
                 axis.plot(
                     np.full(len(own), x + 2.2 * shift), own, "o", color=colour, alpha=0.3, ms=3.5, mew=0
                 )
-                if len(own) > 1:
-                    axis.plot([x + shift] * 2, stats.t_interval(own), color=colour, lw=2.2)
+                if len(own) >= FEWEST_SEEDS:
+                    axis.plot([x + shift] * 2, interval(own), color=colour, lw=2.2)
             means = [own.mean() if len(own) else np.nan for own in values]
             axis.plot((shift, 1 + shift), means, color=colour, marker=marker, lw=1.2, label=label)
         axis.set(title=columns[name].title(name, level=True), xticks=(0, 1), xlim=(-0.4, 1.4))
@@ -248,7 +270,8 @@ def crossed_lines(results: Sequence[Result]) -> Figure:
     return captioned(
         figure,
         "Both remedies at once: without (left) and with the AC router (right), one line without and one with "
-        "SNNL. Parallel lines: the two add up; lines that meet or cross: one changes what the other does. "
-        f"Dots are seeds, bars 95 % t intervals of the means; {seeds_in_words(results)}. Axes do not begin "
+        "SNNL. Parallel lines: the two add up. Lines that meet or cross would hint that one changes what the "
+        "other does; the table of interactions says whether that is more than chance. Dots are seeds, bars "
+        f"95 % t intervals of the means; {seeds_in_words(results, drawn='interval')}. Axes do not begin "
         "at 0.",
     )

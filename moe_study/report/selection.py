@@ -42,14 +42,19 @@ def whole_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
     return {dataset: runs for dataset, runs in found.items() if len(runs) == planned[dataset]}
 
 
-def find_verdicts(profile: str) -> list[Verdict]:
+def find_verdicts(profile: str, explored: Sequence[str] = ()) -> list[Verdict]:
     """Every claim on every data set with results: confirmatory ones first, pilots last.
 
     A confirmatory set that is not whole is left out: nobody is to look at it before it is.
+
+    Args:
+        explored: the claims of these exploring studies alone.
     """
     studies = [*CONFIRMATORY, *(claim.study for claim in CLAIMS)]
     found = []
     for name in dict.fromkeys(studies):
+        if explored and CONFIRMATORY.get(name, name) not in explored:
+            continue
         whole = whole_runs(profile, name).values()
         found += verdicts.verdicts([result for runs in whole for result in study.results(runs)], name)
     return sorted(found, key=lambda verdict: verdict.word == "pilot")

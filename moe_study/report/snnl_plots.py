@@ -24,87 +24,109 @@ from moe_study.report.plots import (
     STYLE,
     arm_style,
     arms_of,
+    at_one_seed,
     captioned,
     legend,
     matched,
+    matched_order,
     mean_and_range,
-    median_run,
     new_figure,
     seeds_in_words,
+    which_seed,
     write_values,
 )
 
 
 def tsne_panels(results: Sequence[Result]) -> Figure:
-    """Test codes before and after training, arm by arm, coloured by class: the ten with most images, where
-    there are more. A second row is coloured by expert where the results hold it. Before training they are
-    drawn once where all arms start from the same."""
-    shown = {a: g[0] for a, g in arms_of([r for r in results if "tsne" in r]).items()}
-    run = next(iter(shown.values()))["run"]
-    panels = [  # title, coordinates, labels, experts where they are to be drawn
-        (f"{arm}, {moment} training", points[moment], points["labels"], experts)
-        for arm, points in ((arm, result["tsne"]) for arm, result in shown.items())
-        for moment, experts in (("before", None), ("after", points.get("experts")))
-    ]
-    wide = 2
-    if all(start == panels[0][1] for _, start, *_ in panels[::2]):
-        panels = [("before training", *panels[0][1:]), *panels[1::2]]
-        wide = min(len(panels), 3)
-    rows, each = -(-len(panels) // wide), 1 + any(experts is not None for *_, experts in panels)
-    figure, axes = new_figure(3.1 * wide, 2.9 * rows * each + 0.6, rows * each, wide)
-    classes, counts = np.unique(np.concatenate([labels for *_, labels, _ in panels]), return_counts=True)
+    """Test codes of each arm (row) before and after training, coloured by class: the ten with most images,
+    where there are more. A third column is coloured by expert where the results hold it."""
+    shown = at_one_seed(arms_of([r for r in results if "tsne" in r]))
+    points = {arm: result["tsne"] for arm, result in shown.items()}
+    by_expert = any("experts" in own for own in points.values())
+    wide = 2 + by_expert
+    figure, axes = new_figure(3.1 * wide + by_expert, 2.9 * len(shown) + 0.6, len(shown), wide)
+    classes, counts = np.unique(
+        np.concatenate([own["labels"] for own in points.values()]), return_counts=True
+    )
     chosen = np.sort(classes[np.argsort(-counts, kind="stable")[:10]])
-    info = DATASETS[run["dataset"]]
+    info = DATASETS[next(iter(shown.values()))["run"]["dataset"]]
     names = info.classes or [f"class {c}" for c in range(max(classes) + 1)]
-    by_class = dict(zip(chosen, sns.color_palette("colorblind", 10), strict=False))
-    for at, (title, coordinates, labels, experts) in enumerate(panels):
-        row, column = divmod(at, wide)
-        xy_N2 = np.array(coordinates)
-        _points(axes[row * each, column], title, xy_N2, np.array(labels), by_class, names)
-        if experts is not None:
-            axis = axes[row * each + 1, column]
-            by_expert = {e: mpl.colormaps["Dark2"](e % 8) for e in np.unique(experts)}
-            numbers = [f"expert {e + 1}" for e in range(max(by_expert) + 1)]
-            _points(axis, "the same, by expert", xy_N2, np.array(experts), by_expert, numbers)
-            axis.legend(fontsize=7, markerscale=2, handletextpad=0.1, borderpad=0.2, framealpha=0.7)
+    colours = dict(zip(chosen, sns.color_palette("colorblind", 10), strict=False))
+    for (before, after, *more), (arm, own) in zip(axes, points.items(), strict=True):
+        for axis, moment in ((before, "before"), (after, "after")):
+            _points(axis, f"{arm}, {moment} training", own[moment], own["labels"], colours, names)
+        if "experts" in own:
+            [axis], places_N = more, _places(shown[arm], results)[own["experts"]]
+            kinds = {place: mpl.colormaps["Dark2"](place % 8) for place in np.unique(places_N)}
+            numbers = [f"expert {place + 1}" for place in range(max(kinds) + 1)]
+            which = "all images" if len(classes) > 10 else "the same"
+            _points(axis, f"{which}, by expert", own["after"], places_N, kinds, numbers)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.set_aspect("equal", adjustable="datalim")
         axis.set_visible(axis.has_data())
-    legend(figure, axes[0, 0], 5, markerscale=2.5, handletextpad=0.2)
+    marks: Any = {"markerscale": 2.5, "handletextpad": 0.2}
+    legend(figure, axes[:1, 0], 5, **marks)
+    if by_expert:
+        legend(figure, axes[:, 2], 1, loc="outside right center", **marks)
     some = (
-        f"; the ten classes with most images, of {len(info.classes or classes)}" if len(classes) > 10 else ""
+        f" In the first two columns the ten classes with most images, of {len(info.classes or classes)}."
+        if len(classes) > 10
+        else ""
     )
+    numbered = " Right: the same codes by the expert of largest gate, numbered as in the heat map of routing."
     return captioned(
         figure,
-        f"The extractor's code of {len(panels[0][2])} test images as t-SNE sees it (seed "
-        f"{run['seed']}{some}). Look whether classes form groups of one colour. Distances between groups "
-        "mean little, and the axes have no unit.",
+        f"The extractor's code of {len(own['labels'])} test images as t-SNE sees it.{some} Look whether "
+        f"classes form groups of one colour. {_which(shown, results)} Distances between groups mean little, "
+        f"and the axes have no unit.{numbered * by_expert}",
     )
+
+
+def _which(shown: Mapping[str, Result], results: Sequence[Result]) -> str:
+    """The seed of each arm and how typical it is."""
+    path = "routing.load.effective_experts"
+    said = [
+        f"`{arm}` seed {result['run']['seed']} with {look_up(result, path):.2f} effective experts (median "
+        f"over seeds {np.median([look_up(r, path) for r in arms_of(results)[arm]]):.2f})"
+        for arm, result in shown.items()
+    ]
+    return f"Only some seeds keep these codes: {', '.join(said)}."
+
+
+def _reference(shown: Mapping[str, Result]) -> np.ndarray:
+    """Gates [C, E] of the first arm, the busiest expert first: in all figures experts are numbered by it."""
+    gates_CE = _gates(next(iter(shown.values())))
+    return gates_CE[:, np.argsort(-gates_CE.sum(0), kind="stable")]
+
+
+def _places(result: Result, results: Sequence[Result]) -> np.ndarray:
+    """Where the heat map of routing shows each expert of a run, [E]."""
+    reference_CE = _reference(at_one_seed(arms_of(results, MAIN_ARMS) or arms_of(results)))
+    return np.argsort(matched_order(_gates(result), reference_CE))
 
 
 def _points(
     axis: Any,
     title: str,
-    xy_N2: np.ndarray,
-    kind_N: np.ndarray,
+    xy_N2: Sequence[Sequence[float]],
+    kind_N: Sequence[int] | np.ndarray,
     colours: Mapping[int, Any],
     names: Sequence[str],
 ) -> None:
     """Points of each kind in its colour."""
     axis.set(title=title)
     for kind, colour in colours.items():
-        own = xy_N2[kind_N == kind].T
-        axis.plot(*own, "o", color=colour, ms=2.6, mew=0, alpha=0.8, label=names[kind])
+        own_N2 = np.array(xy_N2)[np.array(kind_N) == kind]
+        axis.plot(*own_N2.T, "o", color=colour, ms=2.6, mew=0, alpha=0.8, label=names[kind])
 
 
 def routing_heatmap(results: Sequence[Result]) -> Figure:
-    """Mean gate of each class: the seed of median effective experts large, all seeds small below it. Experts
-    are matched to those of the first arm (Hungarian method), and a row is the same class everywhere."""
+    """Mean gate of each class: one seed of all arms large, all seeds small below it. Experts are matched to
+    those of the first arm (Hungarian method), and a row is the same class everywhere."""
     shown = arms_of(results, MAIN_ARMS)
-    first = next(iter(shown))
-    gates_CE = _gates(median_run(shown[first]))
-    gates_CE = gates_CE[:, np.argsort(-gates_CE.sum(0), kind="stable")]
+    first, chosen = next(iter(shown)), at_one_seed(shown)
+    gates_CE = _reference(chosen)
     order = np.lexsort((-gates_CE.max(1), gates_CE.argmax(1)))
     few = len(order) <= 20
     small = 5
@@ -119,7 +141,7 @@ def routing_heatmap(results: Sequence[Result]) -> Figure:
         picture: Any = None
         for part, axis, (arm, group) in zip(parts, large, shown.items(), strict=True):
             grid = axis.get_subplotspec().get_gridspec()
-            middle = median_run(group)
+            middle = chosen[arm]
             matched_CE = matched(_gates(middle), gates_CE)[order]
             picture = axis.imshow(matched_CE, **SHARES)
             effective = look_up(middle, "routing.load.effective_experts")
@@ -144,8 +166,8 @@ def routing_heatmap(results: Sequence[Result]) -> Figure:
     return captioned(
         figure,
         "Who serves which class: the mean gate of each class (row) over the experts (columns). Rows that "
-        "differ: the gate tells classes apart; one bright column: routing collapse. Large, the seed of "
-        "median effective experts; small, every seed with its effective experts "
+        f"differ: the gate tells classes apart; one bright column: routing collapse. Large, "
+        f"{which_seed(chosen)}; small, every seed with its effective experts "
         f"({seeds_in_words(results, MAIN_ARMS)}). Experts are matched between pictures.",
     )
 
@@ -210,6 +232,7 @@ def collapse_panel(results: Sequence[Result]) -> Figure:
             values, nulls = np.array(degrees).T
             heights = np.full(len(degrees), height)
             axes[0, 2].plot(values, heights, marker, color=colour, alpha=0.5, ms=5, mew=0)
+            axes[0, 2].plot([values, nulls], [heights, heights + 0.12], color="#333333", alpha=0.15, lw=0.6)
             axes[0, 2].plot(nulls, heights + 0.12, "|", color="#333333", alpha=0.6, ms=6)
     for axis, kind in zip(axes[0], kinds[:2], strict=False):
         axis.set(title=f"{kind}, validation", xlabel="epoch", ylabel="degree of collapse", ylim=(-0.03, 1.03))
@@ -225,7 +248,7 @@ def collapse_panel(results: Sequence[Result]) -> Figure:
     return captioned(
         figure,
         "How collapsed? 0: specialists; 1: one expert would do. Left and middle: over training, mean and "
-        "range over seeds. Right: each seed a dot, beside the tick of its null; a dot no further right than "
-        "its tick shows no collapse. Of functional collapse the tick, at 1, is a gate that does not matter. "
-        f"{seeds_in_words(results, MAIN_ARMS)}.",
+        "range over seeds. Right: each seed a dot, a thin line from it to the tick of its null; a dot no "
+        "further right than its tick shows no collapse. Of functional collapse the tick, at 1, is a gate "
+        f"that does not matter. {seeds_in_words(results, MAIN_ARMS, 'band')}.",
     )

@@ -13,6 +13,7 @@ from moe_study import stats
 from moe_study.claims import PILOT_BELOW, claimed
 from moe_study.columns import (
     COLUMNS,
+    ROUTING,
     SIMILARITY,
     VISION_COLUMNS,
     Column,
@@ -110,17 +111,24 @@ def comparisons(rows: list[dict[str, str]], keys: list[str], *more: str) -> pd.D
     return pd.DataFrame(rows, columns=columns).set_index(keys)
 
 
+ONE_EXPERT = ("dense", "dense-snnl")  # arms
+
+
 def contrasts(
     runs: pd.DataFrame,
     pairs: Sequence[tuple[str, str]],
     names: Sequence[str],
     columns: Columns = COLUMNS,
 ) -> pd.DataFrame:
-    """Paired differences with their 95 % intervals, one row a contrast and column."""
+    """Paired differences with their 95 % intervals, one row a contrast and column; of routing only between
+    mixtures."""
     rows = []
     for column in names:
-        found = [(f"{a} - {b}", contrast(runs, a, b, column)) for a, b in pairs]
-        found.append(("mechanism: (snnl - base) - (dense-snnl - dense)", mechanism(runs, column)))
+        routing = column in ROUTING  # says nothing where an arm has one expert
+        own = [pair for pair in pairs if not (routing and {*pair} & {*ONE_EXPERT})]
+        found = [(f"{a} - {b}", contrast(runs, a, b, column)) for a, b in own]
+        if not routing:
+            found.append(("mechanism: (snnl - base) - (dense-snnl - dense)", mechanism(runs, column)))
         for name, value in found:
             if value is not None:
                 rows.append(
@@ -264,8 +272,8 @@ def company_table(results: Sequence[Result]) -> pd.DataFrame:
     groups = found.groupby(["without", "arm"], sort=False)
     table = pd.DataFrame(
         {
-            "cross-entropy with it": groups["cross_entropy_together"].apply(spread, 4),
-            "more without": groups["more"].apply(spread, 4),
+            "cross-entropy in the batch": groups["cross_entropy_together"].apply(spread, 4),
+            "added without": groups["more"].apply(spread, 4),
             "choices changed": groups["changed_choice"].apply(spread, 3),
             "largest change": groups["largest_change"].max().map("{:.4f}".format),
         }

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch, Rectangle
 from moe_study import stats
 from moe_study.report.first_screen import LOW_IS_GOOD
 from moe_study.report.plots import PALETTE, captioned, new_figure
-from moe_study.report.verdicts import place
+from moe_study.report.verdicts import against, place
 from moe_study.trust import TRUTH
 from moe_study.verdicts import Verdict
 
@@ -31,61 +31,85 @@ WORD_COLOURS = {
 }
 
 
+# Of the grid, in inches: as wide as a README shows, text of 9 points, an average letter of it.
+GRID_WIDTH, GRID_LEFT, LINE, LETTER = 8.7, 1.75, 0.165, 0.069
+
+
 def verdict_grid(grid: dict[str, Any]) -> Figure:
     """`first_screen.grid` as a picture: data set x claim, a colour a word, difference and interval."""
-    left, wide, unit = 2.6, 1.72, 0.2  # inches
     figure = Figure()
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
-
-    def write(x: float, y: float, text: str, **style: Any) -> None:
-        axis.text(x, y + unit / 2, text, va="center", **({"fontsize": 7} | style))
-
-    y, marked = 0.0, False
+    height = 0.0
     for section in grid["sections"]:
-        write(0.05, y, section["title"], fontsize=8, fontweight="bold")
-        heads = [
-            textwrap.wrap(f"{column['claim']} ({column['unit']})".removesuffix(" ()"), 30)
-            + [column["against"]] * bool(column["against"])
-            for column in section["columns"]
-        ]
-        depth = max(map(len, heads))
-        for at, lines in enumerate(heads):
-            for line, text in enumerate(lines, depth - len(lines)):
-                write(left + wide * at, y + unit * (1 + 0.8 * line), text, color="#555555")
-        y += unit * (1.1 + 0.8 * depth)
-        for row, cells in section["rows"].items():
-            write(0.05, y, row)
-            for at, cell in enumerate(cells):
-                top = y
-                for one in cell:
-                    x, colour = left + wide * at, WORD_COLOURS[one["word"]]
-                    axis.add_patch(Rectangle((x, top + 0.01), wide - 0.05, unit - 0.02, fc=colour, alpha=0.3))
-                    write(x + 0.04, top, f"{one['mark']} {one['difference']} {one['interval']}", fontsize=6.5)
-                    top += unit
-                    marked |= "†" in one["interval"]
-                    if one["against"]:
-                        write(x + 0.04, top, one["against"], fontsize=5.5, color="#555555")
-                        top += 0.8 * unit
-            y += unit * max(sum(1 + 0.8 * bool(one["against"]) for one in cell) for cell in cells)
-        y += 0.8 * unit
-    x = 0.05
-    for word, mark, _ in grid["legend"]:
-        axis.add_patch(Rectangle((x, y + 0.06), 0.12, 0.12, fc=WORD_COLOURS[word], alpha=0.3))
-        write(x + 0.16, y + 0.03, f"{mark} {word}")
-        x += 0.45 + 0.066 * len(word)
-    if marked:
-        write(x, y + 0.03, "†: at the epoch of the lowest validation cross-entropy", color="#555555")
-    width = left + wide * max(len(section["columns"]) for section in grid["sections"])
-    height = y + 1.4 * unit
-    figure.set_size_inches(width, height)
-    axis.set(xlim=(0, width), ylim=(height, 0))
+        height = _grid_section(axis, height, section)
+    height = _grid_legend(axis, height, grid["legend"]) + LINE / 2
+    figure.set_size_inches(GRID_WIDTH, height)
+    axis.set(xlim=(0, GRID_WIDTH), ylim=(height, 0))
     return captioned(
         figure,
         "Every data set (row) and every claim (column): a colour per verdict, mean difference and 95 % "
-        "interval. What is subtracted stands beside the title, or above or below the numbers. "
+        "interval. What is subtracted stands beside the title, above the columns or below the numbers. "
         f"{LOW_IS_GOOD}: low is good.",
     )
+
+
+def _wrapped(text: str, wide: float) -> list[str]:
+    """The lines of a text in a column."""
+    return textwrap.wrap(text, int(wide / LETTER))
+
+
+def _write(axis: Any, x: float, y: float, lines: Sequence[str], **style: Any) -> float:
+    """Write from y downwards; where the next line would begin."""
+    for at, line in enumerate(lines):
+        axis.text(x, y + LINE * (at + 0.5), line, va="center", **({"fontsize": 9} | style))
+    return y + LINE * len(lines)
+
+
+def _grid_section(axis: Any, y: float, section: dict[str, Any]) -> float:
+    """Title, heads and rows; where the next section begins."""
+    columns = section["columns"]
+    wide = (GRID_WIDTH - GRID_LEFT) / len(columns)
+    y = _write(axis, 0.05, y, [section["title"]], fontsize=10, fontweight="bold") + 0.05
+    heads = [
+        _wrapped(f"{column['claim']} ({column['unit']})".removesuffix(" ()"), wide - 0.1)
+        + _wrapped(column["against"], wide - 0.1)
+        for column in columns
+    ]
+    bottom = y + LINE * max(map(len, heads))
+    for at, lines in enumerate(heads):
+        _write(axis, GRID_LEFT + wide * at, bottom - LINE * len(lines), lines, color="#555555")
+    y = bottom + 0.05
+    for row, cells in section["rows"].items():
+        below = [_write(axis, 0.05, y, _wrapped(row, GRID_LEFT))]
+        below += [_grid_cell(axis, GRID_LEFT + wide * at, y, cell, wide) for at, cell in enumerate(cells)]
+        y = max(below) + 0.06
+    return y + LINE
+
+
+def _grid_cell(axis: Any, x: float, y: float, cell: Sequence[dict[str, str]], wide: float) -> float:
+    """The verdicts of a cell below each other, on one line each where there is room; where they end."""
+    for one in cell:
+        lines = [f"{one['mark']} {one['difference']}", one["interval"]]
+        lines = lines if wide < 1.9 else [" ".join(lines)]
+        box: Any = {"fc": WORD_COLOURS[one["word"]], "alpha": 0.3}
+        axis.add_patch(Rectangle((x, y), wide - 0.05, LINE * len(lines), **box))
+        y = _write(axis, x + 0.04, y, lines)
+        y = _write(axis, x + 0.04, y, _wrapped(one["against"], wide - 0.1), color="#555555") + 0.03
+    return y
+
+
+def _grid_legend(axis: Any, y: float, legend: Sequence[tuple[str, str, str]]) -> float:
+    """What the colours and marks mean; where it ends."""
+    x = 0.05
+    for word, mark, _ in legend:
+        axis.add_patch(Rectangle((x, y + 0.02), 0.12, 0.12, fc=WORD_COLOURS[word], alpha=0.3))
+        _write(axis, x + 0.16, y, [f"{mark} {word}"])
+        x += 0.4 + 0.075 * len(word)
+    y += 1.2 * LINE
+    if any("†" in text.get_text() for text in axis.texts):
+        y = _write(axis, 0.05, y, ["†: at the epoch of the lowest validation cross-entropy"], color="#555555")
+    return y
 
 
 def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
@@ -95,7 +119,7 @@ def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
     rows = [  # a heading, then its verdicts
         row for source in sources for row in (source, *(v for v in verdicts if v.claim.source == source))
     ]
-    figure, axes = new_figure(9.8, 0.27 * len(rows) + 1.5)
+    figure, axes = new_figure(9.8, 0.32 * len(rows) + 1.5)
     axis = axes[0, 0]
     axis.axvline(0, color="#333333", lw=1)
     axis.axvline(1, color="#333333", lw=1, ls="--")
@@ -105,15 +129,15 @@ def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
         if isinstance(row, str):
             names.append(row.upper())
             continue
-        claim = row.claim
-        names.append(f"{claim.wording}, {place(row)}: {claim.treatment} - {row.control}")
+        name = f"{row.claim.wording}, {place(row)},", against(row)
+        names.append(("\n" if sum(map(len, name)) > 60 else " ").join(name))
         reach = max(reach, _forest_row(axis, at, row))
     axis.set_yticks(range(len(rows)), names)
     for row, label in zip(rows, axis.get_yticklabels(), strict=True):
         label.set_fontsize(9)
         label.set_fontweight("bold" if isinstance(row, str) else "normal")
     axis.set_xscale("symlog", linthresh=2, linscale=0.9)
-    shown = [x for x in (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100) if abs(x) <= 1.3 * reach]
+    shown = [x for x in (-100, -10, -3, -1, 0, 1, 3, 10, 30, 100) if abs(x) <= 1.3 * reach]
     axis.set_xticks(shown, [f"{x:g}" for x in shown])
     axis.minorticks_off()
     axis.set(xlim=(-1.4 * reach, 3.0 * reach), ylim=(len(rows) - 0.4, -0.6))
@@ -121,12 +145,13 @@ def verdict_forest(verdicts: Sequence[Verdict]) -> Figure:
     axis.set_xlabel(
         "← against the claim  |  in units of the difference that counts  |  as claimed →", fontsize=9
     )
+    hollow = "; hollow dots are pilots" * any(v.word == "pilot" for v in verdicts)
     return captioned(
         figure,
         "Each verdict as a difference in units of the one that counts (dashed line at 1: the published "
         "difference, or the declared margin). Right of 0 is the claimed direction. Thick bars are 90 %, thin "
-        "ones 95 % intervals, at their right end the paired seeds; hollow dots are pilots. The axis is "
-        "linear up to 2 and logarithmic beyond.",
+        f"ones 95 % intervals{hollow}; beside the words stand the paired seeds. The axis is linear up to 2 "
+        "and logarithmic beyond.",
     )
 
 

@@ -226,6 +226,7 @@ def tally(found: Sequence[Verdict]) -> str:
 ARM_WORDS = {
     "base": "plain MoE",
     "snnl": "SNNL-MoE",
+    "snnl-weaker": "SNNL-MoE at a tenth of the factor",
     "dense": "a dense network",
     "dense-snnl": "a dense network with SNNL",
     "base-balance": "MoE with balance loss",
@@ -243,9 +244,17 @@ ARM_WORDS = {
 }
 
 
-def in_words(arm: str) -> str:
+CROSSED_WORDS = {
+    "base": "neither remedy",
+    "snnl": "SNNL alone",
+    "ac": "the AC router alone",
+    "snnl-ac": "both remedies",
+}
+
+
+def in_words(arm: str, study: str = "") -> str:
     """What an arm is, in two or three words; one of your own is called by its name."""
-    return ARM_WORDS.get(arm, arm)
+    return (CROSSED_WORDS if study == "crossed" else ARM_WORDS).get(arm, arm)
 
 
 def differences(
@@ -253,6 +262,7 @@ def differences(
 ) -> list[str]:
     """Sentences on (treatment, control, measure): both levels, the difference, and what it says."""
     said = []
+    name_of = {arm: in_words(arm, own) for arm, own in zip(runs["arm"], runs["study"], strict=True)}
     for treatment, control, name in asked:
         both = tables.paired(runs, [treatment, control], name)
         found = tables.contrast(runs, treatment, control, name)
@@ -268,13 +278,13 @@ def differences(
         if found.low <= 0 <= found.high:
             reading = "the interval includes 0, so these seeds cannot tell"
         else:
-            reading = f"{in_words(treatment)} is {'higher' if found.difference > 0 else 'lower'}"
+            reading = f"{name_of[treatment]} is {'higher' if found.difference > 0 else 'lower'}"
         pilot = ", too few to decide" if found.seeds < PILOT_BELOW else ""
         said.append(
-            f"{name}: {in_words(treatment)} {a}, {in_words(control)} {b}. The difference is "
-            f"{shown['difference']} "
-            f"{shown['95 % interval']} {column.unit}".strip()
-            + f" over {found.seeds} seeds{pilot}: {reading}."
+            f"{name}, on the {found.seeds} seeds that both have: {name_of[treatment]} {a}, "
+            f"{name_of[control]} {b}. The difference is "
+            f"{shown['difference']} {shown['95 % interval']} {column.unit}".strip()
+            + f"{pilot}: {reading}."
         )
     return said
 

@@ -299,6 +299,32 @@ def test_another_endpoint_contradicts():
     assert found.by_endpoint["best_accuracy"] == "contradicted"
 
 
+def test_a_condition_broken_at_another_endpoint_takes_the_support_back():
+    results = snnl_results(study="collapse", dataset="domains")
+    unit = {"key": "collapse-different", "dataset": "domains", "study": "collapse"}
+    assert judged(results, **unit).word == "supported"
+    for result in results:
+        if result["run"]["arm"] == "snnl":
+            result["endpoints"]["best_accuracy"]["similarity"]["cka_weighted"] += 0.5
+    found = judged(results, **unit)
+    assert found.word != "supported"
+    assert found.by_endpoint["best_accuracy"] == "contradicted"
+
+
+def test_the_validation_area_is_the_same_at_every_endpoint():
+    found = judged(
+        vision_results({"linear": 0.0, "cosine": 0.0, "ac": 0.02}), "ac-vision-convergence", "linear",
+        study="ac-vision",
+    )  # fmt: skip
+    assert found.by_endpoint == dict.fromkeys((LAST, *OTHERS), "supported")
+
+
+def test_a_null_that_was_not_measured_leaves_nothing_to_resolve():
+    found = judged(snnl_results(alone=float("nan")), "snnl-orthogonal")
+    assert found.word == "not testable here"
+    assert "no null of the representational collapse" in words.reason(found).lower()
+
+
 def test_conditions_of_the_primary_endpoint_alone_make_no_dependence():
     """Permuted routing is measured at the last epoch only: no verdict at the others, and no pilot either."""
     found = judged(snnl_results(), "snnl-flexible")

@@ -360,7 +360,7 @@ def test_show_says_which_files_a_figure_came_from(folders):
         "sources": [entry | {"runs": 3}],
     }
     assert picture.metadata["image/png"]["alt"] == "What <unk> shows"
-    source = "results/digits/snnl/digits/{base,dense-snnl}-s*.json (3 files)"
+    source = "results/digits/snnl/digits/{base,dense-snnl}-s[0-9]*.json (3 files)"
     path = folders / "figures" / "digits" / "snnl" / "digits" / "curves.png"
     with Image.open(path) as stored:
         assert stored.format == "PNG"
@@ -374,7 +374,8 @@ def test_show_says_which_files_a_figure_came_from(folders):
 
 
 def test_show_without_files(folders):
-    picture, _ = shown_outputs(figure(), "tour/x")
+    picture, below = shown_outputs(figure(), "tour/x")
+    assert "figures/tour/x.png, computed in this notebook<" in below.data["text/html"]
     assert picture.metadata["moe_study"] == {"figure": "tour/x", "caption": "", "sources": []}
     with Image.open(folders / "figures" / "tour" / "x.png") as stored:
         assert stored.text["Source"] == "computed in this notebook"

@@ -118,6 +118,7 @@ def test_two_panels_are_compared(tmp_path):
 def test_pictures_hold_every_block(options):
     figure = panel(**options).figure()
     assert isinstance(figure, matplotlib.figure.Figure)
+    assert "routing collapse" in figure.get_label()
     layers = options.get("num_layers", 3)
     if layers > 1:
         grid_LE = figure.axes[0].images[0].get_array()

@@ -105,7 +105,7 @@ def test_effects_are_paired_by_seed_and_in_their_cell():
 def test_trends_are_the_slope_of_a_tenfold_factor():
     trends = doses.dose_trends(planted((0.01, -0.03)), [PANEL, PANEL], ["accuracy"])
     assert list(trends.index) == [("accuracy (points)", "experts: 4"), ("accuracy (points)", "experts: 8")]
-    assert [float(d) for d in trends["difference"]] == pytest.approx([1, -3], abs=0.01)
+    assert [float(d) for d in trends["slope"]] == pytest.approx([1, -3], abs=0.01)
 
 
 def test_a_panel_without_a_factor_has_no_trend():
@@ -121,7 +121,7 @@ def test_heatmap_frames_what_excludes_zero():
     axis = doses.dose_heatmaps(planted((0.01, 0.0)), PANEL, ["accuracy"]).axes[0]
     framed = [patch.get_xy() for patch in axis.patches]
     assert {round(x + 0.48) for x, _ in framed} == {0}  # the effect is in the first column alone
-    assert axis.get_title() == "accuracy (points),\norange: better"
+    assert axis.get_title() == "accuracy (points),\npurple: better"
     assert "+1.05" in [text.get_text() for text in axis.texts]
 
 
@@ -137,8 +137,11 @@ def test_heatmap_colours_are_differences_and_one_colour_is_better():
     np.testing.assert_allclose(colours(neither), expected, rtol=1e-6)
     for axis in (up, down, neither):
         assert axis.images[0].get_clim() == pytest.approx((-0.0305, 0.0305))
+    assert neither.get_title().startswith("H(E|c) (nats)")
+    worse = up.images[0].get_cmap()(0.0)
+    assert worse[0] > worse[2]  # orange
     assert [axis.get_title().split(",\n")[1] for axis in (up, down, neither)] == [
-        "orange: better", "orange: better", "orange: more",
+        "purple: better", "purple: better", "purple: more",
     ]  # fmt: skip
 
 

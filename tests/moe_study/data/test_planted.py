@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from moe_lib import MoE
 from moe_study import tour
 from moe_study.data import planted
 from moe_study.data.planted import ClusterConfig, feature_clusters, planted_routing
@@ -40,6 +41,20 @@ def test_eps_form_agrees_where_it_can_and_caps_where_it_cannot():
     table = tour.temperature_table(points_N2, classes_N)
     assert abs(table.loc["1", "exact"] - table.loc["1", "with eps"]) < 1e-3
     assert table.loc["1e-05", "with eps"] < table.loc["1e-05", "exact"] / 2
+
+
+def test_figures_of_the_tour_say_what_to_see_and_hide_no_point():
+    """No legend and no label lies inside the axes."""
+    points_N2, classes_N, _ = planted.ring_clusters(40, seed=1)
+    mixture = MoE(2, num_experts=4, hidden_dim=3, out_dim=4).double()
+    trained = {"base": (torch.nn.Linear(2, 2).double(), mixture)}
+    experts = tour.experts_figure(trained, points_N2, classes_N)
+    names = [text.get_text() for legend in experts.legends for text in legend.get_texts()]
+    assert names == [*(f"expert {e}" for e in range(4)), *"0123"]
+    for figure in (experts, tour.space_figure(0), tour.snnl_figure(points_N2, classes_N)):
+        assert len(figure.get_label()) > 60
+        assert figure.legends
+        assert not any(axis.texts or axis.get_legend() for axis in figure.axes)
 
 
 def test_bad_planted_arguments():

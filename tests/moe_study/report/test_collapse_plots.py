@@ -1,5 +1,7 @@
 """Figures of the collapse study: what they draw is what their titles and captions say."""
 
+import copy
+
 import numpy as np
 import pytest
 from scipy.stats import entropy
@@ -57,6 +59,24 @@ def test_the_idea_shows_mean_gate_weights_and_counts_effective_experts_by_them(r
         assert shown == [f"{100 * weight:.0f} %" for weight in weights]
         effective = one["routing"]["load"]["effective_experts"]
         assert f"{100 * one['task']['accuracy']:.1f} % accurate, {effective:.1f} eff" in axis.get_title()
+        gate_GE = np.array(one["domains"]["domain_expert"])
+        told_apart = entropy(weights) - np.mean([entropy(gate_E) for gate_E in gate_GE])
+        assert f"{effective:.1f} effective experts and {told_apart:.2f} nats" in figure.get_label()
+    assert figure.get_label().startswith("The SNNL paper's idea, not a finding:")
+
+
+@pytest.mark.parametrize("arm", ["dense", "uniform-gate"])
+def test_the_caption_of_the_cloud_names_what_is_drawn(results, arm):
+    said = {"dense": "lines are the dense networks", "uniform-gate": "a constant gate uses all experts"}
+    assert not [text for text in said.values() if text in cloud(results)]
+    more = copy.deepcopy(results[0])
+    more["run"] |= {"arm": arm, "model": {"num_experts": 1 if arm == "dense" else EXPERTS}}
+    more["run"]["model"]["gate"] = "mlp" if arm == "dense" else "uniform"
+    assert [name for name, text in said.items() if text in cloud([*results, more])] == [arm]
+
+
+def cloud(results):
+    return collapse_plots.collapse_and_accuracy(results).get_label()
 
 
 def test_all_arms_are_shown_at_the_seed_that_is_typical_of_them(results):
@@ -66,9 +86,24 @@ def test_all_arms_are_shown_at_the_seed_that_is_typical_of_them(results):
     assert {r["run"]["seed"] for r in plots.at_one_seed(plots.arms_of(results)).values()} == {9}
     figure = collapse_plots.domain_routing(results)
     assert [axis.get_title() for axis in figure.axes] == [
-        f"{arm}, seed 9\n60.0 % accurate" for arm in ("base", "snnl")
+        f"{arm}\nseed 9: 60.0 % accurate" for arm in ("plain MoE", "SNNL-MoE")
     ]
-    assert "seed 9 in every arm, the one closest to the medians of accuracy and eff" in figure.get_label()
+    said = (
+        "seed 9 in every arm, the closest to the medians of accuracy and effective experts of base and snnl"
+    )
+    assert said in figure.get_label()
+
+
+def test_a_third_arm_does_not_change_the_seed_that_is_shown(results):
+    set_values(results, "base", (0.5, 0.7, 0.6), (1.0, 3.0, 2.0))
+    set_values(results, "snnl", (0.5, 0.7, 0.6), (1.0, 2.0, 3.0))
+    third = [copy.deepcopy(r) for r in results if r["run"]["arm"] == "snnl"]
+    for result in third:
+        result["run"]["arm"] = "snnl-shuffled"
+    set_values(third, "snnl-shuffled", (0.6, 0.7, 0.5), (2.0, 3.0, 1.0))  # alone it would show seed 7
+    chosen = plots.at_one_seed(plots.arms_of(results + third))
+    assert {arm: r["run"]["seed"] for arm, r in chosen.items()} == dict.fromkeys(chosen, 9)
+    assert len(chosen) == 3
 
 
 def test_arms_without_a_common_seed_are_shown_at_their_medians(results):

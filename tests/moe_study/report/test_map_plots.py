@@ -132,9 +132,21 @@ def test_table_counts_cells(results):
 
 
 def test_unfinished_pairs_are_left_out(results):
-    """A seed without its partner adds nothing; an arm that is missing leaves its panel empty."""
+    """A seed without its partner adds nothing; an arm that is missing takes its row away."""
     without = [r for r in results if (r["run"]["arm"], r["run"]["seed"]) != ("uniform-gate", 1)]
     assert map_plots.map_table(without).loc["base − uniform-gate: does learned routing pay?", "seeds"] == 2
     plain = [r for r in results if r["run"]["arm"] in ("base", "uniform-gate")]
     assert list(map_plots.map_table(plain).index) == ["base − uniform-gate: does learned routing pay?"]
-    assert all(not texts for texts in panels(map_plots.gain_map(plain)).values())
+    assert not map_plots.gain_map(plain).subfigs
+    fewer = map_plots.gain_map([r for r in results if r["run"]["arm"] != "snnl-weaker"])
+    assert [part.get_suptitle().split(":")[0] for part in fewer.subfigs] == [
+        "snnl − base",
+        "snnl − uniform-snnl",
+    ]
+    assert "row by row: snnl − base; snnl − uniform-snnl." in fewer.get_label()
+
+
+def test_a_map_of_one_panel_has_room_for_its_titles(results):
+    narrow = [r for r in results if r["run"]["model"]["code_dim"] == 4]
+    assert map_plots.cost_map(narrow).get_figwidth() == map_plots.LEAST_WIDTH
+    assert map_plots.cost_map(results).get_figwidth() > map_plots.LEAST_WIDTH

@@ -205,6 +205,8 @@ def held(file, endpoint):
 
 
 def value(file, measure, endpoint):
+    if measure is area:  # of all epochs
+        return measure(file)
     if whole_file(measure):
         return measure(file) if endpoint == own_endpoint(file) else None
     return measure(held(file, endpoint))
@@ -433,7 +435,10 @@ def decide(claims, by_dataset, gates):
         margin = one["sign"] * one["published"].get(dataset, one["sign"] * one["margin"])
         sizes = [len(v) for v, *_ in parts]
         known = {n: own[i] for n, own in others.items() if sizes == [len(v) for v, *_ in own[i][0]] != [0]}
-        against = {name: interval(own[0][0][0], 0.9)[1] < 0 for name, own in known.items()}
+        against = {
+            name: any(interval(signed_S, 0.9)[1] < (least or 0) for signed_S, _, least in own[0])
+            for name, own in known.items()
+        }
         elsewhere = any(bad for name, bad in against.items() if name != primary)
         signed_S = parts[0][0]
         row = {

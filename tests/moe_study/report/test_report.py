@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -278,6 +279,13 @@ def test_contrasts_lists_what_there_is():
     assert table.loc[("accuracy (points)", mechanism), "difference"] == "+0.67"
     assert table.loc[("|cos| weights", "snnl - base"), "difference"] == "+0.0000"
     assert tables.contrasts(frame_of(some_results({"base": (0.9,)})), pairs, ["accuracy"]).empty
+
+
+def test_contrasts_of_routing_leave_out_arms_with_one_expert():
+    pairs = [("snnl", "base"), ("base", "dense"), ("snnl", "dense-snnl")]
+    table = tables.contrasts(frame_of(some_results()), pairs, ["H(E)", "cross-entropy"])
+    assert [row for row in table.index if row[0] == "H(E)"] == [("H(E)", "snnl - base")]
+    assert len(table) == 1 + 4
 
 
 def comparison(low: float, high: float, p: float = 0.01, seeds: int = 10) -> PairedComparison:
@@ -760,7 +768,8 @@ def test_answers_name_the_claims_that_could_not_be_tested():
         in text
     )
     assert (
-        "routing more flexible, on FashionMNIST (exploratory) (no gate that learns nothing was run)" in text
+        "routing more flexible, on FashionMNIST (exploratory) (no gate that learns nothing was run on these "
+        "seeds)" in text
     )
 
 
@@ -903,7 +912,7 @@ def of_runs(study: str, dataset: str, *arms: str) -> dict:
         ),
         (
             [of_runs("snnl", "cifar10", "raw")],
-            "results/core/snnl/cifar10/raw-s*.json (3 files)",
+            "results/core/snnl/cifar10/raw-s[0-9]*.json (3 files)",
             [
                 "python -m moe_study run --profile core --study snnl --dataset cifar10",
                 "make render PROFILE=core",
@@ -1001,9 +1010,9 @@ def test_what_happened_is_told_in_words(folders):
             store.write_run(run.path, made_up(run, accuracy + 0.01 * place))
     text = overview.happened("digits")
     assert (
-        "accuracy: SNNL-MoE 93.00 %, plain MoE 91.00 %. The difference is +2.00 [+2.00, +2.00] points" in text
+        "accuracy, on the 3 seeds that both have: SNNL-MoE 93.00 %, plain MoE 91.00 %. The difference is "
+        "+2.00 [+2.00, +2.00] points, too few to decide: SNNL-MoE is higher." in text
     )
-    assert "over 3 seeds, too few to decide: SNNL-MoE is higher." in text
     assert "results/core/report.html" in text
 
 
@@ -1091,7 +1100,9 @@ def test_collapse_panel_shows_values_beside_their_nulls():
     expected = 1 - (np.exp(1.3) - 1) / 3
     np.testing.assert_allclose(routing.lines[0].get_ydata(), expected)
     np.testing.assert_allclose(representational.lines[0].get_ydata(), [0.6, 0.5, 0.4])
-    shown = [line.get_xdata()[0] for line in degrees.lines]
+    drawn = [line.get_xdata() for line in degrees.lines]
+    np.testing.assert_allclose(drawn[1::3], np.array([drawn[::3], drawn[2::3]])[..., 0].T)
+    shown = [line[0] for at, line in enumerate(drawn) if at % 3 != 1]
     nulls = [1 - (np.exp(1.38) - 1) / 3, 0.4, 1]
     np.testing.assert_allclose(shown[::2], [expected, 0.1, 0.5])
     np.testing.assert_allclose(shown[1::2], nulls, atol=1e-9)
@@ -1100,9 +1111,12 @@ def test_collapse_panel_shows_values_beside_their_nulls():
 def test_verdict_forest_is_in_margins(core):
     """A hollow dot a pilot, where the difference is in units of the published one; 90 % inside 95 %."""
     found = selection.find_verdicts("core")
-    axis = verdict_plots.verdict_forest(found).axes[0]
+    figure = verdict_plots.verdict_forest(found)
+    assert "hollow dots are pilots" in figure.get_label()
+    assert "hollow" not in verdict_plots.verdict_forest([v for v in found if v.word != "pilot"]).get_label()
+    axis = figure.axes[0]
     names = dict(zip([label.get_text() for label in axis.get_yticklabels()], axis.get_yticks(), strict=True))
-    row = names["more accurate, FashionMNIST: snnl - base"]
+    row = names["more accurate, FashionMNIST, against plain MoE"]
     [verdict] = [v for v in found if v.dataset == "fashion_mnist" and v.claim.key == "snnl-accuracy"]
     assert verdict.word == "pilot"
     wide, narrow, dot = [
@@ -1225,26 +1239,30 @@ def test_heatmaps_match_the_experts_of_the_other_arm():
     np.testing.assert_array_equal(*(np.asarray(a.images[0].get_array()) for a in (base, snnl)))
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_codes_before_training_are_drawn_once_if_they_are_the_same(same):
-    results = some_results({"base": (0.9,), "snnl": (0.9,)})
-    start = results[0]["tsne"]["before"]
-    results[1]["tsne"]["before"] = start if same else [[-x, y] for x, y in start]
-    titles = [axis.get_title() for axis in snnl_plots.tsne_panels(results).axes]
-    after = ["base, after training", "snnl, after training"]
-    before = ["base, before training", "snnl, before training"]
-    assert titles == (["before training", *after] if same else [before[0], after[0], before[1], after[1]])
+def test_codes_of_an_arm_stand_in_a_row():
+    figure = snnl_plots.tsne_panels(some_results({"base": (0.9, 0.8), "snnl": (0.9, 0.8)}))
+    moments = ("before training", "after training")
+    titles = [f"{arm}, {moment}" for arm in ("base", "snnl") for moment in moments]
+    assert [axis.get_title() for axis in figure.axes] == titles
+    said = f"`base` seed {arms.SEEDS[0]} with 3.50 effective experts (median over seeds 3.50)"
+    assert said in figure.get_label()
 
 
-def test_codes_are_coloured_by_expert_where_the_result_holds_it():
-    results = some_results({"base": (0.9,)})
+@pytest.mark.parametrize(
+    ("num_classes", "title"), [(10, "the same, by expert"), (100, "all images, by expert")]
+)
+def test_codes_are_coloured_by_expert_and_numbered_as_in_the_heat_map(num_classes, title):
+    """The first column of the heat map is expert 2's, and its points have the first colour."""
+    results = some_results({"base": (0.9,)}, num_classes=num_classes)
+    results[0]["routing"]["class_expert"] = [[0.2, 0.3, 0.4, 0.1]] * num_classes
     points = np.array(results[0]["tsne"]["after"])
     experts = results[0]["tsne"]["experts"] = [i % 3 for i in range(len(points))]
-    axes = [axis for axis in snnl_plots.tsne_panels(results).axes if axis.get_visible()]
-    [below] = [axis for axis in axes if axis.get_title() == "the same, by expert"]
-    drawn = [np.array(line.get_xydata()) for line in below.lines]
-    for e in range(3):
-        np.testing.assert_array_equal(drawn[e], points[np.array(experts) == e])
+    figure = snnl_plots.tsne_panels(results)
+    assert "by the expert" in figure.get_label()
+    [axis] = [axis for axis in figure.axes if axis.get_title() == title]
+    assert [line.get_label() for line in axis.lines] == ["expert 1", "expert 2", "expert 3"]
+    for line, e in zip(axis.lines, (2, 1, 0), strict=True):
+        np.testing.assert_array_equal(line.get_xydata(), points[np.array(experts) == e])
 
 
 @pytest.mark.parametrize(
@@ -1253,6 +1271,25 @@ def test_codes_are_coloured_by_expert_where_the_result_holds_it():
 def test_arms_of_a_study_are_told_apart(names):
     colours = {to_hex(plots.ARM_STYLE[name][0]).lower() for name in names}
     assert len(colours) == len(names)
+
+
+def test_two_seeds_have_no_interval_and_no_band():
+    """Two seeds as dots and their mean; the caption says why there is no interval."""
+    two = some_results({"base": (0.9, 0.5)})
+    dots, interval, _ = plots.accuracy_by_arm(two).axes[0].lines
+    np.testing.assert_allclose(dots.get_xdata(), [90, 50])
+    np.testing.assert_allclose(interval.get_xdata(), [70, 70])
+    assert not any(axis.collections for axis in plots.training_curves(two).axes)
+    pair = {"linear": (0.8, 0.7), "ac": (0.9, 0.5)}
+    corrupted = routed_plots.corruption_by_severity(routed_results("ac-vision", pair))
+    assert not any(axis.collections for axis in corrupted.axes)
+    crossed = dict.fromkeys(arms.CROSSED_ARMS, (0.8, 0.5))
+    lines = routed_plots.crossed_lines(routed_results("crossed", crossed))
+    assert len(lines.axes[0].lines) == 2 * 3  # dots at both ends and one line, without and with SNNL
+    for figure in (plots.accuracy_by_arm(two), corrupted, lines):
+        assert "(no interval below 3 seeds)" in figure.get_label()
+    assert "(no band below 3 seeds)" in plots.training_curves(two).get_label()
+    assert "no interval" not in plots.accuracy_by_arm(some_results()).get_label()
 
 
 def test_differences_are_drawn_pair_by_pair():
@@ -1297,6 +1334,14 @@ def test_corruption_is_drawn_against_the_first_arm():
     (line,) = [line for line in shown[0].lines if line.get_label() == "ac"]
     assert line.get_ydata()[0] == pytest.approx(100 * expected)
     assert line.get_xdata().tolist() == [0, 1, 2, 3, 4, 5]
+    assert (
+        "Severity 0 is the accuracy on the 1,024 test images that were then corrupted, at the last epoch"
+        in (figure.get_label())
+    )
+    for result in results:
+        del result["run"]["corrupted_images"], result["primary_endpoint"]
+    older = routed_plots.corruption_by_severity(results).get_label()
+    assert "1,024 test images that were then corrupted, at the epoch of the lowest validation" in older
 
 
 def test_load_is_ordered_in_each_run_before_it_is_averaged():
@@ -1307,6 +1352,8 @@ def test_load_is_ordered_in_each_run_before_it_is_averaged():
     line, even = routed_plots.expert_load(results).axes[0].lines
     np.testing.assert_allclose(line.get_ydata(), 100 * np.array(shares))
     np.testing.assert_allclose(even.get_ydata(), 100 / 16)
+    legend = routed_plots.expert_load(routed_results("ac-vision")).legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["linear", "cosine", "ac"]
 
 
 def test_summary_of_one_seed_has_no_deviation():
@@ -1714,6 +1761,11 @@ def test_verdict_grid_draws_every_verdict(core):
     figure = verdict_plots.verdict_grid(first_screen.grid(found))
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert sum("[+" in text or "[-" in text for text in texts) == len(found)
+    assert figure.get_figwidth() * 96 <= 840  # as wide as a README shows: text keeps its size
+    assert min(text.get_fontsize() for text in figure.axes[0].texts) >= 9
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    edges = [text.get_window_extent(renderer) for text in figure.axes[0].texts]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0 for box in edges)
     check_drawn(figure, "verdict_grid")
 
 

@@ -410,9 +410,12 @@ def check_firmness(groups, header, rows):
         assert any(
             one["contrast"] == row["contrast"]
             and [one["half"], one["word"], one["twice"]]
-            == [row["at half the margin"], row["verdict"], row["at twice the margin"]]
+            == [
+                row[name].removesuffix(", but smaller than that")
+                for name in ("at half the margin", "verdict", "at twice the margin")
+            ]
             and elsewhere == {name: one["elsewhere"].get(name, "-") for name in ENDPOINTS}
-            and row["seeds for 80 % power"] == str(one["needed"] or "-")
+            and row["seeds for 80 % power, before correction"] == str(one["needed"] or "-")
             and all(
                 any(shows(text, np.array(end))[0] | shows(text, np.array(end))[1] for end in one["images"])
                 for text in re.findall(NUMBER, row["interval over seeds and images"])[1:]
@@ -624,7 +627,7 @@ def check_provenance(groups, header, rows):
     assert shown["runs finished / planned"].split(" / ")[0] == f"{len(results)}"
     time, *others = shown["time"].split("; ")
     assert time == f"{minutes(results):.0f} core-minutes"
-    devices = [r["device"] for r in results]
+    devices = [r["device"] for r in results if "same_as" not in r]
     assert others == [f"{devices.count(one)} runs on {one}" for one in sorted({*devices} - {"cpu"})]
     assert shown["longest run"] == f"{max(r['wall_seconds'] for r in results):.0f} s"
     memory = [r["peak_memory_mb"] for r in results if r["device"] == "cpu"]
@@ -712,7 +715,7 @@ def check_slopes(groups, header, rows):
                     terms = {family[f]: w for f, w in zip(chosen, x / (x**2).sum(), strict=True)}
                     seeds = int(row["seeds"].split()[0])
                     group = groups[name, dataset]
-                    found |= bool(explained(group, terms, row["difference"], interval, seeds, row["p"]))
+                    found |= bool(explained(group, terms, row["slope"], interval, seeds, row["p"]))
         assert found, row
 
 
@@ -812,7 +815,7 @@ def check(groups, header, rows):
         check_reasons(groups, header, named)
     elif "true effect" in columns:
         check_rates(groups, header, named)
-    elif {"at", "difference"} <= columns:
+    elif "slope" in columns:
         check_slopes(groups, header, named)
     elif "difference" in columns:
         check_contrasts(groups, header, named)
