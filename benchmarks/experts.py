@@ -5,7 +5,8 @@ Peers are written down from their formulas and start from our layer's weights:
     einsum          soft: stacked weights in three einsums; top-k: one-hot dispatch to as many places as the
                     fullest expert needs (Mesh TensorFlow's and lucidrains' form, with nothing dropped)
     Hugging Face    the loop of the Mixtral block: torch.where for each expert, index_add_
-    grouped_mm      Hugging Face's fastest form: choices sorted by expert, one product for all experts
+    grouped_mm      Hugging Face's grouped form: choices sorted by expert, one product for all experts;
+                    rows gathered by indexing, or by index_select, whose gradient is cheaper
     torchtitan      the same with each expert's rows padded to a multiple of 8
     authors         of AC: mean absolute deviations cluster by cluster, under masks
     authors, sums   the same deviations by index_add_
@@ -131,6 +132,9 @@ class Einsum(Peer):
 class GroupedMM(Einsum):
     multiple = 1  # to which an expert's rows are padded
 
+    def take(self, x_ND: Tensor, row_M: Tensor) -> Tensor:
+        return x_ND[row_M]
+
     def forward(self, x_ND: Tensor) -> Tensor:
         w1_EDH, b1_EH, w2_EHO, b2_EO = self.weights
         weights_NK, indices_NK = self.choose(x_ND)
@@ -145,17 +149,22 @@ class GroupedMM(Einsum):
             shift_E = (ends_E - padded_E) - (count_E.cumsum(0) - count_E)
             place_M = torch.arange(num_choices, device=x_ND.device) + shift_E[expert_M]
             in_MD = x_ND.new_zeros(num_choices + num_experts * self.multiple, x_ND.shape[1])
-            in_MD = in_MD.index_copy(0, place_M, x_ND[row_M])
+            in_MD = in_MD.index_copy(0, place_M, self.take(x_ND, row_M))
             expert_of_M = torch.searchsorted(ends_E, torch.arange(len(in_MD), device=x_ND.device), right=True)
             expert_of_M = expert_of_M.clamp(max=num_experts - 1)
             ends_E = torch.cat([ends_E[:-1], ends_E.new_full((1,), len(in_MD))])
         else:
-            in_MD, expert_of_M = x_ND[row_M], expert_M
-        hidden_MH = (F.grouped_mm(in_MD, w1_EDH, offs=ends_E) + b1_EH[expert_of_M]).relu()
-        out_MO = F.grouped_mm(hidden_MH, w2_EHO, offs=ends_E) + b2_EO[expert_of_M]
+            in_MD, expert_of_M = self.take(x_ND, row_M), expert_M
+        hidden_MH = (F.grouped_mm(in_MD, w1_EDH, offs=ends_E) + self.take(b1_EH, expert_of_M)).relu()
+        out_MO = F.grouped_mm(hidden_MH, w2_EHO, offs=ends_E) + self.take(b2_EO, expert_of_M)
         out_MO = out_MO if place_M is None else out_MO[place_M]
         out_MO = out_MO * weights_NK.flatten()[order_M, None]
         return out_MO.new_zeros(len(x_ND), out_MO.shape[1]).index_add_(0, row_M, out_MO)
+
+
+class GroupedMMSelect(GroupedMM):
+    def take(self, x_ND: Tensor, row_M: Tensor) -> Tensor:
+        return x_ND.index_select(0, row_M)
 
 
 class TorchTitan(GroupedMM):
@@ -176,7 +185,11 @@ def contestants(top_k: int | None) -> dict[str, type[nn.Module]]:
         return {"ours": Ours, "loop": SoftLoop, "einsum": Einsum}
     found = {"ours": Ours, "loop": SortedLoop, "Hugging Face": HuggingFace, "einsum": Einsum}
     if hasattr(F, "grouped_mm"):
-        found |= {"grouped_mm": GroupedMM, "torchtitan": TorchTitan}
+        found |= {
+            "grouped_mm": GroupedMM,
+            "grouped_mm, index_select": GroupedMMSelect,
+            "torchtitan": TorchTitan,
+        }
     return found
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.inspect calibrate [--out FILE]   thresholds, false alarms, misses, early warning
     python -m benchmarks.inspect peers [--out FILE]       needs transformers; and the peers, where installed
 
-Times are processor time of one thread, tools in turn with the bare model: medians of the ratios.
+Times are processor time of one thread, tools in turn with the bare model: ratios within a round.
 
 Shapes: N tokens, D width, E experts, K chosen per token.
 """
@@ -19,13 +19,15 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from benchmarks.measure import origin, ratio
 from moe_lib import MoE, load_balancing_loss
 from moe_lib.inspect import THRESHOLDS, early_warning, inspect_moe, watch
 from moe_lib.inspect.alarms import KINDS, reading
@@ -336,11 +339,13 @@ def _ours(model: nn.Module, say: list[str], every: int = 1) -> Iterator[Callable
 
 
 @contextlib.contextmanager
-def _moewatch(model: nn.Module, say: list[str], every: int = 1) -> Iterator[Callable[[int], Any]]:
+def _moewatch(
+    model: nn.Module, say: list[str], every: int = 1, **options: Any
+) -> Iterator[Callable[[int], Any]]:
     moewatch = importlib.import_module("moewatch")
     logging.getLogger("moewatch").setLevel(logging.ERROR)
     with quiet():
-        watcher = moewatch.MoEWatch(model, moewatch.WatchConfig(sample_every=every, log_every=5))
+        watcher = moewatch.MoEWatch(model, moewatch.WatchConfig(sample_every=every, **options))
         watcher.start()
 
         def each(step: int) -> None:
@@ -403,7 +408,8 @@ def sees(name: str) -> dict[str, str]:
     for fault in PLANTED:
         model = tiny_mixtral(fault)
         say: list[str] = []
-        with TOOLS[name](model, say) as each:
+        # It judges what it logs, by default every 100 steps; these are six.
+        with TOOLS[name](model, say, **({"log_every": 5} if name == "moewatch" else {})) as each:
             if name == "innards":
                 generate(model.eval(), 1)
             else:
@@ -412,22 +418,23 @@ def sees(name: str) -> dict[str, str]:
     return found
 
 
-def ratio(plain: Callable[[], Any], tool: Callable[[], Any], rounds: int = 7) -> float:
-    """Processor time of `tool` over that of `plain`, in turn: the median over rounds."""
-    ratios = []
-    for turn in range(rounds + 1):
-        start = time.process_time()
-        plain()
-        middle = time.process_time()
-        tool()
-        ratios.append((time.process_time() - middle) / (middle - start))
-        if turn == 0:
-            ratios = []  # to warm up
-    return statistics.median(ratios)
+Spread = dict[str, float]  # median, low, high
 
 
-def added(name: str, what: str, steps: int = 10, **options: Any) -> float:
-    """Percent that a tool adds to training steps, or to generation, hooks set and results read included."""
+def added_percent(plain: Callable[[], Any], tool: Callable[[], Any], rounds: int = 7) -> Spread:
+    """Processor time that `tool` takes beyond that of `plain`, in turn: median and quartiles over rounds."""
+    seconds: dict[Callable[[], Any], list[float]] = {plain: [], tool: []}
+    for _ in range(rounds + 1):
+        for run, times in seconds.items():
+            start = time.process_time()
+            run()
+            times.append(time.process_time() - start)
+    found = ratio(seconds[tool][1:], seconds[plain][1:])  # the first warm up
+    return {key: 100 * (value - 1) for key, value in found.items()}
+
+
+def added(name: str, what: str, steps: int = 100, **options: Any) -> Spread:
+    """By a tool to training steps, or to generation, hooks set and results read included."""
     model = tiny_mixtral()
 
     def run(each: Callable[[int], Any] = lambda step: None) -> None:
@@ -437,15 +444,15 @@ def added(name: str, what: str, steps: int = 10, **options: Any) -> float:
         with TOOLS[name](model, [], **options) as each:
             run(each)
 
-    return 100 * (ratio(run, tool) - 1)
+    return added_percent(run, tool)
 
 
-def pass_added(width: int, num_experts: int, num: int, size: int) -> float:
-    """Percent that `inspect_moe` adds to a pass over `num` batches, everything included."""
+def pass_added(width: int, num_experts: int, num: int, size: int) -> Spread:
+    """By `inspect_moe` to a pass over `num` batches, everything included."""
     model = tiny_mixtral("healthy", width, num_experts).eval()
     data = batches(num, size)
     inputs = [{"input_ids": ids} for ids in data]
-    return 100 * (ratio(lambda: forward(model, data), lambda: inspect_moe(model, inputs, "tokens")) - 1)
+    return added_percent(lambda: forward(model, data), lambda: inspect_moe(model, inputs, "tokens"))
 
 
 def resident() -> float:
@@ -454,14 +461,35 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def grows(name: str, steps: int = 50) -> float:
-    """MiB that the process gains over so many watched steps, after ten more to warm up."""
-    model = tiny_mixtral()
-    with TOOLS[name](model, []) as each:
-        train(model, 10, each)
-        before = resident()
-        train(model, steps, each)
-        return resident() - before
+def grows(name: str | None, steps: int = 50, before: int = 10) -> float:
+    """MiB that a process gains over so many steps, watched by a tool or by none."""
+    torch.set_num_threads(1)
+    model, seen = tiny_mixtral(), []
+    with TOOLS[name](model, []) if name else contextlib.nullcontext(lambda step: None) as each:
+
+        def note(step: int) -> None:
+            each(step)
+            if step + 1 in (before, before + steps):
+                seen.append(resident())
+
+        train(model, before + steps, note)
+    return seen[1] - seen[0]
+
+
+def grown(name: str | None, processes: int = 3) -> list[float]:
+    """Each in a fresh process: memory that one tool has freed would serve the next."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+        return list(pool.map(grows, [name] * processes))
+
+
+def more(watched: Sequence[float], bare: Sequence[float]) -> Spread:
+    """MiB beyond the median of the bare runs: median and extremes."""
+    middle = statistics.median(bare)
+    return {
+        key: kind(watched) - middle
+        for key, kind in (("median", statistics.median), ("low", min), ("high", max))
+    }
 
 
 def peers() -> dict[str, Any]:
@@ -470,6 +498,7 @@ def peers() -> dict[str, Any]:
         "torch": torch.__version__, "load_average": os.getloadavg()[1], "cores": os.cpu_count(),
         "tools": {}, "missing": {},
     }  # fmt: skip
+    result["unwatched_mib"] = bare = sorted(grown(None))
     for name, module in (("ours", "moe_lib"), ("moewatch", "moewatch"), ("plumb-moe", "plumb.hook"),
                          ("innards", "innards")):  # fmt: skip
         try:
@@ -482,15 +511,15 @@ def peers() -> dict[str, Any]:
             entry["version"] = importlib.metadata.version(name)
         reads = len(set(entry["sees"].values())) > 1  # if nothing of this model, its cost says nothing
         if reads and name == "innards":
-            entry["added_percent_generation"] = added(name, "generate")
+            entry["generation_percent"] = added(name, "generate")
         elif reads:
-            entry["added_percent_training"] = added(name, "train")
-            entry["mib_per_50_steps"] = grows(name)
+            entry["training_percent"] = added(name, "train")
+            entry["mib_more"] = more(grown(name), bare)
         if name in ("ours", "moewatch"):
-            entry["added_percent_training_every_10"] = added(name, "train", 20, every=10)
+            entry["training_every_10_percent"] = added(name, "train", every=10)
         result["tools"][name] = entry
         print(name, json.dumps(entry), file=sys.stderr, flush=True)
-    result["pass_added_percent"] = {
+    result["pass_percent"] = {
         "D 64, E 8, 16 batches of 512 tokens": pass_added(64, 8, 16, 8),
         "D 512, E 64, 4 batches of 1024 tokens": pass_added(512, 64, 4, 16),
         "D 512, E 64, 16 batches of 1024 tokens": pass_added(512, 64, 16, 16),
@@ -505,7 +534,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     result = calibrate() if options.what == "calibrate" else peers()
     folder = {"calibrate": "planted", "peers": "bench"}[options.what]
-    result = {"provenance": store.provenance(), **result}
+    result = {**origin(("transformers",)), **result}
     store.write(options.out or store.results_dir() / folder / "inspect.json", result)
     print(json.dumps(result, indent=1))
     return 0

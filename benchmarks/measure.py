@@ -8,6 +8,7 @@ in a fresh process for each contestant, during its second step, so that code loa
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import math
 import os
 import platform
@@ -16,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +70,7 @@ class Row:
     sizes: dict[str, int]
     work: Work
     contestants: tuple[Contestant, ...]
-    goal_time: float | None = None  # times as fast as the fastest peer
+    goal_time: float | None = None  # times as fast as the fastest of the peers timed
     goal_memory: float | None = None  # the best peer's memory divided by ours
     goal_share: float | None = None  # of the physical limit
     rounds: int = 15
@@ -106,6 +108,21 @@ class Machine:
             "torch": torch.__version__,
             "clock": self.clock,
         }
+
+
+def origin(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Where a file's numbers come from, the day, and which of the peers' packages are not installed."""
+    found, versions, absent = store.provenance(), {}, []
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            absent.append(name)
+    return {
+        "provenance": found | {"versions": found["versions"] | versions},
+        "date": date.today().isoformat(),
+        "absent": absent,
+    }
 
 
 def _best(machine: Machine, step: Step, repeats: int) -> float:

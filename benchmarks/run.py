@@ -1,7 +1,7 @@
-"""Ours against its peers, on this machine: python -m benchmarks NAME... [--out DIR] [--quick].
+"""Ours against its peers, on this machine: python -m benchmarks NAME... [--out DIR] [--quick] [--rows I...].
 
-Writes DIR/NAME.json, by default under results/bench. The benchmark "scaling" also draws DIR/scaling.png where
-matplotlib is installed.
+Writes DIR/NAME.json, by default under results/bench; with --quick or --rows DIR has to be named.
+The benchmark "scaling" also draws DIR/scaling.png where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks import profile as bench_profile
 from benchmarks import scaling as bench_scaling
 from benchmarks import snnl as bench_snnl
 from benchmarks import training as bench_train
-from benchmarks.measure import Machine, Row, available_memory, compare, memory_of_a_step, probe, ratio
+from benchmarks.measure import Machine, Row, available_memory, compare, memory_of_a_step, origin, probe, ratio
 from moe_study import store
 from moe_study.data import ROOT
 
@@ -38,15 +38,16 @@ class Bench:
     checks: Mapping[str, Callable[[Machine], Any]] = field(default_factory=dict)  # by its key in the file
     fits: Mapping[str, Callable[[list[dict[str, Any]]], Any]] = field(default_factory=dict)  # of the rows
     figure: Callable[[dict[str, Any]], Any] | None = None  # from the file's content
+    packages: tuple[str, ...] = ()  # of peers, each left out where it is not installed
 
 
 def benches() -> dict[str, Bench]:
     return {
-        "snnl": Bench(bench_snnl.rows),
+        "snnl": Bench(bench_snnl.rows, packages=bench_snnl.PACKAGES),
         "moe": Bench(bench_moe.rows),
         "router": Bench(bench_moe.router_rows),
         "attacks": Bench(bench_attacks.rows),
-        "gpu": Bench(bench_gpu.rows),
+        "gpu": Bench(bench_gpu.rows, packages=bench_snnl.PACKAGES),
         "workers": Bench(lambda quick: [], {"workers": bench_gpu.workers}),
         "train": Bench(bench_train.rows),
         "scaling": Bench(
@@ -69,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.memory_of:
         print(json.dumps(_memory(arguments.names[0], arguments.quick, machine, *arguments.memory_of)))
         return 0
+    if arguments.out is None and (arguments.rows or arguments.quick):
+        raise ValueError("--rows and --quick are no whole measurement: name a folder of its own with --out")
     out = arguments.out or store.results_dir() / "bench"
     every = [name for name in benches() if name not in ("gpu", "workers")]  # hours, on a CPU
     for name in every if "all" in arguments.names else arguments.names:
@@ -89,7 +92,7 @@ def measure(
 ) -> dict[str, Any]:
     """All rows, then all checks; `keep` is given what there is after each, since time may run out."""
     bench = benches()[name]
-    content: dict[str, Any] = {"bench": name, "quick": quick, "provenance": store.provenance(), "rows": []}
+    content: dict[str, Any] = {"bench": name, "quick": quick, **origin(bench.packages), "rows": []}
     for number, row in enumerate(bench.rows(quick)):
         if only is None or number in only:
             content["rows"].append(_measured(name, row, number, machine, quick))
@@ -157,7 +160,8 @@ def _line(result: dict[str, Any]) -> str:
         return f"{result['row']}: {name} {alone['milliseconds']:.2f} ms, {share} of the limit"
     return (
         f"{result['row']}: {against(result['faster_than_fastest_peer'], goals['faster'])} times as fast "
-        f"as the fastest peer, 1/{against(result['memory_saving'], goals['saving'])} of the memory, "
+        "as the fastest of the peers timed, "
+        f"1/{against(result['memory_saving'], goals['saving'])} of the least memory of a peer, "
         f"{against(result['share_of_limit'], goals['share'])} of the limit"
     )
 

@@ -29,6 +29,7 @@ from moe_study.replay import Replayed
 
 Loss = Callable[[Sequence[Tensor], Tensor, float], Tensor]  # of layers: the sum of their losses
 EPS = 1e-5
+PACKAGES = ("pytorch-metric-learning",)
 CLASSES = 10
 COSINE_TEMPERATURE = 0.5
 

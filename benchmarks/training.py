@@ -3,16 +3,17 @@
     authors         the CNN classifier as in Agarap and Azcarraga's public code: the extractor runs once for
                     the classes and once more for the activations of every layer, whose losses are formed
                     with eps; NCHW, float32, Adam without fused kernels
+    authors, extractor once     the same, with classes and losses from one pass
     usual script    the same network on cross-entropy, fed by a DataLoader over a PIL data set with ToTensor
-    one by one      ten seeds trained in turn, with this project's own loop
+    tensors         as the usual script, fed by a DataLoader over tensors that takes a whole batch at a time
 
-Shapes: S seeds, N samples, P pixels of an image, D width, H hidden width, E experts, F = E * H, C classes.
+Shapes: N samples, D width, E experts, C classes.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -114,15 +115,19 @@ class PublicClassifier(nn.Module):
         return found
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        code_ND = self.activations(images_NCHW)[-1]
+        return self.classify(self.activations(images_NCHW)[-1])
+
+    def classify(self, code_ND: Tensor) -> Tensor:
         gate_NE = self.gate(code_ND).softmax(1)
         logits_NEC = torch.stack([expert(code_ND) for expert in self.experts], 1)
         return (gate_NE[..., None] * logits_NEC).sum(1)
 
-    def losses(self, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy, and the smallest SNNL of the layers at temperature 1."""
-        cross_entropy = F.cross_entropy(self(images_NCHW), labels_N)
-        by_layer = [authors_snnl([x_ND], labels_N, 1.0) for x_ND in self.activations(images_NCHW)]
+    def losses(self, images_NCHW: Tensor, labels_N: Tensor, once: bool = False) -> tuple[Tensor, Tensor]:
+        """Cross-entropy, and the smallest SNNL of the layers at temperature 1; `once`: from one pass."""
+        activations = self.activations(images_NCHW)
+        logits_NC = self.classify(activations[-1]) if once else self(images_NCHW)
+        cross_entropy = F.cross_entropy(logits_NC, labels_N)
+        by_layer = [authors_snnl([x_ND], labels_N, 1.0) for x_ND in activations]
         return cross_entropy, torch.stack(by_layer).min()
 
 
@@ -150,40 +155,20 @@ def usual_batches(split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield from loader
 
 
-# ---------------------------------------------------------------------------------- stacked seeds
+def tensor_batches(split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """For ever; pixels are stored in float32, and a batch is one index of the data set."""
+    tools = torch.utils.data
+    dataset = tools.TensorDataset(data.pixels(split.images_NCHW, torch.float32), split.labels_N)
+    batches = tools.BatchSampler(tools.RandomSampler(dataset), batch, drop_last=False)
+    loader = tools.DataLoader(dataset, sampler=batches, batch_size=None)
+    while True:
+        yield from loader
 
 
-class StackedClassifiers(nn.Module):
-    """The MLP classifiers of S seeds as one, each layer one batched product."""
-
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        super().__init__()
-        stacked, _ = torch.func.stack_module_state(list(models))
-        self.weights = nn.ParameterDict(
-            {name.replace(".", "/"): nn.Parameter(w) for name, w in stacked.items()}
-        )
-
-    def forward(self, images_SNP: Tensor) -> Tensor:
-        """Logits [S, N, C]."""
-
-        def linear(x_SND: Tensor, name: str) -> Tensor:
-            weight_SOD, bias_SO = self.weights[f"{name}/weight"], self.weights[f"{name}/bias"]
-            return torch.baddbmm(bias_SO[:, None], x_SND, weight_SOD.transpose(1, 2))
-
-        code_SND = linear(linear(images_SNP, "extractor/layers/hidden/1").relu(), "extractor/layers/code/1")
-        gate_SNE = linear(linear(code_SND, "moe/router/gate/0").relu(), "moe/router/gate/2").softmax(2)
-        w1_SEDH, b1_SEH, w2_SEHC, b2_SEC = (
-            self.weights[f"moe/experts/{name}"] for name in ("w1_EDH", "b1_EH", "w2_EHO", "b2_EO")
-        )
-        w1_SDF = w1_SEDH.transpose(1, 2).flatten(2)
-        hidden_SNF = torch.baddbmm(b1_SEH.flatten(1)[:, None], code_SND, w1_SDF).relu()
-        weighed_SNF = (hidden_SNF.unflatten(2, b1_SEH.shape[1:]) * gate_SNE[..., None]).flatten(2)
-        return torch.baddbmm(gate_SNE @ b2_SEC, weighed_SNF, w2_SEHC.flatten(1, 2))
-
-    def loss(self, images_SNP: Tensor, labels_SN: Tensor) -> Tensor:
-        """Sum over seeds of each one's mean: no seed feels another."""
-        logits_SNC = self(images_SNP)
-        return F.cross_entropy(logits_SNC.flatten(0, 1), labels_SN.flatten()) * len(labels_SN)
+FED: dict[str, Callable[[Split, int], Iterator[tuple[Tensor, Tensor]]]] = {
+    "usual script": usual_batches,
+    "tensors": tensor_batches,
+}
 
 
 # ------------------------------------------------------------------------------------------ rows
@@ -196,14 +181,12 @@ def rows(quick: bool = False) -> list[Row]:
             _snnl_step(8, rounds=3),
             _pipeline(8, rounds=3),
             _data_path(10, rounds=3),
-            _seeds(3, 8, rounds=3),
         ]
     return [
         _snnl_step(256, goal_time=3.5, rounds=5),
         _snnl_step(512, goal_time=3.5, rounds=5),
         _pipeline(512, goal_time=3, rounds=5),
         _data_path(100),
-        _seeds(10, 100, goal_time=2),
     ]
 
 
@@ -212,7 +195,8 @@ def _snnl_step(batch: int, **options: Any) -> Row:
     contestants = (
         Contestant("ours", partial(our_snnl_step, batch, "bfloat16"), peer=False),
         Contestant("ours, float32", partial(our_snnl_step, batch, "float32"), peer=False),
-        Contestant("authors", partial(_authors_step, batch)),
+        Contestant("authors", partial(_authors_step, batch, False)),
+        Contestant("authors, extractor once", partial(_authors_step, batch, True)),
     )
     pairs = Work(gemm=_cnn_operations(batch) + 3.0 * batch**2 * sum(widths), exp=1.5 * batch**2)
     return Row(
@@ -241,18 +225,18 @@ def our_snnl_step(batch: int, compute: Compute, device: str) -> Step:
     return step
 
 
-def _authors_step(batch: int, device: str) -> Step:
+def _authors_step(batch: int, once: bool, device: str) -> Step:
     split = random_dataset(CIFAR, batch, device).train
     model = PublicClassifier(CIFAR).to(device)
     optimizer, images_NCHW = adam(model, fused=False), data.pixels(split.images_NCHW, torch.float32)
-    return lambda: descend(optimizer, sum(model.losses(images_NCHW, split.labels_N), torch.zeros(())))
+    return lambda: descend(optimizer, sum(model.losses(images_NCHW, split.labels_N, once), torch.zeros(())))
 
 
 def _pipeline(batch: int, **options: Any) -> Row:
     contestants = (
         Contestant("ours", partial(_our_pipeline, batch, "bfloat16"), peer=False),
         Contestant("ours, float32", partial(_our_pipeline, batch, "float32"), peer=False),
-        Contestant("usual script", partial(_usual_pipeline, batch)),
+        *(Contestant(name, partial(_usual_pipeline, batch, name)) for name in FED),
     )
     work = Work(gemm=_cnn_operations(batch))
     return Row(
@@ -274,8 +258,8 @@ def _our_pipeline(batch: int, compute: Compute, device: str) -> Step:
     return _our_steps(task_of(random_dataset(CIFAR, 8 * batch, device), CNN, Objective(), batch, compute))
 
 
-def _usual_pipeline(batch: int, device: str) -> Step:
-    batches = usual_batches(random_dataset(CIFAR, 8 * batch).train, batch)
+def _usual_pipeline(batch: int, name: str, device: str) -> Step:
+    batches = FED[name](random_dataset(CIFAR, 8 * batch).train, batch)
     model = PublicClassifier(CIFAR).to(device)
     optimizer = adam(model, fused=False)
 
@@ -293,53 +277,11 @@ def _data_path(batch: int, **options: Any) -> Row:
         )
         return lambda: next(batches)
 
-    def usual(device: str) -> Step:
-        batches = usual_batches(random_dataset(MNIST, 600 * batch).train, batch)
+    def usual(name: str, device: str) -> Step:
+        batches = FED[name](random_dataset(MNIST, 600 * batch).train, batch)
         return lambda: [tensor.to(device) for tensor in next(batches)]
 
     work = Work(bytes=batch * 28.0**2 * (1 + 4))
-    contestants = Contestant("ours", ours, peer=False), Contestant("usual script", usual)
+    peers = (Contestant(name, partial(usual, name)) for name in FED)
+    contestants = Contestant("ours", ours, peer=False), *peers
     return Row(f"data path alone, MNIST size, batch {batch}", {"N": batch}, work, contestants, **options)
-
-
-def _seeds(seeds: int, batch: int, **options: Any) -> Row:
-    """Not part of the engine, which gives each seed a process: on one core, what would stacking gain?"""
-
-    def tasks(device: str) -> list[ClassifierTask]:
-        dataset = random_dataset(MNIST, 60 * batch, device)
-        return [task_of(dataset, MLP, Objective(), batch, "float32", seed) for seed in range(seeds)]
-
-    def stacked(device: str) -> Step:
-        own = tasks(device)
-        model, batches = (
-            StackedClassifiers([task.model for task in own]),
-            [our_batches(task) for task in own],
-        )
-        optimizer = adam(model, fused=True)
-
-        def step() -> None:
-            images, labels = zip(*map(next, batches), strict=True)
-            descend(optimizer, model.loss(torch.stack(images).flatten(2), torch.stack(labels)))
-
-        return step
-
-    def one_by_one(device: str) -> Step:
-        steps = [_our_steps(task) for task in tasks(device)]
-        return lambda: [step() for step in steps]
-
-    hidden, code, gate = MLP.extractor_hidden, MLP.code_dim or 0, MLP.gate_hidden
-    own = (
-        2 * 28**2 * hidden
-        + 3 * hidden * code
-        + 3 * gate * (code + 4)
-        + 3 * 4 * MLP.expert_hidden * (code + 10)
-    )
-    contestants = Contestant("stacked", stacked, peer=False), Contestant("one by one", one_by_one)
-    sizes = {"N": batch, "S": seeds}
-    return Row(
-        f"{seeds} seeds of an MLP, batch {batch}",
-        sizes,
-        Work(2.0 * seeds * batch * own),
-        contestants,
-        **options,
-    )

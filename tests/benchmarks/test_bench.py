@@ -15,14 +15,15 @@ import torch
 from benchmarks import attacks as bench_attacks
 from benchmarks import experts as bench_moe
 from benchmarks import gpu as bench_gpu
+from benchmarks import inspect as bench_inspect
 from benchmarks import measure
 from benchmarks import profile as bench_profile
 from benchmarks import run as bench
 from benchmarks import snnl as bench_snnl
-from benchmarks import training as bench_train
 from benchmarks.measure import Contestant, Machine, Rates, Row, Work
 from moe_lib.moe import AdaptiveClusteringRouter, route
 from moe_study import store
+from moe_study.data import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +109,7 @@ def test_all_mixtures_do_the_same(top_k):
         torch.testing.assert_close(gradient_ND, gradients[0])
 
 
-@pytest.mark.parametrize("kind", [bench_moe.GroupedMM, bench_moe.TorchTitan])
+@pytest.mark.parametrize("kind", [bench_moe.GroupedMM, bench_moe.GroupedMMSelect, bench_moe.TorchTitan])
 def test_grouped_products_do_the_same(kind):
     """With one expert that no row chooses."""
     layer = bench_moe.build_layer(bench_moe.Size(40, 8, 16, 8, 5, 2), torch.float32, "cpu")
@@ -296,6 +297,33 @@ def test_what_does_not_fit_is_left_out_and_named(monkeypatch):
     assert found["faster_than_fastest_peer"] is None
 
 
+def test_a_part_never_replaces_a_result_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path))
+    for part in (["--rows", "0"], ["--quick"]):
+        assert bench.main(["snnl", *part]) == 1
+        assert "--out" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["snnl", "moe", "router", "attacks", "train", "scaling"])
+def test_result_files_hold_every_row(name):
+    """Of a GPU's (gpu.json) not all: the last loan was too short, and some rows are newer than it."""
+    content = store.read(ROOT / "results" / "bench" / f"{name}.json")
+    assert not content["quick"]
+    declared = bench.benches()[name].rows(False)
+    assert [row["row"] for row in content["rows"]] == [row.name for row in declared]
+    for row, planned in zip(content["rows"], declared, strict=True):
+        timed = {*row["contestants"], *row["left_out"]}
+        assert timed >= {one.name for one in planned.contestants} or content["absent"], row["row"]
+
+
+def test_files_name_the_versions_of_peers_and_those_that_are_absent():
+    found = measure.origin(["numpy", "no-such-package"])
+    assert found["absent"] == ["no-such-package"]
+    assert found["provenance"]["versions"]["numpy"] == np.__version__
+    assert "no-such-package" not in store.provenance()["versions"]
+
+
 def test_unusable_arguments(capsys):
     with pytest.raises(SystemExit):
         bench.main(["tango"])
@@ -316,6 +344,8 @@ def test_operations_are_told_apart_by_kind():
         "aten::convolution_backward": "convolutions",
         "aten::index_select": "rows moved",
         "aten::_fused_adam_": "optimizer",
+        "aten::exp": "element by element",
+        "aten::expand": bench_profile.REST,
         "_SNNLBackward": bench_profile.REST,
     }
     assert {name: bench_profile.kind_of(name) for name in kinds} == kinds
@@ -328,26 +358,44 @@ def test_shares_find_the_products_of_a_step_of_products():
     assert max(found, key=found.get) == "products"
 
 
-def test_only_rows_below_their_goal_are_profiled(tmp_path, monkeypatch):
+def test_only_rows_below_a_goal_are_profiled_beside_the_fastest_peer_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("MOE_RESULTS_DIR", str(tmp_path))
-    small = bench_moe.Size(40, 16, 16, 16, 4, 2)
-    rows = [bench_moe.row(small, goal_time=1.0), bench_moe.row(small._replace(N=48), goal_time=1.0)]
-    times = {"ours": 2.0, "loop": 3.0, "Hugging Face": 1.5, "einsum": 4.0}
-    contestants = {who: {"milliseconds": time} for who, time in times.items()}
+    sizes = [bench_moe.Size(N, 16, 16, 16, 4, 2) for N in (40, 48, 56)]
+    rows = [bench_moe.row(size, goal_time=1.0, goal_memory=2.0) for size in sizes]
+    times = {"ours": 1.0, "loop": 3.0, "Hugging Face": 0.75, "einsum": 4.0}
+    contestants = {who: {"peer": who != "ours", "times_ours": {"median": t}} for who, t in times.items()}
+    known = {"contestants": contestants, "goals": {"faster": 1.0, "saving": 2.0, "share": None}}
     content = [
-        {"row": row.name, "faster_than_fastest_peer": faster, "contestants": contestants}
-        for row, faster in zip(rows, (0.75, 1.5), strict=True)
+        known | {"row": row.name, "faster_than_fastest_peer": faster, "memory_saving": saving}
+        for row, (faster, saving) in zip(rows, [(0.75, 3.0), (1.5, 2.5), (1.5, 1.9)], strict=True)
     ]
     store.write(tmp_path / "bench" / "moe.json", {"rows": content})
     monkeypatch.setattr(bench_moe, "rows", lambda: rows)
-    monkeypatch.setattr(bench_moe, "router_rows", list)
-    monkeypatch.setattr(bench_train, "rows", list)
-    found = bench_profile.missed(Machine())
-    assert [(one["row"], one["contestant"]) for one in found] == [
-        (rows[0].name, "ours"),
-        (rows[0].name, "Hugging Face"),
+    found = bench_profile.missed(Machine(turn=0.0))
+    assert [(one["bench"], one["row"], one["contestant"]) for one in found] == [
+        ("moe", row.name, who) for row in (rows[0], rows[2]) for who in ("ours", "Hugging Face")
     ]
-    assert [one["milliseconds"] for one in found] == [2.0, 1.5]
+    assert all(0 < one["milliseconds"] < 1000 for one in found)
+
+
+# -------------------------------------------------------------------------------------- inspector
+
+
+def test_time_added_is_that_of_rounds_after_the_first(monkeypatch):
+    """Plain takes 2 s, the tool 3; a first round of 100 s each is left out."""
+    clock = [0.0]
+    monkeypatch.setattr(bench_inspect.time, "process_time", lambda: clock[0])
+    rounds = {"plain": iter([100.0, *[2.0] * 5]), "tool": iter([100.0, *[3.0] * 5])}
+
+    def run(name):
+        clock[0] += next(rounds[name])
+
+    found = bench_inspect.added_percent(lambda: run("plain"), lambda: run("tool"), rounds=5)
+    assert found == pytest.approx({"median": 50, "low": 50, "high": 50})
+
+
+def test_memory_gained_is_beyond_that_of_bare_runs():
+    assert bench_inspect.more([5.0, 3.0, 4.0], [1.0, 0.5, 9.0]) == {"median": 3, "low": 2, "high": 4}
 
 
 def test_unknown_benchmark_is_refused_by_the_command_line(capsys):

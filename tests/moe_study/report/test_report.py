@@ -1600,17 +1600,68 @@ def test_html_table(core):
 
 
 def test_readme_shows_the_benchmark(core):
-    row = {"row": "N=1024", "faster_than_fastest_peer": 3.06, "memory_saving": 7.0, "share_of_limit": 0.397}
-    store.write(store.results_dir() / "bench" / "snnl.json", {"rows": [row]})
-    assert "| N=1024 | 3.06 | 7.0 | 0.40 |" in readme.results_page()
-    contestants = {who: {"peer": who != "ours", "milliseconds": 1.0} for who in ("ours", "cleverhans")}
-    on_gpu = row | {"processor": "Big GPU", "contestants": contestants, "goals": {"faster": 1 / 1.15}}
+    row = bench_row()
+    content = {"provenance": {"commit": "a" * 40, "dirty": True, "machine": "Chip"}, "date": "2026-12-01"}
+    store.write(store.results_dir() / "bench" / "snnl.json", content | {"rows": [row], "absent": ["pml"]})
+    page = readme.results_page()
+    assert "| N=1024 | float32 | cleverhans | 3.06 [2.90, 3.50] | 2.0 | 7.0 | 0.40 |" in page
+    origin = "Chip; commit aaaaaaaaaa with changes; 2026-12-01; without pml."
+    assert f"Measured: `python -m benchmarks snnl`; {origin}" in page
+    on_gpu = row | {"processor": "Big GPU", "device": "cuda", "goals": row["goals"] | {"faster": 1 / 1.15}}
     store.write(store.results_dir() / "bench" / "gpu.json", {"rows": [on_gpu, on_gpu | {
         "row": "no peer here", "faster_than_fastest_peer": None}]})  # fmt: skip
     page = readme.results_page()
-    assert "On a GPU (Big GPU; below 1 a peer is faster):" in page
-    assert "| SNNL, N=1024 | 3.06 | 0.87 | 7.0 |\n" in page
+    assert "`python -m benchmarks gpu --device cuda`; Big GPU; commit unknown; day unknown." in page
+    assert "| SNNL, N=1024 | float32 | cleverhans | 3.06 [2.90, 3.50] (goal 0.87) | 2.0 | 7.0 |\n" in page
     assert "no peer here" not in page
+
+
+def bench_row(**changes):
+    """Of a benchmark's file: two peers, the second slower, and ours in another form."""
+    medians = {"ours": 1.0, "ours, float32": 1.5, "cleverhans": 3.06, "authors": 4.0}
+    contestants = {
+        who: {"peer": not who.startswith("ours"), "times_ours": {"median": t, "low": 2.9, "high": 3.5}}
+        for who, t in medians.items()
+    }
+    return {
+        "row": "N=1024",
+        "dtype": "float32",
+        "faster_than_fastest_peer": 3.06,
+        "memory_saving": 7.0,
+        "share_of_limit": 0.397,
+        "goals": {"faster": None, "saving": None, "share": None},
+        "contestants": contestants,
+    } | changes
+
+
+def test_a_missed_goal_is_marked_and_no_rounding_meets_it(folders):
+    def cells(**changes):
+        store.write(store.results_dir() / "bench" / "snnl.json", {"rows": [bench_row(**changes)]})
+        return speed.bench_table("snnl").iloc[0]
+
+    goals = {"faster": 2.0, "saving": 5.0, "share": 0.5}
+    found = cells(faster_than_fastest_peer=1.99772, memory_saving=4.99, share_of_limit=0.6, goals=goals)
+    assert found["times as fast"] == "1.998 [2.90, 3.50] (goal 2, missed)"
+    assert found["memory, times less"] == "4.99 (goal 5, missed)"
+    assert found["share of the physical limit"] == "0.60 (goal 0.5)"
+    assert found["in float32 like the peer"] == "2.0"
+    assert "memory, times less" not in cells(memory_saving=None, goals=goals)
+    contestants = bench_row()["contestants"]
+    contestants["cleverhans"]["times_ours"] = {"median": 1.03, "low": 0.95, "high": 1.14}
+    found = cells(faster_than_fastest_peer=1.03, contestants=contestants)
+    assert found["times as fast"] == "1.03 [0.95, 1.14] equal"
+
+
+def test_profiles_are_of_rows_and_peers_that_the_files_still_name(folders):
+    missed = bench_row(goals={"faster": 4.0, "saving": None, "share": None})
+    store.write(store.results_dir() / "bench" / "snnl.json", {"rows": [missed, bench_row(row="met")]})
+    known = {"bench": "snnl", "row": "N=1024", "milliseconds": 2.0, "shares": {"products": 0.75}}
+    entries = [known | {"contestant": who} for who in ("ours", "cleverhans", "authors")]
+    entries += [known | {"contestant": "ours", "row": "met"}, known | {"contestant": "ours", "bench": "moe"}]
+    store.write(store.results_dir() / "bench" / "profile.json", {"profiles": entries})
+    found = speed.profile_table()
+    assert list(found["contestant"]) == ["ours", "cleverhans"]
+    assert list(found["products"]) == ["0.75", "0.75"]
 
 
 def test_a_gpus_runs_are_counted_and_their_times_are_no_core_minutes(core):
@@ -1622,14 +1673,15 @@ def test_a_gpus_runs_are_counted_and_their_times_are_no_core_minutes(core):
 
 def test_results_show_the_inspector_beside_its_peers(folders):
     saw = {"healthy": "nothing", "noise": "arbitrary"}
-    ours = {"sees": saw, "added_percent_training": 12.4, "mib_per_50_steps": 0.26}
-    peer = {"sees": {"healthy": "all is well", "noise": "nothing"}, "added_percent_generation": 5.6}
+    percent = {"median": 12.4, "low": -1.2, "high": 20.0}
+    ours = {"sees": saw, "training_percent": percent, "mib_more": {"median": 0.26, "low": -0.1, "high": 1.0}}
+    peer = {"sees": {"healthy": "all is well", "noise": "nothing"}, "generation_percent": percent}
     blind = {"sees": {"healthy": "2 blocks", "noise": "2 blocks"}}
-    passes = {"D 512": 8.2}
     content = {
         "tools": {"ours": ours, "peer": peer, "blind": blind},
         "missing": {"x": "gone"},
-        "pass_added_percent": passes,
+        "pass_percent": {"D 512": percent},
+        "unwatched_mib": [0.12, 0.5],
     }
     store.write(store.results_dir() / "bench" / "inspect.json", content)
     section = "\n".join(speed.inspector_sections())
@@ -1637,9 +1689,10 @@ def test_results_show_the_inspector_beside_its_peers(folders):
     assert "| noise | arbitrary | nothing | 2 blocks |" in section
     assert "(without blind, which read nothing of this model)" in section
     assert "| blind | -" not in section
-    assert "| ours | +12 % | - | - | 0.3 |" in section
-    assert "| peer | - | - | +6 % | - |" in section
-    assert "+8 % at D 512" in section
+    assert "| ours | +12 % [-1, +20] | - | - | +0.3 [-0.1, +1.0] |" in section
+    assert "| peer | - | - | +12 % [-1, +20] | - |" in section
+    assert "+12 % [-1, +20] at D 512" in section
+    assert "(those not watched: 0.1 to 0.5 MiB)" in section
     assert "Not installed when measured: x." in section
 
 
