@@ -37,8 +37,7 @@ def readme_section() -> str:
     )
     if selection.whole_runs("core", "collapse"):
         parts.append(
-            "Mean gate of each domain, one seed: with SNNL the load is more even, the domains are less told "
-            "apart.\n\n"
+            "Mean gate of each domain, one seed: more even with SNNL, but telling domains less apart.\n\n"
             f"![Mean gate of each domain without and with SNNL]({README_PICTURES['routing']})"
         )
     return "\n\n".join(parts) + f"\n\n{END}"

@@ -197,15 +197,18 @@ def inspector_sections() -> list[str]:
         "each token, which moewatch's alarm on entropy is about.",
         origin_text("inspect", "python -m benchmarks.inspect peers"),
         markdown(seen),
-        "Processor time that watching adds to 100 training steps or to generation: medians of ratios in one "
-        "process, quartiles in brackets"
-        + (f" (without {', '.join(blind)}, which read nothing of this model). " if blind else ". ")
-        + "Memory: what a process gains in 50 steps beyond one that is not watched, median and extremes of "
-        "fresh processes"
-        + (f" (those not watched: {bare[0]:.1f} to {bare[-1]:.1f} MiB)" if bare else "")
-        + ". moewatch judges at its default interval, but for the faults every fifth of six steps.",
-        markdown(cost),
     ]
+    if (cost != "-").any(axis=None):  # a file of older keys says nothing of it
+        sections += [
+            "Processor time that watching adds to 100 training steps or to generation: medians of ratios in "
+            "one process, quartiles in brackets"
+            + (f" (without {', '.join(blind)}, which read nothing of this model). " if blind else ". ")
+            + "Memory: what a process gains in 50 steps beyond one that is not watched, median and extremes "
+            "of fresh processes"
+            + (f" (those not watched: {bare[0]:.1f} to {bare[-1]:.1f} MiB)" if bare else "")
+            + ". moewatch judges at its default interval, but for the faults every fifth of six steps.",
+            markdown(cost),
+        ]
     if found.get("load_average", 0) > found.get("cores", 1):
         sections.append(
             f"The machine was busy meanwhile (load {found['load_average']:.0f} on {found['cores']} cores): "
