@@ -84,8 +84,7 @@ def show(figure: Figure, path: str, runs: Sequence[study.Run] = (), files: Seque
     from IPython.display import HTML, Image, display
 
     sources = provenance.sources(runs, files)
-    source = provenance.in_words(sources)
-    plots.save(figure, path, source)
+    plots.save(figure, path, provenance.in_words(sources))
     caption = str(figure.get_label())
     about = {"figure": path, "caption": caption, "sources": sources}
     alt = caption or path.replace("/", " ")
@@ -93,7 +92,7 @@ def show(figure: Figure, path: str, runs: Sequence[study.Run] = (), files: Seque
     display(picture, metadata={provenance.KEY: about})
     below = (
         f"<p>{html.escape(caption)}</p>\n<details><summary>where it comes from</summary>"
-        f"figures/{html.escape(path)}.png, {'from ' * bool(sources)}{html.escape(source)}</details>"
+        f"{html.escape(provenance.below(path, sources))}</details>"
     )
     display(HTML(below), metadata={provenance.KEY: {"caption_of": path}})
 

@@ -66,9 +66,9 @@ GAINS: dict[str, Quantity] = {
 
 def collapse_map(results: Sequence[Result]) -> Figure:
     """How evenly `base` uses its experts, median over seeds: dark where it has collapsed."""
-    figure = _map(results, {"evenness of use, base": partial(evenness, "base")}, even=True)
+    of_base: dict[str, Quantity] = {"evenness of use, base": partial(evenness, "base")}
     return captioned(
-        figure,
+        _map(results, _with_values(results, of_base), even=True),
         "Where a mixture collapses: how evenly `base` uses its E experts, (exp H(E) - 1) / (E - 1), over "
         "their number (across), their width (down) and the code's (panels). 1: all alike; 0: one does all; "
         f"dark: collapsed. {_medians(results)}.",
@@ -88,19 +88,21 @@ def cost_map(results: Sequence[Result]) -> Figure:
         if lost
         else ""
     )
+    shown = _with_values(results, COSTS)
     return captioned(
-        _map(results, COSTS),
+        _map(results, shown),
         "What a learned gate costs in accuracy against a constant one (`uniform-gate`), without and with the "
-        f"balance loss, row by row: {_drawn(results, COSTS)}. {said} {_differences(results)}",
+        f"balance loss, row by row: {_rows(shown)}. {said} {_differences(results)}",
     )
 
 
 def gain_map(results: Sequence[Result]) -> Figure:
     """Accuracy in points: what SNNL adds to `base`, and learned against constant routing with SNNL."""
+    shown = _with_values(results, GAINS)
     return captioned(
-        _map(results, GAINS),
+        _map(results, shown),
         "What SNNL adds to accuracy, and what learned routing adds with it, row by row: "
-        f"{_drawn(results, GAINS)}. {_differences(results)}",
+        f"{_rows(shown)}. {_differences(results)}",
     )
 
 
@@ -110,9 +112,9 @@ def _with_values(results: Sequence[Result], quantities: dict[str, Quantity]) -> 
     return {title: of for title, of in quantities.items() if any(of(cell).size for cell in cells)}
 
 
-def _drawn(results: Sequence[Result], quantities: dict[str, Quantity]) -> str:
-    """The rows of a map, without the question behind each colon."""
-    return "; ".join(title.split(":")[0] for title in _with_values(results, quantities)) or "none finished"
+def _rows(quantities: dict[str, Quantity]) -> str:
+    """Their titles, without the question behind each colon."""
+    return "; ".join(title.split(":")[0] for title in quantities) or "none finished"
 
 
 def _medians(results: Sequence[Result]) -> str:
@@ -155,7 +157,7 @@ def map_table(results: Sequence[Result]) -> pd.DataFrame:
 def _map(results: Sequence[Result], quantities: dict[str, Quantity], even: bool = False) -> Figure:
     """A row of panels for each quantity, with medians over seeds in the cells. Evenness lies in [0, 1];
     differences have colours that are even around 0."""
-    cells, quantities = _cells(results), _with_values(results, quantities)
+    cells = _cells(results)
     if not quantities:
         return note("no seed yet that has both arms of a difference")
     codes, experts, widths = (sorted({size[i] for size in cells}) for i in range(3))

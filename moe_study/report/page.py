@@ -45,7 +45,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def number_figures(content: NotebookNode) -> None:
-    """Give each figure of `notebook.show` what the page says of it: number, caption, sources, commands. The
+    """Give each figure of `notebook.show` what the page says of it: number, caption, origin, commands. The
     caption that the notebook shows below it goes."""
     number = 0
     for cell in content.cells:
@@ -57,9 +57,8 @@ def number_figures(content: NotebookNode) -> None:
             if "figure" in about:
                 number += 1
                 output.metadata["figure"] = {
-                    "name": about["figure"],
                     "caption": about["caption"] or about["figure"].replace("/", " "),
-                    "sources": provenance.in_words(about["sources"]),
+                    "origin": provenance.below(about["figure"], about["sources"]),
                     "commands": provenance.commands(about["sources"]),
                     "number": number,
                     **{side: output.metadata["image/png"][side] for side in ("width", "height")},

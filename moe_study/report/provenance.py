@@ -49,6 +49,11 @@ def in_words(found: Sequence[Source]) -> str:
     return f"results/{folder}/{joined}-s[0-9]*.json ({entry['runs']} files)"
 
 
+def below(name: str, found: Sequence[Source]) -> str:
+    """What stands below a figure: its file, and where its numbers come from."""
+    return f"figures/{name}.png, {'from ' * bool(found)}{in_words(found)}"
+
+
 def _folder(entry: Source) -> str:
     if "file" in entry:
         return os.path.dirname(entry["file"])

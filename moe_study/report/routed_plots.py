@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from moe_study import store
+from moe_study import stats, store
 from moe_study.claims import claimed
 from moe_study.columns import VISION_COLUMNS, Result, frame_of
 from moe_study.configs.arms import ROUTED_MAIN_ARMS
@@ -24,7 +24,6 @@ from moe_study.report.plots import (
     arms_of,
     captioned,
     hide_from,
-    interval,
     legend,
     new_figure,
     note,
@@ -39,7 +38,7 @@ def draw_mean(axis: Any, arm: str, x: Sequence[float], values_SX: np.ndarray) ->
     colour, marker = arm_style(arm)
     axis.plot(x, values_SX.mean(0), color=colour, marker=marker, markersize=4, label=arm)
     if len(values_SX) >= FEWEST_SEEDS:
-        low, high = np.array([interval(column) for column in values_SX.T]).T
+        low, high = np.array([stats.t_interval(column) for column in values_SX.T]).T
         axis.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
 
 
@@ -260,7 +259,7 @@ def crossed_lines(results: Sequence[Result]) -> Figure:
                     np.full(len(own), x + 2.2 * shift), own, "o", color=colour, alpha=0.3, ms=3.5, mew=0
                 )
                 if len(own) >= FEWEST_SEEDS:
-                    axis.plot([x + shift] * 2, interval(own), color=colour, lw=2.2)
+                    axis.plot([x + shift] * 2, stats.t_interval(own), color=colour, lw=2.2)
             means = [own.mean() if len(own) else np.nan for own in values]
             axis.plot((shift, 1 + shift), means, color=colour, marker=marker, lw=1.2, label=label)
         axis.set(title=columns[name].title(name, level=True), xticks=(0, 1), xlim=(-0.4, 1.4))
