@@ -6,7 +6,8 @@
     top-k    on a CPU: expert by expert, each on the rows that chose it
     blocks   top-k on a GPU: rows sorted by expert, in blocks of one expert each, and one batched product of
              as many blocks as any decision could need
-    grouped  top-k by one product for all experts: on a GPU that has it, and on a CPU with few rows an expert
+    grouped  top-k by one product for all experts: on a GPU that has it; on a CPU in bfloat16, or with few
+             rows an expert
 
 Shapes: N rows, D width, H expert hidden width, O output width, E experts, K chosen; F = E * H;
 M = N * K choices; R rows of a block or of one expert; P blocks.
@@ -59,7 +60,7 @@ def _soft(x_ND: Tensor, gate_NE: Tensor, experts: Stacked) -> Tensor:
     if on_host(x_ND) and not traced() and len(x_ND) * b1_EH.numel() > CACHED:
         out_NO = gate_NE @ b2_EO
         for gate_N, w1_DH, b1_H, w2_HO in zip(gate_NE.T, w1_EDH, b1_EH, w2_EHO, strict=True):
-            out_NO = out_NO + gate_N[:, None] * (torch.addmm(b1_H, x_ND, w1_DH).relu() @ w2_HO)
+            out_NO += gate_N[:, None] * (torch.addmm(b1_H, x_ND, w1_DH).relu_() @ w2_HO)
         return out_NO
     hidden_NF = torch.addmm(b1_EH.flatten(), x_ND, w1_EDH.transpose(0, 1).flatten(1)).relu()
     weighed_NEH = hidden_NF.unflatten(1, b1_EH.shape) * gate_NE[:, :, None]
@@ -76,7 +77,7 @@ def _by_expert(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
     rows = x_ND.index_select(0, choices.row_M).split(sizes)
     out_MO = torch.cat(
         [
-            torch.addmm(b2_O, torch.addmm(b1_H, x_RD, w1_DH).relu(), w2_HO)
+            torch.addmm(b2_O, torch.addmm(b1_H, x_RD, w1_DH).relu_(), w2_HO)
             for x_RD, w1_DH, b1_H, w2_HO, b2_O in zip(rows, *map(torch.unbind, experts), strict=True)
         ]
     )
@@ -127,14 +128,14 @@ def _combined(out_MO: Tensor, routing: Routing, choices: _Choices) -> Tensor:
     """Each row's outputs, weighted: [N, O], summed in the wider of both types."""
     weighed_MO = routing.weights_NK.flatten().index_select(0, choices.order_M)[:, None] * out_MO
     sum_NO = weighed_MO.new_zeros(len(routing.indices_NK), out_MO.shape[1])
-    return sum_NO.index_add(0, choices.row_M, weighed_MO)
+    return sum_NO.index_add_(0, choices.row_M, weighed_MO)
 
 
 def _has_grouped_products(experts: Stacked, choices: int) -> bool:
     """Where one product for all experts is there and pays, with rows of whole 16 bytes.
 
-    In bfloat16 on a Hopper GPU or later; in float32 on a CPU where the experts have few rows each: there the
-    calls of single products cost more than the products.
+    In bfloat16 on a CPU and on a Hopper GPU or later; in float32 on a CPU where the experts have few rows
+    each: there the calls of single products cost more than the products.
     """
     w1_EDH, b1_EH, w2_EHO, _ = experts
     if traced() and on_host(w1_EDH):
@@ -143,8 +144,10 @@ def _has_grouped_products(experts: Stacked, choices: int) -> bool:
         return False
     if w1_EDH.is_cuda:
         return w1_EDH.dtype == torch.bfloat16 and torch.cuda.get_device_capability(w1_EDH.device) >= (9, 0)
-    few = 0 < choices <= FEW_ROWS * len(b1_EH)
-    return few and w1_EDH.dtype == torch.float32 and on_host(w1_EDH)
+    if not on_host(w1_EDH) or choices == 0:
+        return False
+    few = choices <= FEW_ROWS * len(b1_EH)
+    return w1_EDH.dtype == torch.bfloat16 or (few and w1_EDH.dtype == torch.float32)
 
 
 def _by_grouped_products(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
@@ -152,7 +155,7 @@ def _by_grouped_products(x_ND: Tensor, routing: Routing, experts: Stacked) -> Te
     choices = _sorted_choices(routing, len(experts.b1_EH))
     ends_E = choices.ends_E.to(torch.int32)
     hidden_MH = F.grouped_mm(x_ND.index_select(0, choices.row_M), experts.w1_EDH, offs=ends_E)
-    hidden_MH = (hidden_MH + experts.b1_EH.index_select(0, choices.expert_M)).relu()
+    hidden_MH.add_(experts.b1_EH.index_select(0, choices.expert_M)).relu_()
     out_MO = F.grouped_mm(hidden_MH, experts.w2_EHO, offs=ends_E)
-    out_MO = out_MO + experts.b2_EO.index_select(0, choices.expert_M)
+    out_MO.add_(experts.b2_EO.index_select(0, choices.expert_M))
     return _combined(out_MO, routing, choices).to(x_ND.dtype)
