@@ -318,13 +318,13 @@ CLAIMS: tuple[Claim, ...] = (
     _snnl_claim(
         "flexible",
         "routing more flexible",
-        Measure("H(E|c)", "higher", COLUMNS["H(E|c)"]._replace(unit="nats")),
+        Measure("H(E|c)", "higher", COLUMNS["H(E|c)"]),
         _FLEXIBLE_MARGIN,
         "a twentieth of log 4, the largest entropy of four experts",
         conditions=(
             Condition(
                 "the gate depends on its input no less",
-                Measure("I(x;E)", "higher", COLUMNS["I(x;E)"]._replace(unit="nats")),
+                Measure("I(x;E)", "higher", COLUMNS["I(x;E)"]),
                 "control",
                 -_FLEXIBLE_MARGIN,
                 -_FLEXIBLE_MARGIN,

@@ -99,8 +99,6 @@ def dose_heatmaps(runs: pd.DataFrame, panel: Panel, names: Sequence[str]) -> Fig
         reach = max(known.max(initial=0.0), np.finfo(float).tiny)
         axis.imshow(colours, cmap=DOSE_COLOURS, vmin=-reach, vmax=reach, aspect="auto")
         better = "purple: better" if name in BETTER else "purple: more"
-        if name.startswith(("H(", "I(")):
-            column = column._replace(unit="nats")
         apart = ",\n" if len(columns) < 3 else ", "  # the panels are narrow
         axis.set_title(f"{column.title(name)}{apart}{better}", fontsize=10)
         axis.set_xticks(range(len(columns)), [heads[at] for at in columns])
