@@ -1,7 +1,7 @@
 """The soft nearest neighbor loss against its peers.
 
 Peers are written down from their formulas (see `tests` for what each is compared with):
-    authors     Agarap and Azcarraga's public code: cosine distance, eps in both fractions
+    authors     Agarap and Azcarraga's earlier public code (pt-snnl): cosine distance, eps in both fractions
     cleverhans  the same with squared Euclidean distance, as in the library of that name
     NCALoss     pytorch-metric-learning's, squared Euclidean; the package itself, where it is installed
 

@@ -1,8 +1,8 @@
 """Training against the usual script.
 
-    authors         the CNN classifier as in Agarap and Azcarraga's public code: the extractor runs once for
-                    the classes and once more for the activations of every layer, whose losses are formed
-                    with eps; NCHW, float32, Adam without fused kernels
+    authors         the CNN classifier as in Agarap and Azcarraga's earlier public code (pt-snnl): the
+                    extractor runs once for the classes and once more for the activations of every layer,
+                    whose losses are formed with eps; NCHW, float32, Adam without fused kernels
     authors, extractor once     the same, with classes and losses from one pass
     usual script    the same network on cross-entropy, fed by a DataLoader over a PIL data set with ToTensor
     tensors         as the usual script, fed by a DataLoader over tensors that takes a whole batch at a time

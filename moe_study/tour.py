@@ -50,7 +50,7 @@ def gates_table(gates: Mapping[str, Tensor], labels_N: Tensor, seed: int) -> pd.
 
 
 def eps_form(points_ND: Tensor, labels_N: Tensor, temperature: float, eps: float = 1e-5) -> float:
-    """SNNL the way the published code guards it: eps inside the sum and inside the logarithm."""
+    """SNNL as the authors' earlier code (pt-snnl) guards it: eps inside the sum and inside the logarithm."""
     distance_NN = (points_ND[:, None] - points_ND[None]).square().sum(2)
     mass_NN = (-distance_NN / temperature).exp().fill_diagonal_(0)
     same_NN = labels_N[:, None] == labels_N[None]

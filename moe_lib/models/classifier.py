@@ -64,7 +64,7 @@ def build_extractor(config: ClassifierConfig, image_shape: tuple[int, int, int])
             nn.Flatten(), nn.Linear(dim, config.extractor_hidden), nn.ReLU(inplace=True)
         )
         dim = config.extractor_hidden
-    elif config.extractor == "cnn":  # the CNN of the authors' public code
+    elif config.extractor == "cnn":  # the CNN of the authors' earlier code, pt-snnl
         layers["conv1"] = nn.Sequential(
             nn.Conv2d(channels, 64, 8, stride=2, padding=1), nn.ReLU(inplace=True)
         )

@@ -1,7 +1,7 @@
 """The collapse studies: arms, settings and seeds; and the plans of their runs.
 
-Three domains under one label space (one label means three things), and experts too narrow to serve all three,
-so that the work has to be shared.
+Three domains under one label space (one label means three things), and experts of four hidden units, so that
+sharing the domains out might pay.
 
 - "collapse": every arm of a soft mixture, 40 confirmatory seeds.
 - "collapse-top1": one expert per image (Switch Transformer), beside a fixed random expert per image.

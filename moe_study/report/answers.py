@@ -14,8 +14,8 @@ Answer = tuple[str, list[str]]  # one sentence a newspaper could print, and what
 
 
 CHOSEN = {  # by pilots: study -> why its data set and models
-    "collapse": "experts fall idle there",
-    "collapse-top1": "experts fall idle there",
+    "collapse": "experts fall idle and learned routing costs accuracy there",
+    "collapse-top1": "experts fall idle and learned routing costs accuracy there",
     "collapse-wide": "experts fall idle there",
     "ac-vision-confirm": "learned routing won there",
 }
@@ -70,7 +70,11 @@ def _snnl(found: Sequence[Verdict], beside: Sequence[Verdict]) -> Answer:
     yes, small = of("supported"), of("smaller than claimed")
     answer = f"Not shown in any of {len(accuracy)} settings."
     if yes:
-        answer = f"Yes, in {len(yes)} of {len(accuracy)} settings: more accurate on {_list(yes)}."
+        models = "; ".join(dict.fromkeys(v.scope for v in yes))
+        answer = (
+            f"Yes, in {len(yes)} of {len(accuracy)} settings: more accurate on {_list(yes)}. Models there: "
+            f"{models}."
+        )
     below = [*(f"On {place(v)}: {but(v)}." for v in yes if but(v)), _chosen([*accuracy.values()])]
     if no := of("contradicted"):
         below.append(f"It makes the model less accurate on {_list(no, _checkpoint)}.")
@@ -82,14 +86,15 @@ def _snnl(found: Sequence[Verdict], beside: Sequence[Verdict]) -> Answer:
     other = [v for units in kinds.values() for v in units if v.depends_on_checkpoint]
     by_words = grouped(other, lambda v: _and(sorted({*v.by_endpoint.values()} - {v.word})))
     depends = [
-        f"the verdict on {_names(own)} depends on the checkpoint rule: at another epoch, {said}"
-        for said, own in by_words.items()
+        f"at an epoch that another rule selects, {said} on {_names(own)}" for said, own in by_words.items()
     ]
     if rest := [f"{said} on {_names(units)}" for said, units in kinds.items() if units]:
         seen = [v for units in kinds.values() for v in units if _apart(v) and _gain(v) > 0]
-        unsure = [f"before correction for the number of claims it is seen on {_names(seen)}"] * bool(seen)
+        unsure = [f"not corrected for the number of claims, the 95 % interval lies above 0 on {_names(seen)}"]
         the = "Elsewhere the" if yes else "The"
-        below.append("; ".join([f"{the} gain, if there is one, is {_and(rest)}", *unsure, *depends]) + ".")
+        below.append(
+            "; ".join([f"{the} gain, if there is one, is {_and(rest)}", *unsure * bool(seen), *depends]) + "."
+        )
     if more := of("supported", "-effective"):
         below.append(f"More experts are in use with it on {_names(more)}{_balance(more, accuracy)}.")
     below += [_alike(v) for v in of("contradicted", "-different")]
@@ -152,7 +157,8 @@ def _untested(units: Sequence[Verdict]) -> str:
 def _chosen(units: Sequence[Verdict]) -> str:
     """Which places pilots chose, and why."""
     by_reason = grouped([v for v in units if v.study in CHOSEN], lambda v: CHOSEN[v.study])
-    return " ".join(f"Pilots chose {_names(own)}, because {why}." for why, own in by_reason.items())
+    chosen = [f"{_names(own)}, because {why}" for why, own in by_reason.items()]
+    return f"Pilots chose {'; and '.join(chosen)}." if chosen else ""
 
 
 def _ac(found: Sequence[Verdict]) -> Answer:
@@ -166,7 +172,7 @@ def _ac(found: Sequence[Verdict]) -> Answer:
         kind: [v for v in rest if (v.obstacle.kind if v.obstacle else None) == kind]
         for kind in ("not trained", "gate", "no control", None)
     }
-    answer = f"Yes on {_list(wins, against)}." if wins else "We see no reason to."
+    answer = f"Yes on {_list(wins, against)}." if wins else "Not shown to help."
     if judged := kinds[None]:
         small = all(v.word in ("smaller than claimed", "contradicted") for v in judged)
         what = _and(list(dict.fromkeys(v.claim.measure.name for v in judged)))
@@ -175,7 +181,7 @@ def _ac(found: Sequence[Verdict]) -> Answer:
             if small
             else "a gain is neither shown nor excluded"
         )
-        answer += f" Where learned routing pays ({_names(judged)}), {gain}."
+        answer += f" It could be judged on {_names(judged)} alone: {gain}."
     below = [_chosen(judged)]
     tested = [v for v in rest if v not in kinds["not trained"]]
     for better, word in ((True, "Better"), (False, "Worse")):
@@ -205,7 +211,7 @@ def _undecided(found: Sequence[Verdict], judged: Sequence[Verdict]) -> list[str]
     places = {place(v) for v in judged}
     others = [v for v in found if v.word == "undecided" and place(v) in places and v not in judged]
     return [
-        f"Undecided there, {control}: {_and([v.claim.wording for v in own])}."
+        f"Undecided there, {control}: whether it is {' or '.join(v.claim.wording for v in own)}."
         for control, own in grouped(others, against).items()
     ]
 

@@ -23,10 +23,12 @@ from moe_study.columns import (
     rounded,
     shown_interval,
     shown_level,
+    signed,
 )
 from moe_study.configs import arms
 from moe_study.report import selection, tables
 from moe_study.report import verdicts as words
+from moe_study.report.collapse_plots import DOMAIN_NAMES
 from moe_study.report.plots import DATASET_TITLES
 
 # Columns of the README's tables of the other studies.
@@ -103,6 +105,19 @@ def accuracy_table(
     return table.loc[order].fillna("-").rename_axis("arm")
 
 
+def domain_table(profile: str) -> pd.DataFrame:
+    """Test accuracy of every arm on each of the three domains."""
+    columns = {
+        f"accuracy on {title}": Column(f"domains.accuracy.{at}", 2, "points")
+        for at, title in enumerate(DOMAIN_NAMES["domains"])
+    }
+    return each_dataset(
+        profile,
+        ("collapse", "collapse-top1"),
+        lambda results: tables.summary(frame_of(results, columns), list(columns), columns),
+    )
+
+
 def published_table(profile: str) -> pd.DataFrame:
     """The papers' accuracies (second-hand) beside ours, over the seeds that have both arms."""
     rows = []
@@ -123,7 +138,7 @@ def published_table(profile: str) -> pd.DataFrame:
                         "published MoE + SNNL": f"{100 * published.treatment:.2f}",
                         "our snnl": f"{rounded(100 * arms_S['snnl'].mean(), 2):.2f}",
                         "published gain": f"{100 * published.difference:+.2f}",
-                        "our gain": f"{found.difference * 100:+.2f}",
+                        "our gain": signed(found.difference * 100, 2),
                         "95 % interval": shown_interval(found.low * 100, found.high * 100, 2),
                         "seeds": str(found.seeds),
                     }

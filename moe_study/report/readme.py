@@ -37,7 +37,7 @@ def readme_section() -> str:
     )
     if selection.whole_runs("core", "collapse"):
         parts.append(
-            "Mean gate of each domain, one seed: more even with SNNL, but telling domains less apart.\n\n"
+            "Mean gate of each domain (one seed): SNNL spreads it, and separates domains less.\n\n"
             f"![Mean gate of each domain without and with SNNL]({README_PICTURES['routing']})"
         )
     return "\n\n".join(parts) + f"\n\n{END}"
@@ -89,16 +89,19 @@ def results_page() -> str:
         first_screen.scope(found),
         "One row a claim, data set and control, at the last epoch, paired by seed: mean difference, 95 % t "
         "interval, exact sign-flip p of the claim (Holm over the units of a study; 1 where the mean lies "
-        "on the other side). *Counts from*: the published difference, or a declared margin. Fewer than eight "
-        "seeds are a pilot: shown, never decided. †: an older unit, measured at the epoch of the lowest "
-        "validation cross-entropy.",
+        "on the other side). *Counts from*: the published difference, or a declared margin; *supported* asks "
+        "only for the sign, *smaller than claimed* is measured by it. Fewer than eight seeds are a pilot: "
+        "shown, never decided. †: an older unit, measured at the epoch of the lowest validation "
+        "cross-entropy.",
         markdown(words.table(found)),
         "What each verdict depends on: the margin, the checkpoint, the test images, the number of seeds.",
         markdown(words.firmness(found)),
         "## SNNL",
-        "Published accuracies (second-hand) beside ours, in %, at the last epoch:",
+        "Published accuracies (second-hand, from a summary of the paper) beside ours, in %, last epoch:",
         markdown(overview.published_table(profile)),
         *_accuracies(profile),
+        "Test accuracy on each of the three domains (chance is 10 %), last epoch, mean ± standard deviation:",
+        markdown(overview.domain_table(profile)),
         "Is there collapse? Of four experts, or of as many as the row says; mean ± standard deviation over "
         "seeds. Older files measured it at the epoch of the lowest validation cross-entropy:",
         markdown(overview.collapse_table(profile)),

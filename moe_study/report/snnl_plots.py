@@ -77,7 +77,7 @@ def tsne_panels(results: Sequence[Result]) -> Figure:
     numbered = " Right: the same codes by the expert of largest gate, numbered as in the heat map of routing."
     return captioned(
         figure,
-        f"The extractor's code of {len(own['labels'])} test images as t-SNE sees it.{some} Look whether "
+        f"The extractor's code of {len(own['labels'])} test images as t-SNE sees it.{some} Check whether "
         f"classes form groups of one colour. {_which(shown, results)} Distances between groups mean little, "
         f"and the axes have no unit.{numbered * by_expert}",
     )

@@ -24,8 +24,12 @@ def origin_text(name: str, command: str = "") -> str:
     command = command or f"python -m benchmarks {name}" + " --device cuda" * (first.get("device") == "cuda")
     parts = [f"`{command}`", first.get("processor") or where.get("machine", "unknown machine")]
     parts += [f"torch {where['versions']['torch']}"] if "versions" in where else []
-    commit = f"commit {(where.get('commit') or 'unknown')[:10]}"
-    parts += [commit + " with changes" * bool(where.get("dirty")), found.get("date", "day unknown")]
+    commit = where.get("commit") or ""
+    if len(commit) < 7:
+        parts += ["commit and day: see benchmarks/README.md"]
+    else:
+        parts += [f"commit {commit[:10]}" + " with changes" * bool(where.get("dirty"))]
+        parts += [found.get("date", "day unknown")]
     parts += [f"without {', '.join(absent)}"] if (absent := found.get("absent")) else []
     return f"Measured: {'; '.join(parts)}."
 
@@ -209,11 +213,11 @@ def inspector_sections() -> list[str]:
             + ". moewatch judges at its default interval, but for the faults every fifth of six steps.",
             markdown(cost),
         ]
-    if found.get("load_average", 0) > found.get("cores", 1):
-        sections.append(
-            f"The machine was busy meanwhile (load {found['load_average']:.0f} on {found['cores']} cores): "
-            "the times are rough."
-        )
+        if found.get("load_average", 0) > found.get("cores", 1):
+            sections.append(
+                f"The machine was busy meanwhile (load {found['load_average']:.1f} on {found['cores']} "
+                "cores): the times are rough."
+            )
     if passes := found.get("pass_percent"):
         listed = "; ".join(f"{spread(passes, what, unit=' %')} at {what}" for what in passes)
         sections.append(
@@ -236,8 +240,9 @@ def speed_sections() -> list[str]:
             0,
             "Ours against the fastest of the peers timed, in turn in one process: the median of the ratios "
             "of their times, with quartiles, *equal* where these lie on both sides of 1. Memory is compared "
-            "with the peer that takes least. Below 1 the peer is faster, or takes less. Of losses, mixtures "
-            "and routers a step is value and gradient, elsewhere what the row names. One thread; the limit "
+            "with the peer that takes least. Below 1 the peer is faster, or takes less. For losses, mixtures "
+            "and routers a step is one forward and one backward pass; in the other tables it is what the row "
+            "names. One thread; the limit "
             "is what the processor's products and memory could do; a goal is what was aimed at. The code "
             "may have changed since the commit below a title.",
         )

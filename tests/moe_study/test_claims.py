@@ -292,9 +292,7 @@ def test_a_verdict_that_another_epoch_changes_depends_on_the_checkpoint_rule():
     assert found.by_endpoint == expected | {"best_cross_entropy": "supported"}
     assert found.depends_on_checkpoint
     assert "depends on the checkpoint rule" in words.word(found)
-    said = (
-        "the verdict on CIFAR-10 (exploratory) depends on the checkpoint rule: at another epoch, supported."
-    )
+    said = "at an epoch that another rule selects, supported on CIFAR-10 (exploratory)."
     assert said in answers([found])
 
 

@@ -685,8 +685,8 @@ def test_answers_say_what_ac_gains_where_routing_pays(spread, said):
         for run in study.runs("core", "ac-vision-confirm", arm=arm)
     ]
     text = answers(verdicts.verdicts(results, "ac-vision-confirm"))
-    assert "**Should I use the AC router?** We see no reason to. Where learned routing pays (Three" in text
-    assert f"(Three shifted domains), {said}" in text
+    assert "**Should I use the AC router?** Not shown to help. It could be judged on Three" in text
+    assert f"Three shifted domains alone: {said}" in text
     assert "Not judged" not in text
 
 
@@ -704,7 +704,7 @@ def test_answers_name_where_ac_is_not_judged_and_why():
         ]
         text = answers(verdicts.verdicts(results, "ac-vision"))
         assert f"Not judged on CIFAR-10 (exploratory), where {'learned routing ' * bool(blind)}{why}" in text
-        assert "Where learned routing pays" not in text
+        assert "It could be judged" not in text
 
 
 def test_answers_say_whether_a_gain_of_snnl_needs_the_routing(folders):
@@ -741,7 +741,7 @@ def test_answers_say_what_speaks_against_a_gain_of_snnl(case):
     text = answers(verdicts.verdicts(results, "collapse"))
     assert "Yes, in 1 of 1 settings: more accurate on Three domains (by 5" in text
     assert said in text
-    assert "Pilots chose Three domains, because experts fall idle there." in text
+    assert "Pilots chose Three domains, because experts fall idle and learned routing costs" in text
     assert ("constant gate" in text) is ("uniform-gate" in others)
 
 

@@ -83,6 +83,8 @@ def quantities(result):
         if path.startswith("routing.layers"):
             layers[re.sub(r"\[\d+\]", "", path)].append(value)
     found |= {f"mean {path}": mean(values) for path, values in layers.items()}
+    domains = result.get("domains") or {}
+    found |= {f"accuracy on domain {at}": one for at, one in enumerate(domains.get("accuracy", []))}
     if "stability" in result["routing"]:
         found["stability"] = mean(result["routing"]["stability"])
     for name in ENDPOINTS:
