@@ -1,6 +1,7 @@
 """Mixtures of experts that specialise or collapse: the SNN loss, the AC router, measures, and a panel.
 
-Everything public can be imported from here: `from moe_lib import MoE, soft_nearest_neighbor_loss`.
+The names that are used most: `from moe_lib import MoE, soft_nearest_neighbor_loss`. The rest is in
+`moe_lib.metrics`, `.moe`, `.snnl`, `.models`, `.robustness` and `.parallel`.
 """
 
 from moe_lib.inspect import CollapseCallback, Panel, inspect_moe, watch

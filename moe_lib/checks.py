@@ -92,7 +92,8 @@ def check_count(value: Any, name: str, least: int = 1) -> int:
 
 def check_number(value: Any, name: str, *, least: float = -math.inf, above: bool = False) -> float:
     """A finite number, at least (or above) `least`."""
-    if not isinstance(value, Real) or not math.isfinite(value) or value < least or (above and value == least):
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < least or (above and value == least):
         bound = "" if least == -math.inf else f" {'above' if above else 'at least'} {least:g}"
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
     return float(value)
@@ -114,7 +115,7 @@ def check_temperature(temperature: Any) -> None:
         if not readable(temperature):
             return
         temperature = temperature.item()
-    if not isinstance(temperature, Real):
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
         kind = type(temperature).__name__
         raise ValueError(f"temperature must be a number or a 0-d tensor, got {kind} {temperature!r}")
     if not 1e-300 <= float(temperature) < math.inf:

@@ -19,14 +19,14 @@ def generator(*parts: object) -> torch.Generator:
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Draw every layer's weights from (seed, its name).
+    """Draw every layer's weights from (seed, its name), on the CPU.
 
     Linear and convolutional layers: Kaiming normal, zero bias. Other layers, subclasses of these among
     them: by their own rule.
     """
     with torch.random.fork_rng(devices=[]):
         for name, module in model.named_modules():
-            torch.manual_seed(seed_of(seed, name))
+            torch.default_generator.manual_seed(seed_of(seed, name))  # torch's own would seed GPUs as well
             if type(module) in (nn.Linear, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:

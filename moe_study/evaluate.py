@@ -44,8 +44,8 @@ def similarity(
         "cka": metrics.expert_cka(expert_logits_NEC, EMBEDDING_SAMPLES),
     }
     if usage_E is not None:
-        found["outputs_weighted"] = metrics.output_similarity(expert_logits_NEC, usage_E)
-        found["cka_weighted"] = metrics.expert_cka(expert_logits_NEC, EMBEDDING_SAMPLES, usage_E)
+        found["outputs_weighted"] = metrics.output_similarity(expert_logits_NEC, usage_E=usage_E)
+        found["cka_weighted"] = metrics.expert_cka(expert_logits_NEC, EMBEDDING_SAMPLES, usage_E=usage_E)
     return found
 
 

@@ -91,7 +91,11 @@ class Adapter:
     def num_experts(self) -> int:
         if self.listed is not None:
             return len(self.listed)
-        return int(next(p.shape[0] for p in self.experts().parameters() if p.ndim > 2))
+        sizes = [p.shape[0] for p in self.experts().parameters() if p.ndim > 2]
+        if not sizes:
+            raise ValueError(f"the number of experts of {type(self.block).__name__} is not clear: override "
+                             f"num_experts in {type(self).__name__}")  # fmt: skip
+        return sizes[0]
 
     @property
     def listed(self) -> nn.ModuleList | None:
@@ -174,6 +178,8 @@ def parameter_names(block: nn.Module) -> list[str]:
 def rows(value: Any) -> Tensor:
     """[N, D] from the first tensor of a block's input or output."""
     tensor = first_tensor(value)
+    if not tensor.ndim:
+        raise NotAMixture("it returns a number, such as a loss, and no tensor with rows")
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim <= 3 else tensor.flatten(1)
 
 

@@ -22,6 +22,7 @@ from moe_lib.inspect.adapters import (
 )  # fmt: skip
 from moe_lib.inspect.lists import expert_lists
 from moe_lib.inspect.tagging import ListAdapter
+from moe_lib.moe import MoE
 
 
 class MoELibAdapter(Adapter):
@@ -29,11 +30,7 @@ class MoELibAdapter(Adapter):
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
-        return type(block).__name__ == "MoE" and type(block).__module__.startswith("moe_lib.")
-
-    @property
-    def num_experts(self) -> int:
-        return int(self.block.experts.num_experts)  # type: ignore[union-attr, arg-type]
+        return isinstance(block, MoE)
 
     def dispatch(self, call: Call) -> Dispatch:
         output_NO, routing = call.output
@@ -99,7 +96,8 @@ class StackedAdapter(Adapter):
 
     def dispatch(self, call: Call) -> Dispatch:
         self.inputs = call.inputs
-        tokens, indices_NK = call.inputs[self.tokens_name], call.inputs[self.index_name].flatten(0, -2)
+        tokens, indices = call.inputs[self.tokens_name], call.inputs[self.index_name]
+        indices_NK = indices[:, None] if indices.ndim == 1 else indices.flatten(0, -2)
         sizes = {p.shape[0] for p in self.block.parameters() if p.ndim > 2}
         largest = int(indices_NK.max()) if indices_NK.numel() else 0
         if largest > self.num_experts or (self._count(self.block) is None and len(sizes) > 1):
@@ -113,7 +111,12 @@ class StackedAdapter(Adapter):
         if self.dense:  # weights of all experts [N, E]
             known_NK = (indices_NK >= 0) & (indices_NK < self.num_experts)
             weights_NK = weights_NK.gather(1, indices_NK.where(known_NK, 0)).where(known_NK, 0)
-        return Dispatch(rows(tokens), indices_NK, weights_NK, rows(call.output))
+        tokens_ND, output_NO = rows(tokens), rows(call.output)
+        # A token that the module drops, over capacity say, gets zeros.
+        lost_N = (output_NO == 0).all(1) & (tokens_ND != 0).any(1) & (weights_NK != 0).any(1)
+        if not lost_N.all():
+            indices_NK = indices_NK.where(~lost_N[:, None], -1)
+        return Dispatch(tokens_ND, indices_NK, weights_NK, output_NO)
 
     def forget(self) -> None:
         self.inputs = {}
@@ -228,7 +231,9 @@ class CombineTensorAdapter(Adapter):
         several = [
             v for v in call.seen["gate"] if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 2
         ]
-        combine = next(v for v in reversed(several) if v.shape[-2] == self.num_experts)
+        combine = next((v for v in reversed(several) if v.shape[-2] == self.num_experts), None)
+        if combine is None:
+            raise NotAMixture(f"its gate returns no combine tensor [..., {self.num_experts}, C]")
         indices_NK, weights_NK = from_dense(combine.sum(-1).flatten(0, -2))
         return Dispatch(rows(call.tokens), indices_NK, weights_NK, rows(call.output))
 
@@ -250,8 +255,11 @@ class TorchtitanAdapter(Adapter):
 
     def dispatch(self, call: Call) -> Dispatch:
         tensors = [value for value in call.seen["router"] if isinstance(value, Tensor)]
-        indices = next(t for t in tensors if not t.is_floating_point() and t.ndim >= 2)
-        weights = next(t for t in tensors if t.is_floating_point() and t.shape == indices.shape)
+        indices = next((t for t in tensors if not t.is_floating_point() and t.ndim >= 2), None)
+        shape = None if indices is None else indices.shape
+        weights = next((t for t in tensors if t.is_floating_point() and t.shape == shape), None)
+        if indices is None or weights is None:
+            raise NotAMixture("its router does not return indices [N, K] and weights of the same shape")
         return Dispatch(rows(call.tokens), rows(indices), rows(weights), rows(call.output))
 
     def answer(self, e: int, tokens_MD: Tensor) -> Tensor:

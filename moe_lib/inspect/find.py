@@ -25,6 +25,8 @@ REMEDY = "write an Adapter of about ten lines (see moe_lib.inspect.Adapter) and 
 
 def find_blocks(model: nn.Module, adapters: Sequence[type[Adapter]] = ()) -> tuple[list[Block], list[str]]:
     """The blocks that an adapter reads, in the model's order, and the names of those that look like one."""
+    if objects := [type(one).__name__ for one in adapters if not isinstance(one, type)]:
+        raise ValueError(f"adapters takes classes: give {objects[0]} instead of {objects[0]}(...)")
     modules = dict(model.named_modules())
     found: dict[str, Block] = {}
     candidates: dict[str, Block] = {}
@@ -117,13 +119,17 @@ def _best_list(recorder: Recorder, first: Block, reason: str, run: Callable[[], 
         return good, _lists(one[0]).list_of_experts, one[0] is first
 
     block, reason = max(tried, key=rank)
-    if not reason and block.state.tokens and not varies(block.state) and not _lists(block).named_as_experts:
+    if _lists(first).list_of_experts:  # the block's name speaks for that list alone
+        trusted = _lists(block).list_of_experts
+    else:
+        trusted = _lists(block).named_as_experts
+    if not reason and block.state.tokens and not varies(block.state) and not trusted:
         unequal, gate = uneven(block.state), router_of(block.adapter.block, ROUTER_NAMES)
         if not unequal or gate is None:
             reason = "every token gets the same weights: a collapsed router, an ensemble, or no mixture"
             if unequal or LIKE_MOE.search(type(block.adapter.block).__name__):
                 recorder.unread.append(f"{block.label}: {reason}")
-    return block, reason
+    return tried[0] if reason and _lists(first).list_of_experts else (block, reason)
 
 
 def _outer(recorder: Recorder, block: Block, reason: str, run: Callable[[], Any]) -> tuple[Block, str]:

@@ -56,7 +56,8 @@ ABOUT: dict[str, About] = {
         0.1,
     ),
     "I(c;E)": About(
-        "information between label and expert over slots, nats; plug-in",
+        "information between label and expert over slots, nats; plug-in; where every token uses all experts, "
+        "of label and largest weight",
         "the same with labels permuted among tokens: the plug-in bias",
         "above its null: experts know the classes", 0.1,
     ),
@@ -134,13 +135,15 @@ class Layer:
     measures: dict[str, Value]
     explanation: str = ""  # of the mixture check
     notes: list[str] = field(default_factory=list)
-    class_expert: dict[str, list[float]] = field(default_factory=dict)  # share of a class's slots by expert
+    class_expert: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # of a class's slots, or of its largest weights
     dropped_E: list[float] = field(default_factory=list)  # cost of dropping each expert, if asked for
     state: BlockState | None = field(default=None, repr=False)
 
     @property
     def soft(self) -> bool:
-        """Does every token that is served use all experts? As `BlockState.soft`; also without a state."""
+        """Do tokens use all experts? As `BlockState.soft`; also without a state."""
         return self.top_k == self.num_experts and self["unfilled"] <= self["dropped"] + 1e-9
 
     def __getitem__(self, measure: str) -> float:
@@ -162,7 +165,8 @@ def routing_measures(state: BlockState, seed: int = 0) -> dict[str, Value]:
     """What the tables say."""
     num_experts, num_slots, num_tokens = state.num_experts, max(state.num_slots, 1), float(state.tokens)
     soft = state.soft
-    served, slots = float(state.tokens - state.dropped), float(state.slots)
+    served = float(state.tokens - state.dropped)
+    slots = served * num_experts if soft else float(state.slots)
     if served < 1:
         return {"dropped": Value(1.0 if num_tokens else math.nan, 0.0)}
     load_E, q_E = load(state), (state.first_E if soft else state.count_E) / served
@@ -220,7 +224,7 @@ def input_separation(state: BlockState) -> tuple[Value, Value]:
 
 
 def class_information(state: BlockState, seed: int = 0) -> Value:
-    """I(c;E) over slots, and its mean with labels permuted (Monte Carlo from the tokens kept)."""
+    """I(c;E), and its mean with labels permuted (Monte Carlo from the tokens kept)."""
     classes_C, table_CE = state.class_table()
     if len(classes_C) < 2:
         return NOTHING

@@ -48,6 +48,15 @@ class Shown:
     def _repr_html_(self) -> str:
         raise NotImplementedError
 
+    def to_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        text = json.dumps(self.to_dict(), indent=1)
+        if path is not None:
+            Path(path).write_text(text)
+        return text
+
     def to_html(self, path: str | Path) -> Path:
         """One page that needs no other file."""
         from moe_lib.inspect.page import page
@@ -110,12 +119,6 @@ class Panel(Shown):
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and strings; None for what is no finite number."""
         return plain(self) | {"alarms": plain(self.alarms)}
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        text = json.dumps(self.to_dict(), indent=1)
-        if path is not None:
-            Path(path).write_text(text)
-        return text
 
     @classmethod
     def from_json(cls, path: str | Path) -> Panel:

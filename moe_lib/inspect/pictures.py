@@ -166,7 +166,7 @@ def history_figure(history: list[dict[str, float]], measure: str) -> Figure:
     """One measure over training: a line per block."""
     import matplotlib
 
-    names = [key for key in (history[-1] if history else {}) if key.endswith(f"/{measure}")]
+    names = [*dict.fromkeys(key for row in history for key in row if key.endswith(f"/{measure}"))]
     if not names:
         raise ValueError(f"{measure!r} was not measured; there are {', '.join(ABOUT)}")
     figure = _figure(7, 3.6)

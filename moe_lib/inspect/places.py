@@ -61,11 +61,13 @@ class Stream:
         given = [named.get("input_ids"), *named.values()]
         first = next((value for value in given if isinstance(value, Tensor)), None)
         self.batch_shape = () if first is None else tuple(first.shape)
-        masks = [real(named.get(name)) for name in ("attention_mask", "decoder_attention_mask")]
-        self.masks = {False: masks[0], True: masks[1]}
+        self.masks = {}
         self.encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.num_calls += 1
         self.places, self.read = {}, Counter()
+        for decoder, name in ((False, "attention_mask"), (True, "decoder_attention_mask")):
+            mask = named.get(name)  # of some models a mapping, or an object of its own kind
+            self.masks[decoder] = real(mask) if isinstance(mask, Tensor) else None
 
     def place(self, block: Block, own: Tensor, num_tokens: int) -> Place:
         """Of the tokens that a block reads, given its first input."""
@@ -94,7 +96,8 @@ class Stream:
             if size and num_tokens % size == 0 and num_tokens > size:
                 shape = (num_tokens // size, size) if first else (size, num_tokens // size)
                 if first is None:
-                    notes.append("the block reads tokens [N, D]: taken as sequence after sequence")
+                    notes.append("the block reads tokens [N, D]: taken as sequences of one length, one after "
+                                 "the other; else give labels [N]")  # fmt: skip
         if first is None and shape is not None and num_rows is not None:
             first = shape[0] != num_rows and shape[1] == num_rows
             if first:
@@ -109,7 +112,8 @@ class Stream:
         if labels is not None and labels_N is None and tuple(labels.shape) not in fit:  # nor the batch
             raise ValueError(
                 f"labels {tuple(labels.shape)} do not fit the tokens of block {block.name!r}, {size} "
-                f"sequences of {length}: give [B, T], [B] or [N], or sequence_first=True for [T, B]"
+                f"sequences of {length}: give [B, T], [B] or [N], sequence_first=True for [T, B], "
+                "or labels=lambda inputs: None for no labels"
             )
         for what, given, found in (("padding", mask, valid_N), ("labels", labels, labels_N)):
             if given is not None and found is None:

@@ -108,8 +108,15 @@ class Recorder:
         return self.busy is not None or in_backward or others
 
     def _batch_starts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not self._idle():
+        if self._idle():
+            return
+        try:
             self.stream.starts(module, args, kwargs)
+        except ValueError as error:  # a mask that cannot be read
+            if not self.quiet:
+                raise
+            for block in self.blocks:
+                block.notes[f"padding is not told apart: {error}"] = None
 
     def _parent(self, block: Block, module: nn.Module, args: tuple, kwargs: dict) -> None:
         read = next((a for a in args if isinstance(a, Tensor)), None)

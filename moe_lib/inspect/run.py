@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -55,15 +56,16 @@ def inspect_moe(
     """Every mixture-of-experts block of a model on some data, in one pass.
 
     The model is in evaluation mode meanwhile, without gradients; its output is not changed. Padding, by the
-    attention mask, is not counted. Where torch.distributed is initialised every rank must call this, and
-    each gets the totals.
+    attention mask, is not counted. Where torch.distributed is initialised every rank must call this; each
+    gets the totals of what was counted, while losses, costs and what is sampled of experts are its own.
 
     Args:
         model: called with each batch; with keywords if that is a mapping. A compiled model runs eagerly.
-        batches: of inputs, or of pairs (inputs, labels).
+        batches: of inputs, or of pairs (inputs, labels); inputs that are a tuple are the model's arguments.
         labels: what I(c;E) is about. None: the labels of the pairs, if there are any; "tokens": the input
             ids; another string: that entry of the batches, which the model does not get unless it takes it;
-            or a function of the inputs. Integers [B, T], [B] or [N]: classes, domains, sequence ids.
+            or a function of the inputs; one that returns None: no labels. Integers [B, T], [B] or [N]:
+            classes, domains, sequence ids.
         adapters: your own, tried first; see `Adapter`.
         names: of the classes.
         ignore_index: labels with this value, and negative ones, are not counted by class.
@@ -83,6 +85,8 @@ def inspect_moe(
         ValueError: no block was found, no batch was given, or labels or masks do not fit the tokens.
     """
     check(batches, max_batches, thresholds)
+    if causal not in (False, True, "every expert"):
+        raise ValueError(f"causal must be False, True or 'every expert', got {causal!r}")
     model = getattr(model, "_orig_mod", model)
     recorder = Recorder(model, *find_blocks(model, adapters), sequence_first, seed)
     call = run if run is not None else lambda inputs: _call(model, inputs, labels)
@@ -113,6 +117,12 @@ def inspect_moe(
         finally:
             recorder.detach()
         panel = panel_of(recorder, title or type(model).__name__, names)
+    if (also := _may_be_input(model, *first)) is not None:
+        for layer in panel.layers:
+            layer.notes.append(
+                f"the second of each pair was taken as labels; the model takes {also!r} as well: if it is "
+                f"that, give ((inputs, {also}), labels)"
+            )
     panel.thresholds = dict(thresholds or {})
     panel.loss, panel.loss_permuted = losses
     return panel
@@ -127,7 +137,8 @@ def panel_of(recorder: Recorder, title: str, names: Names = None) -> Panel:
         if state.tokens:
             panel.layers.append(_layer(block, state, named, recorder.seed))
         else:
-            why = "no value is finite" if state.not_finite else "; ".join(block.notes) or "did not run"
+            why = "no value is finite" if state.not_finite else "; ".join(block.notes)
+            why = why or "its forward did not run"
             panel.unread.append(f"{block.label}: {why}")
     return panel
 
@@ -157,8 +168,12 @@ def _layer(block: Block, state: BlockState, names: Mapping[int, str], seed: int)
     )  # fmt: skip
 
 
+def distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _over_ranks(states: list[Any]) -> list[Any]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not distributed():
         return states
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, states)
@@ -214,6 +229,15 @@ def refuse_mask_as_labels(model: nn.Module, inputs: Any, given: Any) -> None:
                                  "give {'input_ids': ids, 'attention_mask': mask}")  # fmt: skip
 
 
+def _may_be_input(model: nn.Module, inputs: Any, given: Any) -> str | None:
+    """The parameter that the second of a pair may have been meant for."""
+    if given is None or isinstance(inputs, Mapping | tuple | list):
+        return None
+    second = parameter_names(getattr(model, "module", model))[1:2]
+    known = second and re.search("^y$|^args$|^kwargs$|mask|label|target", second[0])
+    return second[0] if second and not known else None
+
+
 def _labels(
     model: nn.Module, labels: Labels, inputs: Any, given: Any, ignore_index: int
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -235,7 +259,12 @@ def _labels(
         found = given
     if found is None:
         return None, decoder
-    found = torch.as_tensor(found)
+    try:
+        found = torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):  # of a pair: boxes, texts or several targets, say
+        if labels is None:
+            return None, None
+        raise
     if found.is_floating_point():
         if labels is None:
             return None, None  # targets of a regression, say
@@ -264,7 +293,7 @@ def eager() -> Iterator[None]:
     """Hooks must be seen: a model compiled in place runs eagerly meanwhile, until the last of those who ask
     for it is done: two that watch one model may end in any order."""
     global _asking
-    if _asking == 0 and hasattr(torch.compiler, "set_stance"):  # from torch 2.6
+    if _asking == 0:
         _stance.enter_context(torch.compiler.set_stance("force_eager"))
     _asking += 1
     try:

@@ -20,6 +20,7 @@ WAITING = 1 << 18  # entries, tokens times experts or features, that wait to be 
 KEPT = 16384  # tokens kept per block, by position: the same ones in every model that reads the same data
 READ = 256  # tokens of a call used for `input separation`, and
 MAX_WIDTH = 256  # features of each
+FAINT = 1e-4  # in float16 a softmax ends at 6e-8, in float32 at 1e-45
 DENSE_TABLE = 1 << 20  # entries; a larger class table is kept sparse
 
 
@@ -90,7 +91,8 @@ class Tables:
     padding: Tensor
     not_finite: Tensor  # not counted
     dropped: Tensor
-    slots: Tensor  # filled
+    slots: Tensor  # filled,
+    faint: Tensor  # and those with less than `FAINT` of the token's weight
     entropy: Tensor  # of a token's weights
     pairs: Tensor  # of neighbouring tokens, both served
     overlap: Tensor  # of their experts, as a share of the larger set
@@ -149,8 +151,9 @@ class BlockState(Tables):
 
     @property
     def soft(self) -> bool:
-        """Does every token that is served use all experts?"""
-        return float(self.slots) == float(self.tokens - self.dropped) * self.num_experts
+        """Do tokens use all experts? Weights that underflow to 0 leave slots empty, and others faint."""
+        empty = float(self.tokens - self.dropped) * self.num_experts - float(self.slots)
+        return self.num_slots == self.num_experts and empty <= float(self.faint)
 
     @property
     def distances(self) -> bool:
@@ -231,12 +234,15 @@ class BlockState(Tables):
             position_N = None if position_N is None else position_N[used_N.cpu()]
         share_NK = size_NK / size_NK.sum(1, keepdim=True).clamp(min=1e-30)
         found["slots"], found["entropy"] = chosen_NK.sum(), torch.special.entr(share_NK).sum()
+        found["faint"] = ((share_NK < FAINT) & chosen_NK).sum()
         found["together_EE"] = incidence_NE.T @ incidence_NE
         found["first_E"] = first_N.bincount(minlength=num_experts)
         found["weight_E"] = added(indices_NK, share_NK, num_experts + 1)[:num_experts]
         zero = found["entropy"].new_zeros(())
         packed = [found.get(name, zero.expand(size)).reshape(-1) for name, size in self.sizes.items()]
         self.totals += torch.cat(packed).to("cpu", torch.float64)
+        if indices_NK.shape[1] == num_experts and bool((~chosen_NK).sum() <= found["faint"]):  # `soft`
+            indices_NK, chosen_NK = first_N[:, None], chosen_NK.any(1, keepdim=True)
         self._remember(indices_NK, chosen_NK, labels_N, position_N)
 
     def _inputs(self, read_MD: Tensor, expert_M: Tensor, finite_M: Tensor | None) -> dict[str, Tensor]:
@@ -256,7 +262,8 @@ class BlockState(Tables):
 
     def _remember(self, indices_NK: Tensor, chosen_NK: Tensor, labels_N: Tensor | None,
                   position_N: Tensor | None) -> None:  # fmt: skip
-        """The experts of each class, and some tokens by position."""
+        """The experts of each class, and some tokens by position; of tokens that use all, the largest
+        weight's."""
         if labels_N is not None:
             counts_NK = chosen_NK & (labels_N >= 0)[:, None]
             key_NK = (labels_N[:, None] * self.num_experts + indices_NK).where(counts_NK, -1)

@@ -254,14 +254,18 @@ class ListAdapter(Adapter):
                 f"{num_experts} experts answer with a width of {self.width}: at least as many are needed "
                 "to tell them apart; pass an adapter"
             )
-        if len(given_ND) > len(output_NO) and longest > len(output_NO):
+        other = len(given_ND) > len(output_NO)
+        if self.row and given_ND.shape[1] != self.row[-1]:  # the experts read something else, made of it
+            other = longest % max(len(output_NO), 1) == 0
+        if other and longest > len(output_NO):
             raise NotAMixture("the answers to several tokens are pooled")
         if output_NO.shape[1] < num_experts:
             raise NotAMixture("its output is narrower than its number of experts")
         periods = tags_NO.split(num_experts, 1)
         same = all(_close(period, periods[0][:, : period.shape[1]]) for period in periods[1:])
         if len(tags_NO) != len(output_NO) or self.width != output_NO.shape[1] or not same:
-            raise NotAMixture("the answers are not added up with weights, or are transformed after that")
+            raise NotAMixture("the answers are not added up with weights, or are transformed after that; a "
+                              "mixture in a module of its own, on tokens [N, D], can be read")  # fmt: skip
         self.confirmed = True
         finite_N1 = tags_NO.isfinite().all(1, keepdim=True)
         indices_NK, weights_NK = from_dense(tags_NO[:, :num_experts].where(finite_N1, 0))

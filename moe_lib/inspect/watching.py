@@ -19,11 +19,11 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from moe_lib.inspect.adapters import Adapter
-from moe_lib.inspect.alarms import early_warning
+from moe_lib.inspect.alarms import early_warning, limits
 from moe_lib.inspect.find import confirm, find_blocks
 from moe_lib.inspect.panel import Panel, plain
 from moe_lib.inspect.recorder import Recorder
-from moe_lib.inspect.run import eager, nothing_found, panel_of
+from moe_lib.inspect.run import distributed, eager, nothing_found, panel_of
 from moe_lib.inspect.snapshot import copied
 from moe_lib.inspect.tagging import NoDropout
 
@@ -32,15 +32,18 @@ class Watch:
     """What `watch` gives: `log(step)` for numbers, `panel()` for the last look, `history` for all of them."""
 
     def __init__(self, model: nn.Module, every: int = 100, adapters: Sequence[type[Adapter]] = (),
-                 path: str | Path | None = None) -> None:  # fmt: skip
+                 path: str | Path | None = None,
+                 thresholds: dict[str, float] | None = None) -> None:  # fmt: skip
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
+        limits(thresholds)
         if path is not None and not Path(path).parent.is_dir():
             raise ValueError(f"path {path}: there is no folder {Path(path).parent}")
         self.model = model
         self.every = every
         self.adapters = tuple(adapters)
         self.path = None if path is None else Path(path)
+        self.thresholds = dict(thresholds or {})
         self.history: list[dict[str, float]] = []  # "step", and the numbers of each look
         self.steps = 0
         self.due: bool | None = None  # is the next pass to be looked at? None: every `every`-th is
@@ -146,10 +149,11 @@ class Watch:
         return found
 
     def _keep(self, recorder: Recorder) -> None:
-        if any(block.calls or block.notes for block in recorder.blocks):
+        if distributed() or any(block.calls or block.notes for block in recorder.blocks):
             self.last = panel_of(recorder, title=f"{type(recorder.model).__name__}, step {self.steps - 1}")
+            self.last.thresholds = self.thresholds
             self.history.append({"step": float(self.steps - 1), **self.last.numbers()})
-            if self.path is not None:
+            if self.path is not None and on_first_rank():
                 with self.path.open("a") as file:
                     file.write(json.dumps(plain(self.history[-1])) + "\n")
 
@@ -166,7 +170,8 @@ class Watch:
     def log(self, step: int | None = None) -> dict[str, float]:
         """The numbers of the last look, flat, for TensorBoard, W&B or JSON lines; {} before the first.
 
-        `step`, if given, is stored with the looks since the last call instead of the number of the pass.
+        `step`, if given, is stored with the looks since the last call instead of the number of the pass,
+        which the lines of `path` keep.
         """
         if not self.history:
             return {}
@@ -193,16 +198,22 @@ class Watch:
         return history_figure(self.history, measure)
 
 
+def on_first_rank() -> bool:
+    return not distributed() or torch.distributed.get_rank() == 0
+
+
 @contextmanager
 def watch(model: nn.Module, every: int = 100, adapters: Sequence[type[Adapter]] = (),
-          path: str | Path | None = None) -> Iterator[Watch]:  # fmt: skip
+          path: str | Path | None = None,
+          thresholds: dict[str, float] | None = None) -> Iterator[Watch]:  # fmt: skip
     """Watch a model while it trains: hooks are there in every `every`-th forward pass only.
 
     Training is as it would be without it, with one exception: at a look, blocks with lists of experts run a
     second time, and the model once more at the first look. What they write into what their modules hold
     (buffers, numbers, lists, objects of one's own) is taken back; what they write elsewhere (globals) is not.
     What cannot be read is listed or noted; only if nothing looks like a mixture is a ValueError
-    raised, at the first look.
+    raised, at the first look. Where torch.distributed is initialised every rank must watch, since a look sums
+    over ranks.
 
     Args:
         model: in training mode it is looked at at its first forward pass and every `every`-th after it;
@@ -211,9 +222,10 @@ def watch(model: nn.Module, every: int = 100, adapters: Sequence[type[Adapter]] 
             A compiled model runs eagerly while it is looked at: give what `torch.compile` returned.
         every: forward passes between two looks: with gradients accumulated over k batches, k a step.
         adapters: your own, tried first; see `Adapter`.
-        path: a file for JSON lines, one for each look.
+        path: a file for JSON lines, one for each look; written by the first rank.
+        thresholds: of alarms, as for `inspect_moe`.
     """
-    watching = Watch(model, every, adapters, path).start()
+    watching = Watch(model, every, adapters, path, thresholds).start()
     try:
         yield watching
     finally:
@@ -229,9 +241,11 @@ class CollapseCallback:
     """
 
     def __init__(
-        self, every: int = 500, adapters: Sequence[type[Adapter]] = (), verbose: bool = True
-    ) -> None:
-        self.every, self.adapters, self.verbose = every, adapters, verbose
+        self, every: int = 500, adapters: Sequence[type[Adapter]] = (), verbose: bool = True,
+        path: str | Path | None = None, thresholds: dict[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        self.every, self.verbose = every, verbose
+        self.build = partial(Watch, every=every, adapters=adapters, path=path, thresholds=thresholds)
         self.watch: Watch | None = None
         self.seen = 0
         self.first = False  # of the trainer's callbacks
@@ -257,7 +271,7 @@ class CollapseCallback:
             warnings.warn(f"{reports} get no numbers of the blocks: use add_to(trainer)", stacklevel=2)
         self.on_train_end(args, state, control)  # an earlier training may have been stopped by an error
         self.seen = 0
-        self.watch = Watch(model, self.every, self.adapters).start()
+        self.watch = self.build(model).start()
         self.watch.due = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -266,7 +280,7 @@ class CollapseCallback:
         if len(self.watch.history) > self.seen:
             self.seen = len(self.watch.history)
             self.watch.log(state.global_step)
-            if self.verbose and (alarms := self.watch.panel().alarms):
+            if self.verbose and on_first_rank() and (alarms := self.watch.panel().alarms):
                 print(f"step {state.global_step}: " + "; ".join(f"{a.layer}: {a.what}" for a in alarms))
 
     def on_log(

@@ -1,6 +1,6 @@
 """Measures of routing, of expert similarity and of embeddings, and of their collapse."""
 
-from moe_lib.metrics.embedding import Embedding, embedding_quality
+from moe_lib.metrics.embedding import EmbeddingQuality, embedding_quality
 from moe_lib.metrics.routing import (
     Load,
     RoutingEntropy,
@@ -20,7 +20,7 @@ from moe_lib.metrics.similarity import (
 from moe_lib.metrics.task import TaskScore, calibration_error, task_score
 
 __all__ = [
-    "Embedding",
+    "EmbeddingQuality",
     "Load",
     "RoutingEntropy",
     "TaskScore",

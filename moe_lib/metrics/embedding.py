@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_lib.checks import check_floating, check_labels
 
 
-class Embedding(NamedTuple):
+class EmbeddingQuality(NamedTuple):
     knn_accuracy: float  # 10 nearest training codes, Euclidean, majority vote
     silhouette: float  # of the classes, Euclidean
     trustworthiness: float  # of the codes' 10-neighbourhoods against those of the pixels
@@ -25,7 +25,7 @@ def embedding_quality(
     codes_ND: Tensor,
     labels_N: Tensor,
     pixels_NP: Tensor,
-) -> Embedding:
+) -> EmbeddingQuality:
     from sklearn.manifold import trustworthiness
     from sklearn.metrics import silhouette_score
     from sklearn.neighbors import KNeighborsClassifier
@@ -51,7 +51,7 @@ def embedding_quality(
         raise ValueError("labels must name at least 2 classes, one of them twice, for a silhouette")
     codes = numpy(codes_ND)
     knn = KNeighborsClassifier(10, algorithm="brute").fit(numpy(train_codes_MD), train_labels_M.cpu())
-    return Embedding(
+    return EmbeddingQuality(
         float(knn.score(codes, labels_N.cpu().numpy())),
         float(silhouette_score(codes, labels_N.cpu().numpy())),
         float(trustworthiness(numpy(pixels_NP), codes, n_neighbors=10)),

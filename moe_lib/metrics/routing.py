@@ -151,7 +151,7 @@ def load(probs_NE: Tensor, labels_N: Tensor) -> Load:
     """
     from sklearn.metrics import adjusted_mutual_info_score
 
-    _gates(probs_NE)
+    gates_NE = _gates(probs_NE)
     labels_N = check_labels(labels_N, len(probs_NE), like=probs_NE)
     top1_N = probs_NE.argmax(1)
     best_NE = (probs_NE == probs_NE.amax(1, keepdim=True)).double()
@@ -159,7 +159,7 @@ def load(probs_NE: Tensor, labels_N: Tensor) -> Load:
     return Load(
         share=share_E.tolist(),
         dead_experts=int((share_E == 0).sum()),
-        effective_experts=_entropy(probs_NE.double().mean(0)).exp().item(),
+        effective_experts=_entropy(gates_NE.mean(0)).exp().item(),
         adjusted_mutual_information=float(
             adjusted_mutual_info_score(labels_N.cpu().numpy(), top1_N.cpu().numpy())
         ),

@@ -66,16 +66,15 @@ def aligned_similarity(experts: Experts) -> float:
         bias_EO = experts.b2_EO.double()
         norm_E = (units_EHP.square().sum((1, 2)) + bias_EO.square().sum(1)).sqrt()
         cosines = []
-        for a in range(experts.num_experts):
-            for b in range(a + 1, experts.num_experts):
-                inner_HH = (units_EHP[a] @ units_EHP[b].T).cpu().numpy()
-                best = inner_HH[linear_sum_assignment(inner_HH, maximize=True)].sum()
-                best += float(bias_EO[a] @ bias_EO[b])
-                cosines.append(best / float(norm_E[a] * norm_E[b]))
+        for a, b in itertools.combinations(range(experts.num_experts), 2):
+            inner_HH = (units_EHP[a] @ units_EHP[b].T).cpu().numpy()
+            best = inner_HH[linear_sum_assignment(inner_HH, maximize=True)].sum()
+            best += float(bias_EO[a] @ bias_EO[b])
+            cosines.append(best / float(norm_E[a] * norm_E[b]))
     return float(np.mean(cosines)) if cosines else math.nan
 
 
-def output_similarity(expert_logits_NEC: Tensor, usage_E: Tensor | None = None) -> float:
+def output_similarity(expert_logits_NEC: Tensor, *, usage_E: Tensor | None = None) -> float:
     """Mean cosine of the experts' logits on the same inputs, each input's logits centred over classes
     (softmax ignores a constant) and each expert's mean over inputs removed.
 
@@ -156,8 +155,9 @@ def _centred(z_NA: Tensor) -> Tensor:
     return centred_NA.masked_fill(constant_A, 0)
 
 
-def expert_cka(expert_logits_NEC: Tensor, max_samples: int = 2000, usage_E: Tensor | None = None) -> float:
-    """Mean unbiased linear CKA over all pairs of experts' logits, on at most `max_samples` samples.
+def expert_cka(expert_logits_NEC: Tensor, max_samples: int = 2000, *, usage_E: Tensor | None = None) -> float:
+    """Mean unbiased linear CKA over all pairs of experts' logits, on the first `max_samples` samples: shuffle
+    sorted ones.
 
     Args:
         usage_E: as in `output_similarity`.

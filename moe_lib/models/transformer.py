@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_lib.checks import check_count
 from moe_lib.moe import (
     ACConfig,
     AdaptiveClusteringRouter,
@@ -60,6 +61,8 @@ class TransformerConfig:
                 "depth and num_heads must be at least 1 and num_heads must divide dim, "
                 f"got {self.depth}, {self.num_heads} and {self.dim}"
             )
+        for name in ("mlp_hidden", "num_experts", "expert_hidden", "top_k"):
+            check_count(getattr(self, name), name)
         outside = [block for block in self.moe_blocks if not 0 <= block < self.depth]
         if outside or not self.moe_blocks:
             raise ValueError(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_lib.moe.routing import Routing
-from moe_lib.products import on_host, traced
+from moe_lib.products import at_least_float32, on_host, traced
 
 CACHED = 2**18  # hidden activations of all experts, on a CPU
 FEW_ROWS = 128  # an expert's, on a CPU
@@ -58,10 +58,10 @@ def mixture(x_ND: Tensor, routing: Routing, experts: Stacked) -> Tensor:
 def _soft(x_ND: Tensor, gate_NE: Tensor, experts: Stacked) -> Tensor:
     w1_EDH, b1_EH, w2_EHO, b2_EO = experts
     if on_host(x_ND) and not traced() and len(x_ND) * b1_EH.numel() > CACHED:
-        out_NO = gate_NE @ b2_EO
+        out_NO = at_least_float32(gate_NE @ b2_EO)
         for gate_N, w1_DH, b1_H, w2_HO in zip(gate_NE.T, w1_EDH, b1_EH, w2_EHO, strict=True):
             out_NO += gate_N[:, None] * (torch.addmm(b1_H, x_ND, w1_DH).relu_() @ w2_HO)
-        return out_NO
+        return out_NO.to(x_ND.dtype)
     hidden_NF = torch.addmm(b1_EH.flatten(), x_ND, w1_EDH.transpose(0, 1).flatten(1)).relu()
     weighed_NEH = hidden_NF.unflatten(1, b1_EH.shape) * gate_NE[:, :, None]
     return torch.addmm(gate_NE @ b2_EO, weighed_NEH.flatten(1), w2_EHO.flatten(0, 1))

@@ -104,6 +104,8 @@ class MoE(nn.Module):
     def _route(self, x_ND: Tensor, previous: Routing | None, keys_N: Tensor | None) -> tuple[Routing, Tensor]:
         """The decision, and what the experts see."""
         x_ND = check_tokens(x_ND, self.experts.w1_EDH.shape[1])
+        if keys_N is not None and not getattr(self.router, "needs_keys", False):
+            raise ValueError(f"keys_N has no effect on a {type(self.router).__name__}: leave it out")
         experts_see = getattr(self.router, "experts_see", None)
         if experts_see is not None:
             routing, seen_ND = experts_see(x_ND, previous)

@@ -94,11 +94,11 @@ def load_balancing_loss(routing: Routing) -> Tensor:
     pass `routing.top(1)`.
     """
     _check_decisions(routing)
-    num_experts = routing.probs_NE.shape[1]
-    chosen_M = routing.indices_NK.flatten()
-    one_M = torch.ones_like(chosen_M, dtype=routing.probs_NE.dtype)
-    count_E = parallel.total(routing.probs_NE.new_zeros(num_experts).index_add(0, chosen_M, one_M))
-    return num_experts * (count_E / count_E.sum() * parallel.mean_of_rows(routing.probs_NE)).sum()
+    probs_NE, chosen_M = at_least_float32(routing.probs_NE), routing.indices_NK.flatten()
+    num_experts = probs_NE.shape[1]
+    one_M = torch.ones_like(chosen_M, dtype=probs_NE.dtype)
+    count_E = parallel.total(probs_NE.new_zeros(num_experts).index_add(0, chosen_M, one_M))
+    return num_experts * (count_E / count_E.sum() * parallel.mean_of_rows(probs_NE)).sum()
 
 
 def router_z_loss(routing: Routing) -> Tensor:

@@ -149,8 +149,8 @@ def _compute(
     weight_LN: Tensor | None,
 ) -> Parts:
     """`weight_LN`: the anchors' weights in the total; None: the reduction's."""
-    if isinstance(temperature, Tensor):  # a GPU's stays there: nothing waits for it under "dense"
-        on_gpu = not on_host(temperature)
+    if isinstance(temperature, Tensor):  # a GPU's stays there, where nothing else waits for it
+        on_gpu = not on_host(temperature) and options.route in ("dense", "fused")
         temperature = temperature.detach().to(layers[0].dtype) if on_gpu else temperature.item()
     dtype = layers[0].dtype
     with _without_autocast(labels_N.device.type):

@@ -79,7 +79,7 @@ def plain(
 class Range(NamedTuple):
     """Exponents of 2 within which a type is used, so that neither masses nor products leave it."""
 
-    plain: float  # scores within +- this need no care
+    safe: float  # scores within +- this need no care
     precise: float  # beyond, their rounding shows in the loss: more digits are needed
     floor: float  # masses below 2^-floor are zero: denormal numbers cost 4 to 60 times as much
     trusted: float  # a positive mass below 2^-trusted is computed again
@@ -158,8 +158,8 @@ def dense(
         spread = base2
     else:
         spread = math.inf if largest is None else float(base2) * (1 if cosine else 4 * largest)
-    if spread <= RANGES[score_LNN.dtype].plain:
-        loss_LN, c_LNN = _plain(score_LNN, same_NN, weight_LN, options.wanted)
+    if spread <= RANGES[score_LNN.dtype].safe:
+        loss_LN, c_LNN = _from_masses(score_LNN, same_NN, weight_LN, options.wanted)
     else:
         itself_NN = torch.eye(len(labels_N), dtype=torch.bool, device=labels_N.device)
         loss_LN, half_LNN = exact(score_LNN, same_NN.bool(), itself_NN, weight_LN)
@@ -232,7 +232,9 @@ def power_of_two(x_ND: Tensor) -> Tensor:
     return torch.exp2(-exponent_N1.to(x_ND.dtype))
 
 
-def _plain(score_LNN: Tensor, same_NN: Tensor, weight_LN: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+def _from_masses(
+    score_LNN: Tensor, same_NN: Tensor, weight_LN: Tensor, wanted: bool
+) -> tuple[Tensor, Tensor]:
     """Losses [L, N] and C [L, N, N] of scores whose masses cannot leave the range of the type.
 
     Anchors without positives have no weight; the bound on p only keeps their loss finite.
@@ -241,7 +243,7 @@ def _plain(score_LNN: Tensor, same_NN: Tensor, weight_LN: Tensor, wanted: bool) 
     mass_LNN.diagonal(dim1=1, dim2=2).zero_()
     same_LNN = mass_LNN * same_NN
     other_LNN = mass_LNN.sub_(same_LNN)
-    p_LN = same_LNN.sum(2).clamp_(min=2.0 ** -(RANGES[score_LNN.dtype].plain + 2))
+    p_LN = same_LNN.sum(2).clamp_(min=2.0 ** -(RANGES[score_LNN.dtype].safe + 2))
     q_LN = other_LNN.sum(2)
     loss_LN = (q_LN / p_LN).log1p_()
     if not wanted:

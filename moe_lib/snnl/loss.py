@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from moe_lib import parallel
-from moe_lib.checks import check_floating, check_labels, check_option, check_temperature
+from moe_lib.checks import (
+    check_floating,
+    check_labels,
+    check_number,
+    check_option,
+    check_temperature,
+)
 from moe_lib.products import at_least_float32
 from moe_lib.snnl.autograd import losses
 from moe_lib.snnl.dense import Distance, Reduction, Route
@@ -136,6 +142,9 @@ class LayerwiseSNNL(nn.Module):
         check_option(config.distance, "distance", get_args(Distance))
         check_option(config.reduction, "reduction", ("mean", "mean_all", "sum"))
         check_temperature(config.temperature)
+        check_number(config.factor, "factor")
+        if config.schedule == "learned" and not 1e-13 <= config.temperature <= 1e13:
+            raise ValueError(f"a learned temperature must lie in 1e-13 to 1e13, got {config.temperature}")
         if not config.layers:
             raise ValueError("layers is empty: name at least one of the extractor's activations")
         self.config = config

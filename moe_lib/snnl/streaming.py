@@ -172,7 +172,7 @@ def _sorted_scores(
         largest = shift_N.max().item()
         if on_cpu:
             check_finite([x_ND], largest)
-        return _Scores(v_ND, shift_N, far=not 4 * largest <= 2 * limit.plain), None
+        return _Scores(v_ND, shift_N, far=not 4 * largest <= 2 * limit.safe), None
     # v = sqrt(base2) x / |x|, h = base2 / 2
     power_N1: Tensor | float = 1.0
     square_N1 = torch.linalg.vecdot(v_ND, v_ND)[:, None]
@@ -185,7 +185,7 @@ def _sorted_scores(
         square_N1 = torch.linalg.vecdot(v_ND, v_ND)[:, None]
     inverse_N1 = square_N1.rsqrt().masked_fill_(square_N1 == 0, 1)
     v_ND.mul_(inverse_N1 * math.sqrt(base2))
-    far = base2 > limit.plain
+    far = base2 > limit.safe
     shift_N = v_ND.new_full((len(v_ND),), base2 / 2) if far else None
     return _Scores(v_ND, shift_N, far), inverse_N1 * power_N1
 

@@ -195,6 +195,15 @@ class Dense(nn.Module):
         return torch.einsum("bte,btde->btd", gate_BTE, torch.stack([f(x_BTD) for f in self.branches], -1))
 
 
+def test_a_subclass_of_our_own_mixture():
+    class Mine(MoE):
+        pass
+
+    layer = inspect_moe(nn.Sequential(Mine(16, 4, 8, top_k=2)), [torch.randn(50, 16)])[0]
+    assert layer.num_experts == 4
+    assert layer["mixture error"].value < 1e-6
+
+
 def test_a_soft_mixture():
     torch.manual_seed(0)
     model = Dense()

@@ -147,7 +147,7 @@ def test_experts_may_be_mixtures(training):
         layer = panel[f"0.experts.{e}"]
         assert layer.num_tokens == read_by[e]
         assert layer.state.count_E.tolist() == counts(model[0].experts[e])
-    assert panel.unread == [f"0.experts.{e} (Block): did not run" for e in (2, 3)]
+    assert panel.unread == [f"0.experts.{e} (Block): its forward did not run" for e in (2, 3)]
 
 
 class Choice(nn.Module):

@@ -174,6 +174,11 @@ def test_planted_faults_raise_theirs(fault, kinds):
     assert found >= kinds - {"arbitrary"} if "collapsed" in kinds else found == kinds
 
 
+def test_a_misspelt_option_is_refused():
+    with pytest.raises(ValueError, match="causal must be False, True or 'every expert', got 'every_expert'"):
+        inspect_moe(routed(), [tokens()], causal="every_expert")
+
+
 def test_thresholds_can_be_set():
     assert inspect_moe(routed(), [tokens()], thresholds={"collapsed": 1.1}).alarms[0].kind == "collapsed"
     assert set(THRESHOLDS) >= {"dead", "alike"}

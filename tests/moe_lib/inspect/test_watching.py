@@ -298,3 +298,39 @@ def test_a_model_is_left_as_it_was_by_an_inspection():
     inspect_moe(model, [tokens()])
     assert len(model[0].log) == len(before[1]) + 1  # the pass itself, not the trial before it
     assert model[0].steps == 2
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, inputs_BTD, attention_mask=None):
+        return self.block(inputs_BTD.flatten(0, 1))
+
+
+@pytest.mark.parametrize("mask", [{"full": torch.ones(2, 100)}, object(), torch.full((2, 100), 0.5)])
+def test_a_mask_that_cannot_be_read_does_not_stop_training(mask):
+    model = Masked().train()
+    with watch(model, every=1) as w:
+        model(tokens().view(2, 100, D), attention_mask=mask)
+    assert w.panel()[0].num_tokens == 200
+    odd = isinstance(mask, torch.Tensor)
+    assert ("padding is not told apart: attention_mask holds" in str(w.panel()[0].notes)) is odd
+
+
+def test_thresholds_are_those_asked_for():
+    model = Block().train()
+    with watch(model, every=1, thresholds={"collapsed": 1.1}) as w:
+        model(tokens())
+    assert "collapsed" in [alarm.kind for alarm in w.panel().alarms]
+    with pytest.raises(ValueError, match="unknown alarms"), watch(model, thresholds={"colapsed": 1}):
+        pass
+
+
+def test_a_block_that_is_not_measured_at_the_last_look_is_drawn():
+    history = [{"step": 0.0, "a/AMI": 0.5, "b/AMI": 0.4}, {"step": 1.0, "a/AMI": 0.6}]
+    watching = watch(Block())
+    with watching as w:
+        w.history = history
+        assert [line.get_label() for line in w.figure("AMI").axes[0].lines] == ["a", "b"]

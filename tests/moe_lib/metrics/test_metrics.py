@@ -485,3 +485,10 @@ def test_an_expert_that_is_never_used_counts_for_nothing_in_cka():
 def test_scores_that_are_no_log_probabilities_are_refused():
     with pytest.raises(ValueError, match="log_softmax"):
         metrics.task_score(torch.tensor([[-10.0, -12.0], [-9.0, -8.0]]), torch.tensor([0, 1]))
+
+
+def test_rounded_gates_are_those_that_sum_to_one():
+    """A third in bfloat16 is 0.33398."""
+    gates_NE = torch.full((9, 3), 1 / 3, dtype=torch.bfloat16)
+    found = metrics.load(gates_NE, torch.arange(9) % 3)
+    assert found.effective_experts == pytest.approx(3, abs=1e-12)

@@ -508,3 +508,19 @@ def test_a_constant_gate_has_no_best_experts():
     with pytest.raises(ValueError, match="top_k must not be 1 behind a UniformRouter"):
         MoE(8, 4, 16, top_k=1, router=UniformRouter(4))
     MoE(8, 4, 16, top_k=4, router=UniformRouter(4))
+
+
+def test_keys_without_a_use_are_refused():
+    with pytest.raises(ValueError, match="keys_N has no effect on a LinearRouter"):
+        moe_layer()(tokens(), keys_N=torch.zeros(7, dtype=torch.int64))
+
+
+def test_a_soft_mixture_of_many_experts_sums_in_float32(monkeypatch):
+    """In bfloat16 the sum over 64 experts would lose three times as much."""
+    monkeypatch.setattr(expert_kernels, "CACHED", 0)
+    x_ND, logits_NE = tokens(200, 32, dtype=torch.bfloat16), tokens(200, 64, 1, dtype=torch.bfloat16)
+    experts = [weight.detach().bfloat16() for weight in MoE(32, 64, 16, 8).experts.stacked()]
+    found_NO = expert_kernels.mixture(x_ND, route(logits_NE), expert_kernels.Stacked(*experts)).double()
+    doubles = expert_kernels.Stacked(*(weight.double() for weight in experts))
+    expected_NO = expert_kernels.mixture(x_ND.double(), route(logits_NE.double()), doubles)
+    assert (found_NO - expected_NO).norm() < 0.006 * expected_NO.norm()

@@ -209,6 +209,15 @@ def test_balance_is_the_number_of_experts_for_collapse(num_experts):
     assert load_balancing_loss(route(logits_NE, top_k=1)).item() == pytest.approx(num_experts)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_balance_counts_tokens_beyond_the_digits_of_a_half_type(dtype):
+    logits_NE = torch.zeros(20_000, 4, requires_grad=True)
+    probs_NE = (logits_NE + torch.tensor([3.0, 0.0, 0.0, 0.0])).softmax(1)
+    exact = route(probs_NE.log(), top_k=1)
+    rounded = exact._replace(probs_NE=exact.probs_NE.to(dtype))
+    assert load_balancing_loss(rounded).item() == pytest.approx(load_balancing_loss(exact).item(), rel=1e-2)
+
+
 def test_balance_is_constant_for_a_soft_mixture_and_not_for_its_top_1():
     routing = route(random_logits())
     assert load_balancing_loss(routing).item() == pytest.approx(1, rel=1e-12)

@@ -316,6 +316,7 @@ GOOD_ND, GOOD_N = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
         (GOOD_ND, np.zeros(4, dtype=int), 1.0, r"labels .*torch\.from_numpy"),
         (GOOD_ND, [0, 1, 0, 1], 1.0, r"labels .*torch\.tensor\(labels\)"),
         (GOOD_ND, GOOD_N, "0.5", "temperature must be a number.*str '0.5'"),
+        (GOOD_ND, GOOD_N, True, "temperature must be a number.*bool True"),
         (GOOD_ND, GOOD_N, torch.ones(2), "temperature must be a number or a 0-d tensor"),
     ],
 )
@@ -430,6 +431,13 @@ def test_learned_temperature_starts_where_told_and_descends():
     assert snnl.log_temperature.grad.abs() > 0
     optimizer.step()
     assert snnl(activations, labels_N, 0) < before
+
+
+def test_settings_that_cannot_train_are_refused():
+    with pytest.raises(ValueError, match="factor must be a finite number, got nan"):
+        LayerwiseSNNL(SNNLConfig(factor=math.nan))
+    with pytest.raises(ValueError, match="a learned temperature must lie in 1e-13 to 1e13, got 1e-60"):
+        LayerwiseSNNL(SNNLConfig(schedule="learned", temperature=1e-60))
 
 
 @pytest.mark.parametrize("wrong_labels", [False, True], ids=["colder", "hotter"])

@@ -421,3 +421,17 @@ def test_a_gpu_agrees_with_the_cpu(temperature, distance, route):
         found.append([loss.detach(), *torch.autograd.grad(loss, (x_ND, learned))])
     for on_cpu, on_gpu in zip(*found, strict=True):
         torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("route", ["streaming", "panels"])
+def test_a_temperature_on_a_gpu_gets_the_digits_of_a_number(monkeypatch, route):
+    """A device whose values cannot be read for nothing: the loss waits for it all the same."""
+    monkeypatch.setattr(products, "HOST", ())
+    features_ND, labels_N = sample(40, 8, 3, 0, torch.float32)
+    doubles_ND = features_ND.double().requires_grad_()
+    exact_ND = torch.autograd.grad(plain(doubles_ND, labels_N, 1e-5, "cosine", "mean"), doubles_ND)[0]
+    for temperature in (1e-5, torch.tensor(1e-5)):
+        x_ND = features_ND.clone().requires_grad_()
+        loss = soft_nearest_neighbor_loss(x_ND, labels_N, temperature, "cosine", "mean", route)
+        found_ND = torch.autograd.grad(loss, x_ND)[0]
+        assert (found_ND - exact_ND).abs().max() < 1e-6 * exact_ND.abs().max()
