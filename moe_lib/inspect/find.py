@@ -145,7 +145,7 @@ def _outer(recorder: Recorder, block: Block, reason: str, run: Callable[[], Any]
 def _reasons(recorder: Recorder, lists: list[Block], run: Callable[[], Any]) -> dict[str, str]:
     """By block: why it is no mixture; "" if it is one."""
     single = Recorder(recorder.model, lists, [], recorder.stream.sequence_first)
-    single.reasons, before, Recorder.working = {}, Recorder.working, single
+    single.quiet, single.reasons, before, Recorder.working = recorder.quiet, {}, Recorder.working, single
     try:
         single.attach()
         run()

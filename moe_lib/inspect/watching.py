@@ -135,6 +135,7 @@ class Watch:
 
     def _find(self, module: nn.Module, args: tuple, kwargs: dict) -> Recorder:
         found = Recorder(module, *find_blocks(module, self.adapters))
+        found.quiet = True
 
         def run() -> None:
             copies: Any = tree_map(copied, (args, kwargs))
