@@ -18,6 +18,9 @@ all images, flips and crops, 14 epochs, convolutions in front of the tokens. Its
 way, by "ac-vision-trained-tuning", which takes 171 core-minutes. In pilots (validation data, one tuning seed)
 no form was found in which a linear router is ahead of fixed experts by more than a point: not with four
 experts instead of sixteen, nor with images shifted around their edges. This is the form that learns fastest.
+`... --study ac-vision-trained` takes 676 core-minutes by the clock, for some hours of which it was stopped.
+What came out: fixed experts win on trained models too, so the AC router cannot be judged there; no difference
+from its controls is seen.
 """
 
 from __future__ import annotations
