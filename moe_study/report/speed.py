@@ -24,8 +24,8 @@ def origin_text(name: str, command: str = "") -> str:
     command = command or f"python -m benchmarks {name}" + " --device cuda" * (first.get("device") == "cuda")
     parts = [f"`{command}`", first.get("processor") or where.get("machine", "unknown machine")]
     parts += [f"torch {where['versions']['torch']}"] if "versions" in where else []
-    commit = where.get("commit") or ""
-    if len(commit) < 7:
+    commit = where.get("commit") or "unknown"
+    if len(commit) < 7:  # no commit's name
         parts += ["commit and day: see benchmarks/README.md"]
     else:
         parts += [f"commit {commit[:10]}" + " with changes" * bool(where.get("dirty"))]

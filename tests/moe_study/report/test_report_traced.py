@@ -306,8 +306,10 @@ def check_contrasts(groups, header, rows):
         now = set()
         for key in candidates(groups, header, row):
             paths = explained(groups[key], terms_of(contrast), difference, interval, seeds, row.get("p"))
-            first = key[0].removesuffix("-confirm")
-            name = key[0] if (first, key[1]) in groups else first  # the confirmation alone has that data set
+            first = key[0].removesuffix("-confirm").removesuffix("-trained")
+            # The confirmation alone has that data set, or stands beside data sets of the first study.
+            alone = (first, key[1]) not in groups or key[0].endswith("-trained")
+            name = first if alone else key[0]
             now |= {(name, "" if "data set" in row else key[1], path) for path in paths}
         if "paper" in row:  # the table of all papers: a measure may be of several studies
             measure = f"{row['paper']}: {measure}, {row['data set']}"
@@ -486,9 +488,10 @@ def confirmed(groups):
 
     found = {}
     for name, title in groups:
-        first = name.removesuffix("-confirm")
-        both = [groups.get((f"{first}-confirm", title)), groups.get((first, title))]
-        own = [group for place, group in enumerate(both) if group and (place or whole(group))]
+        first = name.removesuffix("-confirm").removesuffix("-trained")
+        later = [groups.get((f"{first}-{kind}", title)) for kind in ("confirm", "trained")]
+        own = [group for group in later if group and whole(group)] + [groups.get((first, title))]
+        own = [group for group in own if group]
         if own:
             found[f"{first}, {first}-confirm", title] = own[0]
     return found
