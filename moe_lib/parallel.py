@@ -27,6 +27,11 @@ from torch import Tensor
 _groups: list[Any] = []  # of the contexts that are open; the last one counts
 
 
+def distributed() -> bool:
+    """Whether this is one of several processes of torch.distributed."""
+    return dist.is_available() and dist.is_initialized()
+
+
 @contextmanager
 def global_batch(group: Any = None) -> Iterator[None]:
     """Losses and statistics inside are those of the whole group's batch.
@@ -39,7 +44,7 @@ def global_batch(group: Any = None) -> Iterator[None]:
     Raises:
         ValueError: there is no process group.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not distributed():
         raise ValueError(
             "global_batch needs a process group: call torch.distributed.init_process_group first"
         )

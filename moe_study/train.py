@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_lib.parallel import distributed
 from moe_lib.products import on_host
 from moe_study import store
 from moe_study.replay import Replayed
@@ -306,7 +306,7 @@ def _train_epoch(
         optimizer.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    replayed = Replayed(update, enabled=not (dist.is_available() and dist.is_initialized()))
+    replayed = Replayed(update, enabled=not distributed())
     for step, batch in enumerate(task.batches(epoch)):
         set_learning_rate(optimizer, config, (epoch + step / task.num_batches) / config.epochs)
         try:

@@ -28,6 +28,7 @@ from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.snapshot import unchanged
 from moe_lib.inspect.state import BlockState
 from moe_lib.inspect.tamper import Loss, costs
+from moe_lib.parallel import distributed
 
 CAUSAL_BATCHES = 4
 SHOWN = 100  # classes whose experts are listed, the largest; all are counted
@@ -166,10 +167,6 @@ def _layer(block: Block, state: BlockState, names: Mapping[int, str], seed: int)
         {f"{called[c]} ({c})" if often[called[c]] > 1 else called[c]: row_E for c, row_E in shown.items()},
         block.dropped_E, state,
     )  # fmt: skip
-
-
-def distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _over_ranks(states: list[Any]) -> list[Any]:

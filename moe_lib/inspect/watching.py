@@ -23,9 +23,10 @@ from moe_lib.inspect.alarms import early_warning, limits
 from moe_lib.inspect.find import confirm, find_blocks
 from moe_lib.inspect.panel import Panel, plain
 from moe_lib.inspect.recorder import Recorder
-from moe_lib.inspect.run import distributed, eager, nothing_found, panel_of
+from moe_lib.inspect.run import eager, nothing_found, panel_of
 from moe_lib.inspect.snapshot import copied
 from moe_lib.inspect.tagging import NoDropout
+from moe_lib.parallel import distributed
 
 
 class Watch:
