@@ -22,6 +22,7 @@ from moe_lib.inspect.adapters import (
 )  # fmt: skip
 from moe_lib.inspect.lists import expert_lists
 from moe_lib.inspect.tagging import ListAdapter
+from moe_lib.models.classifier import Classifier
 from moe_lib.moe import MoE
 
 
@@ -44,6 +45,33 @@ class MoELibAdapter(Adapter):
 
     def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
         return self.block.experts.expert(e, tokens_MD)  # type: ignore[union-attr, operator]
+
+
+class ClassifierAdapter(Adapter):
+    """`moe_lib`'s `Classifier`, which asks router and experts of its `MoE` apart and mixes logits, or, where
+    the output is no such mixture, probabilities. Its output is known up to a number an image."""
+
+    @classmethod
+    def matches(cls, block: nn.Module) -> bool:
+        return isinstance(block, Classifier)
+
+    @property
+    def mixes(self) -> bool:  # type: ignore[override]
+        return self.block.mixture == "logits"
+
+    def experts(self) -> nn.Module:
+        return self.block.moe.experts  # type: ignore[union-attr, return-value]
+
+    def dispatch(self, call: Call) -> Dispatch:
+        found = call.output
+        decision = found.routing.indices_NK, found.routing.weights_NK
+        code = [*found.activations.values()][-1] if found.activations else call.tokens
+        mixed_NO = (found.routing.dense_weights()[:, :, None] * found.expert_logits_NEC).sum(1)
+        output_NO = mixed_NO if self.mixes else None
+        return Dispatch(code.flatten(1), *decision, output_NO, found.routing.logits_NE)
+
+    def answer(self, e: int, tokens_MD: Tensor) -> Tensor:
+        return self.experts().expert(e, tokens_MD)  # type: ignore[operator]
 
 
 INDEX_NAMES = {
@@ -291,6 +319,6 @@ class SoftMoEAdapter(ListAdapter):
 
 
 FAMILIES: tuple[type[Adapter], ...] = (
-    MoELibAdapter, Llama4Adapter, ParallelExpertsAdapter, CombineTensorAdapter, TorchtitanAdapter,
-    SoftMoEAdapter, StackedAdapter,
+    MoELibAdapter, ClassifierAdapter, Llama4Adapter, ParallelExpertsAdapter, CombineTensorAdapter,
+    TorchtitanAdapter, SoftMoEAdapter, StackedAdapter,
 )  # fmt: skip

@@ -151,9 +151,9 @@ class BlockState(Tables):
 
     @property
     def soft(self) -> bool:
-        """Do tokens use all experts? Weights that underflow to 0 leave slots empty, and others faint."""
+        """Do tokens use all experts?"""
         empty = float(self.tokens - self.dropped) * self.num_experts - float(self.slots)
-        return self.num_slots == self.num_experts and empty <= float(self.faint)
+        return uses_all(self.num_slots, self.num_experts, empty, float(self.faint))
 
     @property
     def distances(self) -> bool:
@@ -241,7 +241,7 @@ class BlockState(Tables):
         zero = found["entropy"].new_zeros(())
         packed = [found.get(name, zero.expand(size)).reshape(-1) for name, size in self.sizes.items()]
         self.totals += torch.cat(packed).to("cpu", torch.float64)
-        if indices_NK.shape[1] == num_experts and bool((~chosen_NK).sum() <= found["faint"]):  # `soft`
+        if uses_all(indices_NK.shape[1], num_experts, (~chosen_NK).sum(), found["faint"]):
             indices_NK, chosen_NK = first_N[:, None], chosen_NK.any(1, keepdim=True)
         self._remember(indices_NK, chosen_NK, labels_N, position_N)
 
@@ -311,6 +311,11 @@ class BlockState(Tables):
         cell = row * self.num_experts + self.class_key % self.num_experts
         flat = added(cell, self.class_count, len(classes) * self.num_experts)
         return classes, flat.view(-1, self.num_experts)
+
+
+def uses_all(num_slots: int, num_experts: int, empty: float | Tensor, faint: float | Tensor) -> bool:
+    """Is it a soft mixture? Weights that underflow to 0 leave slots empty, and others faint."""
+    return num_slots == num_experts and bool(empty <= faint)
 
 
 def _alike(call: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

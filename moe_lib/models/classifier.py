@@ -97,8 +97,6 @@ class Classifier(nn.Module):
         "likelihood": sum_e g_e p_e, cross-entropy of it: -log sum_e g_e p_e(y|x);
         "jacobs": predicts with sum_e g_e p_e and trains on -log sum_e g_e exp(-|y - p_e|^2 / 2), y one-hot
             (Jacobs, Jordan, Nowlan, Hinton, "Adaptive Mixtures of Local Experts", 1991, eq. 1.3).
-
-    It asks router and experts of its `MoE` apart, so `inspect_moe` does not see that.
     """
 
     def __init__(self, config: ClassifierConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:

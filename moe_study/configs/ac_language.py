@@ -27,8 +27,8 @@ from moe_lib.models.transformer import TransformerConfig
 from moe_lib.moe import ACConfig
 from moe_study.configs import routed
 from moe_study.configs.arms import (
+    AC_VARIANTS,
     CONFIRMATORY_SEEDS,
-    ROUTED_CONTROLS,
     ROUTED_MAIN_ARMS,
     RoutedArm,
     RoutedSettings,
@@ -71,11 +71,10 @@ SETTINGS: routed.Settings = {
         )
     },
 }
-CONTROLS = (*ROUTED_CONTROLS, "ac-row")
 SEED_COUNTS: routed.SeedCounts = {
     "digits": {"docs": [((*ROUTED_MAIN_ARMS, "ac-causal"), 2)]},
-    "core": {"wikitext2": [(ROUTED_MAIN_ARMS, 10), (CONTROLS, 5)]},
-    "paper": {"wikitext2": [((*ROUTED_MAIN_ARMS, "hash", "hash-token"), 10), (CONTROLS, 5)]},
+    "core": {"wikitext2": [(ROUTED_MAIN_ARMS, 10), (AC_VARIANTS, 5)]},
+    "paper": {"wikitext2": [((*ROUTED_MAIN_ARMS, "hash", "hash-token"), 10), (AC_VARIANTS, 5)]},
 }
 STUDY = routed.study(
     "ac-language",
@@ -98,7 +97,7 @@ CONFIRM_SETTINGS: routed.Settings = {
     }
 }
 CONFIRM_ARMS = (*ROUTED_MAIN_ARMS, "hash", "hash-token")
-CONFIRM_COUNTS: routed.SeedCounts = {"core": {"wikitext2": [(CONFIRM_ARMS, 10), (CONTROLS, 8)]}}
+CONFIRM_COUNTS: routed.SeedCounts = {"core": {"wikitext2": [(CONFIRM_ARMS, 10), (AC_VARIANTS, 8)]}}
 CONFIRMING = routed.confirming("ac-language-confirm", CONFIRM_SETTINGS, CONFIRM_COUNTS, CONFIRM_ARMS)
 
 

@@ -181,4 +181,5 @@ CROSSED_ARM_DESCRIPTIONS = {
 
 ROUTED_MAIN_ARMS = ("linear", "cosine", "ac")
 ROUTED_CONTROLS = ("ac-shuffled", "ac-pooled", "ac-matched", "ac-causal")
+AC_VARIANTS = (*ROUTED_CONTROLS, "ac-row")  # what about M does it: in tables, and in a figure of their own
 CROSSED_ARMS = tuple(CROSSED_ARM_DESCRIPTIONS)

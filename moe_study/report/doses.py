@@ -14,8 +14,8 @@ from matplotlib.patches import Rectangle
 from moe_study import stats
 from moe_study.columns import COLUMNS, shown_interval, signed
 from moe_study.configs.dose import Panel
-from moe_study.report.plots import FEWEST_SEEDS, captioned, hide_from, new_figure, note, too_few
-from moe_study.report.tables import comparisons, contrast, paired, show
+from moe_study.report.plots import captioned, hide_from, new_figure, note, too_few
+from moe_study.report.tables import FEWEST_SEEDS, comparisons, contrast, paired, show
 
 DOSE_MEASURES = ("accuracy", "cross-entropy", "H(E|c)", "I(x;E)")  # shown of each dose
 BETTER = {"accuracy": 1, "cross-entropy": -1}  # of the others neither way is

@@ -24,7 +24,7 @@ from moe_study import stats, store
 from moe_study.columns import Result, look_up
 from moe_study.data import DATASETS
 from moe_study.data.text import CORPORA
-from moe_study.report.tables import by_arm
+from moe_study.report.tables import FEWEST_SEEDS, by_arm
 
 PALETTE = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999933")
 ARM_STYLE = {  # colour, marker
@@ -102,9 +102,6 @@ def captioned(figure: Figure, text: str) -> Figure:
     return figure
 
 
-FEWEST_SEEDS = 3  # of an interval or a band; with two the t interval is 13 standard errors to each side
-
-
 def interval(values_S: np.ndarray) -> tuple[float, float]:
     """The mean's 95 % t interval; below `FEWEST_SEEDS` the mean alone."""
     if len(values_S) < FEWEST_SEEDS:
@@ -179,8 +176,9 @@ def arms_of(results: Sequence[Result], wanted: Sequence[str] | None = None) -> d
     return {name: grouped[name] for name in names if wanted is None or name in wanted}
 
 
-def training_curves(results: Sequence[Result], arms: Sequence[str] | None = None) -> Figure:
-    """Validation cross-entropy, accuracy and a measure of routing over epochs: mean, and range over seeds."""
+def training_curves(results: Sequence[Result]) -> Figure:
+    """Validation cross-entropy, accuracy and a measure of routing over epochs: mean, and range over seeds. A
+    network of one expert has no line in the last."""
     measured = "effective_experts" in results[0]["history"]["validation"]
     panels = [
         ("cross_entropy", "validation cross-entropy (nats)", 1.0),
@@ -191,8 +189,10 @@ def training_curves(results: Sequence[Result], arms: Sequence[str] | None = None
     ]
     figure, axes = new_figure(9.8, 3.2, 1, 3)
     for axis, (key, title, scale) in zip(axes[0], panels, strict=True):
-        for arm, group in arms_of(results, arms).items():
-            mean_and_range(axis, arm, [_curve(r["history"]["validation"], key) for r in group], scale)
+        for arm, group in arms_of(results).items():
+            curves = [_curve(r["history"]["validation"], key) for r in group]
+            if key != "effective_experts" or max(map(max, curves)) > 1:
+                mean_and_range(axis, arm, curves, scale)
         axis.set(xlabel="epoch", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
     legend(figure, axes[0, 0], 6)
@@ -200,7 +200,7 @@ def training_curves(results: Sequence[Result], arms: Sequence[str] | None = None
     return captioned(
         figure,
         f"Training: does an arm learn faster (left), to a higher accuracy (middle), with {routing} (right)? "
-        f"Lines are means over seeds, bands their range; {seeds_in_words(results, arms, 'band')}.",
+        f"Lines are means over seeds, bands their range; {seeds_in_words(results, drawn='band')}.",
     )
 
 

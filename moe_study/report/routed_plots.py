@@ -14,12 +14,10 @@ from matplotlib.figure import Figure
 from moe_study import stats, store
 from moe_study.claims import claimed
 from moe_study.columns import VISION_COLUMNS, Result, frame_of
-from moe_study.configs.arms import ROUTED_MAIN_ARMS
 from moe_study.configs.run import Run
 from moe_study.report import tables
 from moe_study.report.plots import (
     ARM_STYLE,
-    FEWEST_SEEDS,
     arm_style,
     arms_of,
     captioned,
@@ -37,18 +35,16 @@ def draw_mean(axis: Any, arm: str, x: Sequence[float], values_SX: np.ndarray) ->
     """Mean over seeds against x, with its 95 % t interval as a band."""
     colour, marker = arm_style(arm)
     axis.plot(x, values_SX.mean(0), color=colour, marker=marker, markersize=4, label=arm)
-    if len(values_SX) >= FEWEST_SEEDS:
+    if len(values_SX) >= tables.FEWEST_SEEDS:
         low, high = np.array([stats.t_interval(column) for column in values_SX.T]).T
         axis.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
 
 
-def corruption_by_severity(
-    results: Sequence[Result], arms: Sequence[str] = ("linear", "cosine", "ac")
-) -> Figure:
+def corruption_by_severity(results: Sequence[Result]) -> Figure:
     """Accuracy under each kind of corruption against its severity, minus the first arm's at the same seed:
     mean and 95 % interval over seeds. Severity 0 is the clean image."""
-    grouped = arms_of(results, arms)
-    first = next((arm for arm in arms if arm in grouped), next(iter(grouped)))
+    grouped = arms_of(results)
+    first = next(iter(grouped))
     kinds = [kind for kind in grouped[first][0]["corruption"] if kind != "clean"]
     rows = -(-len(kinds) // 4)
     wide = min(len(kinds), 4)
@@ -75,7 +71,7 @@ def corruption_by_severity(
         figure,
         f"Robustness to corruption, as the difference from `{first}` at the same seed: above the line is "
         f"better. {_severity_0(grouped[first][0])} Means and 95 % t intervals over seeds; "
-        f"{seeds_in_words(results, arms, 'interval')}.",
+        f"{seeds_in_words(results, drawn='interval')}.",
     )
 
 
@@ -94,11 +90,11 @@ def _severities(result: Result, kind: str) -> list[float]:
     return [result["corruption"]["clean"], *result["corruption"][kind]]
 
 
-def swap_curve(results: Sequence[Result], arms: Sequence[str] | None = None) -> Figure:
+def swap_curve(results: Sequence[Result]) -> Figure:
     """Cross-entropy lost against the share of words that became <unk>: on the targets left alone, and on all
     of them. Mean and 95 % interval over seeds."""
     figure, axes = new_figure(9, 3.6, 1, 2)
-    for arm, group in arms_of(results, arms).items():
+    for arm, group in arms_of(results).items():
         shares = sorted(group[0]["swap"], key=float)
         percent = [100 * float(share) for share in shares]
         swaps = [[r["swap"][share] for share in shares] for r in group]
@@ -121,7 +117,7 @@ def swap_curve(results: Sequence[Result], arms: Sequence[str] | None = None) -> 
         "the clean text. A curve that rises is a model that suffers. Left, only the words left alone are "
         "scored, as the verdicts do: below zero they are predicted better. Right, all targets are scored: a "
         "curve may fall because <unk> itself is easy to predict. Means, 95 % t intervals; "
-        f"{seeds_in_words(results, arms, 'interval')}.",
+        f"{seeds_in_words(results, drawn='interval')}.",
     )
 
 
@@ -162,15 +158,13 @@ def changed_choices(results: Sequence[Result]) -> Figure:
     )
 
 
-LOAD_ARMS = (*ROUTED_MAIN_ARMS, "hash")
-
-
 def expert_load(results: Sequence[Result]) -> Figure:
     """Share of the tokens that each expert is best for, one panel a MoE layer; experts are ordered by load in
-    each run, then averaged over seeds. The dashed line is an even load, 1/E. Without the controls of the
-    scaling matrix, so that each line can be told."""
-    grouped = arms_of(results, LOAD_ARMS)
-    layers = len(results[0]["routing"]["layers"])
+    each run, then averaged over seeds. The dashed line is an even load, 1/E. Networks of one expert
+    are left out."""
+    mixtures = [r for r in results if len(r["routing"]["layers"][0]["load"]["share"]) > 1]
+    grouped = arms_of(mixtures)
+    layers = len(mixtures[0]["routing"]["layers"])
     figure, axes = new_figure(3.1 * layers + 0.6, 3.2, 1, layers, sharey=True)
     for at, axis in enumerate(axes[0]):
         for arm, group in grouped.items():
@@ -188,7 +182,7 @@ def expert_load(results: Sequence[Result]) -> Figure:
         figure,
         "Are the experts used evenly? Share of the tokens of the busiest expert (left) to the idlest "
         "(right). The dashed line is an even load, 1/E; a curve that falls steeply is a collapsed layer. "
-        f"Means; {seeds_in_words(results, LOAD_ARMS)}.",
+        f"Means; {seeds_in_words(mixtures)}.",
     )
 
 
@@ -258,7 +252,7 @@ def crossed_lines(results: Sequence[Result]) -> Figure:
                 axis.plot(
                     np.full(len(own), x + 2.2 * shift), own, "o", color=colour, alpha=0.3, ms=3.5, mew=0
                 )
-                if len(own) >= FEWEST_SEEDS:
+                if len(own) >= tables.FEWEST_SEEDS:
                     axis.plot([x + shift] * 2, stats.t_interval(own), color=colour, lw=2.2)
             means = [own.mean() if len(own) else np.nan for own in values]
             axis.plot((shift, 1 + shift), means, color=colour, marker=marker, lw=1.2, label=label)

@@ -304,14 +304,16 @@ def shown_p(p: float) -> str:
 
 
 PLAIN = Column("", 4)
+FEWEST_SEEDS = 3  # of an interval or a band; with two the t interval is 13 standard errors to each side
 
 
 def show(value: stats.PairedComparison, column: Column = PLAIN) -> dict[str, str]:
-    """A comparison as text: difference, t interval, sign-flip p, and "pilot" below eight seeds."""
+    """A comparison as text: difference, t interval ("-" below three seeds), sign-flip p, and "pilot" below
+    eight seeds."""
     low, high = value.low * column.scale, value.high * column.scale
     return {
         "difference": signed(value.difference * column.scale, column.decimals),
-        "95 % interval": shown_interval(low, high, column.decimals),
+        "95 % interval": "-" if value.seeds < FEWEST_SEEDS else shown_interval(low, high, column.decimals),
         "p": shown_p(value.p),
         "seeds": f"{value.seeds}" + (" (pilot)" if value.seeds < PILOT_BELOW else ""),
     }

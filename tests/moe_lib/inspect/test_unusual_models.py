@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from moe_lib import MoE, inspect_moe, routing_entropy
 from moe_lib.inspect import Adapter
+from moe_lib.models.classifier import Classifier, ClassifierConfig, mix
 
 
 class Soft(nn.Module):
@@ -91,6 +92,32 @@ class Layer(nn.Module):
     def forward(self, x_ND):
         weight_N1, self.index_N1 = self.gate(x_ND).softmax(-1).topk(1)
         return self.experts(x_ND, self.index_N1, weight_N1)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "top_k"), [("logits", None), ("logits", 2), ("likelihood", 2), ("jacobs", 1)]
+)
+def test_the_classifier_that_asks_router_and_experts_apart(mixture, top_k):
+    """Entropies by formula; the cost of permuting by mixing its experts' logits anew."""
+    torch.manual_seed(0)
+    config = ClassifierConfig("mlp", 16, 8, expert_hidden=8, gate_hidden=8, mixture=mixture, top_k=top_k)
+    model = Classifier(config, (1, 6, 6), 5)
+    images, labels_N = 20 * torch.rand(60, 1, 6, 6), torch.arange(60) % 5
+    panel = inspect_moe(model, [(images, labels_N)], causal=True)
+    layer, found = panel[0], model(images)
+    weights_NE = found.routing.dense_weights()
+    load_NE = weights_NE if top_k is None else (weights_NE > 0) / top_k
+    effective = torch.special.entr(load_NE.mean(0)).sum().exp()
+    assert layer["effective experts"] == pytest.approx(effective.item(), rel=1e-4)
+    assert math.isfinite(layer["answers alike"])
+    if mixture != "logits":
+        assert "not checked" in layer.explanation
+        return
+    assert layer.explanation == "the mixture of what was observed is the block's output"
+    order_N = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    permuted = mix(weights_NE[order_N], found.expert_logits_NEC, mixture)
+    cost = F.nll_loss(permuted, labels_N) - F.nll_loss(found.log_probs_NC, labels_N)
+    assert layer["cost of permuting"] == pytest.approx(cost.item(), rel=1e-4)
 
 
 def test_tokens_that_stacked_experts_leave_out_are_dropped():

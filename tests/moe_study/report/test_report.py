@@ -1066,7 +1066,7 @@ ROUTED_FIGURES = [  # name, study, further arguments
     ("training_curves", "ac-vision", ()),
     ("accuracy_by_arm", "ac-vision", ()),
     ("corruption_by_severity", "ac-vision", ()),
-    ("corruption_by_severity", "crossed", (arms.CROSSED_ARMS,)),
+    ("corruption_by_severity", "crossed", ()),
     ("swap_curve", "ac-language", ()),
     ("changed_choices", "ac-language", ()),
     ("expert_load", "ac-language", ()),
@@ -1177,9 +1177,8 @@ def test_an_arm_of_ones_own_has_a_colour_and_a_row():
     results = some_results({"snnl": (0.90, 0.91, 0.95), "base": (0.90, 0.91, 0.92)})
     for result in results[:3]:
         result["run"] |= {"arm": "mine"}
-    for drawn in (None, ["mine", "base"]):
-        (legend,) = plots.training_curves(results, drawn).legends
-        assert [text.get_text() for text in legend.get_texts()] == ["base", "mine"]
+    (legend,) = plots.training_curves(results).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["base", "mine"]
     rows = [label.get_text() for label in plots.accuracy_by_arm(results).axes[0].get_yticklabels()]
     assert rows == ["base (3)", "mine (3)"]
     assert plots.arm_style("mine") == plots.arm_style("mine")
@@ -1352,8 +1351,16 @@ def test_load_is_ordered_in_each_run_before_it_is_averaged():
     line, even = routed_plots.expert_load(results).axes[0].lines
     np.testing.assert_allclose(line.get_ydata(), 100 * np.array(shares))
     np.testing.assert_allclose(even.get_ydata(), 100 / 16)
-    legend = routed_plots.expert_load(routed_results("ac-vision")).legends[0]
-    assert [text.get_text() for text in legend.get_texts()] == ["linear", "cosine", "ac"]
+    results = routed_results("ac-vision", {"linear": (0.8,), "hash": (0.8,), "ac": (0.8,)})
+    (dense,) = (result for result in results if result["run"]["arm"] == "ac")
+    dense["run"]["arm"] = "dense"
+    for layer in dense["routing"]["layers"]:
+        layer["load"]["share"] = [1.0]
+    dense["history"]["validation"]["effective_experts"] = [1.0] * 3
+    legend = routed_plots.expert_load(results).legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["linear", "hash"]
+    *_, accuracy, effective = plots.training_curves(results).axes
+    assert (len(accuracy.lines), len(effective.lines)) == (3, 2)
 
 
 def test_summary_of_one_seed_has_no_deviation():
@@ -1776,7 +1783,7 @@ def test_figures_say_what_to_see(name, folders):
 
 
 def test_curves_show_the_wanted_arms_in_one_order():
-    figure = plots.training_curves(some_results()[::-1], ["snnl", "base"])
+    figure = plots.training_curves(some_results({"base": (0.9,), "snnl": (0.9,)})[::-1])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["base", "snnl"]
 
