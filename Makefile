@@ -17,6 +17,7 @@ EXECUTOR ?=
 NODES ?=
 GPUS ?=
 BIN := .venv/bin
+SCOPES := --dist loadscope --no-loadscope-reorder
 export JUPYTER_PREFER_ENV_PATH := 1# a kernel in the user's home must not shadow the one in .venv
 
 .DEFAULT_GOAL := report
@@ -99,7 +100,7 @@ check: .venv/ready # lint, types, fast tests: a minute
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
-	@$(BIN)/pytest -n $(CORES) --dist loadscope -m "not slow and not faults and not cluster" tests
+	@$(BIN)/pytest -n $(CORES) $(SCOPES) -m "not slow and not faults and not cluster" tests
 
 # The digits runs are trained once, into a temporary folder, or taken from TRAINED: a results folder that this
 # code has filled (in CI, `make report` has). Tests and notebooks compare their numbers.
@@ -109,7 +110,7 @@ test: .venv/ready
 	@$(BIN)/mypy
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && export TRAINED="$${TRAINED:-$$scratch}" && \
 	  $(BIN)/python -m moe_study run --profile digits --workers $(CORES) --out "$$TRAINED" && \
-	  $(BIN)/pytest -n $(CORES) --dist loadscope -m "not faults and not cluster" tests && \
+	  $(BIN)/pytest -n $(CORES) $(SCOPES) -m "not faults and not cluster" tests && \
 	  tests/notebooks.sh $(BIN) $(CORES)
 
 lab: .venv/ready

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import select
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "names", nargs="*", help=f"of {', '.join([*data.DATASETS, *text.CORPORA])} (default: all)"
     )
     fetch.add_argument("--profile", help="only fetch what the runs left of this profile need")
-    readme = commands.add_parser("readme", help="rewrite the README's result tables from results/")
+    readme = commands.add_parser("readme", help="rewrite the README's answers and RESULTS.md from results/")
     readme.add_argument("--check", action="store_true", help="change nothing; fail if it is out of date")
     commands.add_parser("trust", help="score every measure on planted data, into results/planted/trust.json")
     commands.add_parser("rates", help="how often the rule says each word, into results/planted/verdicts.json")
@@ -121,7 +122,14 @@ def main(argv: list[str] | None = None) -> int:
 def _selected(arguments: argparse.Namespace) -> list[study.Run]:
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {arguments.workers}")
-    return study.runs(arguments.profile, arguments.study, arguments.dataset, arguments.arm)
+    found = study.runs(arguments.profile, arguments.study, arguments.dataset, arguments.arm)
+    if not found:
+        there = [profile for profile in study.PROFILES if study.runs(profile, arguments.study)]
+        raise study.StudyError(
+            f"profile {arguments.profile!r} has no runs of study {arguments.study!r}; those that have some: "
+            f"{', '.join(there)}"
+        )
+    return found
 
 
 def _follow(pid: int) -> None:
@@ -129,12 +137,11 @@ def _follow(pid: int) -> None:
 
     def watch() -> None:
         try:
-            if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(AttributeError, OSError):  # a system or a container may lack it
                 select.select([os.pidfd_open(pid)], [], [])
-            else:
-                while True:
-                    os.kill(pid, 0)
-                    time.sleep(1)
+            while True:
+                os.kill(pid, 0)
+                time.sleep(1)
         except ProcessLookupError:
             pass
         os._exit(1)
@@ -156,9 +163,13 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.time_limit is not None:
             raise ValueError("--time-limit has no effect with --ddp: stop it, and it goes on where it was")
         device = arguments.device or engine.default_device()
+        ddp.check(runs)
         if not ddp.is_worker():
-            there = torch.cuda.device_count() if device == "cuda" else os.cpu_count()
-            return ddp.start(arguments.argv, arguments.workers or there or 1)
+            there = torch.cuda.device_count() if device == "cuda" else engine.available_cores()
+            workers = arguments.workers or there
+            if device == "cuda" and not 1 <= workers <= there:
+                raise ValueError(f"--ddp takes a GPU for each process: --workers is {workers}, GPUs: {there}")
+            return ddp.start(arguments.argv, workers)
         ddp.ensure(runs, device)
     else:
         study.ensure(runs, arguments.workers, arguments.device, arguments.time_limit, among=selected)
@@ -195,17 +206,24 @@ def _data(arguments: argparse.Namespace) -> int:
         raise ValueError(f"give names of data sets or --profile, not both; got {arguments.names[0]!r}")
     if arguments.profile is not None:
         return _data_of(arguments.profile)
+    failed = []
     for name in arguments.names or [*data.DATASETS, *text.CORPORA]:
-        if text.is_corpus(name):
-            corpus = text.load(name)
-            print(f"{name}: {len(corpus.train)} bytes of training text, {len(corpus.test)} of test text")
-            continue
-        loaded = data.load(name)
-        print(
-            f"{name}: {len(loaded.train) + len(loaded.validation)} training, {len(loaded.test)} test images"
-        )
+        try:
+            print(f"{name}: {_sizes(name)}")
+        except data.DataError as error:  # a server that is down, say: the others may not be
+            failed.append(str(error))
+    if failed:
+        raise data.DataError("\n".join(failed))
     print(f"data folder: {data.data_dir()}")
     return 0
+
+
+def _sizes(name: str) -> str:
+    if text.is_corpus(name):
+        corpus = text.load(name)
+        return f"{len(corpus.train)} bytes of training text, {len(corpus.test)} of test text"
+    loaded = data.load(name)
+    return f"{len(loaded.train) + len(loaded.validation)} training, {len(loaded.test)} test images"
 
 
 def _data_of(profile: str) -> int:

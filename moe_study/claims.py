@@ -32,33 +32,9 @@ is `cosine`, the AC router without scaling. Shuffled-label controls, partners an
 attribute a difference; they never decide a verdict.
 
 Exploratory and confirmatory. The first ten seeds chose the endpoint, so they explore. Confirmation has
-studies of its own ("snnl-confirm"), on `arms.CONFIRMATORY_SEEDS`, which no result had been seen of when
-claims, margins, endpoint, arms and numbers of seeds (`snnl.CONFIRMATORY_SEED_COUNTS`) were committed.
-Such a set is never extended after a look. What is confirmed there, with the margin that counts:
-
-- more accurate (`snnl - base`): +0.28 points on FashionMNIST and +0.99 on CIFAR-100 (published,
-  second-hand), +0.28 on CIFAR-10 (declared: the smaller published gain);
-- experts' weights more orthogonal: mean |cosine| lower by 0.01, where it is above its nulls;
-- routing more flexible: H(E|c) higher by 0.07 nats, I(x;E) not lower by 0.07 nats, permuting the routing
-  costs accuracy;
-- ours, learned routing pays: accuracy of `base - uniform-gate` and of `base - dense`, 0.28 points.
-- ours, in the collapse study (three domains under one label space, `collapse.COLLAPSE_SEEDS`): SNNL at
-  factor 10 makes more experts effective (exp H(E) higher by 0.5), makes their functions more different
-  (cosine of outputs weighted by use lower by 0.05, and unbiased CKA not higher by 0.02), and is more accurate
-  (0.28 points); routing pays without it (`base - uniform-gate`), a mixture beats a dense network
-  (`base - dense`), and routing pays with SNNL (`snnl - uniform-snnl`), 0.28 points each.
-- ours, with one expert per image (the same images, `collapse.TOP1_SEEDS`): routing pays against a fixed
-  random expert per image, without SNNL (`base - hash-gate`) and beside it (`snnl - hash-snnl`), and SNNL is
-  more accurate (`snnl - base`), 0.28 points each; more experts are in use (exp H of the shares of images) by
-  0.5.
-- ours, with sixteen experts on FashionMNIST (`collapse.WIDE_SEEDS`): routing pays (`base - uniform-gate`), a
-  mixture beats a dense network (`base - dense`), SNNL is more accurate (`snnl - base`), and routing pays
-  beside it (`snnl - uniform-snnl`), 0.28 points each; SNNL makes more experts effective (exp H(E) higher by
-  2, the same share of sixteen as 0.5 of four).
-- ours, in text with fixed experts in every block ("ac-language-everywhere", seeds 101 to 110): learned
-  routing pays (`linear - hash`, `linear - hash-token`), 0.01 nats a byte.
-- on CIFAR-10 past the plateau ("ac-vision-trained", seeds 101 to 110): learned routing pays
-  (`linear - hash`), 0.5 points; where it does, what the AC paper claims on images, with the margins below.
+studies of its own (`arms.CONFIRMATORY`: "snnl-confirm", say), on seeds that no result had been seen of when
+claims, margins, endpoint, arms and numbers of seeds were committed; REPRODUCIBILITY.md names the commits.
+Such a set is never extended after a look. The claims it decides are those of `CLAIMS`, with their margins.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Collapse(NamedTuple):
 
 
 def collapse(result: dict[str, Any]) -> Collapse:
-    """The panel of one run of the SNNL study, from its result file.
+    """The panel of one classifier's run, from its result file.
 
     All NaN for a model of one expert. The representational null exists where the run trained it.
     """

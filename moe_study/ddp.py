@@ -4,7 +4,8 @@
     torchrun --nnodes 2 --nproc-per-node 8 ... -m moe_study run --profile paper ... --ddp
 
 The first form starts torchrun on this machine. A process that dies takes the others with it; all are started
-anew and go on from the last checkpoint. Selected runs are trained one after the other.
+anew and go on from the last checkpoint. Selected runs are trained one after the other. On GPUs each process
+has one of its own.
 """
 
 from __future__ import annotations
@@ -103,18 +104,18 @@ def averaged_gradients() -> Iterator[None]:
         handle.remove()
 
 
-def ensure(wanted: Sequence[Run], device: str) -> None:
-    """In a process of torchrun: train the runs that have no result file yet, one after the other.
-
-    Raises:
-        StudyError: a run cannot be shared out.
-    """
+def check(wanted: Sequence[Run]) -> None:
+    """Raises StudyError: a run cannot be shared out."""
     if refused := [run for run in wanted if isinstance(run.objective, Objective) and run.objective.shuffled]:
         raise StudyError(f"{refused[0].label}: shuffled labels are drawn in one process; leave out --ddp")
+
+
+def ensure(wanted: Sequence[Run], device: str) -> None:
+    """In a process of torchrun: train the runs that have no result file yet, one after the other."""
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")  # float64 runs on CPUs
     try:
         for run in wanted:
             _ensure_one(run, engine.device_of(run, device))

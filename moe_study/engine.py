@@ -7,12 +7,14 @@ A run's digest names its result file. `ensure` is the one place that decides wha
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import multiprocessing
 import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -95,7 +97,9 @@ def execute(
 def _measured(run: Run, experiment: Experiment, history: History, selected: Selected) -> dict[str, Any]:
     """What a result file says of a trained run."""
     task = experiment.task
-    result: dict[str, Any] = {"history": vars(history), "best_epoch": history.best_epoch}
+    result: dict[str, Any] = {"history": {**vars(history)}, "best_epoch": history.best_epoch}
+    if sessions := result["history"].pop("resumed_from"):
+        result["resumed_from"] = sessions
     if not run.tuning:
         result |= {"primary_endpoint": store.PRIMARY_ENDPOINT, **experiment.final()}
         epochs = {"best_accuracy": history.best_accuracy_epoch, "best_cross_entropy": history.best_epoch}
@@ -215,8 +219,8 @@ def _train(run: Run, device: str, deadline: float) -> str:
     return "done"
 
 
-def _work_on(runs: Sequence[Run], device: str, deadline: float) -> list[tuple[str, str | None]]:
-    """In a worker process: train some runs, on a GPU several at a time.
+def _work_on(runs: Sequence[Run], device: str, deadline: float, threads: int) -> list[tuple[str, str | None]]:
+    """In a worker process: train some runs, on a GPU as many at a time as there are threads.
 
     Of each: what `_work` says, "out of memory", or "failed", and then the reason.
     """
@@ -235,7 +239,7 @@ def _work_on(runs: Sequence[Run], device: str, deadline: float) -> list[tuple[st
 
     if device_of(runs[0], device) == "cpu":
         return [attempt(run) for run in runs]
-    with ThreadPoolExecutor(GPU_THREADS, initializer=start_thread) as pool:
+    with ThreadPoolExecutor(threads, initializer=start_thread) as pool:
         return list(pool.map(attempt, runs))
 
 
@@ -266,13 +270,17 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def available_cores() -> int:
+    """Those that this process may use, fewer than the machine's in a job of a cluster."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers(device: str) -> int:
     """Runs at a time: one per core; on a GPU several share it, since one of these models leaves it idle."""
-    cores = os.cpu_count() or 1
     if device == "cpu":
-        return cores
+        return available_cores()
     room = torch.cuda.get_device_properties(0).total_memory // GPU_BYTES
-    return max(1, min(GPU_WORKERS, GPU_THREADS * cores, room))
+    return max(1, min(GPU_WORKERS, GPU_THREADS * available_cores(), room))
 
 
 def ensure(
@@ -317,6 +325,8 @@ def _check_options(workers: Any, device: Any, time_limit: Any) -> None:
         )
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"device must be 'cpu', 'cuda', or None for what there is; got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch finds no GPU here: leave it out to train on the CPU")
     if time_limit is not None and not (type(time_limit) in (int, float) and time_limit >= 0):  # not NaN
         raise ValueError(f"time_limit must be seconds, at least 0, or None for none; got {time_limit!r}")
 
@@ -384,11 +394,18 @@ def _train_all(
     with _Reporter(queue, len(can_run), quiet, among) as reporter:
         attempt = partial(_attempt, context, queue, device, deadline, reporter, failed)
         unfinished, lost = attempt(can_run, workers)
-        for run in lost:  # one at a time: it takes less memory, and shows which it was
+        while len(lost) > 1 and workers > 1:  # fewer at a time take less memory
+            workers //= 2
+            again, lost = attempt(lost, workers)
+            unfinished += again
+        for run in lost:  # alone
             again, killed = attempt([run], 1)
             unfinished += again
-            for one in killed:
-                failed[one] = "it ran out of memory, or was killed, twice"
+            if killed:
+                failed[run] = (
+                    "it ran out of memory, or was killed, also when it ran alone (or a script that calls "
+                    "this lacks if __name__ == '__main__')"
+                )
                 reporter.finished()
     if unfinished and not quiet:
         _say(f"time limit: {unfinished} runs are left; the same command goes on from here")
@@ -407,25 +424,39 @@ def _attempt(
     workers: int,
 ) -> tuple[int, list[Run]]:
     """Number of runs that the deadline cut off, and those that were lost: a GPU was full, or a worker was
-    killed, which takes the whole pool with it. The reason of one that raised goes into `failed`."""
+    killed, which takes with it what was under way in the others; the rest goes on in new ones. The reason of
+    a run that raised goes into `failed`."""
     unfinished: int = 0
     lost: list[Run] = []
     on_gpu = [run for run in runs if device_of(run, device) == "cuda"]
     processes = -(-workers // GPU_THREADS) if on_gpu else workers
     shares = [share for at in range(processes) if (share := on_gpu[at::processes])]
     shares += [[run] for run in runs if device_of(run, device) == "cpu"]
-    pool = ProcessPoolExecutor(processes, context, _start_worker, (queue,))
+    threads = min(workers, GPU_THREADS)
+    waiting = deque(shares)
+    under_way: dict[Any, list[Run]] = {}
+    start = partial(ProcessPoolExecutor, processes, context, _start_worker, (queue,))
+    pool = start()
     try:
-        jobs = {pool.submit(_work_on, share, device, deadline): share for share in shares}
-        for job in as_completed(jobs):
+        while waiting or under_way:
             try:
-                outcomes = job.result()
+                while waiting and len(under_way) < processes:
+                    job = pool.submit(_work_on, waiting[0], device, deadline, threads)
+                    under_way[job] = waiting.popleft()
+                job = next(as_completed(under_way))
+                error = job.exception()
+                if isinstance(error, BrokenProcessPool):
+                    raise error
             except BrokenProcessPool:
-                lost += jobs[job]
+                lost += itertools.chain(*under_way.values())
+                under_way = {}
+                pool.shutdown()
+                pool = start()
                 continue
-            except Exception as error:
-                outcomes = [("failed", f"{type(error).__name__}: {error}")] * len(jobs[job])
-            for run, (outcome, reason) in zip(jobs[job], outcomes, strict=True):
+            share = under_way.pop(job)
+            said = f"{type(error).__name__}: {error}"
+            outcomes = job.result() if error is None else [("failed", said)] * len(share)
+            for run, (outcome, reason) in zip(share, outcomes, strict=True):
                 if outcome == "out of memory":
                     lost.append(run)
                     continue

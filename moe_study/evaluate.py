@@ -170,7 +170,7 @@ class Experiment(Protocol):
 
 
 class ClassifierExperiment:
-    """What the engine asks of a run of the SNNL study.
+    """What the engine asks of a classifier's run.
 
     Args:
         null: how to train the null of expert similarity; None: do without it.

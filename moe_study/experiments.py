@@ -37,6 +37,11 @@ def vision(run: Run, device: str, options: Options) -> Experiment:
 def language(run: Run, device: str, options: Options) -> Experiment:
     assert isinstance(run.model, LanguageConfig)
     assert isinstance(run.objective, RoutedObjective)
+    if run.text_digest and (found := text.file_digest(run.dataset)) != run.text_digest:
+        raise data.DataError(
+            f"{run.dataset} has changed: its digest is {found}, that of the planned run {run.text_digest}; "
+            "plan the runs anew (study.with_text, or the notebook from its start)"
+        )
     corpus = text.load(run.dataset, device=device)
     task = LanguageTask(corpus, run.model, run.objective, epoch_tokens=run.epoch_tokens, **options)
     return LanguageExperiment(task, run.test_tokens)

@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_study import study
+from moe_study.configs.arms import CONFIRMATORY
 from moe_study.engine import watched
 from moe_study.report import plots, provenance, selection
 from moe_study.report import verdicts as words
@@ -134,12 +135,18 @@ def finished(runs: Sequence[study.Run], workers: int = 0, train: bool = True) ->
     """Results of the runs; those without a file are trained first, or left out with `train=False`.
 
     Raises:
-        StudyError: nothing is finished, and nothing was to be trained.
+        StudyError: nothing was to be trained, and nothing is finished, or only a part of a confirmatory set.
     """
     results = study.ensure(runs, workers=workers or None) if train else study.results(runs)
+    names = ", ".join(dict.fromkeys(f"{run.profile}/{run.study}/{run.dataset}" for run in runs))
     if not results:
-        names = ", ".join(dict.fromkeys(f"{run.profile}/{run.study}/{run.dataset}" for run in runs))
         raise study.StudyError(f"nothing is finished for {names}: set train = True")
+    declared = [run for run in runs if run.study in CONFIRMATORY]
+    if study.whole(declared) != {run.dataset for run in declared}:
+        raise study.StudyError(
+            f"{len(results)} of {len(runs)} runs are finished for {names}: a confirmatory set is shown only "
+            "whole; set train = True"
+        )
     return results
 
 

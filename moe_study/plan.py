@@ -17,14 +17,9 @@ from typing import Any, NamedTuple
 from moe_study import data, store, study
 from moe_study.configs.arms import PROFILES
 from moe_study.data import text
-from moe_study.engine import default_device, default_workers
+from moe_study.engine import default_device, default_workers, device_of
 from moe_study.study import Run, read
 
-# Training images, or bytes of text, of a data set: what an epoch is where the run does not say.
-SIZES = {
-    "fashion_mnist": 54_000, "mnist": 54_000, "cifar10": 45_000, "cifar100": 45_000, "domains": 40_500,
-    "shifted_domains": 40_500, "wikitext2": 10_797_148,
-}  # fmt: skip
 UNKNOWN = 60.0  # seconds, for shards: a run of which nothing is known
 UNKNOWN_MB = 2000
 # Seconds that a job takes beside its runs: submission, two starts of Snakemake, imports (results/cluster).
@@ -32,7 +27,8 @@ START = 20.0
 
 
 class Times:
-    """Wall times of finished runs, as recorded in their result files."""
+    """Wall times of finished runs, as recorded in their result files; the first part of a key says whether on
+    a CPU or a GPU, where several share it."""
 
     def __init__(self, runs: Iterable[Run]) -> None:
         self.seconds: dict[tuple[str, ...], list[float]] = defaultdict(list)
@@ -47,29 +43,35 @@ class Times:
                 self._add(run, result)
 
     def _add(self, run: Run, result: dict[str, Any]) -> None:
-        seconds = result["wall_seconds"]
-        self.seconds[_group(run)].append(seconds)
-        self.seconds[(*_group(run)[:3], "an epoch")].append(seconds / run.train.epochs)
-        device = result.get("device", "cpu")
+        seconds, device = result["wall_seconds"], result.get("device", "cpu")
+        kind = "cpu" if device == "cpu" else "cuda"
+        self.seconds[(kind, *_group(run))].append(seconds)
+        self.seconds[(kind, *_group(run)[:3], "an epoch")].append(seconds / run.train.epochs)
         if device == "cpu":  # on a GPU it is that of all runs of a process
             self.memory[run.study] = max(self.memory.get(run.study, 0.0), result["peak_memory_mb"])
         self.machines.add(result.get("machine", "an unknown processor") if device == "cpu" else device)
         if (size := _size(run)) is not None:
             training = min(result.get("history", {}).get("seconds", seconds), seconds)
             for key in _likeness(run):
-                self.rates[key].append((training / size, seconds - training))
+                self.rates[(kind, *key)].append((training / size, seconds - training))
 
     def expected(self, run: Run) -> float | None:
         """Seconds: the median of the same arm, else of an epoch on that data set, else of the same model in
-        another profile; None if none of them ran.
+        another profile, on the kind of device that it would have here; else on the other kind; None if none
+        of them ran.
         """
-        if own := self.seconds.get(_group(run)):
+        kinds = dict.fromkeys((device_of(run, default_device()), "cpu", "cuda"))
+        found = (self._expected(run, kind) for kind in kinds)
+        return next((seconds for seconds in found if seconds is not None), None)
+
+    def _expected(self, run: Run, kind: str) -> float | None:
+        if own := self.seconds.get((kind, *_group(run))):
             return statistics.median(own)
-        if found := self.seconds.get((*_group(run)[:3], "an epoch")):
+        if found := self.seconds.get((kind, *_group(run)[:3], "an epoch")):
             return run.train.epochs * statistics.median(found)
         size = _size(run)
         for key in _likeness(run):
-            if size is not None and (rates := self.rates.get(key)):
+            if size is not None and (rates := self.rates.get((kind, *key))):
                 training, measuring = (statistics.median(column) for column in zip(*rates, strict=True))
                 return size * training + measuring
         return None
@@ -87,7 +89,9 @@ def _likeness(run: Run) -> list[tuple[str, ...]]:
 
 def _size(run: Run) -> float | None:
     """Images or bytes that a run is trained on, over all epochs."""
-    each = run.epoch_tokens or run.train_images or SIZES.get(run.dataset)
+    each = run.epoch_tokens or run.train_images
+    if each is None and run.dataset in data.DATASETS:
+        each = data.DATASETS[run.dataset].images
     return None if each is None else each * run.train.epochs
 
 
@@ -115,8 +119,8 @@ class Part(NamedTuple):
 def shards(wanted: Sequence[Run], minutes: float = 5, times: Times | None = None) -> list[Part]:
     """The unfinished runs in shards of at least so many expected minutes, the longest first.
 
-    A job costs seconds of its own, so a shard must not be short. Runs are taken by length, and a shard is
-    closed as soon as it is long enough: none is more than a minute budget longer than its longest run.
+    A job costs seconds of its own, so a shard must not be short. Runs are taken by length, the longest first,
+    and a shard is closed as soon as it is long enough; what is left at the end goes to the last one.
     """
     times = times or Times(related(wanted))
     todo = [run for run in wanted if not run.path.exists()]
@@ -154,7 +158,9 @@ def write_shards(wanted: Sequence[Run], folder: Path, minutes: float = 5) -> Pat
 
 def read_shards(path: Path) -> list[Part]:
     """The list that `write_shards` wrote."""
-    fields = store.read(path)["shards"]
+    fields = store.read(path).get("shards")
+    if not isinstance(fields, list):
+        raise ValueError(f"{path} lists no shards: --plan takes a file that `plan.write_shards` wrote")
     return [Part(**part) for part in fields]
 
 
@@ -269,7 +275,7 @@ def plan(wanted: list[Run], workers: int | None = None, times: Times | None = No
     peak = max((times.memory.get(run.study, 0.0) for run in todo), default=0.0)
     lines += [
         "",
-        f"time: {duration(total)} of one core{and_more}, about {duration(total / workers)} with "
+        f"time: {duration(total)} of one process{and_more}, about {duration(total / workers)} with "
         f"{workers} processes",
         f"notebooks: {len(study.notebooks(wanted)) + 2} after the runs, with tour and report (`make report`)",
         *([f"memory: up to {workers * peak:.0f} MB ({peak:.0f} MB a process)"] if peak else []),

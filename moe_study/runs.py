@@ -26,7 +26,8 @@ def runs(
         arm: one name, or several with commas between them: then all arms of a seed come before the next seed.
 
     Raises:
-        StudyError: one of the names is unknown, or the profile has no such combination.
+        StudyError: one of the names is unknown, or the profile has no such combination of study, data set
+            and arm. Of a study that the profile lacks the list is empty.
     """
     if profile not in PROFILES:
         raise StudyError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
@@ -61,11 +62,16 @@ def evidence(profile: str, study: str, dataset: str | None = None) -> list[Run]:
     if dataset and confirmed and not any(run.dataset == dataset for run in runs(profile, study)):
         return confirmed
     own = runs(profile, study, dataset)
-    whole = {run.dataset for run in confirmed} - {run.dataset for run in confirmed if not run.path.exists()}
+    done = whole(confirmed)
     return [
-        *(run for run in own if run.dataset not in whole),
-        *(run for run in confirmed if run.dataset in whole),
+        *(run for run in own if run.dataset not in done),
+        *(run for run in confirmed if run.dataset in done),
     ]
+
+
+def whole(planned: Sequence[Run]) -> set[str]:
+    """The data sets of which every run has its result file."""
+    return {run.dataset for run in planned} - {run.dataset for run in planned if not run.path.exists()}
 
 
 def with_text(wanted: Sequence[Run], path: str) -> list[Run]:

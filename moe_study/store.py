@@ -211,9 +211,9 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError("not a regular file")
         content = json.loads(path.read_bytes(), parse_constant=refuse)
     except (OSError, ValueError, RecursionError) as error:
-        raise StoreError(f"result file {path} cannot be read ({error}); {REMEDY}") from error
+        raise StoreError(f"{path} cannot be read ({error}); {REMEDY}") from error
     if not isinstance(content, dict):
-        raise StoreError(f"result file {path} does not hold a run; {REMEDY}")
+        raise StoreError(f"{path} does not hold a JSON object; {REMEDY}")
     return content
 
 
@@ -311,8 +311,12 @@ def _disagreement(recorded: Any, planned: Any, where: str) -> str | None:
 
 
 def of_unknown_origin(results: Iterable[dict[str, Any]]) -> int:
-    """How many results do not say which code made them: no commit, or not whether the code differed."""
-    return sum(result.get("commit") is None or result.get("dirty") is None for result in results)
+    """How many results do not say which code made them: no commit, not whether the code differed, or more
+    than one."""
+    return sum(
+        result.get("commit") is None or result.get("dirty") is None or "resumed_from" in result
+        for result in results
+    )
 
 
 @functools.cache
@@ -343,9 +347,10 @@ def provenance() -> dict[str, Any]:
     import torchvision
 
     named = os.environ.get("MOE_COMMIT")
-    changes = None if named else git("status", "--porcelain", "--", *PACKAGES)
+    ours = git("rev-parse", "--show-prefix") == ""  # else an outer folder's: this one is a copy in it
+    changes = git("status", "--porcelain", "--", *PACKAGES) if ours and not named else None
     return {
-        "commit": named or git("rev-parse", "HEAD"),
+        "commit": named or (git("rev-parse", "HEAD") if ours else None),
         "dirty": None if changes is None else bool(changes),
         "versions": {
             "python": platform.python_version(),

@@ -3,7 +3,7 @@
 from moe_study.configs.dose import dose_study
 from moe_study.configs.run import Run, StudyError
 from moe_study.engine import ensure, execute, leftovers, missing_data, read, results, twin, write
-from moe_study.runs import NOTEBOOKS, PROFILES, STUDIES, evidence, notebooks, runs, shard, with_text
+from moe_study.runs import NOTEBOOKS, PROFILES, STUDIES, evidence, notebooks, runs, shard, whole, with_text
 
 __all__ = [
     "NOTEBOOKS",
@@ -23,6 +23,7 @@ __all__ = [
     "runs",
     "shard",
     "twin",
+    "whole",
     "with_text",
     "write",
 ]

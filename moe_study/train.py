@@ -1,4 +1,4 @@
-"""The one training loop: Adam, selection by validation cross-entropy, checkpoint and resume."""
+"""The one training loop: Adam, the epochs that validation selects, checkpoint and resume."""
 
 from __future__ import annotations
 
@@ -91,6 +91,7 @@ class History:
     best_accuracy_epoch: int = -1  # highest validation accuracy, the first of equals
     best_accuracy: float = -math.inf
     seconds: float = 0.0  # of training and evaluation, over all sessions of a resumed run
+    resumed_from: list[str] = field(default_factory=list)  # code of earlier sessions, where it was another
 
     def add(self, losses: dict[str, float], measures: dict[str, float]) -> list[str]:
         """One more epoch; returns which of "best_cross_entropy" and "best_accuracy" it improves on.
@@ -158,6 +159,7 @@ def fit(
                 "history": vars(history),
                 "selected": selected,
                 "epoch": epoch,
+                "code": _code(),
             }
             save_checkpoint(state, checkpoint, run_id)
             saved, saved_at = epoch, time.monotonic()
@@ -180,6 +182,12 @@ def fit(
     return history, selected
 
 
+def _code() -> str:
+    """What trains: its commit, and whether it differs from that."""
+    found = store.provenance()
+    return f"{found['commit'] or 'unknown'}{', changed' if found['dirty'] else ''}"
+
+
 def _resumed(
     task: Task, config: TrainConfig, checkpoint: Path | None, run_id: str, label: str
 ) -> tuple[torch.optim.Optimizer, History, dict[str, dict[str, Tensor]]]:
@@ -199,6 +207,8 @@ def _resumed(
         history, epoch = History(**state["history"]), state["epoch"]
         if not 1 <= epoch <= config.epochs or len(history.validation["cross_entropy"]) != epoch:
             raise ValueError(f"epoch {epoch} of {config.epochs} does not fit its history")
+        if (code := state.get("code", "unknown")) != _code():
+            history.resumed_from.append(code)
         return optimizer, history, state["selected"]
     except Exception as error:
         aside = checkpoint.with_suffix(".invalid")

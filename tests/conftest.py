@@ -9,6 +9,14 @@ import torch
 COMPILED = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
 
 
+# Begun first: at the end one of them would run while the other cores have nothing left.
+LONG = {"test_grid", "test_golden", "test_ddp", "test_campaign", "test_report_traced", "test_recompute"}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def pytest_unconfigure():
     shutil.rmtree(COMPILED, ignore_errors=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,13 @@ from moe_study import store
 from moe_study.data import text
 from moe_study.tasks import Objective, RoutedObjective
 from moe_study.train import TrainConfig
+
+OPTIONS: dict[type, frozenset[str]] = {  # that mean something, by kind of model
+    ClassifierConfig: frozenset({"train_images", "independent_experts", "tsne"}),
+    VisionConfig: frozenset({"train_images", "attack_images", "corrupted_images", "augment"}),
+    LanguageConfig: frozenset({"epoch_tokens", "test_tokens", "text_digest"}),
+}
+LEAST = {"attack_images": 4}  # SPSA sees a quarter of them
 
 
 class StudyError(RuntimeError):
@@ -47,6 +54,20 @@ class Run:
     augment: bool = False  # images: train on random crops and flips
     test_tokens: int = 2**18  # of a test text are scored; half of them with words swapped
     text_digest: str = ""  # of a text that was given by its path: another text, another run
+
+    def __post_init__(self) -> None:
+        meant = OPTIONS.get(type(self.model))
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.default is MISSING or value == option.default:
+                continue
+            if meant is not None and option.name not in meant:
+                raise StudyError(
+                    f"{option.name} = {value!r} has no effect on a {type(self.model).__name__}: leave it out"
+                )
+            if type(value) is int and value < LEAST.get(option.name, 1):
+                least = LEAST.get(option.name, 1)
+                raise StudyError(f"{option.name} must be at least {least}, got {value}")
 
     @cached_property
     def id(self) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISREG
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,9 @@ class DatasetInfo:
 
     title: str  # in tables and figures
     splits: Callable[[Path], tuple[Split, Split]]  # data folder -> all training images, test images
+    images: int | None = None  # that an epoch trains on
     classes: tuple[str, ...] = ()  # names of the labels, in their order
+    domains: tuple[str, ...] = ()  # names of `Split.domains_N`, in their order
     published: tuple[str, ...] = ()  # the entries of `PUBLISHED` whose files it reads
     about: str = ""  # what it is, where its title does not say that
 
@@ -79,7 +82,7 @@ def folder_of(variable: str, default: str) -> Path:
 
 
 def pixels(images_NCHW: Tensor, dtype: torch.dtype) -> Tensor:
-    """Intensities in [0, 1]; nothing else is done to an image (no augmentation, no whitening)."""
+    """Intensities in [0, 1]; nothing else is done to an image here (no augmentation, no whitening)."""
     return images_NCHW.to(dtype) / 255
 
 
@@ -350,9 +353,16 @@ PUBLISHED: dict[str, Files] = {
 }  # fmt: skip
 
 
-def _published_info(name: str, title: str, classes: tuple[str, ...] = ()) -> DatasetInfo:
+def _published_info(name: str, title: str, images: int, classes: tuple[str, ...] = ()) -> DatasetInfo:
     splits = _both(lambda root, train: Split(*_published(name, root, train)))
-    return DatasetInfo(title=title, splits=splits, classes=classes, published=(name,))
+    return DatasetInfo(title=title, splits=splits, images=images, classes=classes, published=(name,))
+
+
+_THREE: dict[str, Any] = {
+    "images": 3 * DOMAIN_IMAGES * 9 // 10,
+    "domains": ("MNIST", "FashionMNIST", "CIFAR-10, grey"),
+    "published": DOMAINS,
+}
 
 
 FASHION = (
@@ -362,22 +372,24 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 DATASETS: dict[str, DatasetInfo] = {
     "digits": DatasetInfo(title="Digits (8×8)", splits=_both(lambda root, train: Split(*_digits(train)))),
     "digit_domains": DatasetInfo(
-        title="Digits, three forms", splits=_both(lambda root, train: _digit_domains(*_digits(train)))
+        title="Digits, three forms",
+        splits=_both(lambda root, train: _digit_domains(*_digits(train))),
+        domains=("upright", "turned", "inverted"),
     ),
     "domains": DatasetInfo(
         title="Three domains",
         splits=_both(_domains),
-        published=DOMAINS,
+        **_THREE,
         about="MNIST, FashionMNIST and CIFAR-10 in grey, all 28 x 28, under the same ten labels",
     ),
     "shifted_domains": DatasetInfo(
         title="Three shifted domains",
         splits=_both(lambda root, train: _shifted(_domains(root, train))),
-        published=DOMAINS,
+        **_THREE,
         about="Three domains, each image shifted around its edges at random: no position means anything",
     ),
-    "mnist": _published_info("mnist", "MNIST"),
-    "fashion_mnist": _published_info("fashion_mnist", "FashionMNIST", FASHION),
-    "cifar10": _published_info("cifar10", "CIFAR-10", CIFAR10),
-    "cifar100": _published_info("cifar100", "CIFAR-100"),
+    "mnist": _published_info("mnist", "MNIST", 54_000),
+    "fashion_mnist": _published_info("fashion_mnist", "FashionMNIST", 54_000, FASHION),
+    "cifar10": _published_info("cifar10", "CIFAR-10", 45_000, CIFAR10),
+    "cifar100": _published_info("cifar100", "CIFAR-100", 45_000),
 }

@@ -16,7 +16,7 @@ from scipy.special import entr
 
 from moe_study.columns import Result
 from moe_study.configs.arms import MAIN_ARMS
-from moe_study.data import Dataset
+from moe_study.data import DATASETS, Dataset
 from moe_study.report.plots import (
     DATASET_TITLES,
     PALETTE,
@@ -34,17 +34,12 @@ from moe_study.report.plots import (
 )
 from moe_study.report.verdicts import in_words
 
-DOMAIN_NAMES = {
-    "domains": ("MNIST", "FashionMNIST", "CIFAR-10, grey"),
-    "digit_domains": ("upright", "turned", "inverted"),
-}
-
 
 def domain_images(dataset: Dataset) -> Figure:
     """One test image of each label (column) and domain (row): one label means three things."""
     test = dataset.test
     assert test.domains_N is not None
-    names = DOMAIN_NAMES[dataset.name]
+    names = DATASETS[dataset.name].domains
     figure, axes = new_figure(9, 0.95 * len(names) + 0.3, len(names), dataset.num_classes)
     for domain, name in enumerate(names):
         for label in range(dataset.num_classes):
@@ -114,7 +109,7 @@ def domain_routing(results: Sequence[Result]) -> Figure:
             gate_GE = matched(gate_GE, first_GE)
         axis.imshow(gate_GE, **SHARES)
         write_values(axis, gate_GE)
-        names = DOMAIN_NAMES[result["run"]["dataset"]]
+        names = DATASETS[result["run"]["dataset"]].domains
         axis.set(xticks=range(gate_GE.shape[1]), yticks=range(len(names)), xlabel="expert")
         axis.set_xticklabels(range(1, gate_GE.shape[1] + 1))
         axis.set_yticklabels(names if axis in axes[:, 0] else [], fontsize=9)

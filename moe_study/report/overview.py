@@ -26,12 +26,12 @@ from moe_study.columns import (
     signed,
 )
 from moe_study.configs import arms
+from moe_study.data import DATASETS
 from moe_study.report import selection, tables
 from moe_study.report import verdicts as words
-from moe_study.report.collapse_plots import DOMAIN_NAMES
 from moe_study.report.plots import DATASET_TITLES
 
-# Columns of the README's tables of the other studies.
+# Columns of RESULTS.md's tables of the other studies.
 VISION_SCORES = (
     "accuracy",
     "validation area",
@@ -109,7 +109,7 @@ def domain_table(profile: str) -> pd.DataFrame:
     """Test accuracy of every arm on each of the three domains."""
     columns = {
         f"accuracy on {title}": Column(f"domains.accuracy.{at}", 2, "points")
-        for at, title in enumerate(DOMAIN_NAMES["domains"])
+        for at, title in enumerate(DATASETS["domains"].domains)
     }
     return each_dataset(
         profile,
@@ -245,7 +245,9 @@ def provenance_table(profile: str) -> pd.DataFrame:
     rows = {
         "runs finished / planned": f"{len(results)} / {planned}",
         "commits": distinct([(r["commit"] or "unknown")[:10] for r in results]),
-        "runs of unknown origin (no commit, or unknown changes)": f"{store.of_unknown_origin(results)}",
+        "runs of unknown origin (no commit, unknown changes, or several commits)": str(
+            store.of_unknown_origin(results)
+        ),
         "code changed since the commit": distinct(
             [{True: "yes", False: "no"}.get(r["dirty"], "?") for r in results]
         ),
@@ -291,6 +293,8 @@ def happened(profile: str) -> str:
             said = words.differences(frame, [(a, b, measure) for a, b in pairs], columns)
             if said:
                 lines += [f"- **{DATASET_TITLES[dataset]}** ({measure})", *(f"    - {text}" for text in said)]
+    if profile != "digits":
+        return "No claim has both its arms finished yet."
     core = store.results_dir() / "core" / "report.html"
     link = "[the report of profile `core`](../core/report.html)"
     return "\n".join(

@@ -179,6 +179,8 @@ def arms_of(results: Sequence[Result], wanted: Sequence[str] | None = None) -> d
 def training_curves(results: Sequence[Result]) -> Figure:
     """Validation cross-entropy, accuracy and a measure of routing over epochs: mean, and range over seeds. A
     network of one expert has no line in the last."""
+    if not results:
+        return note("no run is finished yet that belongs here")
     measured = "effective_experts" in results[0]["history"]["validation"]
     panels = [
         ("cross_entropy", "validation cross-entropy (nats)", 1.0),

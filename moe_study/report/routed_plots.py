@@ -43,6 +43,8 @@ def draw_mean(axis: Any, arm: str, x: Sequence[float], values_SX: np.ndarray) ->
 def corruption_by_severity(results: Sequence[Result]) -> Figure:
     """Accuracy under each kind of corruption against its severity, minus the first arm's at the same seed:
     mean and 95 % interval over seeds. Severity 0 is the clean image."""
+    if not results:
+        return note("no run is finished yet that belongs here")
     grouped = arms_of(results)
     first = next(iter(grouped))
     kinds = [kind for kind in grouped[first][0]["corruption"] if kind != "clean"]
@@ -93,6 +95,8 @@ def _severities(result: Result, kind: str) -> list[float]:
 def swap_curve(results: Sequence[Result]) -> Figure:
     """Cross-entropy lost against the share of words that became <unk>: on the targets left alone, and on all
     of them. Mean and 95 % interval over seeds."""
+    if not results:
+        return note("no run is finished yet that belongs here")
     figure, axes = new_figure(9, 3.6, 1, 2)
     for arm, group in arms_of(results).items():
         shares = sorted(group[0]["swap"], key=float)
@@ -163,6 +167,8 @@ def expert_load(results: Sequence[Result]) -> Figure:
     each run, then averaged over seeds. The dashed line is an even load, 1/E. Networks of one expert
     are left out."""
     mixtures = [r for r in results if len(r["routing"]["layers"][0]["load"]["share"]) > 1]
+    if not mixtures:
+        return note("no run of a mixture is finished yet")
     grouped = arms_of(mixtures)
     layers = len(mixtures[0]["routing"]["layers"])
     figure, axes = new_figure(3.1 * layers + 0.6, 3.2, 1, layers, sharey=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from moe_study import study, verdicts
@@ -38,8 +37,8 @@ def whole_runs(profile: str, study_name: str) -> dict[str, list[study.Run]]:
     found = finished_runs(profile, study_name)
     if study_name not in CONFIRMATORY:
         return found
-    planned = Counter(run.dataset for run in study.runs(profile, study_name))
-    return {dataset: runs for dataset, runs in found.items() if len(runs) == planned[dataset]}
+    done = study.whole(study.runs(profile, study_name))
+    return {dataset: runs for dataset, runs in found.items() if dataset in done}
 
 
 def find_verdicts(profile: str, explored: Sequence[str] = ()) -> list[Verdict]:

@@ -31,16 +31,21 @@ from moe_study.report.plots import (
     matched_order,
     mean_and_range,
     new_figure,
+    note,
     seeds_in_words,
     which_seed,
     write_values,
 )
+
+NOTHING = f"no run of {' or '.join(MAIN_ARMS)} is finished yet"
 
 
 def tsne_panels(results: Sequence[Result]) -> Figure:
     """Test codes of each arm (row) before and after training, coloured by class: the ten with most images,
     where there are more. A third column is coloured by expert where the results hold it."""
     shown = at_one_seed(arms_of([r for r in results if "tsne" in r]))
+    if not shown:
+        return note("no run that keeps these codes is finished yet")
     points = {arm: result["tsne"] for arm, result in shown.items()}
     by_expert = any("experts" in own for own in points.values())
     wide = 2 + by_expert
@@ -125,6 +130,8 @@ def routing_heatmap(results: Sequence[Result]) -> Figure:
     """Mean gate of each class: one seed of all arms large, all seeds small below it. Experts are matched to
     those of the first arm (Hungarian method), and a row is the same class everywhere."""
     shown = arms_of(results, MAIN_ARMS)
+    if not shown:
+        return note(NOTHING)
     first, chosen = next(iter(shown)), at_one_seed(shown)
     gates_CE = _reference(chosen)
     order = np.lexsort((-gates_CE.max(1), gates_CE.argmax(1)))
@@ -218,10 +225,12 @@ def similarity_with_nulls(results: Sequence[Result]) -> Figure:
 
 def collapse_panel(results: Sequence[Result]) -> Figure:
     """Routing and representational collapse over training (mean, and range over seeds), and all three kinds
-    of the selected model beside their nulls, seed by seed. 0: specialists; 1: one expert would do."""
+    of the last epoch's model beside their nulls, seed by seed. 0: specialists; 1: one expert would do."""
     kinds = ("routing", "representational", "functional")
-    figure, axes = new_figure(9.8, 3.2, 1, 3)
     grouped = arms_of(results, MAIN_ARMS)
+    if not grouped:
+        return note(NOTHING)
+    figure, axes = new_figure(9.8, 3.2, 1, 3)
     for row, (arm, group) in enumerate(grouped.items()):
         colour, marker = arm_style(arm)
         for axis, kind in zip(axes[0], kinds[:2], strict=False):

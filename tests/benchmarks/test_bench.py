@@ -396,10 +396,3 @@ def test_time_added_is_that_of_rounds_after_the_first(monkeypatch):
 
 def test_memory_gained_is_beyond_that_of_bare_runs():
     assert bench_inspect.more([5.0, 3.0, 4.0], [1.0, 0.5, 9.0]) == {"median": 3, "low": 2, "high": 4}
-
-
-def test_unknown_benchmark_is_refused_by_the_command_line(capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench.main(["nothing"])
-    assert stop.value.code == 2
-    assert "invalid choice: 'nothing'" in capsys.readouterr().err

@@ -445,7 +445,10 @@ ANY_FILE = {
 }
 RESULT = {
     "no keys": lambda path: path.write_text("{}"),
+    "list": lambda path: path.write_text("[]"),
+    "null": lambda path: path.write_text("null"),
     "brackets": lambda path: path.write_text("[" * 100_000),
+    "braces": lambda path: path.write_text('{"a":' * 100_000),
     "NaN": lambda path: path.write_text(path.read_text().replace('"accuracy":', '"accuracy":NaN,"x":', 1)),
     "accuracy": edit(lambda content: content["task"].update(accuracy=0.99)),
     "version": edit(lambda content: content["run"].update(version=99)),

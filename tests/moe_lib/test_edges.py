@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_lib
-from moe_lib import metrics
 from moe_lib.metrics.collapse import functional_collapse, representational_collapse, routing_collapse
 from moe_lib.metrics.embedding import embedding_quality
 from moe_lib.metrics.interventions import expert_ablations
@@ -347,8 +346,3 @@ def test_the_unusable_argument_is_named(name, wrong):
         given_arguments = arguments | {argument: WRONG[wrong](good)}
         with pytest.raises(ValueError, match=argument):
             function(*given_arguments.values())
-
-
-def test_every_public_name_is_importable():
-    assert all(hasattr(moe_lib, name) for name in moe_lib.__all__)
-    assert metrics.routing_entropy is moe_lib.routing_entropy

@@ -54,6 +54,7 @@ def python(arguments: list[str], cwd: Path, **environment: str) -> subprocess.Co
         ("run --profile digits --dataset svhn", "'svhn'"),
         ("run --profile digits --arm nope", "'nope'"),
         ("run --profile core --study snnl --dataset mnist --arm raw", "'raw'"),
+        ("run --profile paper --study ac-vision-trained", "no runs of study 'ac-vision-trained'"),
         ("run --profile digits --shard 3/2", "'3/2'"),
         ("run --profile digits --shard 0/2", "'0/2'"),
         ("run --profile digits --shard half", "'half'"),
@@ -237,16 +238,6 @@ def test_a_profile_whose_runs_are_finished_needs_no_data(folders, capsys, monkey
     assert "not both; got 'cifar10'" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_an_unknown_profile_from_another_folder(tmp_path):
-    process = python(["-m", "moe_study", "run", "--profile", "nope"], cwd=tmp_path)
-    assert process.returncode == 1
-    assert process.stdout == ""
-    known = ", ".join(study.PROFILES)
-    assert process.stderr == f"error: unknown profile 'nope'; known: {known}\n"
-    assert files(tmp_path) == []
-
-
 def test_results_folder_that_cannot_be_made(folders, capsys):
     (folders / "file").write_text("in the way")
     wanted = ["--profile", "digits", "--arm", "raw", "--shard", "1/5"]
@@ -315,7 +306,9 @@ def test_plan_says_what_is_to_come_and_starts_nothing(profile, folders, capsys):
     assert sum(left for _, left, _ in rows(out).values()) == len(study.runs(profile))
     assert {done for done, _, _ in rows(out).values()} == {0}
     assert re.search(
-        r"^time: 0 minutes of one core and \d+ runs of unknown length, about .* with 4 processes$", out, re.M
+        r"^time: 0 minutes of one process and \d+ runs of unknown length, about .* with 4 processes$",
+        out,
+        re.M,
     )
     assert f"\nnotebooks: {len(study.notebooks(study.runs(profile))) + 2} after the runs" in out
     # mnist, fashion_mnist, cifar10, cifar100 (12, 31, 170, 169), the text (5): each once, whoever needs it
@@ -346,7 +339,7 @@ def test_plan_takes_the_median_of_an_arm_and_for_others_that_of_an_epoch(folders
     assert table["snnl", "digits", "raw"] == (0, len(raw), f"{len(raw) * 2:.1f}")  # as many epochs
     total = 2 * (len(snnl) - 3)
     one, two = plan.duration(60 * total), plan.duration(30 * total)
-    assert f"\ntime: {one} of one core, about {two} with 2 processes\n" in out
+    assert f"\ntime: {one} of one process, about {two} with 2 processes\n" in out
     assert "\nmemory: up to 600 MB (300 MB a process)\n" in out
 
 
@@ -355,7 +348,7 @@ def test_plan_does_not_invent_a_time(folders, capsys):
     out = capsys.readouterr().out
     (row,) = rows(out).values()
     assert row == (0, row[1], "unknown")
-    assert f"\ntime: 0 minutes of one core and {row[1]} runs of unknown length, " in out
+    assert f"\ntime: 0 minutes of one process and {row[1]} runs of unknown length, " in out
 
 
 def test_plan_announces_no_download_where_nothing_is_left(folders, capsys):

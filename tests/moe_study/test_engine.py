@@ -12,6 +12,7 @@ import threading
 import time
 import types
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,9 +45,9 @@ def test_ensure_writes_once_and_then_reads(folders):
 @pytest.mark.slow
 def test_a_killed_run_resumes_with_the_same_numbers(folders, monkeypatch):
     """SIGKILL to the whole batch in the middle of a run; its worker must die with it."""
-    run = small_runs.run(epochs=60)
+    run = small_runs.run(epochs=20)
     checkpoint = run.workspace / "checkpoint.pt"
-    batch = subprocess.Popen([sys.executable, "small_runs.py", "60"], cwd=SUPPORT, stdout=subprocess.DEVNULL)
+    batch = subprocess.Popen([sys.executable, "small_runs.py", "20"], cwd=SUPPORT, stdout=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 120
         while not checkpoint.exists() and time.monotonic() < until:
@@ -59,7 +60,7 @@ def test_a_killed_run_resumes_with_the_same_numbers(folders, monkeypatch):
     assert checkpoint.exists()
     assert not run.path.exists()
     done = load_checkpoint(checkpoint, run.id)["epoch"]
-    assert 1 <= done < 60
+    assert 1 <= done < 20
     resumed = study.ensure([run], workers=1, quiet=True)[0]  # waits for the dying worker's lock, if need be
     assert children
     assert not any(Path(f"/proc/{child}").exists() for child in children)
@@ -72,7 +73,7 @@ def test_a_killed_run_resumes_with_the_same_numbers(folders, monkeypatch):
 @pytest.mark.slow
 def test_a_killed_worker_loses_no_other_run(folders):
     """SIGKILL to the only worker of three runs: all three are there in the end."""
-    runs = [replace(small_runs.run(epochs=40), seed=seed) for seed in (1, 2, 3)]
+    runs = [replace(small_runs.run(epochs=10), seed=seed) for seed in (1, 2, 3)]
 
     def kill() -> None:
         while not (runs[0].workspace / "checkpoint.pt").exists():
@@ -254,12 +255,18 @@ def test_runs_on_a_gpu_are_trained_side_by_side_and_one_that_fails_stops_no_othe
     monkeypatch.setattr(engine, "device_of", lambda run, device: device)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: threading.get_ident())
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
-    outcomes = engine._work_on(range(2 * engine.GPU_THREADS), "cuda", math.inf)
+    outcomes = engine._work_on(range(2 * engine.GPU_THREADS), "cuda", math.inf, engine.GPU_THREADS)
     assert len(set(streams)) == len(streams) == engine.GPU_THREADS
     assert len(outcomes) == 2 * engine.GPU_THREADS
     assert outcomes.pop(5) == ("out of memory", "full")
     assert outcomes.pop(3) == ("failed", "ValueError: no luck")
     assert set(outcomes) == {("done", None)}
+
+
+def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_done(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="'cuda', but torch finds no GPU"):
+        study.ensure(study.runs("digits", "snnl"), device="cuda")
 
 
 class Numbered(int):
@@ -272,36 +279,79 @@ class Numbered(int):
         return f"run {int(self)}"
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_run_that_finds_a_gpu_full_is_tried_again_when_the_others_are_done(times, monkeypatch):
-    """Once more, alone; then its failure is told."""
-    tried, counted = [], []
+def pools(monkeypatch, outcome_of):
+    """Pools of this process, whose runs end as `outcome_of(share, pool's number)` says. Returns, by pool,
+    what was submitted, and a list that grows with every run that is over."""
+    submitted, over = [], []
 
-    class Pool:  # in this process
+    class Pool:
         def __init__(self, processes, *rest):
-            self.processes = processes
+            submitted.append([])
 
         def submit(self, work, share, *rest):
-            tried.append((len(share), self.processes))
+            submitted[-1].append([int(run) for run in share])
             job = Future()
-            full = len(share) > 1 or times > 1
-            job.set_result([("out of memory" if full and run == 2 else "done", None) for run in share])
+            found = outcome_of(share, len(submitted))
+            job.set_exception(found) if isinstance(found, Exception) else job.set_result(found)
             return job
 
-        def shutdown(self, cancel_futures):
+        def shutdown(self, cancel_futures=False):
             pass
 
+    counter = types.SimpleNamespace(finished=lambda: over.append(1))
     monkeypatch.setattr(engine, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(engine, "device_of", lambda run, device: device)
     monkeypatch.setattr(engine, "missing_data", lambda *rest: {})
     monkeypatch.setattr(engine, "_Reporter", lambda *rest: contextlib.nullcontext(counter))
-    counter = types.SimpleNamespace(finished=lambda: counted.append(1))
+    return submitted, over
+
+
+def test_a_worker_that_is_killed_once_leaves_the_others_at_work(monkeypatch):
+    """Of 40 runs in 4 processes the first is killed: at most 4 are tried again, two at a time, in a new pool;
+    all others go on four at a time."""
+    died = []
+
+    def outcome(share, pool):
+        if share == [0] and not died:
+            died.append(0)
+            return BrokenProcessPool()
+        return [("done", None)] * len(share)
+
+    submitted, over = pools(monkeypatch, outcome)
+    engine._train_all([Numbered(number) for number in range(40)], 4, "cpu", None, True, [])
+    assert len(over) == 40
+    assert len(submitted) == 3
+    assert len(submitted[2]) <= 4
+    assert sum(len(pool) for pool in submitted) <= 44
+
+
+def test_a_run_that_kills_its_worker_each_time_fails_alone(monkeypatch):
+    def outcome(share, pool):
+        return BrokenProcessPool() if share == [5] else [("done", None)]
+
+    submitted, over = pools(monkeypatch, outcome)
+    with pytest.raises(engine.StudyError, match=r"1 of 40 runs failed[^$]*run 5: it ran out of memory"):
+        engine._train_all([Numbered(number) for number in range(40)], 4, "cpu", None, True, [])
+    assert len(over) == 40
+    assert submitted[-1] == []  # the pool after the last death
+    assert sum(len(pool) for pool in submitted) < 60
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_run_that_finds_a_gpu_full_is_tried_again_when_the_others_are_done(times, monkeypatch):
+    """Once more, alone; then its failure is told."""
+
+    def outcome(share, pool):
+        full = len(share) > 1 or times > 1
+        return [("out of memory" if full and run == 2 else "done", None) for run in share]
+
+    submitted, over = pools(monkeypatch, outcome)
     runs = [Numbered(number) for number in range(5)]
     refused = pytest.raises(engine.StudyError, match=r"(?s)1 of 5 runs failed.*run 2: it ran out of memory")
     with refused if times == 2 else contextlib.nullcontext():
         engine._train_all(runs, 8, "cuda", None, True, [])
-    assert tried == [(5, 1), (1, 1)]
-    assert len(counted) == 5
+    assert submitted == [[[0, 1, 2, 3, 4]], [[2]]]
+    assert len(over) == 5
 
 
 @pytest.mark.parametrize(
@@ -310,6 +360,6 @@ def test_a_run_that_finds_a_gpu_full_is_tried_again_when_the_others_are_done(tim
 def test_a_gpu_takes_as_many_runs_as_its_memory_holds(gigabytes, cores, expected, monkeypatch):
     found = types.SimpleNamespace(total_memory=gigabytes * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(engine, "available_cores", lambda: cores)
     assert engine.default_workers("cuda") == expected
     assert engine.default_workers("cpu") == cores

@@ -5,7 +5,7 @@ it alone; one that is raises the study's version and rewrites it: python tests/m
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -77,7 +77,7 @@ def test_tables_do_not_depend_on_the_last_bits(results, monkeypatch, tmp_path):
     shaken = [
         result
         if run.seed != arms.SEEDS[0]
-        else store.compact({"run": asdict(run)} | study.execute(run, "cpu"))
+        else store.compact({"run": asdict(run)} | study.execute(replace(run, tsne=False), "cpu"))
         for run, result in zip(RUNS, results, strict=True)
     ]
     for before, after in zip(rendered(results), rendered(shaken), strict=True):

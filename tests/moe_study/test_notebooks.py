@@ -4,10 +4,7 @@ import ast
 import importlib
 import inspect
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
@@ -68,20 +65,6 @@ def texts(cell: nbformat.NotebookNode) -> list[str]:
         found.append(output.get("text", ""))
         found += [v for kind, v in output.get("data", {}).items() if not kind.startswith("image/")]
     return [text if isinstance(text, str) else json.dumps(text) for text in found]
-
-
-def test_there_are_notebooks():
-    assert [path.stem for path in PATHS] == [
-        "00_tour",
-        "10_snnl_moe",
-        "11_collapse",
-        "20_ac_vision",
-        "21_ac_language",
-        "30_snnl_x_ac",
-        "40_your_model",
-        "50_dose_response",
-        "90_report",
-    ]
 
 
 def test_every_notebook_is_run_by_make_and_by_the_check():
@@ -194,26 +177,6 @@ def test_no_path_of_a_machine(path):
             assert str(ROOT) not in text
 
 
-def test_the_checked_words_of_this_file_see_something():
-    """The rules above, on cells made for them."""
-
-    def cell(source: str) -> nbformat.NotebookNode:
-        return nbformat.v4.new_code_cell(source)
-
-    assert shows(cell("x = 1\nx"))
-    assert shows(cell("notebook.show(figure, 'a')"))
-    assert shows(cell("for x in y:\n    display(x)"))
-    assert not shows(cell("x = 1"))
-    assert not shows(cell("x = tables.show(y)"))
-    assert not shows(cell("x\ntorch.set_num_threads(1)"))
-    stored = cell("x")
-    stored.outputs = [
-        nbformat.v4.new_output("stream", text="saved in /" + "tmp/x"),
-        nbformat.v4.new_output("display_data", {"image/png": "/" + "tmp/", "text/plain": "<Image>"}),
-    ]
-    assert [bool(MACHINE_PATH.search(text)) for text in texts(stored)] == [False, True, False, False]
-
-
 # ------------------------------------------------------------------------------------- when executed
 
 
@@ -241,36 +204,12 @@ def test_a_wrong_parameter_stops_the_notebook(name, given, said, folders):
     assert not any(path.is_file() for path in folders.rglob("*"))
 
 
-@pytest.mark.slow
-def test_papermill_ends_with_a_wrong_parameter(folders):
-    source, made = str(ROOT / "notebooks" / "90_report.ipynb"), str(folders / "out.ipynb")
-    process = subprocess.run(
-        [sys.executable, "-m", "papermill", "--no-progress-bar", source, made, "-p", "profile", "x"],
-        cwd=folders,
-        env=os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode != 0
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", process.stderr)
-    assert "StudyError: unknown profile 'x'" in plain
-    assert sorted(path.name for path in folders.rglob("*") if path.is_file()) == ["out.ipynb"]
-
-
 # ------------------------------------------------------------------------------- moe_lib.notebook
 
 
 def test_check_parameters_lets_known_names_pass():
     notebook.check_parameters([], {"seed"})
     notebook.check_parameters(["", "seed = 0", "# Parameters\nseed = 3\n", "anything = 1"], {"seed"})
-
-
-@pytest.mark.parametrize("source", ["# Parameters\nsede = 3\n", '# Parameters\nseed = 3\nsede = "x"\n'])
-def test_check_parameters_names_the_unknown(source):
-    with pytest.raises(study.StudyError, match="unknown parameter 'sede'; this notebook has profile, seed"):
-        notebook.check_parameters(["seed = 0", source], {"seed", "profile"})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from moe_lib.models.language import LanguageModel
 from moe_lib.models.transformer import moe_layers
-from moe_study import store, study
+from moe_study import notebook, store, study
 from moe_study.configs import ac_language, ac_vision, arms, collapse, snnl
 from moe_study.data import ROOT
 
@@ -243,31 +243,10 @@ def test_paired_arms_share_everything_but_the_arm():
     assert all(len(shared) == 1 for shared in by_seed.values())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (("nope",), "nope"),
-        (("core", "nope"), "nope"),
-        (("core", "snnl", "svhn"), "svhn"),
-        (("core", "snnl", "mnist", "raw"), "raw"),
-    ],
-)
-def test_unknown_names(arguments, named):
-    with pytest.raises(study.StudyError, match=named) as raised:
-        study.runs(*arguments)
-    assert "known:" in str(raised.value)
-
-
 def test_shards_cover_the_plan_once():
     runs = study.runs("digits")
     parts = [study.shard(runs, f"{i}/4") for i in range(1, 5)]
     assert sorted(run.id for part in parts for run in part) == sorted(run.id for run in runs)
-
-
-@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b"])
-def test_bad_shards(part):
-    with pytest.raises(study.StudyError, match="shard"):
-        study.shard([], part)
 
 
 def test_a_confirmation_speaks_for_its_study_once_it_is_whole(folders):
@@ -281,6 +260,33 @@ def test_a_confirmation_speaks_for_its_study_once_it_is_whole(folders):
     others = [run for run in study.runs("core", "snnl") if run.dataset != "fashion_mnist"]
     assert study.evidence("core", "snnl") == [*others, *planned]
     assert study.evidence("core", "crossed") == study.runs("core", "crossed")
+
+
+def test_a_confirmatory_set_is_shown_only_whole(folders):
+    planned = study.runs("core", "collapse")
+    for run in planned[:-1]:
+        run.path.parent.mkdir(parents=True, exist_ok=True)
+        study.write(run, {})
+    with pytest.raises(study.StudyError, match=f"{len(planned) - 1} of {len(planned)} runs .*only whole"):
+        notebook.finished(planned, train=False)
+    study.write(planned[-1], {})
+    assert len(notebook.finished(planned, train=False)) == len(planned)
+
+
+@pytest.mark.parametrize(
+    ("study_name", "option", "said"),
+    [
+        ("snnl", {"augment": True}, "augment = True has no effect on a ClassifierConfig"),
+        ("ac-vision", {"tsne": True}, "tsne = True has no effect on a VisionConfig"),
+        ("ac-language", {"train_images": 100}, "train_images = 100 has no effect on a LanguageConfig"),
+        ("ac-vision", {"attack_images": 0}, "attack_images must be at least 4, got 0"),
+        ("snnl", {"train_images": -1}, "train_images must be at least 1, got -1"),
+    ],
+)
+def test_options_without_effect_or_out_of_range_are_refused(study_name, option, said):
+    run = study.runs("digits", study_name)[0]
+    with pytest.raises(study.StudyError, match=said):
+        replace(run, **option)
 
 
 def test_evidence_on_a_data_set_of_the_confirmation_alone(monkeypatch, tmp_path):

@@ -87,6 +87,26 @@ def test_resumed_run_ends_with_the_same_numbers(from_a_gpu, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_run_that_other_code_began_says_so(tmp_path, monkeypatch):
+    """Of three sessions the second is of another commit; in a result file: `resumed_from`."""
+
+    def session(code: str, last: int) -> History:
+        def stop(epoch: int, history: History) -> None:
+            if epoch == last:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(train, "_code", lambda: code)
+        monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+        task = Line()
+        options = {"label": "line", "checkpoint": tmp_path / "checkpoint.pt", "on_epoch": stop}
+        return fit(task, CONFIG, task.measure, **options)[0]
+
+    for code, last in (("first", 2), ("second", 3), ("second", 4)):
+        with pytest.raises(KeyboardInterrupt):
+            session(code, last)
+    assert session("third", 99).resumed_from == ["first", "second"]
+
+
 def test_not_a_number_names_run_epoch_and_batch():
     task = Line(poison=(2, 3))
     with pytest.raises(TrainingError, match=r"snnl seed 7, epoch 2, batch 3: .*learning rate than 0\.25"):

@@ -134,10 +134,11 @@ TRUNKS = {
 }
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("trunk", TRUNKS.values(), ids=TRUNKS)
-def test_a_step_of_a_transformer(trunk, bf16, monkeypatch):
-    objective = RoutedObjective(snnl=SNNLConfig(layers=("stem",)))
+@pytest.mark.parametrize(
+    ("router", "bf16"), [*((name, False) for name in TRUNKS), ("cosine", True), ("ac language", True)]
+)
+def test_a_step_of_a_transformer(router, bf16, monkeypatch):
+    trunk, objective = TRUNKS[router], RoutedObjective(snnl=SNNLConfig(layers=("stem",)))
     config = VisionConfig(trunk, patch=8, stem="conv" if bf16 else "patch")
     options = {"seed": 0, "batch_size": 16, "augment": True, "bf16": bf16}
     check(lambda device: VisionTask(images(device), config, objective, **options), monkeypatch)

@@ -16,7 +16,8 @@ def run(epochs: int, arm: str = "snnl", **train: object) -> study.Run:
 
 def numbers(result: dict) -> dict:
     """A result without what differs between equal runs: time, memory, the commit and the digest of all."""
-    differs = ("wall_seconds", "peak_memory_mb", "digest", "commit", "dirty")  # somebody may commit meanwhile
+    # Somebody may commit meanwhile.
+    differs = ("wall_seconds", "peak_memory_mb", "digest", "commit", "dirty", "resumed_from")
     kept = {k: v for k, v in result.items() if k not in differs}
     return kept | {"history": {k: v for k, v in result["history"].items() if k != "seconds"}}
 

@@ -270,16 +270,6 @@ def test_activations_are_let_go_after_a_look():
         assert held() - before < x_ND.numel() / 10
 
 
-def test_fresh_blocks_share_no_state():
-    model = nn.Sequential(Block()).train()
-    with watch(model, every=1) as w:
-        model(tokens())
-        adapter = w.found.blocks[0].adapter
-        assert adapter is not w.found.blocks[0].fresh().adapter
-        assert adapter.ran == {}
-        assert adapter.tangent is adapter.replay_with is None
-
-
 def test_a_callback_may_be_used_twice():
     model, callback = nn.Sequential(Block()), CollapseCallback(every=1, verbose=False)
     for _ in range(2):

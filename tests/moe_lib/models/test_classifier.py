@@ -120,16 +120,6 @@ def test_mixture_survives_extreme_logits_and_gates(rule):
     assert logits_NEC.grad.isfinite().all()
 
 
-def test_mixture_rules_differ_unless_there_is_one_expert():
-    weights_NE, logits_NEC = randn(9, 3).softmax(1), 3 * randn(9, 3, 5, seed=1)
-    assert not torch.allclose(
-        mix(weights_NE, logits_NEC, "logits"), mix(weights_NE, logits_NEC, "likelihood")
-    )
-    one_N1 = torch.ones(9, 1, dtype=torch.float64)
-    for rule in RULES:
-        torch.testing.assert_close(mix(one_N1, logits_NEC[:, :1], rule), logits_NEC[:, 0].log_softmax(1))
-
-
 @pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize("rule", RULES)
 def test_the_classifier_combines_its_experts_by_the_rule(rule, top_k):

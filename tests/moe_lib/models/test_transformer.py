@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import reference
 import reference_transformer
 import torch
 from small_models import SMALL, Dropped, language_model, random, read, shaken, tiny_dataset
@@ -21,7 +20,6 @@ from moe_lib.models.transformer import (
     Projection,
     build_router,
     moe_layers,
-    routing_losses,
     watching,
 )
 from moe_lib.models.vision import VisionConfig
@@ -49,29 +47,6 @@ def test_attention_equals_the_loops(num_heads, causal):
     weights = reference_transformer.weights_of(layer)
     expected = [reference_transformer.attention(x_TD, weights, num_heads, causal) for x_TD in x_BTD.numpy()]
     np.testing.assert_allclose(layer(x_BTD).detach(), expected, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("with_experts", [False, True])
-@pytest.mark.parametrize("router", ["linear", "cosine", "ac"])
-def test_a_block_equals_the_loops(router, with_experts):
-    config = replace(SMALL, router=router, moe_blocks=(1,))
-    index = 1 if with_experts else 0
-    block, x_BTD = shaken(Block(6, config, index, num_keys=5, causal=True)), random(2, 5, 6, seed=1)
-    previous = CosineRouter(6, 4, 2).double()(random(10, 6, seed=2))
-    out_BTD, routing = block(x_BTD, previous)
-    expected_BTD, gates_NE = reference_transformer.block(
-        x_BTD.numpy(),
-        reference_transformer.weights_of(block),
-        config,
-        with_experts,
-        True,
-        reference.array(previous.probs_NE),
-    )
-    np.testing.assert_allclose(out_BTD.detach(), expected_BTD, rtol=1e-8, atol=1e-10)
-    if with_experts:
-        np.testing.assert_allclose(routing.probs_NE.detach(), gates_NE, rtol=1e-8)
-    else:
-        assert routing is None
 
 
 def test_layers_start_at_the_scale_that_they_promise():
@@ -172,15 +147,6 @@ def test_a_top_k_beyond_the_experts_is_named():
 
 
 # ----------------------------------------------------------------------------------------- losses
-
-
-def test_losses_of_routing_are_means_over_layers():
-    model = language_model(router="ac")
-    routings = model(read()).routings
-    losses = routing_losses(routings)
-    assert set(losses) == {"balance"}
-    balance = [reference.load_balancing_loss(r.probs_NE, r.indices_NK) for r in routings]
-    assert losses["balance"].item() == pytest.approx(np.mean(balance), rel=1e-10)
 
 
 def test_the_total_weighs_every_loss():

@@ -177,14 +177,6 @@ def test_every_panel_can_be_drawn(name, profile):
         assert [title.split(" (")[0].split(",")[0] for title in titles] == list(doses.DOSE_MEASURES)
 
 
-def test_names():
-    assert Dose().name == "snnl"
-    assert Dose(0.1, layers=("conv1", "code")).name == "snnl-factor=0.1-layers=conv1+code"
-    assert Dose(0.1, num_experts=8).control.name == "base-num_experts=8"
-    assert Dose(temperature="learned").name == "snnl-temperature=learned"
-    assert Dose(0.1, samples_per_class=4).control.name == "base-samples_per_class=4"
-
-
 def test_temperatures_are_drawn_in_order():
     panel = PLANS["snnl-dose"]["core"].panels[0]
     arms_ = sorted(panel.arms())

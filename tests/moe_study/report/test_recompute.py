@@ -238,6 +238,11 @@ def sign_flip(values_S):
     """Share of all sign patterns whose sum is as far from 0, counted in integers: each half's sums listed,
     and the sum of every pair looked at, or counted in a sorted list where they are too many."""
     whole_S = [round(v * 1e12) for v in np.asarray(values_S, dtype=float)]
+    return share_as_far(tuple(whole_S))
+
+
+@functools.cache
+def share_as_far(whole_S):
     slack = 1000  # rounding of the files' decimals: 1e-9
 
     def sums(part):
