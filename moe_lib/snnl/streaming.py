@@ -3,7 +3,8 @@
     "panels"     the tiles are kept for the gradient: fewer operations, N^2 / 2 of memory
     "streaming"  they are formed twice and never kept: O(N D) of memory
 
-What is computed, and the letters, are in dense.py. An anchor whose p leaves the range of the type is computed
+What is computed, and the letters, are in dense.py. Where scores may leave the range of the type, they are
+counted from the largest score of a usual anchor. An anchor whose masses leave the range all the same is computed
 again, from logarithms of masses that are taken relative to the largest of its own.
 
 Shapes: N samples (anchors), D width, R rows of a part, J columns of a part, C classes.
@@ -34,6 +35,7 @@ from moe_lib.snnl.dense import (
 )
 
 TILE, TILE_GPU = (256, 1024), (2048, 8192)  # rows and columns at a time
+SAMPLE = 32  # anchors whose nearest sample is looked for
 
 
 def by_tiles(
@@ -56,6 +58,8 @@ def by_tiles(
             kept_RJ.append(mass_RJ)
 
     trusted_N = has_positive_N & (p_N >= 2.0 ** -RANGES[x_ND.dtype].trusted)
+    if scores.far:
+        trusted_N &= p_N + q_N < 2.0 ** RANGES[x_ND.dtype].safe
     loss_N = (q_N / p_N).log1p_().masked_fill_(~trusted_N, 0)
     number_N = has_positive_N.to(x_ND.dtype)
     weight_N = weights(options.reduction, number_N, None if weight_N is None else weight_N[order_N])
@@ -94,7 +98,7 @@ class _Scores(NamedTuple):
 
     v_ND: Tensor
     shift_N: Tensor | None  # h; None: 0, where all masses stay within the range of the type without it
-    far: bool  # whether scores below the floor have to be looked for
+    far: bool  # whether scores outside of the range have to be looked for
 
     def of(self, rows: slice | Tensor, columns: slice) -> Tensor:
         if self.shift_N is None:
@@ -106,11 +110,21 @@ class _Scores(NamedTuple):
         rows, columns = slice(tile.top, tile.bottom), slice(tile.left, tile.right)
         mass_RJ = self.of(rows, columns)
         if self.far:
-            torch.threshold_(mass_RJ, -RANGES[mass_RJ.dtype].floor, -math.inf)
+            limit = RANGES[mass_RJ.dtype]
+            torch.threshold_(mass_RJ, -limit.floor, -math.inf).clamp_(max=limit.safe)
         mass_RJ.exp2_()
         if tile.on_diagonal:
             mass_RJ.diagonal().zero_()
         return mass_RJ
+
+
+    def from_the_nearest(self) -> _Scores:
+        """The same, counted from the largest score of a usual anchor: the median of a sample's."""
+        assert self.shift_N is not None
+        step = -(-len(self.v_ND) // SAMPLE)
+        rows_R = torch.arange(0, len(self.v_ND), step, device=self.v_ND.device)
+        score_RJ = self.of(rows_R, slice(None)).scatter_(1, rows_R[:, None], -math.inf)
+        return self._replace(shift_N=self.shift_N + score_RJ.amax(1).median().clamp(max=0) / 2)
 
 
 class _Tile(NamedTuple):
@@ -172,7 +186,9 @@ def _sorted_scores(
         largest = shift_N.max().item()
         if on_cpu:
             check_finite([x_ND], largest)
-        return _Scores(v_ND, shift_N, far=not 4 * largest <= 2 * limit.safe), None
+        far = not 4 * largest <= 2 * limit.safe
+        scores = _Scores(v_ND, shift_N, far)
+        return scores.from_the_nearest() if far else scores, None
     # v = sqrt(base2) x / |x|, h = base2 / 2
     power_N1: Tensor | float = 1.0
     square_N1 = torch.linalg.vecdot(v_ND, v_ND)[:, None]
@@ -185,9 +201,10 @@ def _sorted_scores(
         square_N1 = torch.linalg.vecdot(v_ND, v_ND)[:, None]
     inverse_N1 = square_N1.rsqrt().masked_fill_(square_N1 == 0, 1)
     v_ND.mul_(inverse_N1 * math.sqrt(base2))
-    far = base2 > limit.safe
-    shift_N = v_ND.new_full((len(v_ND),), base2 / 2) if far else None
-    return _Scores(v_ND, shift_N, far), inverse_N1 * power_N1
+    scores = _Scores(v_ND, None, far=base2 > limit.safe)
+    if scores.far:
+        scores = scores._replace(shift_N=v_ND.new_full((len(v_ND),), base2 / 2)).from_the_nearest()
+    return scores, inverse_N1 * power_N1
 
 
 def _sum_masses(tile: _Tile, mass_RJ: Tensor, same_RJ: Tensor, p_N: Tensor, q_N: Tensor) -> None:

@@ -157,6 +157,21 @@ def test_rows_that_underflow_beside_rows_that_do_not(distance, route, dtype):
     agrees(features_ND, labels_N, temperature, distance, "none", route, tolerance, tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("near", [0, 3, 30])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.usefixtures("small_tiles")
+def test_scores_counted_from_the_nearest_sample(distance, route, near, dtype):
+    """Some pairs lie so close, and all others so far apart, that both cannot be counted from one score."""
+    features_ND, labels_N = sample(40, 12, 4, 3, dtype)
+    features_ND[1 : near + 1] = features_ND[0] + 1e-4 * features_ND[1 : near + 1]
+    temperature = (0.005 if distance == "cosine" else 0.1) / (1 if dtype == torch.float32 else 10)
+    tolerance = 2e-4 if dtype == torch.float32 else 1e-9
+    for reduction in ("mean", "none"):
+        agrees(features_ND, labels_N, temperature, distance, reduction, route, tolerance, tolerance)
+
+
 @pytest.mark.parametrize("temperature", [1e-6, 1e-4, 1e-2])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("distance", DISTANCES)
