@@ -4,8 +4,8 @@
     "streaming"  they are formed twice and never kept: O(N D) of memory
 
 What is computed, and the letters, are in dense.py. Where scores may leave the range of the type, they are
-counted from the largest score of a usual anchor. An anchor whose masses leave the range all the same is computed
-again, from logarithms of masses that are taken relative to the largest of its own.
+counted from the largest score of a usual anchor. An anchor whose masses leave the range all the same is
+computed again, from logarithms of masses that are taken relative to the largest of its own.
 
 Shapes: N samples (anchors), D width, R rows of a part, J columns of a part, C classes.
 """
@@ -116,7 +116,6 @@ class _Scores(NamedTuple):
         if tile.on_diagonal:
             mass_RJ.diagonal().zero_()
         return mass_RJ
-
 
     def from_the_nearest(self) -> _Scores:
         """The same, counted from the largest score of a usual anchor: the median of a sample's."""

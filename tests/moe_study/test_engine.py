@@ -123,14 +123,6 @@ def test_a_run_that_another_study_has_is_not_trained_again(folders, monkeypatch)
 
 
 @pytest.mark.slow
-def test_time_limit_leaves_a_run_to_be_continued(folders):
-    run = small_runs.run(epochs=2)
-    assert study.ensure([run], workers=1, time_limit=0, quiet=True) == []
-    assert not run.path.exists()
-    assert len(study.ensure([run], workers=1, quiet=True)) == 1
-
-
-@pytest.mark.slow
 def test_one_failing_run_does_not_stop_the_others(folders):
     """The first run diverges; the message names arm, seed, epoch and batch."""
     good, bad = small_runs.run(epochs=1), small_runs.run(epochs=1, arm="base", learning_rate=1e200)
@@ -138,28 +130,6 @@ def test_one_failing_run_does_not_stop_the_others(folders):
         study.ensure([bad, good], workers=1, quiet=True)
     assert good.path.exists()
     assert not bad.path.exists()
-
-
-@pytest.mark.slow
-def test_a_loss_that_refuses_its_input_names_the_run(folders):
-    """SNNL raises on features that are not finite before any loss can be."""
-    run = small_runs.run(epochs=2, arm="snnl-pretrained", learning_rate=1e200)
-    with pytest.raises(study.StudyError, match=r"snnl-pretrained seed 1234, epoch 0, batch \d+: features"):
-        study.ensure([run], workers=1, quiet=True)
-
-
-@pytest.mark.slow
-def test_damaged_checkpoint_is_set_aside(folders):
-    """The run starts anew, and nobody is told to load a file that could run code."""
-    run = small_runs.run(epochs=2)
-    run.workspace.mkdir(parents=True)
-    (run.workspace / "checkpoint.pt").write_bytes(b"torn")
-    with pytest.warns(UserWarning, match=r"seed 1234: the checkpoint is not valid.*starts anew") as warned:
-        found = study.execute(run, "cpu")
-    assert "weights_only" not in str(warned[0].message)
-    assert (run.workspace / "checkpoint.invalid").read_bytes() == b"torn"
-    whole = study.execute(replace(run, tsne=True), "cpu")  # another id, so another workspace
-    assert found["history"]["validation"] == whole["history"]["validation"]
 
 
 @pytest.mark.slow

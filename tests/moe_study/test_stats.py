@@ -1,5 +1,7 @@
 """Paired comparison against closed forms, brute force and simulation."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
@@ -15,6 +17,14 @@ def test_difference_and_interval_are_those_of_the_paired_t_test():
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert found.difference == pytest.approx((treatment - control).mean())
     assert found.seeds == 10
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sign_flip_p_counts_every_pattern(seed):
+    differences = np.random.default_rng(seed).normal(0.5, 1, 8)
+    patterns = itertools.product((-1, 1), repeat=8)
+    as_extreme = [abs(np.dot(signs, differences)) >= abs(differences.sum()) - 1e-12 for signs in patterns]
+    assert stats.sign_flip_p(differences) == pytest.approx(np.mean(as_extreme))
 
 
 @pytest.mark.parametrize("seeds", [2, 9, 15])
@@ -57,6 +67,18 @@ def test_sign_flip_p_of_unanimous_seeds_is_its_floor():
     assert stats.sign_flip_p([0.0, 0.0, 0.0]) == 1.0
 
 
+def test_false_positive_rate_is_nominal():
+    draw = np.random.default_rng(1)
+    rejections = [stats.sign_flip_p(draw.normal(0, 1, 10)) <= 0.05 for _ in range(1000)]
+    assert 0.03 <= np.mean(rejections) <= 0.07
+
+
+def test_t_interval_covers():
+    draw = np.random.default_rng(2)
+    intervals = [stats.t_interval(draw.normal(3, 2, 10)) for _ in range(1000)]
+    assert 0.93 <= np.mean([low <= 3 <= high for low, high in intervals]) <= 0.97
+
+
 def test_equal_arms_are_no_difference():
     found = stats.paired_comparison([0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
     assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
@@ -76,6 +98,14 @@ def test_bad_input(treatment, control, message):
 
 
 # ------------------------------------------------------------------------------------ simulation
+
+
+def test_ninety_percent_interval_is_inside_and_covers():
+    draw = np.random.default_rng(5)
+    values = draw.normal(0, 1, (1000, 12))
+    wide, narrow = (np.array([stats.t_interval(v, c) for v in values]) for c in (0.95, 0.90))
+    assert ((wide[:, 0] < narrow[:, 0]) & (narrow[:, 1] < wide[:, 1])).all()
+    assert 0.87 <= ((narrow[:, 0] <= 0) & (narrow[:, 1] >= 0)).mean() <= 0.93
 
 
 def test_smallest_detectable_effect_is_found_as_often_as_promised():
@@ -188,3 +218,8 @@ def test_holm_on_a_case_by_hand_and_at_its_ends():
     for bad in (1.5, -0.1, float("nan")):
         with pytest.raises(ValueError, match="p values must lie"):
             stats.holm([0.1, bad])
+
+
+def test_holm_keeps_the_chance_of_any_false_positive():
+    p_RM = np.random.default_rng(8).uniform(size=(2000, 6))
+    assert 0.035 <= np.mean([(stats.holm(p_M) <= 0.05).any() for p_M in p_RM]) <= 0.065

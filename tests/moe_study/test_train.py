@@ -107,6 +107,19 @@ def test_a_run_that_other_code_began_says_so(tmp_path, monkeypatch):
     assert session("third", 99).resumed_from == ["first", "second"]
 
 
+def test_a_loss_that_refuses_its_input_names_run_epoch_and_batch():
+    """SNNL raises on features that are not finite before any loss can be."""
+
+    class Refusing(Line):
+        def losses(self, x, epoch):
+            if epoch == 1:
+                raise ValueError("features contain NaN")
+            return super().losses(x, epoch)
+
+    with pytest.raises(TrainingError, match="snnl seed 7, epoch 1, batch 0: features contain NaN"):
+        fit(Refusing(), CONFIG, Refusing().measure, label="snnl seed 7")
+
+
 def test_not_a_number_names_run_epoch_and_batch():
     task = Line(poison=(2, 3))
     with pytest.raises(TrainingError, match=r"snnl seed 7, epoch 2, batch 3: .*learning rate than 0\.25"):
