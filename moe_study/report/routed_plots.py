@@ -41,12 +41,12 @@ def draw_mean(axis: Any, arm: str, x: Sequence[float], values_SX: np.ndarray) ->
 
 
 def corruption_by_severity(results: Sequence[Result]) -> Figure:
-    """Accuracy under each kind of corruption against its severity, minus the first arm's at the same seed:
+    """Accuracy under each kind of corruption against its severity, minus the baseline's at the same seed:
     mean and 95 % interval over seeds. Severity 0 is the clean image."""
     if not results:
         return note("no run is finished yet that belongs here")
     grouped = arms_of(results)
-    first = next(iter(grouped))
+    first = next((arm for arm in ("linear", "base") if arm in grouped), next(iter(grouped)))
     kinds = [kind for kind in grouped[first][0]["corruption"] if kind != "clean"]
     rows = -(-len(kinds) // 4)
     wide = min(len(kinds), 4)
@@ -68,7 +68,7 @@ def corruption_by_severity(results: Sequence[Result]) -> Figure:
     for axis in axes[-1]:
         axis.set_xlabel("severity (0: clean)")
     figure.supylabel(f"accuracy minus {first}'s (points)", fontsize=10)
-    legend(figure, axes[0, 0])
+    legend(figure, axes[0, 0], 6)
     return captioned(
         figure,
         f"Robustness to corruption, as the difference from `{first}` at the same seed: above the line is "
@@ -114,7 +114,7 @@ def swap_curve(results: Sequence[Result]) -> Figure:
         axis.set(xlabel="words swapped (%)")
         axis.axhline(0, color="#999999", lw=0.8, zorder=0)
         axis.grid(axis="y", alpha=0.3)
-    legend(figure, axes[0, 0])
+    legend(figure, axes[0, 0], 6)
     return captioned(
         figure,
         "What swapped words cost: cross-entropy in the text with some words replaced by <unk>, minus that in "
