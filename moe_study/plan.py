@@ -92,6 +92,8 @@ def _size(run: Run) -> float | None:
     each = run.epoch_tokens or run.train_images
     if each is None and run.dataset in data.DATASETS:
         each = data.DATASETS[run.dataset].images
+    elif each is None and run.dataset in text.CORPORA:
+        each = text.CORPORA[run.dataset].train_bytes
     return None if each is None else each * run.train.epochs
 
 

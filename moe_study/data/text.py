@@ -56,6 +56,7 @@ class CorpusInfo:
     """All that the project knows of a corpus."""
 
     title: str  # in tables and figures
+    train_bytes: int | None = None
     archive: str = ""  # address of a zip archive
     # Training, validation and test text: path in the archive and in the data folder -> SHA-256.
     files: Mapping[str, str] = field(default_factory=dict)
@@ -362,6 +363,7 @@ CORPORA: dict[str, CorpusInfo] = {
     "docs": CorpusInfo(title="scikit-learn's descriptions (bytes)"),
     "wikitext2": CorpusInfo(
         title="WikiText-2 (bytes)",
+        train_bytes=10_797_148,
         archive="https://wikitext.smerity.com/wikitext-2-v1.zip",  # its author's; the first is dead
         files=WIKITEXT2,
         download_mb=5,
