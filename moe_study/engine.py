@@ -432,7 +432,7 @@ def _attempt(
     processes = -(-workers // GPU_THREADS) if on_gpu else workers
     shares = [share for at in range(processes) if (share := on_gpu[at::processes])]
     shares += [[run] for run in runs if device_of(run, device) == "cpu"]
-    threads = min(workers, GPU_THREADS)
+    threads = -(-workers // processes)
     waiting = deque(shares)
     under_way: dict[Any, list[Run]] = {}
     start = partial(ProcessPoolExecutor, processes, context, _start_worker, (queue,))
