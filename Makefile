@@ -96,7 +96,7 @@ faults: .venv/ready # kills, damaged files, full disks: some minutes; KILLS=100 
 cluster: .venv/ready # three Slurm nodes on this machine; RECORD=1 writes results/cluster
 	@CLUSTER_RECORD=$(if $(RECORD),1) $(BIN)/pytest -n 0 -s -m cluster tests/cluster
 
-check: .venv/ready # lint, types, fast tests: a minute
+check: .venv/ready # lint, types, fast tests: two minutes
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy

@@ -42,6 +42,7 @@ def test_archives_are_bounded_and_hold_everything_finished(tmp_path):
     assert not list(out.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_killed_with_its_children(tmp_path):
     child = tmp_path / "child"
     script = (

@@ -474,6 +474,7 @@ def test_damaged_checkpoints(damage, truth):
     assert fault is None
 
 
+@pytest.mark.slow
 def test_damaged_results(truth):
     """Each is named with its path; deleted, the run is made again with the same numbers."""
     assert forked(train) == 0

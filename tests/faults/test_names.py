@@ -11,6 +11,7 @@ from moe_study import study
 from moe_study.data import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "said"),
     [

@@ -234,6 +234,7 @@ def test_two_trainings_are_equal(make, device):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, device):
     config = TrainConfig(epochs=3, batch_size=32)
 

@@ -26,6 +26,7 @@ def processes(request, tmp_path_factory):
     return [torch.load(folder / f"out-{rank}") for rank in range(size)]
 
 
+@pytest.mark.slow
 def test_losses_statistics_and_gradients_are_those_of_one_process(processes):
     alone = group_cases.cases(0, 1)
     for found in processes:

@@ -390,6 +390,7 @@ def test_where_does_not_depend_on_the_working_folder(tmp_path):
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_time_limit_zero_trains_nothing(folders, capsys):
     elsewhere, done = folders / "elsewhere", folders / "DONE.json"
     wanted = ["--profile", "digits", "--arm", "raw", "--shard", "1/5", "--done", str(done)]
@@ -400,6 +401,7 @@ def test_time_limit_zero_trains_nothing(folders, capsys):
     assert files(folders) == []
 
 
+@pytest.mark.slow
 def test_done_is_written_when_every_run_has_its_file(folders, capsys):
     """Two runs, one finished: no DONE. Both finished: DONE with their ids, and nothing is trained."""
     runs = study.shard(study.runs("digits", arm="raw"), "1/1")

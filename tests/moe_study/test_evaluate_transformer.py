@@ -398,6 +398,7 @@ def changes(task, before):
     return {name for name, value in task.state_dict().items() if not torch.equal(value, before[name])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [CAUSAL, {"router": "ac"}], ids=["ac-causal", "ac"])
 def test_no_measure_changes_a_model(options, monkeypatch):
     """Not even a fresh one, which is in training mode: its running averages would be the test set's."""

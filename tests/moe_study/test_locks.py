@@ -51,6 +51,7 @@ def holder(tmp_path):
         process.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_living_holder_keeps_its_lock_beyond_the_lease(tmp_path, holder, monkeypatch):
     """Its heartbeat is what keeps it: the same wait takes the lock from one that fell silent."""
     monkeypatch.setattr(locks, "LEASE", 1.0)

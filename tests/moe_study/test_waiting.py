@@ -134,6 +134,7 @@ TRUNKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("router", "bf16"), [*((name, False) for name in TRUNKS), ("cosine", True), ("ac language", True)]
 )

@@ -198,6 +198,7 @@ class Two(nn.Module):
         return sum(block(x_ND)[0] for block in self.blocks)
 
 
+@pytest.mark.slow
 def test_pictures_show_dead_experts_and_say_their_scale():
     panel = inspect_moe(Two(), [tokens()])
     figure = panel.figure()
@@ -208,6 +209,7 @@ def test_pictures_show_dead_experts_and_say_their_scale():
     assert "mark" not in inspect_moe(Two(1), [tokens()])._repr_html_()
 
 
+@pytest.mark.slow
 def test_every_kind_of_alarm_comes_with_what_to_try_said_once():
     panel = inspect_moe(Two(), [tokens()], thresholds={"unexplained": -1.0})  # of both blocks
     kinds = {alarm.kind for alarm in panel.alarms}

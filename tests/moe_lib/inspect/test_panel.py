@@ -78,6 +78,7 @@ class Reader(html.parser.HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_page_is_whole_and_escaped(tmp_path):
     found = panel()
     evil = "<script>alert('&')</script>"
@@ -95,6 +96,7 @@ def test_page_is_whole_and_escaped(tmp_path):
     assert found._repr_html_() in text
 
 
+@pytest.mark.slow
 def test_two_panels_are_compared(tmp_path):
     before, after = panel(), panel()
     text = after.compare(before).to_html(tmp_path / "page.html").read_text()

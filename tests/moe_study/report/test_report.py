@@ -627,6 +627,7 @@ def test_markdown():
 README = f"# Title\n\nBefore.\n\n{readme.BEGIN}\nold\n{readme.END}\n\nAfter.\n"
 
 
+@pytest.mark.slow
 def test_readme_is_rewritten_between_its_markers(core):
     path, page = core / "README.md", core / "RESULTS.md"
     path.write_text(README)
@@ -786,6 +787,7 @@ def test_controls_in_one_block_are_said_to_be_in_one_block():
     assert "hash-token: learns no routing, by byte, in the last of 3 mixtures" in shown
 
 
+@pytest.mark.slow
 def test_readme_check_sees_a_stale_table_and_changes_nothing(core, capsys):
     path = core / "README.md"
     path.write_text(README)
@@ -816,6 +818,7 @@ def test_readme_without_its_markers_is_refused(text, core):
     assert path.read_text() == text
 
 
+@pytest.mark.slow
 def test_readme_of_the_project_shows_the_committed_results(monkeypatch):
     monkeypatch.delenv("MOE_RESULTS_DIR", raising=False)
     if not (ROOT / "README.md").exists():
@@ -1117,6 +1120,7 @@ def test_verdict_forest_is_in_margins(core):
     assert all(low < x < high for line in axis.lines for x in line.get_xdata())  # nothing is clipped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("name", SNNL_FIGURES)
 def test_every_figure_can_be_drawn(name, situation, folders):
@@ -1124,6 +1128,7 @@ def test_every_figure_can_be_drawn(name, situation, folders):
     check_drawn(FIGURES[name](some_results(accuracies, **options)), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("situation", ROUTED_SITUATIONS)
 @pytest.mark.parametrize(("name", "study_name", "more"), ROUTED_FIGURES)
 def test_every_routed_figure_can_be_drawn(name, study_name, more, situation, folders):
