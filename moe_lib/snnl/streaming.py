@@ -44,6 +44,8 @@ def by_tiles(
     """One layer; each mass is formed once for both its rows."""
     labels_N, order_N = labels_N.sort()
     scores, factor_N1 = _sorted_scores(options.distance, x_ND, order_N, temperature)
+    if scores.far:
+        scores = scores.from_the_nearest()
     _, class_N, sizes_C = torch.unique_consecutive(labels_N, return_inverse=True, return_counts=True)
     has_positive_N = sizes_C[class_N] > 1
     tiles = _tiles(sizes_C.cumsum(0)[class_N])
@@ -185,9 +187,7 @@ def _sorted_scores(
         largest = shift_N.max().item()
         if on_cpu:
             check_finite([x_ND], largest)
-        far = not 4 * largest <= 2 * limit.safe
-        scores = _Scores(v_ND, shift_N, far)
-        return scores.from_the_nearest() if far else scores, None
+        return _Scores(v_ND, shift_N, far=not 4 * largest <= 2 * limit.safe), None
     # v = sqrt(base2) x / |x|, h = base2 / 2
     power_N1: Tensor | float = 1.0
     square_N1 = torch.linalg.vecdot(v_ND, v_ND)[:, None]
@@ -200,10 +200,9 @@ def _sorted_scores(
         square_N1 = torch.linalg.vecdot(v_ND, v_ND)[:, None]
     inverse_N1 = square_N1.rsqrt().masked_fill_(square_N1 == 0, 1)
     v_ND.mul_(inverse_N1 * math.sqrt(base2))
-    scores = _Scores(v_ND, None, far=base2 > limit.safe)
-    if scores.far:
-        scores = scores._replace(shift_N=v_ND.new_full((len(v_ND),), base2 / 2)).from_the_nearest()
-    return scores, inverse_N1 * power_N1
+    far = base2 > limit.safe
+    shift_N = v_ND.new_full((len(v_ND),), base2 / 2) if far else None
+    return _Scores(v_ND, shift_N, far), inverse_N1 * power_N1
 
 
 def _sum_masses(tile: _Tile, mass_RJ: Tensor, same_RJ: Tensor, p_N: Tensor, q_N: Tensor) -> None:

@@ -88,6 +88,9 @@ def hide_from(axes: Any, count: int) -> None:
         axis.set_visible(False)
 
 
+NO_RUNS = "no run that belongs here is finished yet"
+
+
 def note(text: str) -> Figure:
     """In place of a figure that has nothing to show."""
     figure, axes = new_figure(6, 1)
@@ -180,7 +183,7 @@ def training_curves(results: Sequence[Result]) -> Figure:
     """Validation cross-entropy, accuracy and a measure of routing over epochs: mean, and range over seeds. A
     network of one expert has no line in the last."""
     if not results:
-        return note("no run is finished yet that belongs here")
+        return note(NO_RUNS)
     measured = "effective_experts" in results[0]["history"]["validation"]
     panels = [
         ("cross_entropy", "validation cross-entropy (nats)", 1.0),

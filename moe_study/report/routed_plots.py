@@ -18,6 +18,7 @@ from moe_study.configs.run import Run
 from moe_study.report import tables
 from moe_study.report.plots import (
     ARM_STYLE,
+    NO_RUNS,
     arm_style,
     arms_of,
     captioned,
@@ -44,7 +45,7 @@ def corruption_by_severity(results: Sequence[Result]) -> Figure:
     """Accuracy under each kind of corruption against its severity, minus the baseline's at the same seed:
     mean and 95 % interval over seeds. Severity 0 is the clean image."""
     if not results:
-        return note("no run is finished yet that belongs here")
+        return note(NO_RUNS)
     grouped = arms_of(results)
     first = next((arm for arm in ("linear", "base") if arm in grouped), next(iter(grouped)))
     kinds = [kind for kind in grouped[first][0]["corruption"] if kind != "clean"]
@@ -96,7 +97,7 @@ def swap_curve(results: Sequence[Result]) -> Figure:
     """Cross-entropy lost against the share of words that became <unk>: on the targets left alone, and on all
     of them. Mean and 95 % interval over seeds."""
     if not results:
-        return note("no run is finished yet that belongs here")
+        return note(NO_RUNS)
     figure, axes = new_figure(9, 3.6, 1, 2)
     for arm, group in arms_of(results).items():
         shares = sorted(group[0]["swap"], key=float)
