@@ -11,14 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def traced() -> bool:
-    """Whether torch.compile, torch.export or a torch.func transform is active.
+    """Whether torch.compile, torch.export, a torch.func transform or forward-mode AD is active.
 
     Only plain operators are used then, whose shapes and branches depend on no value.
     """
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 HOST = ("cpu",)  # devices whose values can be read without waiting; tests empty it
@@ -40,7 +45,8 @@ def differentiable_gradient(
     # Aliases, so that an input that depends on another one does not count for both.
     aliases = [x.view_as(x) if isinstance(x, Tensor) else x for x in inputs]
     wanted = [x for x in aliases if isinstance(x, Tensor) and x.requires_grad]
-    grads = torch.autograd.grad(function(*aliases), wanted, grad, create_graph=True, allow_unused=True)
+    with torch.autocast(grad.device.type, enabled=False):
+        grads = torch.autograd.grad(function(*aliases), wanted, grad, create_graph=True, allow_unused=True)
     found: Iterator[Tensor | None] = iter(grads)
     return tuple(next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in aliases)
 

@@ -31,7 +31,7 @@ def embedding_quality(
     from sklearn.neighbors import KNeighborsClassifier
 
     def numpy(x: Tensor) -> np.ndarray:
-        return x.cpu().double().numpy()
+        return x.detach().cpu().double().numpy()
 
     check_floating(train_codes_MD, "train_codes", "M, D")
     check_floating(codes_ND, "codes", "N, D")

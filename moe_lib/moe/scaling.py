@@ -83,12 +83,13 @@ def adaptive_scales(
         dispersion_ED, valid_E = cluster_dispersion(
             at_least_float32(tokens_ND), assignment_N, num_experts, dispersion
         )
+        scales_ED = scales_of_dispersion(dispersion_ED, valid_E, eps, normalize, max_ratio)
         if readable(tokens_ND):
             if not dispersion_ED.isfinite().all():
                 raise ValueError(f"tokens are too large: their dispersion leaves {dispersion_ED.dtype}")
-            if eps == 0 and (dispersion_ED[valid_E] == 0).any():
-                raise ValueError("eps must be positive where a feature does not vary within a cluster, got 0")
-        return scales_of_dispersion(dispersion_ED, valid_E, eps, normalize, max_ratio)
+            if eps == 0 and ((dispersion_ED[valid_E] == 0).any() or not scales_ED.isfinite().all()):
+                raise ValueError("eps must be positive where a feature hardly varies within a cluster, got 0")
+        return scales_ED
 
 
 def check_scale_options(dispersion: str, eps: float, normalize: str, max_ratio: float | None) -> None:

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lib.products import differentiable_gradient, on_host, product, traced
+from moe_lib.products import differentiable_gradient, on_host, traced
 from moe_lib.snnl.dense import (
     RANGES,
     Distance,
-    Gradient,
     Options,
     Parts,
     Reduction,
@@ -44,8 +43,9 @@ def losses(
     route: Route,
 ) -> Tensor:
     """[L] losses of L layers [N, D_l] of one type (float32 or float64) and device; [L, N] for "none"."""
-    if not labels_N.shape[0]:  # connected to the features, as a sum over nothing is
-        return torch.stack([x_ND.sum(1) if reduction == "none" else x_ND.sum() for x_ND in layers])
+    if not labels_N.shape[0]:  # connected to features and temperature, as a sum over nothing is
+        nothing = torch.stack([x_ND.sum(1) if reduction == "none" else x_ND.sum() for x_ND in layers])
+        return nothing + 0 * temperature if isinstance(temperature, Tensor) else nothing
     if traced():
         return _plain_losses(distance, reduction, temperature, labels_N, *layers)
     if route == "auto":
@@ -90,8 +90,8 @@ class _SNNL(torch.autograd.Function):
         if wanted:
             is_tensor = isinstance(temperature, Tensor)
             ctx.options, ctx.temperature = options, None if is_tensor else temperature
-            flat = [] if later else [tensor for gradient in parts.gradients for tensor in gradient]
-            ctx.save_for_backward(temperature if is_tensor else None, labels_N, parts.slope_L, *layers, *flat)
+            saved = temperature if is_tensor else None, labels_N, parts.slope_L
+            ctx.save_for_backward(*saved, *layers, *parts.gradients_ND)
         return parts.loss
 
     @staticmethod
@@ -99,29 +99,21 @@ class _SNNL(torch.autograd.Function):
         number, options = len(ctx.needs_input_grad) - 3, ctx.options
         temperature, labels_N, slope_L, *rest = ctx.saved_tensors
         temperature = ctx.temperature if temperature is None else temperature
-        layers, flat = rest[:number], rest[number:]
+        layers, gradients_ND = rest[:number], rest[number:]
         if torch.is_grad_enabled():  # a second derivative is asked for
             inputs = (options.distance, options.reduction, temperature, labels_N, *layers)
             found = differentiable_gradient(_plain_losses, inputs, grads[0])
             return None, *found[2:]
         scale_L = grads[0]
-        gradients = [Gradient(*pair) for pair in zip(flat[::2], flat[1::2], strict=True)]
         if options.reduction == "none":
             largest = grads[0].abs().amax()
             largest = largest.where(largest > 0, 1)
             # The anchors' weights are at most 1, so that none leaves the range of the type.
             parts = _compute(options, layers, labels_N, temperature, weight_LN=grads[0] / largest)
-            slope_L, gradients = parts.slope_L, parts.gradients
+            slope_L, gradients_ND = parts.slope_L, parts.gradients_ND
             scale_L = largest.expand(number)
-        # On the CPU it costs nothing to look: a layer that "min" leaves out needs no product.
-        scales = scale_L.tolist() if on_host(scale_L) else list(scale_L)
-        with _without_autocast(scale_L.device.type):
-            out = [
-                _times(gradient, scale).to(x_ND.dtype) if wanted else None
-                for gradient, scale, x_ND, wanted in zip(
-                    gradients, scales, layers, ctx.needs_input_grad[3:], strict=True
-                )
-            ]
+        each = zip(gradients_ND, scale_L, layers, ctx.needs_input_grad[3:], strict=True)
+        out = [(g_ND * scale).to(x_ND.dtype) if wanted else None for g_ND, scale, x_ND, wanted in each]
         slope = None if slope_L is None else (scale_L * slope_L).sum().to(temperature)
         return (None, slope, None, *out)
 
@@ -129,16 +121,6 @@ class _SNNL(torch.autograd.Function):
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
     """Products stay in the type of the features."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _times(gradient: Gradient, scale: float | Tensor) -> Tensor:
-    coefficient_NN, x_ND = gradient
-    if isinstance(scale, float) and scale == 0:
-        return torch.zeros_like(x_ND)
-    if coefficient_NN is None:
-        return x_ND * scale
-    product_ND = product(coefficient_NN, x_ND)
-    return product_ND if isinstance(scale, float) and scale == 1 else product_ND.mul_(scale)
 
 
 def _compute(
@@ -183,7 +165,7 @@ def _compute(
     slopes = [part.slope_L for part in parts if part.slope_L is not None]
     joined = Parts(
         torch.cat([part.loss for part in parts]),
-        [gradient for part in parts for gradient in part.gradients],
+        [gradient_ND for part in parts for gradient_ND in part.gradients_ND],
         torch.cat(slopes) if slopes else None,
     )
     return _in_type(dtype, joined)
@@ -216,11 +198,15 @@ def _middle(options: Options, layers: Sequence[Tensor]) -> Sequence[Tensor]:
 def _spread(options: Options, middle: Sequence[Tensor], temperature: float | Tensor) -> float:
     """A bound on scores in units of log 2: their rounding error is this times the type's.
 
-    0 where a GPU would have to be waited for.
+    0 where a GPU would have to be waited for; infinite where the type has no number for 1 / T.
     """
-    if isinstance(temperature, Tensor) or (options.route == "dense" and not on_host(middle[0])):
+    if isinstance(temperature, Tensor):
         return 0.0
     base2 = math.log2(math.e) / temperature
+    if base2 > torch.finfo(middle[0].dtype).max:
+        return math.inf
+    if options.route == "dense" and not on_host(middle[0]):
+        return 0.0
     if options.distance == "cosine":
         return base2
     largest = [torch.linalg.vector_norm(x_ND, dim=1).max().item() for x_ND in middle]

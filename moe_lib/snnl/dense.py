@@ -94,16 +94,9 @@ RANGES = {
 }
 
 
-class Gradient(NamedTuple):
-    """A layer's gradient: `coefficient_NN` @ `features_ND`, or `features_ND` itself where that is None."""
-
-    coefficient_NN: Tensor | None
-    features_ND: Tensor
-
-
 class Parts(NamedTuple):
     loss: Tensor  # [L], or [L, N] for "none": 0 for an anchor without positives or without negatives
-    gradients: list[Gradient]  # one a layer; none if not asked for
+    gradients_ND: list[Tensor]  # one a layer; none if not asked for
     slope_L: Tensor | None  # the derivative with respect to the temperature, if it is learned
 
 
@@ -182,7 +175,7 @@ def dense(
     c_LNN.diagonal(dim1=1, dim2=2).sub_(own_LN)
     if power_LN1 is not None:
         c_LNN.mul_(power_LN1)
-    return Parts(loss, [Gradient(c_NN, x_ND) for c_NN, x_ND in zip(c_LNN, layers, strict=True)], slope_L)
+    return Parts(loss, [product(c_NN, x_ND) for c_NN, x_ND in zip(c_LNN, layers, strict=True)], slope_L)
 
 
 def _grams(
@@ -332,4 +325,4 @@ def direct(
     if cosine:
         along_N1 = torch.linalg.vecdot(v_ND, gradient_ND)[:, None]
         gradient_ND.addcmul_(v_ND, along_N1, value=-1).mul_(inverse_N1).mul_(power_N1)
-    return Parts(loss, [Gradient(None, gradient_ND)], slope[None] if options.learned else None)
+    return Parts(loss, [gradient_ND], slope[None] if options.learned else None)

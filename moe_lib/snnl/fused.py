@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton import language as tl
 
-from moe_lib.snnl.dense import Distance, Gradient, Options, Parts, power_of_two, reduced, weights
+from moe_lib.snnl.dense import Distance, Options, Parts, power_of_two, reduced, weights
 
 LN2 = math.log(2)
 
@@ -79,7 +79,7 @@ def fused(
         out_ND.addcmul_(v_ND, along_N1 / scale**2, value=-1)
     out_ND.mul_(factor * scale)
     slope_L = None if slope is None else slope[None] * (-0.5 / temperature)
-    return Parts(loss, [Gradient(None, out_ND)], slope_L)
+    return Parts(loss, [out_ND], slope_L)
 
 
 def _vectors(

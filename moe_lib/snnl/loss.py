@@ -52,7 +52,8 @@ def soft_nearest_neighbor_loss(
     Value and gradient are formed together, in float64 where float32 would lose the distances or the
     temperature's derivative. A second derivative (`create_graph=True`), torch.compile, torch.export and
     torch.func use `snnl.dense.plain`, the formula in torch's operators: it stays in the features' type and
-    holds several N x N matrices.
+    holds several N x N matrices. Under autocast, differentiate it outside: torch.func computes gradients in
+    the type that is active then.
 
     Args:
         features_ND: [N, D], floating point. Sub-float32 types are computed in float32. A row of

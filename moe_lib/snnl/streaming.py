@@ -24,7 +24,6 @@ from moe_lib.products import add_product, on_host, product
 from moe_lib.snnl.dense import (
     RANGES,
     Distance,
-    Gradient,
     Options,
     Parts,
     check_finite,
@@ -92,7 +91,7 @@ def by_tiles(
         return Parts(loss, [], None)
     sorted_ND, slope = total.gradient(scores.v_ND, factor_N1, temperature)
     gradient_ND = torch.empty_like(sorted_ND).index_copy_(0, order_N, sorted_ND)
-    return Parts(loss, [Gradient(None, gradient_ND)], slope[None] if options.learned else None)
+    return Parts(loss, [gradient_ND], slope[None] if options.learned else None)
 
 
 class _Scores(NamedTuple):

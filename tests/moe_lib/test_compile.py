@@ -6,6 +6,7 @@ Shapes: N samples, D width.
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from moe_lib.models.transformer import Projection, TransformerConfig
 from moe_lib.models.vision import VisionConfig, VisionTransformer
@@ -80,6 +81,17 @@ class TestLoss:
         torch.testing.assert_close(torch.func.grad(loss)(x_ND.detach()), expected_ND)
         jacobian_NND = torch.func.jacrev(lambda x_ND: loss(x_ND, "none"))(x_ND.detach())
         torch.testing.assert_close(jacobian_NND.mean(0), expected_ND)
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # of torch, at its first use
+    def test_forward_mode(self):
+        """The slope along a direction is the gradient times that."""
+        x_ND, along_ND, labels_N = normal(12, 5), normal(12, 5, seed=1), torch.arange(12) % 4
+        with forward_ad.dual_level():
+            loss = soft_nearest_neighbor_loss(forward_ad.make_dual(x_ND, along_ND), labels_N, 0.7)
+            slope = forward_ad.unpack_dual(loss).tangent
+        x_ND.requires_grad_()
+        soft_nearest_neighbor_loss(x_ND, labels_N, 0.7).backward()
+        torch.testing.assert_close(slope, (x_ND.grad * along_ND).sum())
 
 
 def layer_of(kind, top_k, dtype=torch.float32):

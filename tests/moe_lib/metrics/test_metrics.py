@@ -290,6 +290,7 @@ def test_expert_cka_is_the_mean_over_all_pairs_of_the_first_samples():
 def test_embedding_of_separated_classes_is_perfect():
     labels_N = torch.arange(40) % 4
     codes_ND = 100.0 * one_hot(labels_N, 4) + randn(40, 4)
+    codes_ND.requires_grad_()  # as they come from a model
     quality = metrics.embedding_quality(codes_ND, labels_N, codes_ND, labels_N, codes_ND * 2)
     assert quality.knn_accuracy == 1
     assert quality.silhouette > 0.9

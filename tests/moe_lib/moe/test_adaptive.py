@@ -143,6 +143,13 @@ def test_tight_features_get_large_scales(options, expected):
     torch.testing.assert_close(scales_ED, torch.tensor(expected, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-40])
+def test_an_eps_of_zero_is_refused_where_a_spread_has_no_inverse(scale):
+    tokens_ND, assignment_N = clustered()
+    with pytest.raises(ValueError, match="eps must be positive where a feature hardly varies"):
+        adaptive_scales((tokens_ND * scale).float(), assignment_N, E, eps=0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_tokens_get_float32_statistics(dtype):
     tokens_ND, assignment_N = clustered()

@@ -294,6 +294,24 @@ def test_the_slope_of_the_temperature_in_float32_at_extremes(distance, scale, te
     assert learned.grad.item() == pytest.approx(expected, rel=1e-6, abs=1e-38)
 
 
+@pytest.mark.parametrize("route", ["auto", "panels", "streaming"])
+@pytest.mark.parametrize("temperature", [1e-37, 1e-39])
+def test_a_temperature_whose_inverse_is_no_float32(route, temperature):
+    features_ND, labels_N = sample(14, 4, 3, seed=2)
+    features_ND = (features_ND * temperature**0.5).float()
+    loss = soft_nearest_neighbor_loss(features_ND, labels_N, temperature, "sqeuclidean", route=route)
+    expected = soft_nearest_neighbor_loss(features_ND.double(), labels_N, temperature, "sqeuclidean")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_without_any_positive_a_learned_temperature_gets_a_gradient_of_zero(count):
+    """Not None, which several processes could not add up."""
+    learned = torch.tensor(1.0, requires_grad=True)
+    soft_nearest_neighbor_loss(torch.zeros(count, 4), torch.arange(count), learned).backward()
+    assert learned.grad == 0
+
+
 @pytest.mark.parametrize("route", ["dense", "streaming"])
 @pytest.mark.parametrize("temperature", [1.0, 1e-8])
 def test_the_slope_of_the_temperature_for_nearly_parallel_rows(temperature, route):
