@@ -8,14 +8,17 @@ Shapes: N tokens, M some of them, D width, O output width, E experts, K chosen p
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 class NotAMixture(ValueError):
@@ -66,6 +69,9 @@ class Adapter:
             def answer(self, e, tokens_MD):
                 return tokens_MD @ self.block.experts.weight[e]
 
+    A block that routes in its own forward has no child to watch: let it keep its decision, as
+    `self.kept = weights, indices`, and read `self.block.kept` here.
+
     `num_experts` and `expert_weights` follow where `experts` is a list of modules, and `answer` too; or where
     parameters are stacked along their first dimension. Else override them.
     """
@@ -78,6 +84,8 @@ class Adapter:
     unchecked: str = ""  # why the mixture cannot be checked
     part: int | None = None  # which of the call's output leaves is the mixture; None: the first with rows
     remark: str = ""  # what the panel notes
+    takes_more = False  # its experts take other tensors beside tokens
+    examined = False  # the mixture has been checked, as far as it can be
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -136,6 +144,10 @@ class Adapter:
                 mixed_MO.index_add_(0, row, part_RO)
         return torch.zeros_like(tokens_MD) if mixed_MO is None else mixed_MO
 
+    def observed(self, seen: Dispatch) -> tuple[Tensor, Tensor] | None:
+        """The block's output and the mixture of the answers that were observed [N, O], if they were."""
+        return None
+
     def expert_weights(self) -> list[Tensor]:
         """The experts' parameters, each stacked [E, ...]."""
         if self.listed is not None:
@@ -146,7 +158,7 @@ class Adapter:
 
     members: Sequence[nn.Module] = ()  # experts to be hooked with `note`
     before: Sequence[Sequence[nn.Module]] = ()  # their other layers; the first: hooked with `note_before`
-    replaying = False  # the block's own calls are not the model's
+    open: ExitStack | None = None  # leaving it ends the tagging of answers; None: they are not tagged
 
     def begin(self, args: tuple, kwargs: dict) -> None:
         """Before the block."""
@@ -159,6 +171,10 @@ class Adapter:
 
     def end(self, call: Call) -> None:
         """After the block, also if it failed: its output is None then."""
+
+    def untagged(self, output: Any) -> Any:
+        """The block's output as the model gets it."""
+        return output
 
     def forget(self) -> None:
         """After the call was recorded: let go of its tensors."""
@@ -185,17 +201,40 @@ def rows(value: Any) -> Tensor:
 
 def first_tensor(value: Any) -> Tensor:
     """In any nesting: the first with rows, not a loss; or else the first."""
-    tensors = [part for part in tree_leaves(value) if isinstance(part, Tensor)]
+    tensors = [part for part in leaves_of(value) if isinstance(part, Tensor)]
     if not tensors:
         raise NotAMixture("it returns no tensor")
     return next((tensor for tensor in tensors if tensor.ndim > 1), tensors[0])
 
 
+def leaves_of(value: Any) -> list[Any]:
+    """Of any nesting, dataclasses included."""
+    found = []
+    for leaf in tree_leaves(value):
+        fields = [getattr(leaf, field.name) for field in dataclasses.fields(leaf)] if _holds(leaf) else None
+        found += [leaf] if fields is None else leaves_of(fields)
+    return found
+
+
+def _holds(leaf: Any) -> bool:
+    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+
+
 def replaced(value: Any, tensor: Tensor, part: int | None = None) -> Any:
     """A module's output with another tensor in place of that leaf; None: of the first tensor."""
-    leaves, structure = tree_flatten(value)
-    old = first_tensor(value) if part is None else leaves[part]
-    return tree_unflatten([tensor if leaf is old else leaf for leaf in leaves], structure)
+    old = first_tensor(value) if part is None else leaves_of(value)[part]
+
+    def change(leaf: Any) -> Any:
+        if leaf is old:
+            return tensor
+        if not _holds(leaf):
+            return leaf
+        changed = copy.copy(leaf)
+        for field in dataclasses.fields(leaf):
+            object.__setattr__(changed, field.name, tree_map(change, getattr(leaf, field.name)))
+        return changed
+
+    return tree_map(change, value)
 
 
 def from_dense(weights_NE: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,8 +257,9 @@ def router_scores(output: Any, num_experts: int) -> tuple[int, Tensor | None]:
 
 def stacked_weights(experts: Any) -> list[Tensor]:
     """The parameters of a list of like modules, stacked [E, P]; a few thousand entries of each."""
-    same = zip(*(ps for expert in experts if (ps := [*expert.parameters()])), strict=True)
-    return [torch.cat([some_entries(p[None]) for p in each]) for each in same]
+    same = zip(*(ps for expert in experts if (ps := [*expert.parameters()])), strict=False)
+    alike = [each for each in same if len({p.shape for p in each}) == 1]  # of experts of one size, all
+    return [torch.cat([some_entries(p[None]) for p in each]) for each in alike]
 
 
 def some_entries(weight: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from moe_lib.inspect.adapters import (
     rows,
 )  # fmt: skip
 from moe_lib.inspect.lists import expert_lists
+from moe_lib.inspect.snapshot import unchanged
 from moe_lib.inspect.tagging import ListAdapter
 from moe_lib.models.classifier import Classifier
 from moe_lib.moe import MoE
@@ -124,6 +125,9 @@ class StackedAdapter(Adapter):
 
     def dispatch(self, call: Call) -> Dispatch:
         self.inputs = call.inputs
+        names = self.tokens_name, self.index_name, self.weight_name
+        if not all(isinstance(call.inputs.get(name), Tensor) for name in names):
+            raise NotAMixture(f"its {names} are not all given")
         tokens, indices = call.inputs[self.tokens_name], call.inputs[self.index_name]
         indices_NK = indices[:, None] if indices.ndim == 1 else indices.flatten(0, -2)
         sizes = {p.shape[0] for p in self.block.parameters() if p.ndim > 2}
@@ -134,17 +138,30 @@ class StackedAdapter(Adapter):
                 f"{largest} was chosen; give the module an attribute `num_experts`, or pass an adapter"
             )
         weights_NK = call.inputs[self.weight_name].reshape(len(indices_NK), -1)
-        self.sequences = tokens.ndim == 3
+        self.sequences, self.vector = tokens.ndim == 3, indices.ndim == 1
         self.dense = weights_NK.shape != indices_NK.shape
         if self.dense:  # weights of all experts [N, E]
             known_NK = (indices_NK >= 0) & (indices_NK < self.num_experts)
             weights_NK = weights_NK.gather(1, indices_NK.where(known_NK, 0)).where(known_NK, 0)
         tokens_ND, output_NO = rows(tokens), rows(call.output)
-        # A token that the module drops, over capacity say, gets zeros.
+        # A token that the module drops, over capacity say, gets zeros; unless its experts answer so.
         lost_N = (output_NO == 0).all(1) & (tokens_ND != 0).any(1) & (weights_NK != 0).any(1)
+        if lost_N.any():
+            lost_N &= ~self._silent(tokens_ND, indices_NK, lost_N)[indices_NK].all(1)
         if not lost_N.all():
             indices_NK = indices_NK.where(~lost_N[:, None], -1)
         return Dispatch(tokens_ND, indices_NK, weights_NK, output_NO)
+
+    def _silent(self, tokens_ND: Tensor, indices_NK: Tensor, lost_N: Tensor) -> Tensor:
+        """[E + 1] experts that answer zero to the first of the lost tokens that chose them, asked alone; the
+        last entry is of slots that no expert fills."""
+        silent_E = torch.ones(self.num_experts + 1, dtype=torch.bool, device=indices_NK.device)
+        with unchanged(self.block):
+            for e in indices_NK[lost_N].unique().tolist():
+                if 0 <= e < self.num_experts:
+                    first = (lost_N & (indices_NK == e).any(1)).nonzero()[0]
+                    silent_E[e] = not self.answer(e, tokens_ND[first]).any()
+        return silent_E
 
     def forget(self) -> None:
         self.inputs = {}
@@ -154,9 +171,13 @@ class StackedAdapter(Adapter):
         weights = tokens_MD.new_ones(len(tokens_MD), 1)
         if self.dense:
             weights = tokens_MD.new_zeros(len(tokens_MD), self.num_experts)
-            weights.scatter_(1, index_M[:, None], 1.0)
+            weights.scatter_(1, index_M.view(-1, 1), 1.0)
         tokens = tokens_MD[None] if self.sequences else tokens_MD
-        named = {self.tokens_name: tokens, self.index_name: index_M[:, None], self.weight_name: weights}
+        if self.vector:
+            index_M, weights = index_M.view(-1), weights if self.dense else weights.view(-1)
+        else:
+            index_M = index_M[:, None]
+        named = {self.tokens_name: tokens, self.index_name: index_M, self.weight_name: weights}
         values = {**self.inputs, **named}
         in_order = [values[name] for name in self.names if name in values]  # some implementations rename them
         return rows(self.block(*in_order))
@@ -318,6 +339,7 @@ class SoftMoEAdapter(ListAdapter):
         return seen._replace(tokens_ND=rows(call.tokens), output_NO=None, in_order=True)
 
 
+GUESSED = CombineTensorAdapter, TorchtitanAdapter, StackedAdapter  # by names alone
 FAMILIES: tuple[type[Adapter], ...] = (
     MoELibAdapter, ClassifierAdapter, Llama4Adapter, ParallelExpertsAdapter, CombineTensorAdapter,
     TorchtitanAdapter, SoftMoEAdapter, StackedAdapter,

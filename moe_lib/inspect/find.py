@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from moe_lib.inspect.adapters import Adapter, reason_of
 from moe_lib.inspect.block import Block
-from moe_lib.inspect.families import FAMILIES
+from moe_lib.inspect.families import FAMILIES, GUESSED
 from moe_lib.inspect.lists import named_as_mixture
 from moe_lib.inspect.measures import entropy
 from moe_lib.inspect.recorder import ROUTER_NAMES, Recorder, router_of
 from moe_lib.inspect.snapshot import unchanged
 from moe_lib.inspect.state import BlockState
-from moe_lib.inspect.tagging import ListAdapter
+from moe_lib.inspect.tagging import BYPASSED, SIDE_BY_SIDE, ListAdapter
 
 LIKE_MOE = re.compile("moe|mixture|expert|switch", re.I)
 NOT_CALLED = "its forward was not called"
 REMEDY = "write an Adapter of about ten lines (see moe_lib.inspect.Adapter) and pass it as adapters=[...]"
 
 
-def find_blocks(model: nn.Module, adapters: Sequence[type[Adapter]] = ()) -> tuple[list[Block], list[str]]:
-    """The blocks that an adapter reads, in the model's order, and the names of those that look like one."""
+Taken = tuple[str, type[Adapter]]  # a module by its name, and an adapter
+
+
+def find_blocks(
+    model: nn.Module, adapters: Sequence[type[Adapter]] = (), without: Collection[Taken] = ()
+) -> tuple[list[Block], list[str]]:
+    """The blocks that an adapter reads, in the model's order, and the names of those that look like one.
+
+    Args:
+        without: what is not to be tried.
+    """
     if objects := [type(one).__name__ for one in adapters if not isinstance(one, type)]:
         raise ValueError(f"adapters takes classes: give {objects[0]} instead of {objects[0]}(...)")
+    for kind in adapters:
+        if isinstance(kind.classes, str):
+            raise ValueError(f"{kind.__name__}.classes must be a tuple of names, got {kind.classes!r}")
+    if any(map(is_lazy, model.parameters())):
+        raise ValueError("the model has parameters that are not initialised yet: call it once before")
     modules = dict(model.named_modules())
     found: dict[str, Block] = {}
     candidates: dict[str, Block] = {}
@@ -35,7 +50,7 @@ def find_blocks(model: nn.Module, adapters: Sequence[type[Adapter]] = ()) -> tup
             continue
         parent = modules.get(_outside(name)) if name else None
         for kind in (*adapters, *FAMILIES):
-            if kind.matches(module):
+            if kind.matches(module) and (name, kind) not in without:
                 found[name] = Block(name, kind(module), parent)
                 break
         else:
@@ -43,9 +58,10 @@ def find_blocks(model: nn.Module, adapters: Sequence[type[Adapter]] = ()) -> tup
                 candidates[name] = Block(name, ListAdapter(module), parent)
     # A list of layers holds blocks; so does a list of experts that are mixtures themselves.
     known = [*found, *(name for name, block in candidates.items() if _lists(block).named_as_experts)]
+    members = {modules[name] for name in known}
     for name, block in candidates.items():
         holds_known = any(other != name and _inside(other, name) for other in known)
-        if _lists(block).list_of_experts or not holds_known:
+        if _lists(block).list_of_experts or not holds_known or members.issuperset(_lists(block).members):
             found[name] = block
     unread = [
         name for name, module in modules.items()
@@ -81,8 +97,22 @@ def _inside(name: str, other: str) -> bool:
     return name == other or not other or name.startswith(f"{other}.")
 
 
-def confirm(recorder: Recorder, run: Callable[[], Any]) -> None:
-    """Try lists of like modules on one batch: those that are no experts are left out, with the reason."""
+def confirm(recorder: Recorder, run: Callable[[], Any], adapters: Sequence[type[Adapter]] = ()) -> None:
+    """Try what was found by a name, and lists of like modules, on one batch: what is no mixture is left out,
+    with the reason."""
+    wrong: dict[Taken, str] = {}
+    while guessed := [b for b in recorder.blocks if isinstance(b.adapter, GUESSED)]:
+        with unchanged(recorder.model):
+            reasons = _reasons(recorder, [block.fresh() for block in guessed], run)
+        now = {(b.name, type(b.adapter)): reasons[b.name] for b in guessed}
+        now = {taken: reason for taken, reason in now.items() if reason not in ("", NOT_CALLED)}
+        if not now:
+            break
+        wrong |= now
+        recorder.blocks, recorder.unread = find_blocks(recorder.model, adapters, wrong)
+    for (name, _), reason in wrong.items():
+        if not any(_inside(block.name, name) for block in recorder.blocks):
+            recorder.unread.append(f"{name or 'the model'}: {reason}")
     lists = [block for block in recorder.blocks if isinstance(block.adapter, ListAdapter)]
     if not lists:
         return
@@ -95,10 +125,12 @@ def confirm(recorder: Recorder, run: Callable[[], Any]) -> None:
             for first in inner:
                 block, reason = _best_list(recorder, first, reasons[first.name], run)
                 named = _lists(block).named_as_experts
-                if reason == NOT_CALLED and not _lists(block).called and named:
+                if reason in (NOT_CALLED, BYPASSED) and not _lists(block).called and named:
                     reason = ""  # nor was any of its experts: they may be later
-                if reason and named:
+                if reason == SIDE_BY_SIDE or (reason and named):
                     block, reason = _outer(recorder, block, reason, run)
+                elif not reason:
+                    block = _summed_outside(recorder, block, run)
                 if not reason:
                     kept[first.name] = block.fresh()
                 elif named:
@@ -115,10 +147,26 @@ def _best_list(recorder: Recorder, first: Block, reason: str, run: Callable[[], 
 
     def rank(one: tuple[Block, str]) -> tuple[int, ...]:
         state = one[0].state
-        good = 0 if one[1] else 3 if varies(state) else 2 if uneven(state) else 1
-        return good, _lists(one[0]).list_of_experts, one[0] is first
+        good = not one[1]
+        return (
+            good,
+            good and varies(state),
+            good and uneven(state),
+            _lists(one[0]).list_of_experts,
+            one[0] is first,
+        )
 
     block, reason = max(tried, key=rank)
+    for other, wrong in tried:
+        name, part_of_it = _lists(other).list_name, _lists(block).joins is not None
+        if other is block or part_of_it or wrong == NOT_CALLED:
+            continue
+        if varies(other.state) if not wrong else "expert" in name:
+            why = (
+                wrong
+                or f"it is a mixture beside {_lists(block).list_name!r}, and one list of a module is read"
+            )
+            recorder.unread.append(f"{other.label}, its list {name!r}: {why}")
     if _lists(first).list_of_experts:  # the block's name speaks for that list alone
         trusted = _lists(block).list_of_experts
     else:
@@ -133,13 +181,29 @@ def _best_list(recorder: Recorder, first: Block, reason: str, run: Callable[[], 
 
 
 def _outer(recorder: Recorder, block: Block, reason: str, run: Callable[[], Any]) -> tuple[Block, str]:
-    """The module around one that only holds experts, if that is what mixes their answers."""
-    if block.parent is None or block.parent is recorder.model or _lists(block).holder is not None:
+    """The module around one that only holds experts, if that is what mixes their answers.
+
+    By itself a holder looks like a perfectly balanced mixture.
+    """
+    if block.parent is None or _lists(block).holder is not None:
         return block, reason
     name = _outside(block.name)
-    around = dict(recorder.model.named_modules())[_outside(name)]
+    around = dict(recorder.model.named_modules())[_outside(name)] if name else None
     outer = Block(name, ListAdapter(block.parent, block.adapter.block), around)
-    return (block, reason) if _reasons(recorder, [outer], run)[name] else (outer, "")
+    mixes = not _reasons(recorder, [outer], run)[name]
+    mixes = mixes and (_lists(block).named_as_experts or varies(outer.state))  # else an ensemble
+    return (outer, "") if mixes else (block, reason)
+
+
+def _summed_outside(recorder: Recorder, block: Block, run: Callable[[], Any]) -> Block:
+    """The module around one that answers with a row for each slot, if it adds these up."""
+    state = block.state.finish()
+    if state.num_slots != 1 or not 0 < block.given_rows < state.tokens:
+        return block
+    outer, _ = _outer(recorder, block, "", run)
+    summed = outer.state.finish()
+    fewer = summed.num_slots > 1 and summed.tokens < state.tokens
+    return outer if fewer and outer.calls == block.calls and outer.adapter.mixes else block
 
 
 def _reasons(recorder: Recorder, lists: list[Block], run: Callable[[], Any]) -> dict[str, str]:

@@ -26,8 +26,8 @@ JOINS: dict[int, list[Join]] = {  # by the number of lists: of one, or of a gate
         *(lambda up, gate, act=act: act(gate) * up for act in ACTIVATIONS),
     ],
 }
-KINDS = "moe|moa|mixtureofexperts|experts"
-MOE_CLASS = re.compile(rf"({KINDS})(block|layer|ffn|mlp|feedforward)?$|sparsemlp$", re.I)
+MOE_NAMES = "moe|moa|mixtureofexperts|experts"
+MOE_CLASS = re.compile(rf"({MOE_NAMES})(block|layer|ffn|mlp|feedforward)?$|sparsemlp$", re.I)
 
 
 def expert_lists(block: nn.Module) -> list[tuple[str, list[nn.Module]]]:
@@ -36,19 +36,41 @@ def expert_lists(block: nn.Module) -> list[tuple[str, list[nn.Module]]]:
     Modules without parameters may stand in a plain list: experts that compute nothing.
     """
     own = isinstance(block, nn.ModuleList | nn.ModuleDict) and has_forward(block)
+    lists = [("", block)] if own else _lists_below(block)
     found = []
-    for name, child in [("", block)] if own else list(block.named_children()):
-        if isinstance(child, nn.ModuleList | nn.ModuleDict) and (own or not has_forward(child)):
-            members = [*child.values()] if isinstance(child, nn.ModuleDict) else [*child]
-            some = [m for m in members if any(True for _ in m.parameters())]
-            members = some if own else members
-            shapes = {(type(m), tuple(p.shape for p in m.parameters())) for m in some}
-            if len(some) > 1 and len(shapes) == 1:
-                found.append((name, members))
+    for name, child in lists:
+        named = child._modules.items()
+        some = [m for _, m in named if m is not None and any(True for _ in m.parameters())]
+        members = [m for key, m in named if m is not None and (not own or key.isdigit() or m in some)]
+        shapes = {(type(m), tuple(p.shape for p in m.parameters())) for m in some}
+        callable_ = all(has_forward(m) for m in members)
+        if len(some) > 1 and callable_ and (len(shapes) == 1 or "expert" in name.lower()):
+            found.append((name, members))
     return found
 
 
+def _lists_below(block: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """Lists that a module holds, and those in lists of lists."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, child in block.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) and not has_forward(child):
+            found += [(prefix + name, child), *_lists_below(child, f"{prefix}{name}.")]
+    return found
+
+
+def reads_samples(expert: nn.Module) -> bool | None:
+    """Whether an expert reads whole samples, such as images, or tokens; None: its layers do not say."""
+    for module in expert.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            return True
+        if isinstance(module, nn.Linear):
+            return False
+    return None
+
+
 def has_forward(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):  # compiled, say
+        return True
     return type(module).forward not in (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
 
 

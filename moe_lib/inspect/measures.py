@@ -100,7 +100,7 @@ ABOUT: dict[str, About] = {
         "mean cosine of two experts' weights", "0: independent; copies start at 1", "1: copies",
     ),
     "mixture error": About(
-        "norm of (sum_k weight x answer - output) over the norm of the output", "0",
+        "norm of (sum_k weight x answer - output) over the output's; beside a path, over the mixture's", "0",
         "above rounding: what was observed does not explain the block",
     ),
     "cost of permuting": About(
@@ -284,6 +284,11 @@ def _pair_means(cosine_EE: Tensor, load_E: Tensor) -> tuple[float, float]:
     num_experts, total = len(off_EE), float(load_E.sum() ** 2 - load_E.square().sum())
     plain = float(off_EE.sum()) / (num_experts * (num_experts - 1))
     return plain, float(load_E @ off_EE @ load_E) / total if total > 1e-12 else math.nan
+
+
+def how_many(items: list, what: str) -> str:
+    """ "1 block", "2 blocks"."""
+    return f"{len(items)} {what}{'s' * (len(items) != 1)}"
 
 
 RIGHT = "as published, mean over blocks"

@@ -8,7 +8,7 @@ import io
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from moe_lib.inspect.measures import ABOUT, Layer, Value
+from moe_lib.inspect.measures import ABOUT, Layer, Value, how_many
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def panel_body(panel: Any) -> str:
     )
     tokens = ", ".join(sorted({str(layer.num_tokens) for layer in panel.layers}))
     return (
-        f"{STYLE}<h3>{html.escape(panel.title)}: {len(panel.layers)} blocks, {tokens} tokens</h3>"
+        f"{STYLE}<h3>{html.escape(panel.title)}: {how_many(panel.layers, 'block')}, {tokens} tokens</h3>"
         f"{_remarks(panel)}{_image(panel.figure(), caption)}{_table(panel.layers)}"
     )
 

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_lib.inspect.alarms import KINDS, Alarm, alarms_of
-from moe_lib.inspect.measures import ABOUT, NOTHING, Layer, Value, balance_losses, explain_balance_loss
+from moe_lib.inspect.measures import (
+    ABOUT,
+    NOTHING,
+    Layer,
+    Value,
+    balance_losses,
+    explain_balance_loss,
+    how_many,
+)  # fmt: skip
 from moe_lib.inspect.state import BlockState
 
 if TYPE_CHECKING:
@@ -160,7 +168,9 @@ class Panel(Shown):
         return panel_body(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.title or 'panel'}: {len(self.layers)} blocks, {len(self.alarms)} alarms"]
+        lines = [
+            f"{self.title or 'panel'}: {how_many(self.layers, 'block')}, {how_many(self.alarms, 'alarm')}"
+        ]
         lines += [f"  {self.loss_line}"] if self.loss_line else []
         lines += [f"  {alarm.layer}: {alarm.what}" for alarm in self.alarms]
         lines += [f"  {text}" for text in self.advice]

@@ -40,6 +40,14 @@ def real(mask: Tensor | None) -> Tensor | None:
     return mask != 0
 
 
+def _like_a_mask(name: str, value: Any, shape: tuple[int, ...]) -> bool:
+    known = name in ("attention_mask", "decoder_attention_mask")
+    named = "mask" in name or "pad" in name
+    return (
+        named and not known and isinstance(value, Tensor) and tuple(value.shape) == shape and len(shape) == 2
+    )
+
+
 class Stream:
     """The batch in progress, and how far the data have been read."""
 
@@ -51,8 +59,8 @@ class Stream:
         self.masks: dict[bool, Tensor | None] = {}  # of a decoder's second half: True
         self.batch_shape: tuple[int, ...] = ()
         self.encoder_decoder = False
-        self.places: dict[Any, tuple[Place, list[str]]] = {}  # of this batch, and what is to be noted
         self.read: Counter[str] = Counter()  # tokens of this batch, by block
+        self.ignored = ""  # an argument that may say what is padding
 
     def starts(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """The model is called: what its arguments say about the tokens."""
@@ -64,7 +72,9 @@ class Stream:
         self.masks = {}
         self.encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.num_calls += 1
-        self.places, self.read = {}, Counter()
+        self.read = Counter()
+        masks = [name for name, value in named.items() if _like_a_mask(name, value, self.batch_shape[:2])]
+        self.ignored = next(iter(masks), "")
         for decoder, name in ((False, "attention_mask"), (True, "decoder_attention_mask")):
             mask = named.get(name)  # of some models a mapping, or an object of its own kind
             self.masks[decoder] = real(mask) if isinstance(mask, Tensor) else None
@@ -72,41 +82,19 @@ class Stream:
     def place(self, block: Block, own: Tensor, num_tokens: int) -> Place:
         """Of the tokens that a block reads, given its first input."""
         decoder = self.encoder_decoder and "decoder" in block.name
-        key = (num_tokens, own.shape[:2] if own.ndim == 3 else None, block.width_BT, decoder, own.device)
-        if key not in self.places:
-            self.places[key] = self._place(block, own, num_tokens, decoder)
-        place, notes = self.places[key]
-        block.notes |= dict.fromkeys(notes)
-        start = (self.num_calls << 24) + self.read[block.name]  # a block may be called several times
-        self.read[block.name] += num_tokens
-        return place._replace(position_N=start + torch.arange(num_tokens))
-
-    def _place(self, block: Block, own: Tensor, num_tokens: int, decoder: bool) -> tuple[Place, list[str]]:
-        notes: list[str] = []
         mask, labels = self.masks.get(decoder), self.decoder_labels if decoder else self.labels
+        if self.ignored:
+            block.note(f"padding is told apart by `attention_mask` alone: {self.ignored!r} was not used")
         if mask is not None and mask.ndim != 2:
-            notes.append("the attention mask is not [B, T]: padding is not told apart")
+            block.note("the attention mask is not [B, T]: padding is not told apart")
             mask = None
-        num_rows, first = self.batch_shape[0] if self.batch_shape else None, self.sequence_first
-        shapes = [(own.shape[0], own.shape[1]) if own.ndim == 3 else None, block.width_BT]
-        shape = next((s for s in shapes if s is not None and s[0] * s[1] == num_tokens), None)
-        if shape is None:
-            table = labels if mask is None and labels is not None and labels.ndim == 2 else mask
-            size = num_rows if table is None else len(table)
-            if size and num_tokens % size == 0 and num_tokens > size:
-                shape = (num_tokens // size, size) if first else (size, num_tokens // size)
-                if first is None:
-                    notes.append("the block reads tokens [N, D]: taken as sequences of one length, one after "
-                                 "the other; else give labels [N]")  # fmt: skip
-        if first is None and shape is not None and num_rows is not None:
-            first = shape[0] != num_rows and shape[1] == num_rows
-            if first:
-                notes.append("sequence-first: the block reads tokens as [T, B]")
-            elif shape == (num_rows, num_rows):
-                notes.append("T equals B: taken as batch-first; say sequence_first")
-        size, length = (num_tokens, 1) if shape is None else (shape[1], shape[0]) if first else shape
-        known = None if mask is None or shape is None else mask
-        valid_N, labels_N = (self._aligned(t, size, length, bool(first)) for t in (known, labels))
+        table = labels if mask is None and labels is not None and labels.ndim == 2 else mask
+        shape, first = self._layout(block, own, num_tokens, table)
+        size, length = shape or (num_tokens, 1)
+        if first:
+            size, length = length, size
+        valid_N = None if shape is None else self._aligned(mask, size, length, first)
+        labels_N = self._aligned(labels, size, length, first)
         batch = self.batch_shape[:2]
         fit = [batch, batch[::-1], batch[:1], batch[1:], (math.prod(batch),)]
         if labels is not None and labels_N is None and tuple(labels.shape) not in fit:  # nor the batch
@@ -118,12 +106,35 @@ class Stream:
         for what, given, found in (("padding", mask, valid_N), ("labels", labels, labels_N)):
             if given is not None and found is None:
                 length = 1  # nor is known where sequences end
-                notes.append(f"{what} {list(given.shape)} cannot be told apart among its {num_tokens} tokens")
-        follows_N = None
-        if length > 1 and not first:
-            follows_N = torch.arange(1, num_tokens + 1) % length > 0
-        place = [None if v is None else v.to(own.device) for v in (valid_N, labels_N, None, follows_N)]
-        return Place(*place), notes
+                block.note(f"{what} {list(given.shape)} cannot be told apart among its {num_tokens} tokens")
+        start = (self.num_calls << 24) + self.read[block.name]  # a block may be called several times
+        self.read[block.name] += num_tokens
+        place_N = torch.arange(num_tokens)
+        follows_N = (place_N + 1) % length > 0 if length > 1 and not first else None
+        known = (None if v is None else v.to(own.device) for v in (valid_N, labels_N, follows_N))
+        valid_N, labels_N, follows_N = known
+        return Place(valid_N, labels_N, start + place_N, follows_N)
+
+    def _layout(
+        self, block: Block, own: Tensor, num_tokens: int, table: Tensor | None
+    ) -> tuple[tuple[int, int] | None, bool]:
+        """How a block's tokens lie: [B, T], or [T, B] if the second is True; None: it is not known."""
+        num_rows, first = self.batch_shape[0] if self.batch_shape else None, self.sequence_first
+        shapes = [(own.shape[0], own.shape[1]) if own.ndim == 3 else None, block.parent_shape]
+        shape = next((s for s in shapes if s is not None and s[0] * s[1] == num_tokens), None)
+        size = num_rows if table is None else len(table)
+        if shape is None and size and num_tokens % size == 0 and num_tokens > size:
+            shape = (num_tokens // size, size) if first else (size, num_tokens // size)
+            if first is None:
+                block.note("the block reads tokens [N, D]: taken as sequences of one length, one after the "
+                           "other; else give labels [N]")  # fmt: skip
+        if first is None and shape is not None and num_rows is not None:
+            first = shape[0] != num_rows and shape[1] == num_rows
+            if first:
+                block.note("sequence-first: the block reads tokens as [T, B]")
+            elif shape == (num_rows, num_rows):
+                block.note("T equals B: taken as batch-first; say sequence_first")
+        return shape, bool(first)
 
     def _aligned(self, given: Tensor | None, size: int, length: int, first: bool) -> Tensor | None:
         """[N] in the order of the block's tokens, from [B, T], [B] or [N]; None: it reads other tokens."""

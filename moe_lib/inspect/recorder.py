@@ -5,26 +5,30 @@ Shapes: N tokens of one call, O output width, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from moe_lib.inspect.adapters import (
     Call,
     Dispatch,
     NotAMixture,
     first_tensor,
+    leaves_of,
     reason_of,
     replaced,
     router_scores,
 )  # fmt: skip
 from moe_lib.inspect.block import Block
+from moe_lib.inspect.families import StackedAdapter
 from moe_lib.inspect.places import Stream
-from moe_lib.inspect.snapshot import unchanged
+from moe_lib.inspect.snapshot import copied, unchanged
+from moe_lib.inspect.tagging import ListAdapter
 
 ROUTER_NAMES = ("gate", "router", "gating", "wg", "gate_network", "gating_network")
 
@@ -34,17 +38,23 @@ def router_of(holder: nn.Module | None, names: Sequence[str]) -> nn.Module | Non
     return next((one for one in named if isinstance(one, nn.Module)), None)
 
 
+def _versions(given: Any) -> list[int]:
+    """How often the tensors were written to."""
+    tensors = (leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
+
+
 class Recorder:
     """Hooks on the blocks of one model; between `attach` and `detach` every call is counted once."""
 
-    working: ClassVar[Recorder | None] = None  # calls blocks or experts itself; other recorders look away
+    # Who calls the model, or experts, itself; the others look away.
+    working: ClassVar[Recorder | Block | None] = None
 
     def __init__(self, model: nn.Module, blocks: list[Block], unread: list[str],
                  sequence_first: bool | None = None, seed: int = 0) -> None:  # fmt: skip
         self.model = model
         self.blocks, self.unread = blocks, unread
         self.seed = seed
-        self.busy: Block | None = None  # whose experts we call ourselves: such calls are not counted
         self.quiet = False  # whatever goes wrong is noted; nothing is raised
         self.handles: list[Any] = []
         self.calls: dict[str, Call] = {}
@@ -97,15 +107,14 @@ class Recorder:
             if self.reasons is not None:
                 self.reasons.setdefault(block.name, reason)
             elif self.quiet or isinstance(error, NotAMixture):
-                block.notes[f"a call was not counted: {reason}"] = None
+                block.note(f"a call was not counted: {reason}")
             else:
                 raise
             return None
 
     def _idle(self) -> bool:
         in_backward = torch._C._current_graph_task_id() != -1  # checkpointing recomputes: counted before
-        others = Recorder.working not in (None, self)
-        return self.busy is not None or in_backward or others
+        return in_backward or Recorder.working not in (None, self)
 
     def _batch_starts(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._idle():
@@ -116,15 +125,22 @@ class Recorder:
             if not self.quiet:
                 raise
             for block in self.blocks:
-                block.notes[f"padding is not told apart: {error}"] = None
+                block.note(f"padding is not told apart: {error}")
 
     def _parent(self, block: Block, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        read = next((a for a in args if isinstance(a, Tensor)), None)
-        block.width_BT = (read.shape[0], read.shape[1]) if read is not None and read.ndim == 3 else None
+        read = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if read is not None and read.ndim > 1 and not self._idle():
+            block.given_rows += read.numel() // max(read.shape[-1], 1)
+            block.given_shape = tuple(read.shape) if read.is_floating_point() else ()
+        block.parent_shape = (read.shape[0], read.shape[1]) if read is not None and read.ndim == 3 else None
 
     def _starts(self, block: Block, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._idle():
-            self.calls[block.name] = Call(block.adapter.names, args, kwargs)
+            if block.name in self.calls:
+                block.note("it calls itself: of nested calls the inner one alone is counted")
+            given = (args, kwargs) if block.writes is False else tree_map(copied, (args, kwargs))
+            self.calls[block.name] = Call(block.adapter.names, *given)
+            block.versions = _versions((args, kwargs))
             block.adapter.begin(args, kwargs)
 
     def _child(self, block: Block, name: str, module: nn.Module, args: tuple, output: Any) -> None:
@@ -134,42 +150,65 @@ class Recorder:
     def _router(self, block: Block, module: nn.Module, args: tuple, output: Any) -> None:
         if self._idle():
             return
+        if isinstance(module, nn.modules.conv._ConvNd) and isinstance(output, Tensor):
+            output = output.movedim(1, -1)
         if block.scores_at is None:
             block.scores_at, block.scores_NE = router_scores(output, block.adapter.num_experts)
         elif block.scores_at >= 0:
             value = output[block.scores_at] if isinstance(output, tuple | list) else output
             block.scores_NE = value.detach().reshape(-1, value.shape[-1])
+        if block.scores_at >= 0:
+            value = output[block.scores_at] if isinstance(output, tuple | list) else output
+            block.scores_shape = tuple(value.shape)
+
+    def _ordered_scores(self, block: Block, tokens: Tensor) -> Tensor | None:
+        """In the order of the block's tokens [B, T], if the router read them as [T, B]."""
+        scores_NE, shape = block.scores_NE, block.scores_shape
+        turned = len(shape) == tokens.ndim == 3 and shape[:2] == tokens.shape[1::-1] != tokens.shape[:2]
+        if scores_NE is None or not turned:
+            return scores_NE
+        return scores_NE.view(shape).transpose(0, 1).reshape(scores_NE.shape)
 
     def _member(self, block: Block, note: Callable[[Any, Any], Any], module: nn.Module, args: Any,
                 kwargs: dict, output: Any) -> Any:  # fmt: skip
-        replayed = self.busy is block and block.adapter.replaying
+        replayed = Recorder.working is block and block.adapter.open is not None
         return note((args, kwargs), output) if replayed or not self._idle() else None
 
     def _ends(self, block: Block, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if self._idle() or (call := self.calls.pop(block.name, None)) is None:
             return None
         call.output = output
-        self.busy, before, Recorder.working = block, Recorder.working, self
+        block.writes = block.writes or block.versions != _versions((args, kwargs))
+        before, Recorder.working = Recorder.working, block
         try:
             block.adapter.end(call)
             if output is None:  # the block failed
                 return None
             with torch.no_grad():
-                return self._record(block, call)
+                changed = self._record(block, call)
+            return block.adapter.untagged(output if changed is None else changed)
         finally:
-            self.busy, Recorder.working = None, before
+            Recorder.working = before
             block.adapter.forget()
 
     def _record(self, block: Block, call: Call) -> Any:
         seen = block.adapter.dispatch(call)
+        block.check(seen)
+        seen = seen._replace(indices_NK=seen.indices_NK.long())
         if seen.scores_NE is None:
-            seen = seen._replace(scores_NE=block.scores_NE)
+            seen = seen._replace(scores_NE=self._ordered_scores(block, call.tokens))
             block.scores_NE = None
         seen = Dispatch(*(v.detach() if isinstance(v, Tensor) else v for v in seen))  # type: ignore[arg-type]
         block.calls += 1
-        block.notes |= dict.fromkeys([block.adapter.remark] if block.adapter.remark else [])
+        if block.adapter.remark:
+            block.note(block.adapter.remark)
         if not len(seen.indices_NK):
             return None
+        size, num_slots = seen.indices_NK.shape
+        given = math.prod(block.given_shape[:-1]) if block.given_shape[-1:] == seen.tokens_ND.shape[1:] else 0
+        if num_slots == 1 and 0 < given < size and size % given == 0:
+            block.note(f"{size} rows for {given} that its parent reads: if these are a token's slots, "
+                       "tokens, top-k and H(E|x) are of slots")  # fmt: skip
         place = self.stream.place(block, call.tokens, len(seen.indices_NK))
         if self.tamper is not None:
             known_NK = (seen.indices_NK >= 0) & (seen.indices_NK < block.adapter.num_experts)
@@ -178,17 +217,23 @@ class Recorder:
             if change_NO is None:
                 return None
             part = block.adapter.part
-            answer = first_tensor(call.output) if part is None else tree_leaves(call.output)[part]
+            answer = first_tensor(call.output) if part is None else leaves_of(call.output)[part]
             return replaced(call.output, answer + change_NO.view(answer.shape).to(answer.dtype), part)
         if not block.examined and not block.explanation:
             try:
                 with unchanged(block.adapter.block):
                     block.examine(seen, place.valid_N, call.tokens, self.seed)
             except Exception as error:
-                if self.reasons is not None and block.alike is None:  # its modules take more than tokens
+                adapter = block.adapter
+                named = isinstance(adapter, ListAdapter) and adapter.named_as_experts
+                sure = named or isinstance(adapter, StackedAdapter)
+                if (
+                    self.reasons is not None and block.alike is None and not sure
+                ):  # they take more than tokens
                     raise
                 block.computable = False
                 block.explanation = f"not checked: the experts cannot be called again: {reason_of(error)}"
+        block.adapter.examined = bool(block.examined or block.explanation)
         in_order = seen.in_order and not block.sequences  # what one token reads does not say what it needs
         block.state.update(seen._replace(in_order=in_order), place)
         return None

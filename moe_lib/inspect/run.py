@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from moe_lib.inspect.adapters import Adapter, parameter_names
 from moe_lib.inspect.alarms import limits
@@ -25,7 +26,7 @@ from moe_lib.inspect.measures import ABOUT, NOTHING, Layer, Value, expert_measur
 from moe_lib.inspect.panel import Panel
 from moe_lib.inspect.places import by_name
 from moe_lib.inspect.recorder import Recorder
-from moe_lib.inspect.snapshot import unchanged
+from moe_lib.inspect.snapshot import copied, put_back_after, unchanged
 from moe_lib.inspect.state import BlockState
 from moe_lib.inspect.tamper import Loss, costs
 from moe_lib.parallel import distributed
@@ -90,7 +91,13 @@ def inspect_moe(
         raise ValueError(f"causal must be False, True or 'every expert', got {causal!r}")
     model = getattr(model, "_orig_mod", model)
     recorder = Recorder(model, *find_blocks(model, adapters), sequence_first, seed)
-    call = run if run is not None else lambda inputs: _call(model, inputs, labels)
+    asked = run if run is not None else lambda inputs: _call(model, inputs, labels)
+
+    def call(inputs: Any) -> Any:
+        copies = tree_map(copied, inputs)  # of what the model may write to
+        with put_back_after(*tree_leaves(copies)):
+            return asked(copies)
+
     data = itertools.islice(map(_pair, batches), max_batches)
     kept: list[tuple[Any, Any]] = []
     with evaluating(model), torch.no_grad(), eager():
@@ -98,7 +105,7 @@ def inspect_moe(
         if first is None:
             raise ValueError("batches is empty: give at least one batch")
         refuse_mask_as_labels(model, *first)
-        confirm(recorder, lambda: call(first[0]))
+        confirm(recorder, lambda: call(first[0]), adapters)
         if not recorder.blocks:
             raise ValueError(nothing_found(recorder.unread))
         recorder.attach()
@@ -118,6 +125,8 @@ def inspect_moe(
         finally:
             recorder.detach()
         panel = panel_of(recorder, title or type(model).__name__, names)
+        if not panel.layers:
+            raise ValueError(nothing_found(panel.unread))
     if (also := _may_be_input(model, *first)) is not None:
         for layer in panel.layers:
             layer.notes.append(
@@ -188,13 +197,26 @@ def nothing_found(unread: list[str]) -> str:
 
 def _call(model: nn.Module, inputs: Any, labels: Labels) -> Any:
     if not isinstance(inputs, Mapping):
-        return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+        return _fitting(model, inputs if isinstance(inputs, tuple | list) else (inputs,), {})
     parameters = inspect.signature(model.forward).parameters.values()
     takes = {p.name for p in parameters}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         # The entry that the labels come from is not the model's, unless its name says so.
         takes = {name for name in inputs if name != labels or name == "labels"}
-    return model(**{name: value for name, value in inputs.items() if name in takes})
+    return _fitting(model, (), {name: value for name, value in inputs.items() if name in takes})
+
+
+def _fitting(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The model's answer; whether it takes these arguments is said before it runs."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"the batch does not fit the model: {error}. A pair is (inputs, labels): give ((a, b), None) for "
+            "two arguments; a mapping holds arguments by name: give run=lambda batch: model(batch) for one "
+            "that is an argument itself"
+        ) from None
+    return model(*args, **kwargs)
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
@@ -278,6 +300,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for module, training in modes.items():  # the outer ones first
+            if module.training != training:
+                module.train(training)  # it may do more than set the mode, as LoRA layers that merge
         for module, training in modes.items():
             module.training = training
 

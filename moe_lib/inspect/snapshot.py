@@ -1,4 +1,4 @@
-"""A look leaves no trace: what modules hold besides parameters, and random states, are put back."""
+"""Save what modules hold besides parameters, and random states; put it back after a trial run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ATOMS = {int, float, bool, str, bytes, type(None), Tensor, nn.Parameter}
 STRUCTURE = vars(nn.Module()).keys() - {"_buffers"}  # parameters, children, hooks: no call changes them
 OTHERS = ("torch", "transformers", "accelerate", "lightning", "pytorch_lightning")  # their objects stay as is
 Held = list[tuple[Any, Any]]  # what holds something, and what it held
-KINDS: tuple[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], Any]], ...] = (  # how to read and to set
+HELD: tuple[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], Any]], ...] = (  # how to read and to set
     (np.ndarray, np.copy, lambda array, before: array.__setitem__(..., before)),
     (torch.Generator, torch.Generator.get_state, torch.Generator.set_state),
     (random.Random, random.Random.getstate, random.Random.setstate),
@@ -41,23 +41,39 @@ def set_random_states(states: list[Tensor]) -> None:
         torch.cuda.set_rng_state(state)
 
 
-def contents(module: nn.Module) -> Held:
-    """Of a module and all inside it: attributes, and what containers and plain objects there hold."""
+def every_random_state() -> tuple[Any, ...]:
+    """Those of Python and NumPy as well."""
+    return random_states(), random.getstate(), np.random.get_state()  # noqa: NPY002
+
+
+def set_every_random_state(states: tuple[Any, ...]) -> None:
+    set_random_states(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])  # noqa: NPY002
+
+
+def contents(*parts: Any) -> Held:
+    """Of modules and all inside them: attributes, those that their classes share, and what containers and
+    plain objects there hold; of other objects the same."""
     held: dict[int, tuple[Any, Any]] = {}
-    waiting: list[Any] = []
-    for each in module.modules():
-        held[id(vars(each))] = vars(each), {**vars(each)}
-        waiting += [value for name, value in vars(each).items() if name not in STRUCTURE]
+    waiting: list[Any] = [*parts]
     while waiting:
         part = waiting.pop()
         if type(part) in ATOMS or id(part) in held:
             continue
-        if type(part) in CONTAINERS:
+        if isinstance(part, nn.Module):
+            for each in part.modules():
+                if id(vars(each)) not in held:
+                    held[id(vars(each))] = vars(each), {**vars(each)}
+                    waiting += [value for name, value in vars(each).items() if name not in STRUCTURE]
+                    waiting += [value for base in type(each).__mro__ if _is_ours(base)
+                                for value in vars(base).values() if type(value) in CONTAINERS]  # fmt: skip
+        elif type(part) in CONTAINERS:
             held[id(part)] = part, copy.copy(part)
             waiting += part.values() if isinstance(part, dict) else part
         elif isinstance(part, tuple):
             waiting += part
-        elif kind := next((kind for kind in KINDS if isinstance(part, kind[0])), None):
+        elif kind := next((kind for kind in HELD if isinstance(part, kind[0])), None):
             held[id(part)] = part, kind[1](part)
         elif _is_plain(part):
             slots = _slots(part)
@@ -78,9 +94,11 @@ def _slots(part: Any) -> list[str]:
 
 def _is_plain(part: Any) -> bool:
     """An object of a class of one's own, which may count or collect something."""
-    kind = type(part)
-    ours = kind.__module__.partition(".")[0] not in ("builtins", "functools", "weakref", *OTHERS)
-    return ours and not isinstance(part, nn.Module | Tensor | type)
+    return _is_ours(type(part)) and not isinstance(part, nn.Module | Tensor | type)
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] not in ("builtins", "functools", "weakref", *OTHERS)
 
 
 def copied(value: Any) -> Any:
@@ -109,7 +127,7 @@ def put_back(held: Held) -> None:
         if type(part) in CONTAINERS:
             part.clear()
             (part.extend if isinstance(part, list | deque) else part.update)(before)
-        elif kind := next((kind for kind in KINDS if isinstance(part, kind[0])), None):
+        elif kind := next((kind for kind in HELD if isinstance(part, kind[0])), None):
             kind[2](part, before)
         else:
             for name in _slots(part):  # of frozen ones, too
@@ -120,18 +138,26 @@ def put_back(held: Held) -> None:
 
 
 @contextmanager
-def unchanged(module: nn.Module, start: Held | None = None) -> Iterator[None]:
-    """What a module holds, and random states, are afterwards what they were; meanwhile as in `start`.
+def unchanged(*parts: Any, start: Held | None = None) -> Iterator[None]:
+    """What modules and objects hold, and random states, are afterwards what they were; meanwhile as in
+    `start`.
 
     Tensors are copies meanwhile: one that is written to could not be used in a backward pass any more.
     """
-    held, states = contents(module), random_states()
-    others = random.getstate(), np.random.get_state()  # noqa: NPY002
+    states = every_random_state()
+    try:
+        with put_back_after(*parts, start=start):
+            yield
+    finally:
+        set_every_random_state(states)
+
+
+@contextmanager
+def put_back_after(*parts: Any, start: Held | None = None) -> Iterator[None]:
+    """The same, random states aside."""
+    held = contents(*parts)
     put_back(with_copies(held) if start is None else start)
     try:
         yield
     finally:
-        set_random_states(states)
-        random.setstate(others[0])
-        np.random.set_state(others[1])  # noqa: NPY002
         put_back(held)

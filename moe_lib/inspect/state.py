@@ -25,7 +25,7 @@ DENSE_TABLE = 1 << 20  # entries; a larger class table is kept sparse
 
 
 class Place(NamedTuple):
-    """Where the tokens of one call stand; None where it is not known."""
+    """Of each token of a call: padding, label, position, whether the next one follows it; None: unknown."""
 
     valid_N: Tensor | None = None  # False: padding
     labels_N: Tensor | None = None  # below 0: not counted by class
@@ -140,13 +140,13 @@ class BlockState(Tables):
         self.num_slots = 0  # K, the most that a token had
         self.stride = 1  # of the features read
         self.inputs_ED: Tensor | None = None  # sums; the last of its E + 1 rows: read by no expert
-        self.waiting: list[dict[str, Tensor]] = []  # what calls leave to be tallied, with the same entries
+        self.waiting: list[dict[str, Tensor]] = []  # calls to be added together; all have the same keys
         self.num_waiting = 0  # entries
         self.class_key = torch.zeros(0, dtype=torch.long)  # class * E + expert
         self.class_count = torch.zeros(0, dtype=torch.float64)
         self.pending: list[Tensor] = []
         self.shares: bool | None = None  # are the router's scores shares already? Judged once
-        self.may_be_distances = False  # no score is below 0, and some are above 1; judged once
+        self.may_be_distances = False  # no score is below 0, and some are above 1; decided once
         self.kept = Kept()
 
     @property

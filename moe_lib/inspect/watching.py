@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map
 
 from moe_lib.inspect.adapters import Adapter
 from moe_lib.inspect.alarms import early_warning, limits
@@ -24,13 +25,34 @@ from moe_lib.inspect.find import confirm, find_blocks
 from moe_lib.inspect.panel import Panel, plain
 from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.run import eager, nothing_found, panel_of
-from moe_lib.inspect.snapshot import copied
+from moe_lib.inspect.snapshot import copied, put_back_after
 from moe_lib.inspect.tagging import NoDropout
 from moe_lib.parallel import distributed
 
 
 class Watch:
-    """What `watch` gives: `log(step)` for numbers, `panel()` for the last look, `history` for all of them."""
+    """Watch a model while it trains: hooks are there in every `every`-th forward pass only.
+
+    Training is as it would be without it, with one exception: at a look, blocks with lists of experts run a
+    second time, and the model once more at the first look. What they write into what their modules hold
+    (buffers, numbers, lists, objects of one's own) is taken back; what they write elsewhere (globals) is not.
+    What cannot be read is listed or noted; only if nothing looks like a mixture is a ValueError
+    raised, at the first look. Where torch.distributed is initialised every rank must watch, since a look sums
+    over ranks.
+
+    `with watch(model) as w:`, then `w.log(step)` for numbers, `w.panel()` for the last look, `w.history` for
+    all of them.
+
+    Args:
+        model: in training mode it is looked at at its first forward pass and every `every`-th after it;
+            passes in evaluation mode do not count. Recomputation under gradient checkpointing does not.
+            Call it as model(x): calls of model.forward or of its parts are not seen.
+            A compiled model runs eagerly while it is looked at: give what `torch.compile` returned.
+        every: forward passes between two looks: with gradients accumulated over k batches, k a step.
+        adapters: your own, tried first; see `Adapter`.
+        path: a file for JSON lines, one for each look; written by the first rank.
+        thresholds: of alarms, as for `inspect_moe`.
+    """
 
     def __init__(self, model: nn.Module, every: int = 100, adapters: Sequence[type[Adapter]] = (),
                  path: str | Path | None = None,
@@ -53,7 +75,7 @@ class Watch:
         self.last: Panel | None = None
         self.busy = False  # it is being looked at
         self.open = ExitStack()  # closing it ends the look
-        self.end: Any = None  # takes back what `start` did
+        self.end: Any = None  # takes back what `__enter__` did
 
     def __deepcopy__(self, memo: Any) -> Watch:
         """Itself: the hook on a copy of the model does nothing."""
@@ -63,7 +85,7 @@ class Watch:
         """Saved with a model: a watch of no model."""
         return Watch, (None,)
 
-    def start(self) -> Watch:
+    def __enter__(self) -> Watch:
         compiled = self.model._compiled_call_impl
         if compiled is None:
             hook = self.model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
@@ -78,10 +100,8 @@ class Watch:
         self.end = partial(vars(self.model).update, _compiled_call_impl=compiled)
         return self
 
-    def stop(self) -> None:
-        if self.end is not None:
-            self.end()
-            self.end = None
+    def __exit__(self, *_: Any) -> None:
+        self.end()
         self.open.close()
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -105,6 +125,8 @@ class Watch:
         training = getattr(self.model, "_orig_mod", self.model).training
         tried, in_backward = Recorder.working is not None, torch._C._current_graph_task_id() != -1
         if self.busy or tried or not training or in_backward:
+            return False
+        if self.found is None and any(map(is_lazy, self.model.parameters())):  # the next pass knows them
             return False
         due = self.steps % self.every == 0 if self.due is None else self.due
         self.steps += 1
@@ -140,10 +162,11 @@ class Watch:
 
         def run() -> None:
             copies: Any = tree_map(copied, (args, kwargs))
-            self.model(*copies[0], **copies[1])
+            with put_back_after(*tree_leaves(copies)):
+                self.model(*copies[0], **copies[1])
 
         with torch.no_grad(), NoDropout():
-            confirm(found, run)
+            confirm(found, run, self.adapters)
         if not found.blocks:
             if not found.unread:
                 raise ValueError(nothing_found([]))
@@ -204,34 +227,7 @@ def on_first_rank() -> bool:
     return not distributed() or torch.distributed.get_rank() == 0
 
 
-@contextmanager
-def watch(model: nn.Module, every: int = 100, adapters: Sequence[type[Adapter]] = (),
-          path: str | Path | None = None,
-          thresholds: dict[str, float] | None = None) -> Iterator[Watch]:  # fmt: skip
-    """Watch a model while it trains: hooks are there in every `every`-th forward pass only.
-
-    Training is as it would be without it, with one exception: at a look, blocks with lists of experts run a
-    second time, and the model once more at the first look. What they write into what their modules hold
-    (buffers, numbers, lists, objects of one's own) is taken back; what they write elsewhere (globals) is not.
-    What cannot be read is listed or noted; only if nothing looks like a mixture is a ValueError
-    raised, at the first look. Where torch.distributed is initialised every rank must watch, since a look sums
-    over ranks.
-
-    Args:
-        model: in training mode it is looked at at its first forward pass and every `every`-th after it;
-            passes in evaluation mode do not count. Recomputation under gradient checkpointing does not.
-            Call it as model(x): calls of model.forward or of its parts are not seen.
-            A compiled model runs eagerly while it is looked at: give what `torch.compile` returned.
-        every: forward passes between two looks: with gradients accumulated over k batches, k a step.
-        adapters: your own, tried first; see `Adapter`.
-        path: a file for JSON lines, one for each look; written by the first rank.
-        thresholds: of alarms, as for `inspect_moe`.
-    """
-    watching = Watch(model, every, adapters, path, thresholds).start()
-    try:
-        yield watching
-    finally:
-        watching.stop()
+watch = Watch
 
 
 class CollapseCallback:
@@ -249,6 +245,7 @@ class CollapseCallback:
         self.every, self.verbose = every, verbose
         self.build = partial(Watch, every=every, adapters=adapters, path=path, thresholds=thresholds)
         self.watch: Watch | None = None
+        self.open = ExitStack()  # closing it ends the watch
         self.seen = 0
         self.first = False  # of the trainer's callbacks
 
@@ -273,7 +270,7 @@ class CollapseCallback:
             warnings.warn(f"{reports} get no numbers of the blocks: use add_to(trainer)", stacklevel=2)
         self.on_train_end(args, state, control)  # an earlier training may have been stopped by an error
         self.seen = 0
-        self.watch = self.build(model).start()
+        self.watch = self.open.enter_context(self.build(model))
         self.watch.due = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -295,5 +292,4 @@ class CollapseCallback:
                 state.log_history[-1].update(ours)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.watch is not None:
-            self.watch.stop()
+        self.open.close()

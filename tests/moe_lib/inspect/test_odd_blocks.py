@@ -266,7 +266,9 @@ def test_keywords_and_losses_before_the_output(training):
 
 
 def test_experts_that_take_more_than_tokens_are_not_read():
-    assert "0 (Inside): Weighted.forward() missing 1 required" in unread(nn.Sequential(Inside()))
+    assert "0 (Inside): answers are added up as they are, and its experts take" in unread(
+        nn.Sequential(Inside())
+    )
 
 
 class Picky(nn.Module):
@@ -333,3 +335,69 @@ def test_batches_as_long_as_wide_are_said_to_be_ambiguous(size):
 
     layer = inspect_moe(nn.Sequential(Flat()), [x_BTD])[0]
     assert any("T equals B" in note for note in layer.notes) == (size == 5)
+
+
+class Holder(nn.Module):
+    """Answers of all experts, one below the other, side by side, or in a list."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.nets = how, nn.ModuleList(nn.Linear(D, D) for _ in range(E))
+
+    def forward(self, x):
+        if self.how in ("buffers", "idle"):  # [E, C, D]; expert 0 is not called
+            idle = self.how == "idle"
+            answers = [net(x_CD) for net, x_CD in zip(self.nets, x, strict=True) if not idle or x_CD.any()]
+            return torch.stack([torch.zeros_like(answers[0])] * idle + answers)
+        answers = [net(x) for net in self.nets]
+        if self.how == "list":
+            return answers
+        return torch.cat(answers) if self.how == "below" else torch.stack(answers, 1)
+
+
+class Experts(Holder):
+    """The same, by a telling name."""
+
+
+class Around(nn.Module):
+    """Mixes what the holder returns; without a gate all alike: an ensemble."""
+
+    def __init__(self, holder, gated=True):
+        super().__init__()
+        self.gate, self.held, self.gated = nn.Linear(D, E), holder, gated
+        if holder.how == "idle":
+            self.gate.bias.data[0] = -50
+
+    def forward(self, x_ND):
+        weight_NE = self.gate(x_ND).softmax(-1) if self.gated else torch.full((len(x_ND), E), 1 / E)
+        inside_NE = weight_NE == weight_NE.amax(1, keepdim=True)
+        self.chosen = weight_NE.argmax(1)
+        if self.held.how in ("buffers", "idle"):
+            answer_END = self.held(inside_NE.T[:, :, None] * x_ND)
+        elif self.held.how == "below":
+            answer_END = self.held(x_ND).view(E, len(x_ND), D)
+        else:
+            found = self.held(x_ND)
+            answer_END = torch.stack(found) if self.held.how == "list" else found.transpose(0, 1)
+        return torch.einsum("end,ne->nd", answer_END, weight_NE * inside_NE)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("root", [False, True])
+@pytest.mark.parametrize("how", ["below", "beside", "list", "buffers", "idle"])
+@pytest.mark.parametrize("kind", [Holder, Experts])
+def test_a_module_that_only_holds_experts_is_not_the_mixture(kind, how, root, training):
+    block = Around(kind(how))
+    model = block if root else nn.Sequential(block)
+    panel = looked(model, tokens())[0] if training else inspect_moe(model, [tokens()])
+    (layer,) = panel.layers
+    assert layer.family == "Around"
+    assert layer.state.count_E.tolist() == counts(block)
+    assert layer["mixture error"] < 1e-5
+
+
+@pytest.mark.parametrize("how", ["below", "beside", "list"])
+def test_an_ensemble_in_a_holder_is_no_mixture(how):
+    with pytest.raises(ValueError, match="no module looks like one"):
+        inspect_moe(Around(Holder(how), gated=False), [tokens()])

@@ -77,7 +77,8 @@ class RandomExperts(Block):
 
 
 def test_answers_computed_again_leave_no_trace():
-    """Neither on the random numbers nor on the statistics of the experts; such a mixture is not judged."""
+    """Neither on the random numbers nor on the statistics of the experts; such a mixture is judged by the
+    answers of one call."""
     found = []
     for watched in (False, True):
         model = nn.Sequential(RandomExperts()).train()
@@ -87,7 +88,8 @@ def test_answers_computed_again_leave_no_trace():
             output = model(tokens())
         found.append([output, torch.rand(3), *model.state_dict().values()])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-    assert "answers are random" in w.panel()[0].explanation
+    assert w.panel()[0].explanation == "the mixture of what was observed is the block's output"
+    assert any("answers are random: the mixture was checked" in note for note in w.panel()[0].notes)
     assert w.panel()[0].state.count_E.tolist() == counts(model[0])
 
 
