@@ -84,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         "names", nargs="*", help=f"of {', '.join([*data.DATASETS, *text.CORPORA])} (default: all)"
     )
     fetch.add_argument("--profile", help="only fetch what the runs left of this profile need")
-    readme = commands.add_parser("readme", help="rewrite the README's answers and RESULTS.md from results/")
+    readme = commands.add_parser(
+        "readme", help="rewrite the README's answers and the pages of results from results/"
+    )
     readme.add_argument("--check", action="store_true", help="change nothing; fail if it is out of date")
     commands.add_parser("trust", help="score every measure on planted data, into results/planted/trust.json")
     commands.add_parser("rates", help="how often the rule says each word, into results/planted/verdicts.json")

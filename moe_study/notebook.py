@@ -92,7 +92,7 @@ def show(figure: Figure, path: str, runs: Sequence[study.Run] = (), files: Seque
     picture = Image(filename=str(plots.target(path)), embed=True, retina=True, alt=alt)
     display(picture, metadata={provenance.KEY: about})
     below = (
-        f"<p>{html.escape(caption)}</p>\n<details><summary>where it comes from</summary>"
+        f"<p>{provenance.marked(caption)}</p>\n<details><summary>where it comes from</summary>"
         f"{html.escape(provenance.below(path, sources))}</details>"
     )
     display(HTML(below), metadata={provenance.KEY: {"caption_of": path}})

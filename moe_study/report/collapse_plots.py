@@ -132,7 +132,7 @@ def idea(results: Sequence[Result]) -> Figure:
     chosen = at_one_seed(arms_of(results, MAIN_ARMS))
     figure, axes = new_figure(4.8 * max(len(chosen), 1), 3.0, 1, max(len(chosen), 1))
     draw = np.random.default_rng(0)
-    measured = []
+    measured, known = [], []
     for axis, (arm, result) in zip(axes[0], chosen.items(), strict=True):
         apart = result["run"]["objective"]["snnl"] is not None
         gate_GE = np.array(result["domains"]["domain_expert"])
@@ -158,6 +158,7 @@ def idea(results: Sequence[Result]) -> Figure:
             axis.text(x, 3.15, label, ha="center", fontsize=10)
         effective = np.exp(entr(weight_E).sum())
         told_apart = entr(weight_E).sum() - entr(gate_GE).sum(1).mean()
+        known.append(float(told_apart))
         measured.append(f"{in_words(arm)} {effective:.1f} effective experts and {told_apart:.2f} nats")
         accuracy = 100 * result["task"]["accuracy"]
         title = f"{in_words(arm)}: {accuracy:.1f} % accurate, {effective:.1f} effective experts"
@@ -174,5 +175,7 @@ def idea(results: Sequence[Result]) -> Figure:
         "spread the work. Dots are drawn by hand, colours are classes. Measured are the percentages (the "
         "gate's mean weights), effective experts (the exponential of their entropy), accuracy, and how far "
         f"the gate tells domains apart (mutual information of domain and expert): {', '.join(measured)}, at "
-        f"{which_seed(chosen)}{where}.",
+        f"{which_seed(chosen)}{where}."
+        + " Here the opposite happened: with SNNL the gate tells domains apart less."
+        * (known[-1:] < known[:1]),
     )

@@ -15,7 +15,7 @@ from moe_study.data import DATASETS
 from moe_study.report import verdicts as words
 from moe_study.report.plots import DATASET_TITLES
 from moe_study.report.tables import grouped
-from moe_study.report.verdicts import SPECIAL, in_words, place
+from moe_study.report.verdicts import in_words, place
 from moe_study.verdicts import Verdict, Word
 
 LOW_IS_GOOD = "↓"  # beside a unit
@@ -51,7 +51,7 @@ def _section(title: str, units: Sequence[Verdict]) -> dict[str, Any]:
     if whole := len(compared) == 1:
         title += f" ({treatment} {', then '.join(f'minus {control}' for control in controls)})"
     order = list(DATASET_TITLES)
-    rows = grouped(sorted(units, key=lambda v: (order.index(v.dataset), v.claim.study in SPECIAL)), place)
+    rows = grouped(sorted(units, key=lambda v: order.index(v.dataset)), place)
     columns, notes = [], {}
     for kind, own in grouped(units, _kind).items():
         against = {(v.control, v.where) for v in own}
@@ -111,12 +111,14 @@ GLOSSARY = {
     "+a [b, c]": f"mean difference over paired seeds [95 % interval]; {LOW_IS_GOOD}: low is good",
     "supported": "claimed sign, corrected p at most 0.05, no checkpoint against it",
     "contradicted": "90 % interval on the wrong side of 0, not corrected for the number of claims",
-    "smaller than claimed": "90 % interval below the published difference; where none is known, our margin",
+    "smaller than claimed": "90 % interval below the published difference, taken as exact; if unknown, "
+    "below our margin: no gain of that size",
     "depends on the checkpoint rule": "another verdict at the epoch of another validation score",
-    "undecided": "too few seeds to say",
+    "undecided": "none of these words fits: too few seeds to say",
     "not testable here": "nothing to resolve, models hardly trained, or learned routing not shown to pay",
     "pays": "beats routing that learns nothing, in accuracy or cross-entropy",
     "constant gate": "gives every expert the same weight, whatever the input",
+    "top-1": "each image goes to one expert; elsewhere all answer, or two of sixteen",
     "fixed random experts": "chosen once at random for each image, position or byte: no routing is learned",
     "our reading": "the paper says that SNNL resolves collapse; the measure is ours",
     "confirmatory": "seeds declared before their first run; else exploratory",
@@ -133,8 +135,8 @@ def first_screen(found: Sequence[Verdict]) -> str:
     return _TEMPLATES.get_template("first.html.j2").render(shown)
 
 
-def scope(found: Sequence[Verdict], models: bool = True) -> str:
-    """Models and budgets behind the answers, and what another epoch decided; shorter without `models`."""
+def scope(found: Sequence[Verdict]) -> str:
+    """Models and budgets behind the answers, and what another epoch decided."""
     decided = [v for v in found if v.word != "pilot"]
     if not decided:
         return ""
@@ -145,4 +147,4 @@ def scope(found: Sequence[Verdict], models: bool = True) -> str:
         f"{', '.join(dict.fromkeys(f'{place(v)} {v.where}'.strip() for v in own))}: {model}"
         for model, own in grouped(decided, lambda v: v.scope).items()
     )
-    return f"{text}. {listed}." if models else f"{text}."
+    return f"{text}. {listed}."

@@ -154,6 +154,31 @@ def map_table(results: Sequence[Result]) -> pd.DataFrame:
     return table
 
 
+def _medians_by_width(results: Sequence[Result], treatment: str, control: str) -> dict[int, list[float]]:
+    """Median over seeds of the difference in accuracy, in points: one a size, by expert width."""
+    found: dict[int, list[float]] = {}
+    for (_, _, width), cell in sorted(_cells(results).items()):
+        if (values_S := gain(treatment, control, cell)).size:
+            found.setdefault(width, []).append(float(np.median(values_S)))
+    return dict(sorted(found.items()))
+
+
+def mean_gains(results: Sequence[Result], treatment: str, control: str) -> dict[int, float]:
+    """By expert width: the mean of these medians."""
+    return {w: float(np.mean(own)) for w, own in _medians_by_width(results, treatment, control).items()}
+
+
+def by_width(results: Sequence[Result]) -> pd.DataFrame:
+    """By expert width: mean over sizes of the median difference in accuracy, and how many lie below 0."""
+    rows: dict[str, dict[int, str]] = {}
+    for a, b in (("base", "uniform-gate"), ("snnl", "base"), ("snnl", "uniform-gate")):
+        rows[f"{a} - {b}, points"] = {
+            width: f"{signed(float(np.mean(own)), 2)} ({sum(one < 0 for one in own)} of {len(own)})"
+            for width, own in _medians_by_width(results, a, b).items()
+        }
+    return pd.DataFrame(rows).rename_axis("expert width")
+
+
 def _map(results: Sequence[Result], quantities: dict[str, Quantity], even: bool = False) -> Figure:
     """A row of panels for each quantity, with medians over seeds in the cells. Evenness lies in [0, 1];
     differences have colours that are even around 0."""

@@ -105,17 +105,32 @@ def accuracy_table(
     return table.loc[order].fillna("-").rename_axis("arm")
 
 
+DOMAIN_STUDIES = ("collapse", "collapse-top1")
+DOMAINS: Columns = {
+    f"accuracy on {title}": Column(f"domains.accuracy.{at}", 2, "points")
+    for at, title in enumerate(DATASETS["domains"].domains)
+}
+
+
 def domain_table(profile: str) -> pd.DataFrame:
     """Test accuracy of every arm on each of the three domains."""
-    columns = {
-        f"accuracy on {title}": Column(f"domains.accuracy.{at}", 2, "points")
-        for at, title in enumerate(DATASETS["domains"].domains)
-    }
     return each_dataset(
         profile,
-        ("collapse", "collapse-top1"),
-        lambda results: tables.summary(frame_of(results, columns), list(columns), columns),
+        DOMAIN_STUDIES,
+        lambda results: tables.summary(frame_of(results, DOMAINS), list(DOMAINS), DOMAINS),
     )
+
+
+def domain_gains(profile: str) -> pd.DataFrame:
+    """What SNNL adds on each domain."""
+
+    def gains(results: Sequence[Result]) -> pd.DataFrame:
+        frame = frame_of(results, DOMAINS)
+        return tables.contrasts(frame, [("snnl", "base")], list(DOMAINS), DOMAINS).drop(
+            tables.MECHANISM, level="contrast", errors="ignore"
+        )
+
+    return each_dataset(profile, DOMAIN_STUDIES, gains).rename_axis(index={"data set": "setting"})
 
 
 def published_table(profile: str) -> pd.DataFrame:

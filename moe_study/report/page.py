@@ -56,8 +56,10 @@ def number_figures(content: NotebookNode) -> None:
         for output, about in told:
             if "figure" in about:
                 number += 1
+                caption = about["caption"] or about["figure"].replace("/", " ")
                 output.metadata["figure"] = {
-                    "caption": about["caption"] or about["figure"].replace("/", " "),
+                    "caption": caption,
+                    "shown": provenance.marked(caption),
                     "origin": provenance.below(about["figure"], about["sources"]),
                     "commands": provenance.commands(about["sources"]),
                     "number": number,

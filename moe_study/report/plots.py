@@ -31,7 +31,7 @@ ARM_STYLE = {  # colour, marker
     "base": (PALETTE[2], "o"),
     "snnl": (PALETTE[1], "s"),
     "dense": ("#a6761d", "o"),
-    "dense-snnl": (PALETTE[3], "s"),
+    "dense-snnl": (PALETTE[3], "D"),
     "base-balance": (PALETTE[4], "^"),
     "snnl-shuffled": (PALETTE[5], "v"),
     "base-aux": (PALETTE[6], "D"),

@@ -3,7 +3,9 @@ figure's display in a notebook, from `notebook.show` to the report's page."""
 
 from __future__ import annotations
 
+import html
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,11 @@ def sources(runs: Sequence[Run] = (), files: Sequence[Path] = ()) -> list[Source
                 entry["arms"].append(run.arm)
     others = [{"file": path.relative_to(store.results_dir()).as_posix()} for path in files]
     return [*found.values(), *others]
+
+
+def marked(caption: str) -> str:
+    """A caption as HTML, with what stands in backticks as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(caption))
 
 
 def in_words(found: Sequence[Source]) -> str:

@@ -230,7 +230,7 @@ def inspector_sections() -> list[str]:
 
 
 def speed_sections() -> list[str]:
-    """RESULTS.md's tables of what was measured into results/bench."""
+    """The tables of what was measured into results/bench."""
     sections = []
     for name, title in BENCH_TITLES.items():
         if not (table := bench_table(name)).empty:

@@ -112,6 +112,7 @@ def comparisons(rows: list[dict[str, str]], keys: list[str], *more: str) -> pd.D
 
 
 ONE_EXPERT = ("dense", "dense-snnl")  # arms
+MECHANISM = "mechanism: (snnl - base) - (dense-snnl - dense)"
 
 
 def contrasts(
@@ -128,7 +129,7 @@ def contrasts(
         own = [pair for pair in pairs if not (routing and {*pair} & {*ONE_EXPERT})]
         found = [(f"{a} - {b}", contrast(runs, a, b, column)) for a, b in own]
         if not routing:
-            found.append(("mechanism: (snnl - base) - (dense-snnl - dense)", mechanism(runs, column)))
+            found.append((MECHANISM, mechanism(runs, column)))
         for name, value in found:
             if value is not None:
                 rows.append(
@@ -294,7 +295,7 @@ def claim_table(results: Sequence[Result], study: str) -> pd.DataFrame:
                 rows.append(
                     {"claim": claim.wording, "measure": heading, "contrast": f"{a} - {b}"}
                     | show(found, measure.column)
-                    | {"reading": reading(found, measure.direction)}
+                    | {"reading": "-" if found.seeds < FEWEST_SEEDS else reading(found, measure.direction)}
                 )
     return comparisons(rows, ["claim", "measure", "contrast"], "reading")
 

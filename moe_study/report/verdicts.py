@@ -12,21 +12,29 @@ import pandas as pd
 from moe_study import store
 from moe_study.claims import BY_KEY, PILOT_BELOW
 from moe_study.columns import COLUMNS, Columns
+from moe_study.configs.arms import CONFIRMATORY
 from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
 from moe_study.verdicts import Cause, Part, Verdict, Word
 
-# Studies of one data set are told apart by what is special about the models of all but one of them.
+# Studies of one data set are told apart by what is special about the models of all but one of them,
 SPECIAL = {
-    "collapse-top1": " with one expert per image",
-    "collapse-wide": " with 16 experts",
+    "collapse-top1": " (top-1)",
+    "collapse-wide": " (16 experts)",
     "ac-language-everywhere": ", every mixture",
 }
 
 
+# or, where both papers' claims are judged on it, by what they are.
+MODELS = {"snnl": " (CNN)", "ac-vision": " (ViT)"}
+SHARED = ("fashion_mnist", "cifar10", "cifar100")
+
+
 def title(study: str, dataset: str) -> str:
     """The data set, and what is special about the models of a study."""
-    return DATASET_TITLES[dataset] + SPECIAL.get(study, "")
+    explored = CONFIRMATORY.get(study, study)
+    special = MODELS.get(explored, "") if dataset in SHARED else ""
+    return DATASET_TITLES[dataset] + SPECIAL.get(explored, special)
 
 
 def place(verdict: Verdict) -> str:
@@ -84,6 +92,7 @@ def table(found: Sequence[Verdict]) -> pd.DataFrame:
             ),
             "verdict": word(verdict) + earlier(verdict),
             "counts from": claim.measure.shown(claim.measure.sign * verdict.margin),
+            "p": "-" if math.isnan(verdict.p_holm) else tables.shown_p(verdict.p),
             "p (Holm)": "-" if math.isnan(verdict.p_holm) else tables.shown_p(verdict.p_holm),
         }
         if comparison is not None:
@@ -92,27 +101,32 @@ def table(found: Sequence[Verdict]) -> pd.DataFrame:
             row["seeds"] = tables.show(comparison)["seeds"]
         rows.append(row)
     columns = ["of", "data set", "claim", "against", "verdict", "difference", "95 % interval"]
-    frame = pd.DataFrame(rows, columns=[*columns, "counts from", "p (Holm)", "seeds"]).fillna("-")
+    frame = pd.DataFrame(rows, columns=[*columns, "counts from", "p", "p (Holm)", "seeds"]).fillna("-")
     return frame.set_index(["of", "data set"])
 
 
 def firmness(found: Sequence[Verdict]) -> pd.DataFrame:
-    """What each verdict depends on: the margin, the checkpoint, the test images, the number of seeds."""
+    """What each verdict depends on: margin, checkpoint, test images, number of seeds. "=": the same word."""
     rows = []
     for verdict in found:
         claim = verdict.claim
         images = verdict.images
+        elsewhere = {
+            "at half the margin": _qualified(verdict, verdict.at_half, 0.5),
+            "at twice the margin": _qualified(verdict, verdict.at_twice, 2),
+            **{name.replace("_", " "): verdict.by_endpoint.get(name, "-") for name in store.ENDPOINTS},
+        }
         rows.append(
             {
                 "data set": place(verdict),
                 "claim": claim.wording,
                 "contrast": contrast(verdict),
                 "verdict": verdict.word,
-                "at half the margin": _qualified(verdict, verdict.at_half, 0.5),
-                "at twice the margin": _qualified(verdict, verdict.at_twice, 2),
-                **{name.replace("_", " "): verdict.by_endpoint.get(name, "-") for name in store.ENDPOINTS},
+                **{at: "=" if said == verdict.word else said for at, said in elsewhere.items()},
                 "interval over seeds and images": "-" if images is None else claim.measure.shown(*images),
-                "seeds for 80 % power, before correction": str(verdict.seeds_needed or "-"),
+                "seeds to find the difference that counts (80 % power, uncorrected)": str(
+                    verdict.seeds_needed or "-"
+                ),
             }
         )
     return pd.DataFrame(rows).set_index(["data set", "claim"]) if rows else pd.DataFrame()
@@ -126,7 +140,7 @@ def reasons(found: Sequence[Verdict]) -> pd.DataFrame:
             "claim": verdict.claim.wording,
             "verdict": verdict.word,
             "reason": reason(verdict),
-            "attribution": " ".join(cause(one, verdict) for one in verdict.causes) or "No control was run.",
+            "attribution": " ".join(cause(one, verdict) for one in verdict.causes) or "No further control.",
             "scope": f"{verdict.scope}; measured at {verdict.endpoint.replace('_', ' ')}",
         }
         for verdict in found
@@ -142,7 +156,7 @@ def reason(verdict: Verdict) -> str:
     said: Mapping[Word, str] = {
         "supported": f"Holm p {tables.shown_p(verdict.p_holm)}, and no endpoint contradicts it",
         "contradicted": "the 90 % interval lies wholly on the other side of zero",
-        "smaller than claimed": f"the 90 % interval lies wholly below {margin}",
+        "smaller than claimed": f"by the 90 % interval any gain is smaller than {margin}",
         "undecided": f"about {verdict.seeds_needed} paired seeds would find {margin} with 80 % power, before "
         "correction for the number of claims",
         "pilot": f"fewer than {PILOT_BELOW} paired seeds",
@@ -275,16 +289,17 @@ def differences(
             for arm in (treatment, control)
         )
         shown = tables.show(found, column)
-        if found.low <= 0 <= found.high:
-            reading = "the interval includes 0, so these seeds cannot tell"
+        if found.seeds < tables.FEWEST_SEEDS:
+            interval, reading = "", "too few for an interval"
         else:
+            interval = f" {shown['95 % interval']}"
             reading = f"{name_of[treatment]} is {'higher' if found.difference > 0 else 'lower'}"
-        pilot = ", too few to decide" if found.seeds < PILOT_BELOW else ""
+            reading = "the interval includes 0" if found.low <= 0 <= found.high else reading
+            reading += ", and the seeds are too few to decide" * (found.seeds < PILOT_BELOW)
+        difference = f"{shown['difference']}{interval} {column.unit}".strip()
         said.append(
-            f"{name}, on the {found.seeds} seeds that both have: {name_of[treatment]} {a}, "
-            f"{name_of[control]} {b}. The difference is "
-            f"{shown['difference']} {shown['95 % interval']} {column.unit}".strip()
-            + f"{pilot}: {reading}."
+            f"{name}: {name_of[treatment]} {a}, {name_of[control]} {b}; difference {difference} on "
+            f"{found.seeds} seeds, {reading}."
         )
     return said
 

@@ -14,7 +14,7 @@ from scipy import stats as scipy_stats
 from moe_study import claims, stats, store, verdicts
 from moe_study.columns import GRADIENT_ATTACKS, SWAP_SHARES
 from moe_study.report import verdicts as words
-from moe_study.report.answers import answers
+from moe_study.report.answers import notes
 from moe_study.verdicts import decide
 
 CLAIM = claims.BY_KEY
@@ -292,8 +292,8 @@ def test_a_verdict_that_another_epoch_changes_depends_on_the_checkpoint_rule():
     assert found.by_endpoint == expected | {"best_cross_entropy": "supported"}
     assert found.depends_on_checkpoint
     assert "depends on the checkpoint rule" in words.word(found)
-    said = "at an epoch that another rule selects, supported on CIFAR-10 (exploratory)."
-    assert said in answers([found])
+    said = "SNNL on CIFAR-10 (CNN) depends on the epoch that is judged (last epoch: smaller than claimed; "
+    assert said in notes([found])
 
 
 def test_another_endpoint_contradicts():

@@ -24,12 +24,12 @@ COMMANDS = [
 
 
 def test_it_is_short_and_begins_with_the_answer():
-    assert len(README.split()) <= 1200
+    assert sum(any(map(str.isalnum, word)) for word in README.split()) <= 1200  # no bars of tables
     order = [
         "?",
-        "Did SNNL help?",
-        "figures/readme/verdicts.png",
-        "figures/readme/routing.png",
+        "Does learned routing pay?",
+        "Does SNNL make a model more accurate?",
+        "figures/readme/effects.png",
         "make report",
     ]
     places = [README.index(text) for text in order]

@@ -176,10 +176,10 @@ def page():
 
 
 def results_page():
-    path = ROOT / "RESULTS.md"
-    if not path.exists():
+    paths = [ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "benchmarks" / "RESULTS.md"]
+    if not all(path.exists() for path in paths):
         pytest.skip("no RESULTS.md: `make readme` writes it")
-    return path.read_text()
+    return "\n".join(path.read_text() for path in paths)
 
 
 def html_tables(page):
@@ -275,14 +275,22 @@ def explained(group, terms, difference, interval, seeds=None, p=None, confidence
 # ------------------------------------------------------------------------------------------ the tables
 
 # Studies of one data set are told apart by their models.
-SPECIAL = {"collapse-top1": " with one expert per image", "collapse-wide": " with 16 experts"}
+SPECIAL = {"collapse-top1": " (top-1)", "collapse-wide": " (16 experts)"}
 SPECIAL["ac-language-everywhere"] = ", every mixture"
+MODELS = {"snnl": " (CNN)", "ac-vision": " (ViT)"}
+SHARED = ("FashionMNIST", "CIFAR-10", "CIFAR-100")
+COLLAPSES = ("collapse", "collapse-top1", "collapse-wide")
+
+
+def titled(study_name, title):
+    first = study_name.split(", ")[0].removesuffix("-confirm").removesuffix("-trained")
+    return title + SPECIAL.get(first, MODELS.get(first, "") if title in SHARED else "")
 
 
 def candidates(groups, header, row):
     """Groups that a row can be of."""
     title = row.get("data set")
-    for special in SPECIAL.values():
+    for special in (*SPECIAL.values(), *MODELS.values()):
         title = title and title.removesuffix(special)
     studies = {row["study"]} if "study" in header else {name for name, _ in groups}
     return [key for key in groups if key[0] in studies and title in (None, key[1])]
@@ -331,7 +339,7 @@ def recomputed():
     return [
         row
         | {
-            "title": DATASET_TITLES[row["dataset"]] + SPECIAL.get(row["claim"].rpartition("-")[0], ""),
+            "title": titled(row["claim"].rpartition("-")[0], DATASET_TITLES[row["dataset"]]),
             "wording": wording[row["claim"]],
             "contrast": f"{treatment[row['claim']]} - {row['control']}",
         }
@@ -356,6 +364,7 @@ def check_verdicts(groups, header, rows):
             and row["seeds"].split(" ")[0] == str(one["seeds"])
             and (row["p (Holm)"] == "-") == math.isnan(one["holm"])
             and (row["p (Holm)"][0] in "-<" or abs(float(row["p (Holm)"]) - one["holm"]) <= 0.51e-4)
+            and (row["p"][0] in "-<" or abs(float(row["p"]) - one["p"]) <= 0.51e-4)
             and any(
                 all(
                     shows(text, np.array(value))[scale]
@@ -409,6 +418,7 @@ def check_first_screen(header, rows):
 def check_firmness(groups, header, rows):
     """What each verdict hangs on: the words at other margins and endpoints, and the seeds it would take."""
     for row in rows:
+        row = {name: row["verdict"] if cell == "=" else cell for name, cell in row.items()}
         elsewhere = {name: row[name.replace("_", " ")] for name in ENDPOINTS}
         assert any(
             one["contrast"] == row["contrast"]
@@ -418,7 +428,8 @@ def check_firmness(groups, header, rows):
                 for name in ("at half the margin", "verdict", "at twice the margin")
             ]
             and elsewhere == {name: one["elsewhere"].get(name, "-") for name in ENDPOINTS}
-            and row["seeds for 80 % power, before correction"] == str(one["needed"] or "-")
+            and row["seeds to find the difference that counts (80 % power, uncorrected)"]
+            == str(one["needed"] or "-")
             and all(
                 any(shows(text, np.array(end))[0] | shows(text, np.array(end))[1] for end in one["images"])
                 for text in re.findall(NUMBER, row["interval over seeds and images"])[1:]
@@ -500,8 +511,8 @@ def with_collapse(groups):
     """(one name, title) -> the groups of the SNNL and the collapse studies, which one table shows."""
     found = {}
     for (name, title), group in groups.items():
-        if name in ("snnl, snnl-confirm", "collapse", *SPECIAL):
-            found["snnl and collapse", title + SPECIAL.get(name, "")] = group
+        if name in ("snnl, snnl-confirm", *COLLAPSES):
+            found["snnl and collapse", titled(name, title)] = group
     return found
 
 
@@ -510,7 +521,7 @@ def check_levels(groups, header, rows):
     layer, attack, kind of experts)."""
     groups = {**groups, **confirmed(groups)}
     groups |= with_collapse(groups)
-    groups |= {(n, title + SPECIAL.get(n, "")): group for (n, title), group in groups.items()}
+    groups |= {(n, titled(n, title)): group for (n, title), group in groups.items()}
     parts = [name for name in ("experts", "MoE layer", "attack", "without") if name in header]
     known = {title for _, title in groups}
     titles = [name for name in header if name in known]
@@ -565,6 +576,77 @@ def epochs_fit(group, arm, text, control):
     median, reached = np.median(steps), sum(map(math.isfinite, steps))
     shown = f"{median:g}" if math.isfinite(median) else f"> {len(curve)}"
     return text == f"{shown} ({reached} of {len(steps)})"
+
+
+HEADINGS = {  # of tables with a row a setting: the arms that may stand there
+    "MoE": "base", "MoE + SNNL": "snnl", "no learned gate": "uniform-gate hash-gate",
+    "no learned gate + SNNL": "uniform-snnl hash-snnl", "dense": "dense", "dense + SNNL": "dense-snnl",
+    "linear router": "linear", "cosine router": "cosine", "AC router": "ac",
+    "experts fixed by position": "hash", "experts fixed by byte": "hash-token",
+}  # fmt: skip
+
+
+def check_settings(groups, header, rows):
+    """Means of arms at the last epoch, the paired gain, and the effective experts of both."""
+    routed = "linear router" in header
+    first = "linear" if routed else "base"
+    own = {**groups, **confirmed(groups)}
+    for row in rows:
+        title = row["setting"].removesuffix(" (exploratory)").removesuffix(" (nats ↓)")
+        group = next(
+            group
+            for (name, dataset), group in own.items()
+            if first in group.values
+            and not name.endswith(("-tuning", "-map", "crossed"))
+            and titled(name, dataset) == title
+            and (
+                "snnl, " in name
+                or ("ac-" in name and "," in name)
+                or name in ("ac-language-everywhere", *COLLAPSES)
+            )
+        )
+        path = "last_epoch cross_entropy" if "nats" in row["setting"] else "last_epoch accuracy"
+        at = group.paths.index(path)
+        for heading in header:
+            if row[heading] != "-" and heading in HEADINGS:
+                (arm,) = set(HEADINGS[heading].split()) & set(group.values)
+                value = np.nanmean(group.of_arm(arm)[:, at])
+                assert shows(row[heading], np.array(value))["nats" not in row["setting"]], (row, heading)
+        if row["gain [95 %]"] != "-":
+            difference, *interval = re.findall(NUMBER, row["gain [95 %]"])
+            treatment = "ac" if routed else "snnl"
+            fits = explained(group, {treatment: 1, first: -1}, difference, interval)
+            assert path in fits, row
+        if (used := row.get("effective experts, without → with", "-")) != "-":
+            shown = re.findall(r"\d+\.\d", used)
+            path = (
+                "mean routing.layers.load.effective_experts" if routed else "routing.load.effective_experts"
+            )
+            for text, arm in zip(shown, (first, "ac" if routed else "snnl"), strict=True):
+                value = np.nanmean(group.of_arm(arm)[:, group.paths.index(path)])
+                assert shows(text, np.array(value))[0], row
+
+
+def check_widths(groups, header, rows):
+    """Of the map: means over sizes of medians over seeds, and how many of these lie below 0."""
+    (group,) = [group for (name, _), group in groups.items() if name == "collapse-map"]
+    accuracy = defaultdict(dict)
+    for r in group.results:
+        model = r["run"]["model"]
+        size = model["expert_hidden"], model["num_experts"], model["code_dim"]
+        accuracy[size][r["run"]["arm"], r["run"]["seed"]] = 100 * r["task"]["accuracy"]
+    seeds = {r["run"]["seed"] for r in group.results}
+    for row in rows:
+        for heading in header[1:]:
+            a, b = heading.removesuffix(", points").split(" - ")
+            medians = [
+                np.median([cell[a, seed] - cell[b, seed] for seed in seeds])
+                for (width, *_), cell in accuracy.items()
+                if width == int(row["expert width"])
+            ]
+            mean, lower, number = re.fullmatch(rf"({NUMBER}) \((\d+) of (\d+)\)", row[heading]).groups()
+            assert float(mean) == pytest.approx(np.mean(medians), abs=0.0051)
+            assert (int(lower), int(number)) == (sum(m < 0 for m in medians), len(medians))
 
 
 def check_published(groups, header, rows):
@@ -789,7 +871,15 @@ def check(groups, header, rows):
         return
     named = [dict(zip(header, row, strict=True)) for row in rows]
     columns = set(header)
-    if "published gain" in columns:
+    if {"setting", "difference"} <= columns:
+        for setting in dict.fromkeys(row["setting"] for row in named):
+            own = [{"data set": setting} | row for row in named if row["setting"] == setting]
+            check_contrasts(groups, header, own)
+    elif "setting" in columns:
+        check_settings(groups, header, named)
+    elif "expert width" in columns:
+        check_widths(groups, header, named)
+    elif "published gain" in columns:
         check_published(groups, header, named)
     elif "against" in columns:
         check_verdicts(groups, header, named)
@@ -842,7 +932,7 @@ def test_every_table_of_the_results_page(groups):
     tables = list(markdown_tables(text))
     assert len(tables) > 8
     for header, rows in tables:
-        if {"data set", "arm", "measure", "contrast"} & set(header):
+        if {"data set", "arm", "measure", "contrast", "setting", "expert width"} & set(header):
             check(groups, header, rows)
         elif header[0] == "term":
             check_text(groups, header, [dict(zip(header, row, strict=True)) for row in rows])
@@ -852,7 +942,7 @@ def test_every_table_of_the_results_page(groups):
             check_inspector(header, rows)
     check_throughput(text)
     finished, planned, time = re.search(
-        r"(\d+) of (\d+) planned runs finished, tuning included, (\d+) core-minutes", text
+        r"(\d+) of (\d+) planned runs finished, tuning included.*?, (\d+) core-minutes", text
     ).groups()
     results = [r for group in groups.values() for r in group.results]
     assert (finished, time) == (f"{len(results)}", f"{minutes(results):.0f}")
