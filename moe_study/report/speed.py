@@ -229,16 +229,6 @@ def inspector_sections() -> list[str]:
     return sections
 
 
-OTHER_PROCESSOR = (
-    "These rows and those of training steps above are of two processors; where one has no bfloat16 units, "
-    "our steps in bfloat16 take longer than a peer's in float32."
-)
-
-
-def _processor(name: str) -> Any:
-    return bench(name).get("provenance", {}).get("machine")
-
-
 def speed_sections() -> list[str]:
     """The tables of what was measured into results/bench."""
     sections = []
@@ -263,7 +253,6 @@ def speed_sections() -> list[str]:
             "operations look a little dearer.",
             origin_text("profile"),
             markdown(profiles),
-            *[OTHER_PROCESSOR] * (_processor("profile") != _processor("train")),
         ]
     if not (powers := scaling_table()).empty:
         sections += [
