@@ -147,12 +147,12 @@ class Block:
             else:
                 row_M1 = torch.arange(self.examined, device=some_M.device)[:, None]
                 mixed_MO = (answers_EMO[indices_MK, row_M1].float() * weights_MK[:, :, None]).sum(1)
-            input_MO = given.reshape(output.shape)[some_M] if given.numel() == output.numel() else None
+            input_MO = _rows_like(output, given, some_M)
             self._explain(output[some_M].float(), mixed_MO, self._paths(sample_MD, input_MO), tolerance)
             if self.mixture_error <= tolerance:
                 lost_N = ~known_NK.any(1) & seen.weights_NK.isfinite().all(1)
                 lost = (lost_N if valid_N is None else lost_N & valid_N).nonzero().flatten()[:EXAMINED]
-                input_MO = given.reshape(output.shape)[lost] if given.numel() == output.numel() else None
+                input_MO = _rows_like(output, given, lost)
                 self._explain_lost(output[lost].float(), seen.tokens_ND[lost], input_MO, tolerance)
                 return
         if not drawn and _depend(answers_EMO, adapter, sample_MD, tolerance):
@@ -169,8 +169,7 @@ class Block:
         if (observed := self.adapter.observed(seen)) is not None and not self._random_paths():
             sample_MD = seen.tokens_ND[some_M]
             actual_NO, mixed_NO = (part.float() for part in observed)
-            input_MO = given.reshape(actual_NO.shape)[some_M] if given.numel() == actual_NO.numel() else None
-            paths = self._paths(sample_MD, input_MO)
+            paths = self._paths(sample_MD, _rows_like(actual_NO, given, some_M))
             self._explain(actual_NO[some_M], mixed_NO[some_M], paths, tolerance)
             self.note(f"{why}: the mixture was checked with the answers of one call")
         else:
@@ -235,6 +234,11 @@ class Block:
                     with suppress(Exception):  # it takes something else than tokens
                         answers = [first_tensor(part(read)).float() for part in parts]
                         yield f"the answer of its {name!r} (a shared expert)", torch.stack(answers).sum(0)
+
+
+def _rows_like(output_NO: Tensor, given: Tensor, some_M: Tensor) -> Tensor | None:
+    """Rows [M, O] of the block's input, if it is as large as the output."""
+    return given.reshape(output_NO.shape)[some_M] if given.numel() == output_NO.numel() else None
 
 
 def _errors(

@@ -153,12 +153,10 @@ class Recorder:
         if isinstance(module, nn.modules.conv._ConvNd) and isinstance(output, Tensor):
             output = output.movedim(1, -1)
         if block.scores_at is None:
-            block.scores_at, block.scores_NE = router_scores(output, block.adapter.num_experts)
-        elif block.scores_at >= 0:
-            value = output[block.scores_at] if isinstance(output, tuple | list) else output
-            block.scores_NE = value.detach().reshape(-1, value.shape[-1])
+            block.scores_at, _ = router_scores(output, block.adapter.num_experts)
         if block.scores_at >= 0:
             value = output[block.scores_at] if isinstance(output, tuple | list) else output
+            block.scores_NE = value.detach().reshape(-1, value.shape[-1])
             block.scores_shape = tuple(value.shape)
 
     def _ordered_scores(self, block: Block, tokens: Tensor) -> Tensor | None:
@@ -227,10 +225,8 @@ class Recorder:
                 adapter = block.adapter
                 named = isinstance(adapter, ListAdapter) and adapter.named_as_experts
                 sure = named or isinstance(adapter, StackedAdapter)
-                if (
-                    self.reasons is not None and block.alike is None and not sure
-                ):  # they take more than tokens
-                    raise
+                if self.reasons is not None and block.alike is None and not sure:
+                    raise  # its modules take more than tokens
                 block.computable = False
                 block.explanation = f"not checked: the experts cannot be called again: {reason_of(error)}"
         block.adapter.examined = bool(block.examined or block.explanation)

@@ -12,11 +12,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from moe_lib.inspect.adapters import Adapter, parameter_names
 from moe_lib.inspect.alarms import limits
@@ -26,7 +26,7 @@ from moe_lib.inspect.measures import ABOUT, NOTHING, Layer, Value, expert_measur
 from moe_lib.inspect.panel import Panel
 from moe_lib.inspect.places import by_name
 from moe_lib.inspect.recorder import Recorder
-from moe_lib.inspect.snapshot import copied, put_back_after, unchanged
+from moe_lib.inspect.snapshot import on_copies, unchanged
 from moe_lib.inspect.state import BlockState
 from moe_lib.inspect.tamper import Loss, costs
 from moe_lib.parallel import distributed
@@ -92,12 +92,7 @@ def inspect_moe(
     model = getattr(model, "_orig_mod", model)
     recorder = Recorder(model, *find_blocks(model, adapters), sequence_first, seed)
     asked = run if run is not None else lambda inputs: _call(model, inputs, labels)
-
-    def call(inputs: Any) -> Any:
-        copies = tree_map(copied, inputs)  # of what the model may write to
-        with put_back_after(*tree_leaves(copies)):
-            return asked(copies)
-
+    call = partial(on_copies, asked)
     data = itertools.islice(map(_pair, batches), max_batches)
     kept: list[tuple[Any, Any]] = []
     with evaluating(model), torch.no_grad(), eager():

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter)
 ATOMS = {int, float, bool, str, bytes, type(None), Tensor, nn.Parameter}
 STRUCTURE = vars(nn.Module()).keys() - {"_buffers"}  # parameters, children, hooks: no call changes them
 OTHERS = ("torch", "transformers", "accelerate", "lightning", "pytorch_lightning")  # their objects stay as is
 Held = list[tuple[Any, Any]]  # what holds something, and what it held
-HELD: tuple[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], Any]], ...] = (  # how to read and to set
+MUTABLE: tuple[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], Any]], ...] = (  # how to read and set
     (np.ndarray, np.copy, lambda array, before: array.__setitem__(..., before)),
     (torch.Generator, torch.Generator.get_state, torch.Generator.set_state),
     (random.Random, random.Random.getstate, random.Random.setstate),
@@ -73,7 +74,7 @@ def contents(*parts: Any) -> Held:
             waiting += part.values() if isinstance(part, dict) else part
         elif isinstance(part, tuple):
             waiting += part
-        elif kind := next((kind for kind in HELD if isinstance(part, kind[0])), None):
+        elif kind := next((kind for kind in MUTABLE if isinstance(part, kind[0])), None):
             held[id(part)] = part, kind[1](part)
         elif _is_plain(part):
             slots = _slots(part)
@@ -127,7 +128,7 @@ def put_back(held: Held) -> None:
         if type(part) in CONTAINERS:
             part.clear()
             (part.extend if isinstance(part, list | deque) else part.update)(before)
-        elif kind := next((kind for kind in HELD if isinstance(part, kind[0])), None):
+        elif kind := next((kind for kind in MUTABLE if isinstance(part, kind[0])), None):
             kind[2](part, before)
         else:
             for name in _slots(part):  # of frozen ones, too
@@ -150,6 +151,13 @@ def unchanged(*parts: Any, start: Held | None = None) -> Iterator[None]:
             yield
     finally:
         set_every_random_state(states)
+
+
+def on_copies(call: Callable[[Any], Any], given: Any) -> Any:
+    """call(given) on copies of what it may write to; objects hold afterwards what they held before."""
+    copies = tree_map(copied, given)
+    with put_back_after(*tree_leaves(copies)):
+        return call(copies)
 
 
 @contextmanager

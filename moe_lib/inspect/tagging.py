@@ -82,7 +82,7 @@ class NoDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         x = args[0] if args and "dropout" in getattr(func, "__name__", "") else None
-        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+        if tagged(x):
             given = dict(zip(("x", "p", "training"), args, strict=False)) | (kwargs or {})
             self.passed |= bool(given.get("p", 0.5) and given.get("training", given.get("train", True)))
             primal = forward_ad.unpack_dual(x).primal.clone()
@@ -106,7 +106,7 @@ def _no_dropped_paths(block: nn.Module) -> Iterator[list[nn.Module]]:
     found = []
 
     def passed(module: nn.Module, args: tuple, output: Any) -> Any:
-        if not args or not isinstance(args[0], Tensor) or forward_ad.unpack_dual(args[0]).tangent is None:
+        if not args or not tagged(args[0]):
             return None
         if module.training:
             found.append(module)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map
 
 from moe_lib.inspect.adapters import Adapter
 from moe_lib.inspect.alarms import early_warning, limits
@@ -25,7 +24,7 @@ from moe_lib.inspect.find import confirm, find_blocks
 from moe_lib.inspect.panel import Panel, plain
 from moe_lib.inspect.recorder import Recorder
 from moe_lib.inspect.run import eager, nothing_found, panel_of
-from moe_lib.inspect.snapshot import copied, put_back_after
+from moe_lib.inspect.snapshot import on_copies
 from moe_lib.inspect.tagging import NoDropout
 from moe_lib.parallel import distributed
 
@@ -161,9 +160,7 @@ class Watch:
         found.quiet = True
 
         def run() -> None:
-            copies: Any = tree_map(copied, (args, kwargs))
-            with put_back_after(*tree_leaves(copies)):
-                self.model(*copies[0], **copies[1])
+            on_copies(lambda given: self.model(*given[0], **given[1]), (args, kwargs))
 
         with torch.no_grad(), NoDropout():
             confirm(found, run, self.adapters)

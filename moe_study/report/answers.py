@@ -1,4 +1,4 @@
-"""The study's three answers in short sentences, and the notes behind them. Tables hold the rest."""
+"""The study's answers in short sentences, and the notes behind them. Tables hold the rest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moe_study import stats, study
 from moe_study.claims import BESIDE, MIXTURE, PAYS
 from moe_study.report import map_plots, selection, side_by_side
 from moe_study.report.tables import grouped
-from moe_study.report.verdicts import against, in_words, place
+from moe_study.report.verdicts import against, capital, in_words, place
 from moe_study.verdicts import Cause, Reading, Verdict, pairs, reading
 
 CHOSEN = {  # by pilots: study -> why its data set and models
@@ -172,7 +172,7 @@ def _cure(decided: Sequence[Verdict], accuracy: Sequence[Verdict]) -> list[str]:
     shown = _and([f"{v.claim.measure.name} {_shown(v)} on {place(v)}" for v in yes])
     answer = f"In part: {shown}." if yes else "Not shown."
     if rest:
-        answer += f" {_capital(_and([f'{v.word} on {place(v)}' for v in rest]))}."
+        answer += f" {capital(_and([f'{v.word} on {place(v)}' for v in rest]))}."
     different = [v for v in decided if v.claim.key.endswith("-different") and v.word == "contradicted"]
     return [answer, _balance(yes, accuracy), *map(_alike, different)]
 
@@ -399,7 +399,3 @@ def _names(units: Sequence[Verdict]) -> str:
 
 def _and(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) if parts else ""
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -127,7 +127,7 @@ def domain_gains(profile: str) -> pd.DataFrame:
     def gains(results: Sequence[Result]) -> pd.DataFrame:
         frame = frame_of(results, DOMAINS)
         return tables.contrasts(frame, [("snnl", "base")], list(DOMAINS), DOMAINS).drop(
-            tables.MECHANISM, level="contrast", errors="ignore"
+            tables.MECHANISM_ROW, level="contrast", errors="ignore"
         )
 
     return each_dataset(profile, DOMAIN_STUDIES, gains).rename_axis(index={"data set": "setting"})

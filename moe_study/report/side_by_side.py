@@ -18,7 +18,7 @@ from moe_study.columns import COLUMNS, LANGUAGE_COLUMNS, VISION_COLUMNS, Column,
 from moe_study.configs.arms import CONFIRMATORY
 from moe_study.report import selection, tables
 from moe_study.report.plots import ARM_STYLE, NO_RUNS, captioned, new_figure, note
-from moe_study.report.verdicts import title
+from moe_study.report.verdicts import in_words, title
 
 
 class Remedy(NamedTuple):
@@ -229,7 +229,6 @@ def _effects(axis: Any, remedy: Remedy, part: Sequence[Setting]) -> None:
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", alpha=0.3)
     accuracy = part[0].measure == "accuracy"
-    reference = "plain MoE" if remedy is SNNL else "linear router"
     unit = "points of accuracy above" if accuracy else "nats of cross-entropy below"
-    axis.set_title(f"{remedy.name}: {unit} the {reference}", loc="left", fontsize=10)
+    axis.set_title(f"{remedy.name}: {unit} the {in_words(remedy.reference)}", loc="left", fontsize=10)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, handletextpad=0.2, frameon=False)

@@ -27,7 +27,7 @@ from moe_study.columns import (
     signed,
     spread,
 )
-from moe_study.verdicts import reading
+from moe_study.verdicts import MECHANISM, reading
 
 T = TypeVar("T")
 
@@ -112,7 +112,7 @@ def comparisons(rows: list[dict[str, str]], keys: list[str], *more: str) -> pd.D
 
 
 ONE_EXPERT = ("dense", "dense-snnl")  # arms
-MECHANISM = "mechanism: (snnl - base) - (dense-snnl - dense)"
+MECHANISM_ROW = f"mechanism: {MECHANISM}"
 
 
 def contrasts(
@@ -129,7 +129,7 @@ def contrasts(
         own = [pair for pair in pairs if not (routing and {*pair} & {*ONE_EXPERT})]
         found = [(f"{a} - {b}", contrast(runs, a, b, column)) for a, b in own]
         if not routing:
-            found.append((MECHANISM, mechanism(runs, column)))
+            found.append((MECHANISM_ROW, mechanism(runs, column)))
         for name, value in found:
             if value is not None:
                 rows.append(

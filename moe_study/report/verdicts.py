@@ -17,15 +17,13 @@ from moe_study.report import tables
 from moe_study.report.plots import DATASET_TITLES
 from moe_study.verdicts import Cause, Part, Verdict, Word
 
-# Studies of one data set are told apart by what is special about the models of all but one of them,
+# Studies of one data set are told apart by what is special about the models of all but one of them, or, where
+# both papers' claims are judged on it, by what their models are.
 SPECIAL = {
     "collapse-top1": " (top-1)",
     "collapse-wide": " (16 experts)",
     "ac-language-everywhere": ", every mixture",
 }
-
-
-# or, where both papers' claims are judged on it, by what they are.
 MODELS = {"snnl": " (CNN)", "ac-vision": " (ViT)"}
 SHARED = ("fashion_mnist", "cifar10", "cifar100")
 
@@ -166,7 +164,7 @@ def reason(verdict: Verdict) -> str:
     if broken:
         return f"{contrast(verdict)} {difference(verdict)}. Not met: {'; '.join(broken)}."
     conditions = "".join(
-        f" {_capital(part.condition.wording)}: "
+        f" {capital(part.condition.wording)}: "
         f"{part.measure.shown(float((part.treatment_S - part.control_S).mean()))}, "
         f"p {tables.shown_p(part.p)}{_bound(part)}."
         for part in verdict.parts
@@ -310,9 +308,9 @@ def conclusion(runs: pd.DataFrame, asked: Sequence[tuple[str, str, str]], column
     return "\n".join(f"- {text}" for text in said) or "No two seeds have both arms yet."
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
 def _sentence(text: str) -> str:
-    return f"{_capital(text)}." if text else ""
+    return f"{capital(text)}." if text else ""

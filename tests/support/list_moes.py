@@ -15,6 +15,12 @@ def tokens(n=200, seed=0):
     return torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
 
 
+def top(logits_NE, num_chosen):
+    """Dense weights: those of the best experts, the others 0."""
+    weight_NK, index_NK = logits_NE.softmax(-1).topk(num_chosen, -1)
+    return torch.zeros_like(logits_NE).scatter(-1, index_NK, weight_NK)
+
+
 class Block(nn.Module):
     """Top two of a list of experts; `chosen` are those of the last call."""
 

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from list_moes import D, E, tokens
+from list_moes import D, E, tokens, top
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,11 +18,6 @@ from moe_lib.inspect import Adapter, Dispatch, rows, watch
 def kept_weights(module, weight_NE):
     module.weight_NE = weight_NE.detach()
     return weight_NE
-
-
-def top(logits_NE, num_chosen):
-    weight_NK, index_NK = logits_NE.softmax(-1).topk(num_chosen, -1)
-    return torch.zeros_like(logits_NE).scatter(-1, index_NK, weight_NK)
 
 
 def check_weights(layer, weight_NE):

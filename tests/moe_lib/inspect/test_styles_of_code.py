@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from list_moes import D, tokens
+from list_moes import D, tokens, top
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,11 +21,6 @@ from moe_lib import inspect_moe
 from moe_lib.inspect import watch
 
 E = 4
-
-
-def top(logits_NE, num_chosen):
-    weight_NK, index_NK = logits_NE.softmax(-1).topk(num_chosen, -1)
-    return torch.zeros_like(logits_NE).scatter(-1, index_NK, weight_NK)
 
 
 def mlp():

@@ -865,6 +865,20 @@ def check_throughput(section):
         assert [float(n) for n in numbers] == pytest.approx(expected[int(count)], abs=0.0051)
 
 
+CHECKS = {  # a column that only such tables have, the most telling first
+    "setting": check_settings,
+    "expert width": check_widths,
+    "published gain": check_published,
+    "against": check_verdicts,
+    "at half the margin": check_firmness,
+    "reason": check_reasons,
+    "true effect": check_rates,
+    "slope": check_slopes,
+    "difference": check_contrasts,
+    "validation cross-entropy": check_tuning,
+}
+
+
 def check(groups, header, rows):
     if any(UNIT.search(cell) for row in rows for cell in row):
         check_first_screen(header, rows)
@@ -875,26 +889,8 @@ def check(groups, header, rows):
         for setting in dict.fromkeys(row["setting"] for row in named):
             own = [{"data set": setting} | row for row in named if row["setting"] == setting]
             check_contrasts(groups, header, own)
-    elif "setting" in columns:
-        check_settings(groups, header, named)
-    elif "expert width" in columns:
-        check_widths(groups, header, named)
-    elif "published gain" in columns:
-        check_published(groups, header, named)
-    elif "against" in columns:
-        check_verdicts(groups, header, named)
-    elif "at half the margin" in columns:
-        check_firmness(groups, header, named)
-    elif "reason" in columns:
-        check_reasons(groups, header, named)
-    elif "true effect" in columns:
-        check_rates(groups, header, named)
-    elif "slope" in columns:
-        check_slopes(groups, header, named)
-    elif "difference" in columns:
-        check_contrasts(groups, header, named)
-    elif "validation cross-entropy" in columns:
-        check_tuning(groups, header, named)
+    elif marks := [column for column in CHECKS if column in columns]:
+        CHECKS[marks[0]](groups, header, named)
     elif header == ["what", "value"]:
         check_provenance(groups, header, rows)
     elif {"study", "runs"} <= columns:
